@@ -1,0 +1,27 @@
+"""Entry of the prolog and epilog scripts: ``python3 -I -S .../slurm_mps/hook.py prolog|epilog``.
+
+Started with -I -S, so that neither the environment nor site-packages can bring in other code; the package's own
+directory is the only one added to the path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> int:
+    """Run a hook with a known umask and directory. Returns its exit status."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from slurm_mps import hooks
+
+    os.umask(0o022)
+    os.chdir("/")
+    run = {"prolog": hooks.prolog, "epilog": hooks.epilog}[sys.argv[1]]
+    return run(os.environ)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # the process is over; tearing the interpreter and the driver down takes longer than the rest

@@ -1,0 +1,189 @@
+"""What slurmd calls: the prolog and the epilog of a job.
+
+Whose fault a failure is decides how it ends. The user's: the prolog succeeds, the verdict is a refusal, the job's
+tasks fail with its message. The node's: the site's policy. Ours (a bug): as the node's, with the traceback in the log.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import monotonic
+
+from .config import DEFAULTS, ConfigError, SiteConfig, from_lines
+from .errors import MpsError, NodeError, RequestError
+from .lifecycle import bring_up, is_up, take_down
+from .node import processes
+from .node.files import open_trusted
+from .node.gpus import Gpus
+from .node.messages import tell_admin
+from .plan import make_plan
+from .request import read_request, slurm_number
+from .state import Journal, NodeState, refused
+from .steps import JobSite
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
+CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
+_COMPILE_SECONDS = 5.0
+_LOCK_SECONDS = 5.0
+
+
+def _compile_config(text: bytes) -> SiteConfig:
+    """Check and compile the file in a process of its own: here neither jsonschema nor site-packages may come in."""
+    outcome = processes.run(
+        [sys.executable, "-I", "-m", "slurm_mps.config_file", CONFIG_PATH],
+        {"PATH": "/usr/bin:/bin"},
+        _COMPILE_SECONDS,
+        text.decode("utf-8", "replace"),
+    )
+    if outcome.status:
+        raise ConfigError(outcome.errors.splitlines() or [f"{CONFIG_PATH}: cannot be checked"])
+    return from_lines(outcome.output.splitlines())
+
+
+def load_config(state: NodeState) -> SiteConfig:
+    """The site configuration: defaults without a file, else the compiled one, made anew when the file has changed.
+
+    Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
+    """
+    try:
+        with open_trusted(CONFIG_DIRECTORY) as directory:
+            status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
+            stamp = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+            config = state.read_compiled_config(stamp)
+            if config is None:
+                config = _compile_config(directory.read(CONFIG_NAME))
+                state.write_compiled_config(stamp, config)
+            return config
+    except FileNotFoundError:
+        return DEFAULTS
+
+
+def _watch(seconds: float, give_up: Callable[[str], int]) -> None:
+    """End this process after `seconds` even if it hangs in the driver, where no other deadline reaches."""
+    import _thread  # threading is slow to import for one thread that waits
+
+    def wait() -> None:
+        never = _thread.allocate_lock()
+        never.acquire()
+        never.acquire(timeout=seconds)
+        os._exit(give_up(f"not done after {seconds:g} s; the NVIDIA driver may hang"))
+
+    _thread.start_new_thread(wait, ())
+
+
+class _Prolog:
+    """The prolog of one job; remembers as much as is needed to say how it failed."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._started = monotonic()
+        self._config = DEFAULTS
+        self._state: NodeState | None = None
+        self._journal: Journal | None = None
+        self._who = "prolog"
+
+    def run(self) -> int:
+        try:
+            self._run()
+            return 0
+        except RequestError as error:
+            return self._refuse(str(error))
+        except MpsError as error:
+            return self._node_fault(str(error))
+        except Exception:
+            import traceback
+
+            return self._node_fault(f"a bug in slurm-mps: {traceback.format_exc()}")
+
+    def _run(self) -> None:
+        job_id = slurm_number(self._environment, "SLURM_JOB_ID")
+        self._who = f"job {job_id}"
+        self._state = state = NodeState()
+        state.lock_job(job_id, _LOCK_SECONDS)
+        self._config = load_config(state)
+        _watch(self._config.deadlines_prolog, self._node_fault)
+        restart_count = slurm_number(self._environment, "SLURM_JOB_RESTART_COUNT", default=0)
+        left = state.open_journal(job_id)
+        if left:
+            if is_up(left, restart_count):
+                return
+            take_down(self._site(state, left, left.read_config() or DEFAULTS))
+        uid = slurm_number(self._environment, "SLURM_JOB_UID")
+        self._journal = journal = state.begin_journal(job_id, uid, restart_count)
+        request = read_request(self._environment)
+        journal.write_config(self._config)
+        site = self._site(state, journal, self._config)
+        gpus = tuple(site.gpus.resolve(name) for name in request.gpus)
+        bring_up(make_plan(request, self._config, gpus), site)
+
+    def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
+        return JobSite(state, journal, Gpus(), config, self._started + self._config.deadlines_prolog)
+
+    def _refuse(self, message: str) -> int:
+        """The job's tasks fail with the message; the node has nothing to do with it."""
+        if self._journal is None:
+            return self._node_fault(message)
+        try:
+            self._journal.write_verdict(refused(message))
+        except NodeError as error:
+            return self._node_fault(f"{message}; and the verdict cannot be written: {error}")
+        return 0
+
+    def _node_fault(self, message: str) -> int:
+        """Tell the admin, then do as the site wants: fail the job here, or have Slurm drain the node."""
+        tell_admin(f"{self._who}: {message}")
+        try:
+            if self._config.policy_node_fault == "fail_job" and self._journal:
+                self._journal.write_verdict(refused(f"this node cannot give it MPS: {message}"))
+                return 0
+            if self._state and self._journal and not self._journal.undo:
+                self._state.remove_journal(self._journal)  # the job goes elsewhere, its epilog may never come here
+        except MpsError as error:
+            tell_admin(f"{self._who}: {error}")
+        return 1
+
+
+def prolog(environment: Mapping[str, str]) -> int:
+    """Bring up the job's MPS. Returns slurmd's answer: 0, or 1 to have the node drained and the job requeued."""
+    return _Prolog(environment).run()
+
+
+def _epilog(job_id: int, started: float) -> None:
+    state = NodeState()
+    state.lock_job(job_id, _LOCK_SECONDS)
+    journal = state.open_journal(job_id)
+    if journal is None:
+        return
+    config = journal.read_config() or DEFAULTS
+    take_down(JobSite(state, journal, Gpus(), config, started + config.deadlines_epilog))
+
+
+def epilog(environment: Mapping[str, str]) -> int:
+    """Take down whatever was brought up for the job, from the state on disk.
+
+    Returns: 0; 1 when something is left, so that Slurm drains the node rather than give it to the next job.
+    """
+    started = monotonic()
+    who = "epilog"
+    try:
+        job_id = slurm_number(environment, "SLURM_JOB_ID")
+        who = f"job {job_id}"
+        _watch(DEFAULTS.deadlines_epilog, lambda message: _report(who, message))
+        _epilog(job_id, started)
+        return 0
+    except MpsError as error:
+        return _report(who, str(error))
+    except Exception:
+        import traceback
+
+        return _report(who, f"a bug in slurm-mps: {traceback.format_exc()}")
+
+
+def _report(who: str, message: str) -> int:
+    tell_admin(f"{who}: {message}")
+    return 1

@@ -1,0 +1,183 @@
+"""The MPS control daemon: start it, command it, know it again, end it.
+
+The control program answers nonsense with exit 0 (O1-O5), so nothing counts as done that was not read back. Commands
+go through its standard input, one a line, all in one process (O7); they are put together here from typed values and
+checked once more before they leave, for a line end in one would be a second command run as root.
+
+This module knows the command text and nothing else does: a speaker of the v3 protocol can stand beside it (M15).
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from ..errors import NodeError
+from ..record import record
+from ..units import format_control_percentage, format_memory, format_thread_percentage, printable
+from . import processes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .files import Directory
+    from .processes import ProcessIdentity
+
+DAEMON_PROGRAM = "nvidia-cuda-mps-control"
+SERVER_PROGRAM = "nvidia-cuda-mps-server"
+PID_FILE = "nvidia-cuda-mps-control.pid"
+#: A socket's path may have 107 bytes, and a longer one is refused without a word (O6).
+PIPE_DIRECTORY_MAX = 107 - len("/control_privileged")
+_GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
+
+
+@record
+class Limits:
+    """What every client of a daemon may have: percent of threads, and bytes of memory on each GPU (None: all)."""
+
+    thread_percentage: float
+    memory_bytes: int | None = None
+
+
+@record
+class ControlDaemon:
+    """One control daemon, known by its pipe directory. It may or may not be running."""
+
+    program: str
+    pipe_directory: str
+    log_directory: str
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory,
+            "CUDA_MPS_LOG_DIRECTORY": self.log_directory,
+        }
+
+    def start(self, gpu_uuids: Sequence[str], timeout_seconds: float) -> None:
+        """Start the daemon in the background on exactly these GPUs.
+
+        Raises: NodeError when the program says no; whether it says yes and starts nothing (O5) shows in process().
+        """
+        if len(self.pipe_directory) > PIPE_DIRECTORY_MAX:
+            raise NodeError(f"{self.pipe_directory} is too long for the control daemon's sockets")
+        environment = {**self._environment, "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
+        outcome = processes.run([self.program, "-d"], environment, timeout_seconds)
+        if outcome.status:
+            said = printable((outcome.errors or outcome.output).strip() or "no message", 200)
+            raise NodeError(f"{self.program} -d ended with status {outcome.status}: {said}")
+
+    def command(self, lines: Sequence[str], timeout_seconds: float) -> list[str]:
+        """Send commands in one go and give back the lines of the answer that say something.
+
+        Raises: NodeError when no daemon is there or the answer is an error; DeadlineError when none comes.
+        """
+        for line in lines:
+            if not _GRAMMAR.issuperset(line):
+                raise NodeError(f"{printable(line)!r} is no control command")
+        text = "".join(f"{line}\n" for line in lines)
+        outcome = processes.run([self.program], self._environment, timeout_seconds, text)
+        if outcome.status:
+            said = printable(outcome.errors.strip() or "no message", 200)
+            raise NodeError(f"control daemon of {self.pipe_directory}: {said}")
+        return [line for line in outcome.output.splitlines() if line.strip()]
+
+    def set_limits(self, limits: Limits, device_count: int, server_uid: int, timeout_seconds: float) -> None:
+        """Set the defaults of servers to come, read them back, and start the server for a user without waiting.
+
+        Devices go by the daemon's ordinal, which all driver releases take.
+        Raises: NodeError when what is read back is not what was set.
+        """
+        percent = format_control_percentage(limits.thread_percentage)
+        lines = [f"set_default_active_thread_percentage {format_thread_percentage(limits.thread_percentage)}"]
+        expected = [percent, percent]
+        if limits.memory_bytes is not None:
+            size = format_memory(limits.memory_bytes)
+            lines += [f"set_default_device_pinned_mem_limit {device} {size}" for device in range(device_count)]
+            expected += [size] * device_count
+        lines.append("get_default_active_thread_percentage")
+        if limits.memory_bytes is not None:
+            lines += [f"get_default_device_pinned_mem_limit {device}" for device in range(device_count)]
+        lines.append(f"start_server -uid {server_uid}")
+        answer = self.command(lines, timeout_seconds)
+        if answer != expected:
+            raise NodeError(
+                f"control daemon of {self.pipe_directory}: asked for {'; '.join(lines)}, "
+                f"and it reads back {printable(' '.join(answer) or 'nothing', 200)!r} "
+                f"instead of {' '.join(expected)!r}"
+            )
+
+    def process(self, pipe: Directory) -> ProcessIdentity | None:
+        """The running daemon, from the pid file that it keeps in its pipe directory, which only root can write.
+
+        None when there is no pid file, or the process it names is not this daemon.
+        """
+        try:
+            text = pipe.read(PID_FILE, 64).strip()
+        except FileNotFoundError:
+            return None
+        if not text.isdigit():
+            return None
+        process = processes.identify(int(text))
+        return process if process and self._is_ours(process.pid, DAEMON_PROGRAM, (0,)) else None
+
+    def _is_ours(self, pid: int, program: str, uids: Sequence[int]) -> bool:
+        return processes.runs_program(pid, (program,), uids, f"CUDA_MPS_PIPE_DIRECTORY={self.pipe_directory}")
+
+    def find_processes(self, server_uid: int) -> list[ProcessIdentity]:
+        """Every process of this daemon: itself and its servers, also when they have lost one another.
+
+        Looks at each process of the node; for the way out when something went wrong.
+        """
+        found = []
+        for pid in processes.pids():
+            process = processes.identify(pid)
+            ours = self._is_ours(pid, DAEMON_PROGRAM, (0,)) or self._is_ours(pid, SERVER_PROGRAM, (0, server_uid))
+            if process and ours and processes.identify(pid) == process:
+                found.append(process)
+        return found
+
+    def quit(self, pipe: Directory, server_uid: int, patience: Patience) -> None:
+        """End the daemon and its servers: ask, then SIGTERM, then SIGKILL, each with a time of its own.
+
+        Raises: NodeError that names what is still there after all that.
+        """
+        daemon = self.process(pipe)
+        if daemon and self._quit_politely(daemon, server_uid, patience):
+            return
+        for number in (processes.SIGTERM, processes.SIGKILL):
+            left = self.find_processes(server_uid)
+            for process in left:
+                processes.signal_process(process, number)
+            end = monotonic() + patience.signal_seconds
+            for process in left:
+                processes.wait_ended(process, max(0.0, end - monotonic()))
+            left = self.find_processes(server_uid)  # a daemon on its way out may just have started a server
+            if not left:
+                return
+        pids = ", ".join(str(process.pid) for process in left)
+        raise NodeError(
+            f"MPS processes {pids} of {self.pipe_directory} are still there after quit, SIGTERM and SIGKILL",
+            hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
+        )
+
+    def _quit_politely(self, daemon: ProcessIdentity, server_uid: int, patience: Patience) -> bool:
+        """Ask the daemon to quit, and see that it went and took its servers along."""
+        try:
+            answer = self.command(["get_server_list", f"quit -t {patience.force_after_seconds}"], patience.quit_seconds)
+        except NodeError:
+            return False  # it does not answer, or went by itself: the search for what is left decides
+        servers = [int(line) for line in answer if line.isdigit()]
+        return processes.wait_ended(daemon, patience.quit_seconds) and not any(
+            self._is_ours(pid, SERVER_PROGRAM, (0, server_uid)) for pid in servers
+        )
+
+
+@record
+class Patience:
+    """How long each way of ending a daemon may take, in seconds."""
+
+    force_after_seconds: int  #: ``quit -t``: the daemon itself forces its clients out after this
+    quit_seconds: float
+    signal_seconds: float

@@ -1,0 +1,266 @@
+"""Privileged work on files: the only place in the privileged code that opens, makes or removes any.
+
+Everything goes through a directory that is already open (``*at`` calls), never through a path that somebody could
+change underneath; links are never followed; every descriptor is close-on-exec (Python's default).
+
+Promises:
+ - A trusted directory and all its parents belong to root and can be written by nobody else.
+ - A file is there whole or not at all (temporary file, fsync, rename, fsync of the directory).
+ - Removal leaves the file system it started on alone and follows nothing.
+Source: the classes 1, 2, 3 and 16 of docs/security.md, each of them a CVE of Slurm or NVIDIA.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from time import monotonic, sleep
+
+from ..errors import DeadlineError, NodeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+_READ_LIMIT_BYTES = 1024**2
+_REMOVE_LIMIT_ENTRIES = 10_000
+_REMOVE_LIMIT_DEPTH = 8
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_LOCK_POLL_SECONDS = 0.005
+
+# A POSIX ACL as the kernel takes it in system.posix_acl_access: version 2, then (tag, permissions, id) each.
+_ACL_VERSION = struct.pack("<I", 2)
+_ACL_ENTRY = struct.Struct("<HHI")
+_ACL_USER_OBJ, _ACL_USER, _ACL_GROUP_OBJ, _ACL_MASK, _ACL_OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+_ACL_NO_ID = 0xFFFFFFFF
+
+
+def _check_name(name: str) -> str:
+    """Names come from our own code, job ids and UUIDs; a slash would leave the directory."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise NodeError(f"{name!r} is no name for a file of slurm-mps")
+    return name
+
+
+def _only_root_writes(status: os.stat_result) -> bool:
+    sticky_directory = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    return status.st_uid == 0 and (not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or bool(sticky_directory))
+
+
+class Directory:
+    """An open directory that only root can write; close with ``with`` or close()."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path  #: for messages and for programs that take a path; never opened again here
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _fault(self, name: str, error: OSError) -> NodeError:
+        return NodeError(f"{self.path}/{name}: {os.strerror(error.errno or 0)}")
+
+    def subdirectory(self, name: str) -> Directory:
+        """Open a directory in this one.
+
+        Raises: NodeError when it is a link, no directory, or can be written by others than root.
+        """
+        try:
+            fd = os.open(_check_name(name), _DIRECTORY, dir_fd=self.fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._fault(name, error) from None
+        if not _only_root_writes(os.fstat(fd)):
+            os.close(fd)
+            raise NodeError(f"{self.path}/{name} can be written by others than root")
+        return Directory(fd, f"{self.path.rstrip('/')}/{name}")
+
+    def make(self, name: str, mode: int) -> Directory:
+        """Make a directory with exactly `mode`, or open the one that is there."""
+        old_umask = os.umask(0o777 & ~mode)
+        try:
+            os.mkdir(_check_name(name), mode, dir_fd=self.fd)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise self._fault(name, error) from None
+        finally:
+            os.umask(old_umask)
+        return self.subdirectory(name)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.fd))
+
+    def read(self, name: str, limit_bytes: int = _READ_LIMIT_BYTES) -> bytes:
+        """Read a regular file that only root can write.
+
+        Raises: FileNotFoundError; NodeError for anything that is not such a file, or longer than `limit_bytes`.
+        """
+        try:
+            fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._fault(name, error) from None
+        with open(fd, "rb", buffering=0) as file:
+            status = os.fstat(fd)
+            if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and _only_root_writes(status)):
+                raise NodeError(f"{self.path}/{name} is not a file that only root writes")
+            data = file.read(limit_bytes + 1) or b""
+        if len(data) > limit_bytes:
+            raise NodeError(f"{self.path}/{name} is longer than {limit_bytes} bytes")
+        return data
+
+    def read_tail(self, name: str, limit_bytes: int) -> bytes:
+        """Read at most the last `limit_bytes` of a regular file that root owns, such as a log."""
+        fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
+        with open(fd, "rb", buffering=0) as file:
+            status = os.fstat(fd)
+            if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0):
+                raise NodeError(f"{self.path}/{name} is not a file of root's")
+            file.seek(max(0, status.st_size - limit_bytes))
+            return file.read(limit_bytes) or b""
+
+    def write(self, name: str, data: bytes, mode: int = 0o600) -> None:
+        """Put a file in place, whole or not at all, and on disk when this returns.
+
+        Raises: NodeError; then the file of before is still there.
+        """
+        temporary = f".{_check_name(name)}.new"
+        try:
+            self.unlink(temporary)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
+            with open(fd, "wb", buffering=0) as file:
+                written = 0
+                while written < len(data):
+                    written += file.write(data[written:]) or 0
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.fsync(self.fd)
+        except OSError as error:
+            raise self._fault(name, error) from None
+
+    def unlink(self, name: str) -> None:
+        """Remove a file or a link; none there is fine."""
+        try:
+            os.unlink(_check_name(name), dir_fd=self.fd)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._fault(name, error) from None
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a directory and all in it; none there is fine.
+
+        Raises: NodeError when something cannot be removed, lies on another file system, or is beyond any size that
+        this program ever makes.
+        """
+        budget = [_REMOVE_LIMIT_ENTRIES]
+        try:
+            _remove_tree(self.fd, _check_name(name), os.fstat(self.fd).st_dev, budget, _REMOVE_LIMIT_DEPTH)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._fault(name, error) from None
+
+    def grant_user(self, uid: int) -> None:
+        """Let one user, besides root, enter and list this directory (O24).
+
+        Raises: NodeError when the file system has no POSIX ACLs.
+        """
+        entries = (
+            (_ACL_USER_OBJ, 7, _ACL_NO_ID),
+            (_ACL_USER, 5, uid),
+            (_ACL_GROUP_OBJ, 0, _ACL_NO_ID),
+            (_ACL_MASK, 5, _ACL_NO_ID),
+            (_ACL_OTHER, 0, _ACL_NO_ID),
+        )
+        acl = _ACL_VERSION + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)
+        try:
+            os.setxattr(self.fd, "system.posix_acl_access", acl)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise NodeError(f"{self.path}: the file system has no POSIX ACLs", hint="mount it with them") from None
+            raise NodeError(f"{self.path}: cannot let uid {uid} in: {os.strerror(error.errno or 0)}") from None
+
+
+def _remove_tree(parent_fd: int, name: str, device: int, budget: list[int], depth: int) -> None:
+    fd = os.open(name, _DIRECTORY, dir_fd=parent_fd)
+    try:
+        if os.fstat(fd).st_dev != device:
+            raise NodeError(f"{name} lies on another file system and is left alone")
+        for entry in os.listdir(fd):
+            budget[0] -= 1
+            if budget[0] < 0 or depth == 0:
+                raise NodeError(f"{name} holds more than slurm-mps ever makes; it is left for the admin")
+            if stat.S_ISDIR(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):
+                _remove_tree(fd, entry, device, budget, depth - 1)
+            else:
+                os.unlink(entry, dir_fd=fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent_fd)
+
+
+def open_trusted(path: str) -> Directory:
+    """Open a directory by an absolute path, checking every parent on the way down.
+
+    Raises: FileNotFoundError; NodeError when any of them is a link or can be written by others than root.
+    """
+    directory = Directory(os.open("/", _DIRECTORY), "")
+    for name in path.strip("/").split("/"):
+        with directory:
+            directory = directory.subdirectory(name)
+    return directory
+
+
+def make_trusted(path: str, mode: int) -> Directory:
+    """Open a directory by an absolute path, making the last part if it is not there."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    with open_trusted(parent) as directory:
+        return directory.make(name, mode)
+
+
+class LockFile:
+    """Locks on byte ranges of one file that is never removed, so that there is no lock on a file that is gone.
+
+    POSIX record locks: they end with the process however it dies, and no child inherits them.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._path = f"{directory.path}/lock"
+        self._fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=directory.fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def acquire(self, number: int, timeout_seconds: float) -> None:
+        """Take lock `number`.
+
+        Raises: DeadlineError when another process keeps it longer than `timeout_seconds`.
+        """
+        end = monotonic() + timeout_seconds
+        while True:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                return
+            except (BlockingIOError, PermissionError):
+                if monotonic() > end:
+                    raise DeadlineError(
+                        f"{self._path}: another slurm-mps has kept lock {number} for {timeout_seconds:g} s"
+                    ) from None
+                sleep(_LOCK_POLL_SECONDS)
+
+    def release(self, number: int) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, number)

@@ -1,0 +1,134 @@
+"""The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
+
+A binding of the nine functions that prolog and epilog need. Everything off the job's path uses the maintained
+``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
+its other work, and would have root run third-party code for every job (docs/decisions/0003).
+
+Errors: every failing NVML call is a NodeError that names the function, the GPU and NVML's own words.
+Source: NVIDIA's NVML API reference; function names and numbers as in nvml.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from ..errors import NodeError
+from ..record import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_LIBRARY = "libnvidia-ml.so.1"
+_UUID_BYTES = 96
+_NAME_BYTES = 96
+_NOT_FOUND = 6
+_INVALID_ARGUMENT = 2
+
+#: nvmlComputeMode_t
+COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
+EXCLUSIVE_PROCESS = 3
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+@record
+class Gpu:
+    """A GPU of this node. ``index`` counts in PCI order as NVML does; its device node is ``/dev/nvidia<minor>``."""
+
+    uuid: str
+    index: int
+    minor: int
+    memory_bytes: int
+    name: str
+
+
+class Gpus:
+    """NVML, opened at its first use and never closed: the process that uses it is short."""
+
+    def __init__(self) -> None:
+        self._nvml: ctypes.CDLL | None = None
+        self._handles: dict[str, ctypes.c_void_p] = {}
+
+    def _call(self, function: str, subject: str, *arguments: Any) -> None:
+        status = getattr(self._library(), function)(*arguments)
+        if status:
+            raise NodeError(f"{subject}: {function}: {self._describe(status)}")
+
+    def _describe(self, status: int) -> str:
+        library = self._library()
+        library.nvmlErrorString.restype = ctypes.c_char_p
+        words: bytes | None = library.nvmlErrorString(status)
+        return f"{(words or b'unknown error').decode('ascii', 'replace')} (NVML error {status})"
+
+    def _library(self) -> ctypes.CDLL:
+        if self._nvml is None:
+            try:
+                self._nvml = ctypes.CDLL(_LIBRARY)
+            except OSError as error:
+                raise NodeError(f"NVML cannot be loaded: {error}", hint="is the NVIDIA driver installed?") from None
+            try:
+                self._call("nvmlInit_v2", "this node's NVIDIA driver")
+            except NodeError:
+                self._nvml = None
+                raise
+        return self._nvml
+
+    def _handle(self, uuid: str) -> ctypes.c_void_p:
+        if uuid not in self._handles:
+            handle = ctypes.c_void_p()
+            self._call("nvmlDeviceGetHandleByUUID", uuid, uuid.encode("ascii"), ctypes.byref(handle))
+            self._handles[uuid] = handle
+        return self._handles[uuid]
+
+    def _text(self, function: str, subject: str, handle: ctypes.c_void_p, size: int) -> str:
+        buffer = ctypes.create_string_buffer(size)
+        self._call(function, subject, handle, buffer, size)
+        return buffer.value.decode("ascii", "replace")
+
+    def _number(self, function: str, subject: str, handle: ctypes.c_void_p) -> int:
+        number = ctypes.c_uint()
+        self._call(function, subject, handle, ctypes.byref(number))
+        return number.value
+
+    def resolve(self, name: str) -> Gpu:
+        """Find a GPU by what Slurm calls it: an index, which counts as NVML does (doctor checks that), or a UUID.
+
+        Raises: NodeError when the node has no such GPU or NVML fails.
+        """
+        handle = ctypes.c_void_p()
+        if name.isdigit():
+            self._call("nvmlDeviceGetHandleByIndex_v2", f"GPU {name}", int(name), ctypes.byref(handle))
+        else:
+            handle = self._handle(name)
+        subject = f"GPU {name}"
+        uuid = self._text("nvmlDeviceGetUUID", subject, handle, _UUID_BYTES)
+        self._handles[uuid] = handle
+        memory = _Memory()
+        self._call("nvmlDeviceGetMemoryInfo", subject, handle, ctypes.byref(memory))
+        return Gpu(
+            uuid=uuid,
+            index=self._number("nvmlDeviceGetIndex", subject, handle),
+            minor=self._number("nvmlDeviceGetMinorNumber", subject, handle),
+            memory_bytes=memory.total,
+            name=self._text("nvmlDeviceGetName", subject, handle, _NAME_BYTES),
+        )
+
+    def compute_mode(self, uuid: str) -> int:
+        """The compute mode a GPU is in, a key of COMPUTE_MODES."""
+        return self._number("nvmlDeviceGetComputeMode", uuid, self._handle(uuid))
+
+    def set_compute_mode(self, uuid: str, mode: int) -> None:
+        """Put a GPU into a compute mode and read it back.
+
+        Raises: NodeError when NVML refuses, or says yes and does not do it.
+        """
+        self._call("nvmlDeviceSetComputeMode", uuid, self._handle(uuid), mode)
+        now = self.compute_mode(uuid)
+        if now != mode:
+            raise NodeError(
+                f"{uuid}: compute mode {COMPUTE_MODES.get(mode, mode)} was set, but NVML reads back "
+                f"{COMPUTE_MODES.get(now, now)}"
+            )

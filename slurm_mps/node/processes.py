@@ -1,0 +1,207 @@
+"""Every process that slurm-mps starts, looks at or signals.
+
+Promises:
+ - A child gets an environment made from nothing, standard streams of its own and no other descriptor.
+ - No wait is without a deadline, and no answer is read without a bound.
+ - A signal goes only to a process proved to be the one meant: by pidfd, after its start time, its program and its
+   environment were compared. Never by name, never by a bare pid.
+
+``subprocess`` is not used: it costs the prolog more than the work itself (docs/decisions/0003).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from time import monotonic
+
+from ..errors import DeadlineError, NodeError
+from ..record import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
+_OUTPUT_LIMIT_BYTES = 65536
+_REAP_SECONDS = 0.5
+
+
+@record
+class Outcome:
+    """What a program said and how it ended; ``status`` is negative for a signal."""
+
+    status: int
+    output: str
+    errors: str
+
+
+class _Child:
+    """A started program, its pipes, and the poll over them and its end."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], text: bytes) -> None:
+        stdin, self._input = os.pipe()
+        self._output, stdout = os.pipe()
+        self._errors, stderr = os.pipe()
+        streams = ((stdin, 0), (stdout, 1), (stderr, 2))
+        try:
+            self.pid = os.posix_spawn(
+                argv[0],
+                list(argv),
+                dict(environment),
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams],
+                setpgroup=0,
+            )
+        except OSError as error:
+            for fd in (self._input, self._output, self._errors):
+                os.close(fd)
+            raise NodeError(f"{argv[0]}: {os.strerror(error.errno or 0)}") from None
+        finally:
+            for fd, _ in streams:
+                os.close(fd)
+        self._end = os.pidfd_open(self.pid)
+        try:
+            os.write(self._input, text)  # a few short lines: less than a pipe holds
+        except BrokenPipeError:
+            pass
+        os.close(self._input)
+
+    def communicate(self, deadline: float) -> Outcome | None:
+        """Read until the program has ended and closed its streams; None when the deadline comes first."""
+        collected = {self._output: b"", self._errors: b""}
+        poll = select.poll()
+        for fd in (self._output, self._errors, self._end):
+            poll.register(fd, select.POLLIN)
+        waiting = {self._output, self._errors, self._end}
+        while waiting:
+            ready = poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1))
+            if not ready or monotonic() > deadline:
+                return None
+            for fd, _ in ready:
+                chunk = b"" if fd == self._end else os.read(fd, 4096)
+                if chunk and len(collected[fd]) < _OUTPUT_LIMIT_BYTES:
+                    collected[fd] += chunk
+                elif not chunk:
+                    poll.unregister(fd)
+                    waiting.discard(fd)
+        _, status = os.waitpid(self.pid, 0)
+        output, errors = (collected[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
+        return Outcome(os.waitstatus_to_exitcode(status), output, errors)
+
+    def close(self) -> None:
+        for fd in (self._output, self._errors, self._end):
+            os.close(fd)
+
+    def kill(self) -> None:
+        """End the whole process group; a child that even SIGKILL does not end is left to init."""
+        try:
+            os.killpg(self.pid, SIGKILL)  # our own child, not reaped yet: its pid cannot be another's
+        except ProcessLookupError:
+            pass
+        if _ended(self._end, _REAP_SECONDS):
+            os.waitpid(self.pid, 0)
+
+
+def _ended(pidfd: int, timeout_seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0, int(timeout_seconds * 1000))))
+
+
+def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: float, text: str = "") -> Outcome:
+    """Run a program to its end with `text` on its standard input.
+
+    Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
+    be started.
+    """
+    child = _Child(argv, environment, text.encode("ascii"))
+    try:
+        outcome = child.communicate(monotonic() + timeout_seconds)
+        if outcome is None:
+            child.kill()
+            raise DeadlineError(f"{argv[0]} did not answer within {timeout_seconds:g} s")
+        return outcome
+    finally:
+        child.close()
+
+
+@record
+class ProcessIdentity:
+    """One process for good: a pid is used again, a pid with its start time (in clock ticks since boot) is not."""
+
+    pid: int
+    start_ticks: int
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Name the process that has this pid now; None when there is none, or only a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *rest = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in (b"Z", b"X") else ProcessIdentity(pid, int(rest[18]))
+
+
+def _proc_bytes(pid: int, name: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read(_OUTPUT_LIMIT_BYTES)
+    except OSError:
+        return b""
+
+
+def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], variable: str) -> bool:
+    """Whether a process runs one of our programs, as one of these users, with this ``NAME=value`` in its environment.
+
+    A user can run a program of any name with any environment, but not as root; and what they run as themselves is
+    theirs to lose. Compare ``uids`` with that in mind.
+    """
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
+        uid = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return False
+    return program in program_names and uid in uids and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
+
+
+def pids() -> Iterator[int]:
+    """Every process of this machine that we can see."""
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def signal_process(process: ProcessIdentity, number: int) -> bool:
+    """Send a signal to exactly this process; False when it is gone."""
+    from signal import pidfd_send_signal  # rarely needed, and slow to import
+
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if identify(process.pid) != process:
+            return False
+        pidfd_send_signal(fd, number)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def wait_ended(process: ProcessIdentity, timeout_seconds: float) -> bool:
+    """Wait until a process, not necessarily a child, has ended; False when it is still there after the time."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return identify(process.pid) != process or _ended(fd, timeout_seconds) or identify(process.pid) != process
+    finally:
+        os.close(fd)
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot; state of another boot describes processes and modes that are gone."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

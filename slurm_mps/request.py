@@ -1,0 +1,101 @@
+"""What the job asks for: the prolog's environment -> JobRequest. Pure; opens nothing, runs nothing.
+
+Every ``SPANK_*`` value is a user's text: any user can send any of them with any bytes, past the plugin and its checks
+(S4), so each is read here by a grammar and never reaches a shell, a path or a control command as it came.
+``SLURM_*`` values are slurmd's own; one that makes no sense is a fault of the node, not of the user.
+"""
+
+from __future__ import annotations
+
+from .errors import NodeError, RequestError
+from .record import record
+from .units import parse_memory, parse_thread_percentage, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+_PREFIX = "SPANK_MPS"
+_KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM")
+_ID_MAX = 2**32 - 1
+
+
+@record
+class JobRequest:
+    """One job's wish on this node.
+
+    ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17).
+    ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU; None: not asked for.
+    """
+
+    job_id: int
+    uid: int
+    restart_count: int
+    gpus: tuple[str, ...]
+    thread_percentage: float | None = None
+    memory_limit_bytes: int | None = None
+
+
+def asks_for_mps(environment: Mapping[str, str]) -> bool:
+    """Whether anything of a request for MPS is in the prolog's environment."""
+    return any(name == _PREFIX or name.startswith(_PREFIX + "_") for name in environment)
+
+
+def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Read a number that slurmd put into the environment.
+
+    Raises: NodeError when it is absent without a default, or no number from 0 to 2^32-1.
+    """
+    text = environment.get(name, "")
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _ID_MAX):
+        raise NodeError(f"slurmd gave the prolog no usable {name}: {printable(text)!r}")
+    return int(text)
+
+
+def _option(environment: Mapping[str, str], name: str, option: str, parse: Callable[[str], T]) -> T | None:
+    text = environment.get(name)
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except RequestError as error:
+        raise RequestError(f"{option}={printable(text)}: {error.message}") from None
+
+
+def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Slurm's own names of the job's GPUs on this node; UUIDs are preferred, they need no counting."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible if "-" in visible else environment.get("SLURM_JOB_GPUS", "") or visible
+    gpus = tuple(name for name in names.split(",") if name)
+    for name in gpus:
+        if name.startswith("MIG-"):
+            raise RequestError(f"{printable(name, 48)} is a MIG device; slurm-mps serves whole GPUs only")
+        if not (name.startswith("GPU-") or (name.isascii() and name.isdigit() and len(name) <= 4)):
+            raise NodeError(f"slurmd gave the prolog a GPU it cannot name: {printable(name)!r}")
+    return gpus
+
+
+def read_request(environment: Mapping[str, str]) -> JobRequest:
+    """Read a job's request from the environment that slurmd gives the prolog.
+
+    Raises: RequestError for what the user asked, NodeError for what slurmd said.
+    """
+    unknown = sorted(n for n in environment if n.startswith(_PREFIX + "_") and n not in _KNOWN)
+    if unknown:
+        raise RequestError(
+            f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
+            hint="is the plugin on the submit host newer than the node?",
+        )
+    return JobRequest(
+        job_id=slurm_number(environment, "SLURM_JOB_ID"),
+        uid=slurm_number(environment, "SLURM_JOB_UID"),
+        restart_count=slurm_number(environment, "SLURM_JOB_RESTART_COUNT", default=0),
+        gpus=_gpus(environment),
+        thread_percentage=_option(environment, "SPANK_MPS_THREADS", "--mps-threads", parse_thread_percentage),
+        memory_limit_bytes=_option(environment, "SPANK_MPS_MEM", "--mps-mem", parse_memory),
+    )

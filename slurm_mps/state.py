@@ -1,0 +1,221 @@
+"""What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
+
+    /run/slurm-mps/          root 0711
+      lock                   locks by number: a job's id, 0 for the ledgers
+      config                 the compiled site configuration
+      jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
+        journal              0600  what is to be undone, newest last
+        config               0600  the configuration the job was brought up with
+        verdict              0644  what the job's tasks read
+        pipe/ log/           the control daemon's
+      gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
+
+Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
+back is on disk before it is changed; only root can read or write anything but the verdict.
+"""
+
+from __future__ import annotations
+
+from .config import SiteConfig, from_lines, to_lines
+from .errors import NodeError
+from .node import processes
+from .node.files import Directory, LockFile, make_trusted
+from .record import record
+from .wordfile import DamagedFileError, decode, encode, fields, with_fields
+
+STATE_DIRECTORY = "/run/slurm-mps"
+VERSION = 1
+_LEDGER_LOCK = 0
+
+
+@record
+class Verdict:
+    """What the prolog decided, for the plugin in the job's tasks: ``ready`` with ``settings``, or a refusal."""
+
+    status: str
+    message: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def lines(self) -> list[str]:
+        message = (("message", self.message),) if self.message else ()
+        return [f"{key} {_one_line(value)}" for key, value in (("status", self.status), *message, *self.settings)]
+
+
+def _one_line(text: str) -> str:
+    """A verdict's values are read to the end of the line; no message may start a line of its own."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]
+
+
+def refused(message: str) -> Verdict:
+    return Verdict("refused", message)
+
+
+@record
+class LedgerEntry:
+    """Who holds a GPU, and the compute mode that was found when slurm-mps changed it (None: it did not)."""
+
+    holders: tuple[int, ...] = ()
+    mode_found: int | None = None
+
+
+class Journal:
+    """One job's way on this node: who it is, and the lines that undo what was done for it."""
+
+    def __init__(self, directory: Directory, job_id: int, uid: int, restart_count: int, boot_id: str) -> None:
+        self.directory = directory
+        self.job_id = job_id
+        self.uid = uid
+        self.restart_count = restart_count
+        self.boot_id = boot_id
+        self.undo: list[str] = []
+        self.ready = False
+
+    def write(self) -> None:
+        """Put the journal on disk as it stands."""
+        who = {
+            "id": str(self.job_id),
+            "uid": str(self.uid),
+            "restart": str(self.restart_count),
+            "boot": self.boot_id,
+            "ready": "yes" if self.ready else "no",
+        }
+        lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
+        self.directory.write("journal", encode("journal", VERSION, lines))
+
+    def note(self, undo: str) -> None:
+        """Put on disk how the effect that comes next is undone."""
+        self.undo.append(undo)
+        self.write()
+
+    def forget_last(self) -> None:
+        self.undo.pop()
+        self.write()
+
+    def write_verdict(self, verdict: Verdict) -> None:
+        self.directory.write("verdict", encode("verdict", VERSION, verdict.lines()), mode=0o644)
+
+    def write_config(self, config: SiteConfig) -> None:
+        self.directory.write("config", encode("config", VERSION, to_lines(config)))
+
+    def read_config(self) -> SiteConfig | None:
+        """The configuration the job was brought up with; None when it did not come that far."""
+        try:
+            return from_lines(decode(self.directory.read("config"), "config", VERSION))
+        except FileNotFoundError:
+            return None
+
+
+def _read_journal(directory: Directory) -> Journal:
+    lines = decode(directory.read("journal"), "journal", VERSION)
+    try:
+        name, *words = lines[0].split(" ")
+        who = fields(words)
+        journal = Journal(directory, int(who["id"]), int(who["uid"]), int(who["restart"]), who["boot"])
+        journal.ready = who["ready"] == "yes"
+    except (IndexError, KeyError, ValueError):
+        raise DamagedFileError(f"{directory.path}/journal does not name its job") from None
+    undo = [line.partition(" ")[::2] for line in lines[1:]]
+    if name != "job" or any(key != "undo" for key, _ in undo):
+        raise DamagedFileError(f"{directory.path}/journal has lines of another kind")
+    journal.undo = [line for _, line in undo]
+    return journal
+
+
+class NodeState:
+    """The state directory, open; made when it is not there yet, as on the first job after a boot."""
+
+    def __init__(self, path: str = STATE_DIRECTORY) -> None:
+        self.root = make_trusted(path, 0o711)
+        self._jobs = self.root.make("jobs", 0o711)
+        self._gpus = self.root.make("gpus", 0o700)
+        self._locks = LockFile(self.root)
+        self._boot_id = processes.boot_id()
+
+    def close(self) -> None:
+        for thing in (self._locks, self._gpus, self._jobs, self.root):
+            thing.close()
+
+    def lock_job(self, job_id: int, timeout_seconds: float) -> None:
+        """Keep every other prolog and epilog of this job out until this process ends."""
+        self._locks.acquire(job_id, timeout_seconds)
+
+    def lock_ledgers(self, timeout_seconds: float) -> None:
+        self._locks.acquire(_LEDGER_LOCK, timeout_seconds)
+
+    def unlock_ledgers(self) -> None:
+        self._locks.release(_LEDGER_LOCK)
+
+    def job_ids(self) -> list[int]:
+        """Jobs that something is kept of."""
+        return sorted(int(name) for name in self._jobs.names() if name.isdigit())
+
+    def open_journal(self, job_id: int) -> Journal | None:
+        """A job's journal; None when nothing was begun for it (what a crash left before the first note is removed).
+
+        Raises: DamagedFileError, NewerFileError (the state is kept as it is), NodeError.
+        """
+        try:
+            directory = self._jobs.subdirectory(str(job_id))
+        except FileNotFoundError:
+            return None
+        try:
+            return _read_journal(directory)
+        except FileNotFoundError:
+            directory.close()
+            self._jobs.remove_tree(str(job_id))
+            return None
+
+    def begin_journal(self, job_id: int, uid: int, restart_count: int) -> Journal:
+        """Make a job's directory, note it, and let its user in."""
+        directory = self._jobs.make(str(job_id), 0o700)
+        journal = Journal(directory, job_id, uid, restart_count, self._boot_id)
+        journal.write()
+        directory.grant_user(uid)
+        return journal
+
+    def remove_journal(self, journal: Journal) -> None:
+        """The last act: nothing is left to undo. The journal goes last, so that a crash here can be gone on with.
+
+        Raises: NodeError when something is in the directory that slurm-mps did not put there.
+        """
+        for name in ("verdict", "config", ".verdict.new", ".config.new", ".journal.new"):
+            journal.directory.unlink(name)
+        strangers = [name for name in journal.directory.names() if name != "journal"]
+        if strangers:
+            raise NodeError(f"{journal.directory.path} holds {strangers[0]!r}, which slurm-mps did not put there")
+        self._jobs.remove_tree(str(journal.job_id))
+        journal.directory.close()
+
+    def read_ledger(self, uuid: str) -> LedgerEntry:
+        """Who holds a GPU. Holders that are no jobs of this boot any more do not count."""
+        try:
+            lines = decode(self._gpus.read(uuid), "ledger", VERSION)
+        except FileNotFoundError:
+            return LedgerEntry()
+        known = dict(line.partition(" ")[::2] for line in lines if not line.startswith("holder "))
+        if known.get("boot") != self._boot_id:
+            return LedgerEntry()
+        jobs = set(self.job_ids())
+        holders = (int(line.removeprefix("holder ")) for line in lines if line.startswith("holder "))
+        mode = known.get("mode_found")
+        return LedgerEntry(tuple(job for job in holders if job in jobs), None if mode is None else int(mode))
+
+    def write_ledger(self, uuid: str, entry: LedgerEntry) -> None:
+        """Put a GPU's ledger on disk; without holders and nothing to put back there is none."""
+        if not entry.holders and entry.mode_found is None:
+            self._gpus.unlink(uuid)
+            return
+        mode = [] if entry.mode_found is None else [f"mode_found {entry.mode_found}"]
+        lines = [f"boot {self._boot_id}", *mode, *(f"holder {job}" for job in entry.holders)]
+        self._gpus.write(uuid, encode("ledger", VERSION, lines))
+
+    def read_compiled_config(self, stamp: str) -> SiteConfig | None:
+        """The compiled site configuration, if it was made of the file that `stamp` describes."""
+        try:
+            first, *lines = decode(self.root.read("config"), "config", VERSION)
+            return from_lines(lines) if first == stamp else None
+        except (FileNotFoundError, NodeError, ValueError):
+            return None  # made anew from the file, which is what counts
+
+    def write_compiled_config(self, stamp: str, config: SiteConfig) -> None:
+        self.root.write("config", encode("config", VERSION, [stamp, *to_lines(config)]))

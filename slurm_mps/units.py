@@ -1,0 +1,79 @@
+"""Percentages and memory sizes as users write them, as the control program takes them, and as people read them.
+
+The control program's own reader cannot be trusted with anything but an integer and M or G (it makes 1M of ``1.5G``,
+O3), so nothing that has not passed through here ever reaches it.
+"""
+
+from __future__ import annotations
+
+from .errors import RequestError
+
+MIB = 1024**2
+GIB = 1024**3
+TIB = 1024**4
+_UNIT_BYTES = {"M": MIB, "G": GIB, "T": TIB}
+
+THREADS_EXPECTED = "a percentage above 0 and up to 100 with at most one decimal, such as 25 or 12.5"
+MEMORY_EXPECTED = "a whole number above 0 with M, G or T (binary units), such as 512M or 8G"
+
+
+def _is_number(text: str, max_digits: int) -> bool:
+    return 0 < len(text) <= max_digits and text.isascii() and text.isdigit()
+
+
+def parse_thread_percentage(text: str) -> float:
+    """Read an active thread percentage as a user writes it, such as ``25`` or ``12.5``.
+
+    Returns: percent, 0.1 to 100.0 in steps of 0.1.
+    Raises: RequestError when the text is no such percentage.
+    Source: ``set_default_active_thread_percentage``, which takes 12.5 and answers nonsense with its old value (O1).
+    """
+    whole, point, decimal = text.partition(".")
+    if _is_number(whole, 3) and (_is_number(decimal, 1) if point else True):
+        tenths = int(whole) * 10 + int(decimal or 0)
+        if 1 <= tenths <= 1000:
+            return tenths / 10
+    raise RequestError(f"expected {THREADS_EXPECTED}")
+
+
+def parse_memory(text: str) -> int:
+    """Read a pinned device memory limit as a user writes it, such as ``512M`` or ``8G``.
+
+    Returns: bytes, at least 1 MiB and a multiple of it; M, G and T count in powers of 1024.
+    Raises: RequestError when the text is no such size.
+    Source: O3 of the observations: only an integer with M or G is safe to pass on.
+    """
+    number, unit = text[:-1], text[-1:].upper()
+    if unit in _UNIT_BYTES and _is_number(number, 9) and int(number) > 0:
+        return int(number) * _UNIT_BYTES[unit]
+    raise RequestError(f"expected {MEMORY_EXPECTED}")
+
+
+def format_thread_percentage(percent: float) -> str:
+    """Write a percentage as an option or a control command takes it: ``25``, ``12.5``."""
+    return f"{percent:.1f}".removesuffix(".0")
+
+
+def format_control_percentage(percent: float) -> str:
+    """Write a percentage as the control program prints it back: ``25.0``."""
+    return f"{percent:.1f}"
+
+
+def format_memory(size_bytes: int) -> str:
+    """Write a size as an option or a control command takes it, and as the control program prints it back (O4)."""
+    if size_bytes % GIB == 0:
+        return f"{size_bytes // GIB}G"
+    return f"{size_bytes // MIB}M"
+
+
+def describe_memory(size_bytes: int) -> str:
+    """Write a size for a person: ``79 GiB``, ``512 MiB``."""
+    if size_bytes >= GIB:
+        return f"{size_bytes / GIB:.1f}".removesuffix(".0") + " GiB"
+    return f"{size_bytes // MIB} MiB"
+
+
+def printable(text: str, limit: int = 40) -> str:
+    """Make a user's text safe to print: cut to `limit` characters, anything but printable ASCII as ``?``."""
+    shown = "".join(c if " " <= c <= "~" else "?" for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,0 +1,96 @@
+"""The site configuration: every problem at once, each with its path."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from slurm_mps.config import DEFAULTS, ConfigError, from_lines, to_lines
+from slurm_mps.config_file import parse_config, schema
+from slurm_mps.errors import NodeError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_sample_file_is_exactly_the_defaults() -> None:
+    """etc/mps.toml promises that every line shows its default."""
+    sample = (ROOT / "etc/mps.toml").read_bytes()
+    assert parse_config(sample, "mps.toml") == DEFAULTS
+    tables = tomllib.loads(sample.decode())
+    limits = tables.pop("limits")
+    assert sum(map(len, [*tables.values(), *limits.values()])) == len(vars(DEFAULTS))
+
+
+def test_the_schemas_defaults_are_the_defaults() -> None:
+    def walk(node: dict[str, object], prefix: str) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name, child in node.get("properties", {}).items():  # type: ignore[attr-defined]
+            if "default" in child:
+                found[prefix + name] = child["default"]
+            found |= walk(child, f"{prefix}{name}_")
+        return found
+
+    assert walk(schema(), "") == vars(DEFAULTS)
+
+
+def test_an_empty_file_is_the_defaults() -> None:
+    assert parse_config(b"", "mps.toml") == DEFAULTS
+
+
+def test_all_problems_come_at_once_with_their_paths() -> None:
+    text = b"""
+[limits.thread_percentage]
+max = 150
+[limits.memory]
+default = "8X"
+[gpus]
+compute_mode = "exclusive"
+colour = "red"
+[deadlines]
+quit = "soon"
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "/etc/slurm/mps.toml")
+    assert sorted(caught.value.problems) == [
+        "/etc/slurm/mps.toml: deadlines.quit: expected a number",
+        "/etc/slurm/mps.toml: gpus.colour: unknown; expected one of compute_mode, sharing",
+        '/etc/slurm/mps.toml: gpus.compute_mode: expected one of "exclusive_process", "unchanged"',
+        '/etc/slurm/mps.toml: limits.memory.default: expected a size such as "8G" or "512M" or "none"',
+        "/etc/slurm/mps.toml: limits.thread_percentage.max: 150 is greater than 100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"[limits", "mps.toml: "),
+        (b"\xff", "mps.toml: "),
+        (b"[limits.thread_percentage]\ndefault = 60\nmax = 50", "default 60 is not between min 0.1 and max 50"),
+        (b"[limits.thread_percentage]\nmin = 0.15", "0.15 has more than one decimal"),
+        (b'[limits.memory]\ndefault = "9G"\nmax = "8G"', "default 9G is not between"),
+        (b'[paths]\nlogs = "relative"', "paths.logs: expected an absolute path"),
+        (b"gpus = 1", "gpus: expected a table"),
+        (b"[logs]\nmax_jobs = true", "logs.max_jobs: expected an integer"),
+    ],
+)
+def test_one_problem(text: bytes, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_config(text, "mps.toml")
+
+
+def test_the_compiled_form_is_the_same_configuration() -> None:
+    config = parse_config(b'[deadlines]\nquit = 2.5\n[logs]\nmax_jobs = 7\n[limits.memory]\nmax = "8G"', "x")
+    assert from_lines(to_lines(config)) == config
+    assert config != DEFAULTS
+
+
+def test_a_compiled_form_of_another_version_is_not_taken() -> None:
+    with pytest.raises(NodeError, match="another version"):
+        from_lines(to_lines(DEFAULTS)[1:])
+
+
+def test_the_schema_is_itself_valid() -> None:
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(json.loads(json.dumps(schema())))

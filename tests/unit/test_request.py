@@ -1,0 +1,84 @@
+"""The prolog's environment as a JobRequest; SPANK_* is any user's text, SLURM_* is slurmd's."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm_mps.errors import NodeError, RequestError
+from slurm_mps.request import JobRequest, asks_for_mps, read_request
+from slurm_mps.units import GIB
+
+SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "2,3"}
+
+
+def test_a_full_request() -> None:
+    request = read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_THREADS": "12.5", "SPANK_MPS_MEM": "8G"})
+    assert request == JobRequest(4711, 20001, 0, ("2", "3"), 12.5, 8 * GIB)
+
+
+def test_plain_mps_leaves_the_limits_to_the_site() -> None:
+    request = read_request({**SLURM, "SPANK_MPS": "1"})
+    assert request.thread_percentage is None
+    assert request.memory_limit_bytes is None
+
+
+def test_uuids_are_taken_where_slurm_gives_them() -> None:
+    """From 25.11 on CUDA_VISIBLE_DEVICES holds UUIDs in the prolog, SLURM_JOB_GPUS indices as ever (S17)."""
+    request = read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "GPU-aa-1,GPU-bb-2"})
+    assert request.gpus == ("GPU-aa-1", "GPU-bb-2")
+
+
+def test_a_job_without_gpu_variables_has_no_gpu() -> None:
+    assert read_request({"SLURM_JOB_ID": "1", "SLURM_JOB_UID": "2", "SPANK_MPS": "1"}).gpus == ()
+
+
+@pytest.mark.parametrize("value", ["0", "101", "abc", "25\n", "25\nquit", "$(id)", "\x1b[2J", "9" * 10**6])
+def test_a_bad_percentage_is_the_users_mistake_and_says_the_option(value: str) -> None:
+    with pytest.raises(RequestError, match="--mps-threads=") as caught:
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_THREADS": value})
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("value", ["8X", "-1G", "1.5G", "0", "8G\nquit", ""])
+def test_a_bad_size_is_the_users_mistake_and_says_the_option(value: str) -> None:
+    with pytest.raises(RequestError, match="--mps-mem="):
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_MEM": value})
+
+
+def test_a_request_of_a_newer_plugin_is_refused_rather_than_half_obeyed() -> None:
+    with pytest.raises(RequestError, match="SPANK_MPS_PRIORITY"):
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_PRIORITY": "low"})
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_UID"])
+@pytest.mark.parametrize("value", ["", "-1", "../../etc", "4294967296"])
+def test_what_slurmd_says_wrongly_is_the_nodes_fault(name: str, value: str) -> None:
+    with pytest.raises(NodeError, match=name):
+        read_request({**SLURM, "SPANK_MPS": "1", name: value})
+
+
+def test_mig_devices_are_refused_with_their_name() -> None:
+    with pytest.raises(RequestError, match="MIG"):
+        read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "MIG-0123-4567"})
+
+
+def test_a_gpu_slurm_cannot_mean_is_the_nodes_fault() -> None:
+    with pytest.raises(NodeError):
+        read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0;reboot"})
+
+
+def test_only_our_own_names_ask_for_mps() -> None:
+    assert asks_for_mps({"SPANK_MPS_THREADS": "25"})
+    assert not asks_for_mps({"SPANK_MPSX": "1", "SLURM_JOB_ID": "1"})
+
+
+@given(st.dictionaries(st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM"]), st.text(), min_size=1))
+def test_any_text_gives_a_request_within_bounds_or_one_clean_refusal(values: dict[str, str]) -> None:
+    try:
+        request = read_request({**SLURM, **values})
+    except RequestError as error:
+        assert str(error).isprintable()  # noqa: PT017 - a request and a refusal are both right
+    else:
+        assert request.thread_percentage is None or 0.1 <= request.thread_percentage <= 100
+        assert request.memory_limit_bytes is None or request.memory_limit_bytes % 2**20 == 0
