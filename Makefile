@@ -1,0 +1,75 @@
+# slurm-mps: `make demo` shows it on a throw-away cluster, `make test` proves it, `make install` puts it on a node.
+# Both of the former run as root on Debian 12 and install what is missing; they change nothing else.
+
+PREFIX ?= /opt/slurm-mps
+SYSCONFDIR ?= /etc/slurm
+PLUGINDIR ?= $(firstword $(wildcard /usr/lib/*/slurm-wlm /usr/lib64/slurm /usr/lib/*/slurm) /usr/lib64/slurm)
+DESTDIR ?=
+
+SYSTEM_PYTHON = /usr/bin/python3
+DEV = .cache/dev
+DEV_PYTHON = $(DEV)/bin/python3
+export PYTHONDONTWRITEBYTECODE = 1
+
+PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
+	gcc libc6-dev make git util-linux python3 python3-venv clang cppcheck shellcheck
+
+all: plugin fakes
+
+# What is missing is installed without starting any service: policy-rc.d's 101 is Debian's own word for "do not".
+deps:
+	@missing=$$(dpkg-query -W -f='$${Package} $${db:Status-Status}\n' $(PACKAGES) 2>/dev/null | \
+		awk '$$2 == "installed" { have[$$1] = 1 } END { for (p in have) print p }' | \
+		sort | comm -13 - <(printf '%s\n' $(PACKAGES) | sort)); \
+	[ -z "$$missing" ] || tests/install-packages.sh $$missing
+
+dev: deps $(DEV)/.installed
+
+$(DEV)/.installed: pyproject.toml
+	@echo "make: installing the test tools into $(DEV)"
+	@$(SYSTEM_PYTHON) -m venv $(DEV)
+	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check \
+		$$($(DEV_PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["dependencies"], *p["optional-dependencies"]["test"])')
+	@touch $@
+
+plugin: deps
+	@$(MAKE) --no-print-directory -C spank
+
+fakes: deps
+	@$(MAKE) --no-print-directory -C tests/fakes
+
+demo: plugin fakes dev
+	@$(DEV_PYTHON) -m tests.demo $(DEMO)
+
+test: plugin fakes dev
+	@$(DEV_PYTHON) -m pytest $(TESTS)
+
+bench: plugin fakes dev
+	@$(DEV_PYTHON) -m tests.bench $(BENCH)
+
+# A cluster of simulated nodes with slurm-mps installed, to try things in.
+shell: plugin fakes dev
+	@$(DEV_PYTHON) -m tests.harness.site
+
+install: plugin
+	[ -x $(PREFIX)/bin/python3 ] || $(SYSTEM_PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/python3 -m pip install --quiet --disable-pip-version-check .
+	$(MAKE) install-hooks
+
+# The plugin, the two scripts with their paths filled in, and the sample configuration (an existing one is kept).
+install-hooks:
+	install -D -m 644 build/spank/spank_mps.so $(DESTDIR)$(PLUGINDIR)/spank_mps.so
+	package=$$($(PREFIX)/bin/python3 -I -c 'import os, slurm_mps; print(os.path.dirname(slurm_mps.__file__))') && \
+	for hook in prolog/10-slurm-mps.sh epilog/95-slurm-mps.sh; do \
+		target=$(DESTDIR)$(SYSCONFDIR)/$${hook%/*}.d/$${hook#*/} && \
+		install -D -m 755 $$hook $$target && \
+		sed -i "s|^python=.*|python=$(PREFIX)/bin/python3|; s|^package=.*|package=$$package|" $$target || exit 1; \
+	done
+	[ -e $(DESTDIR)$(SYSCONFDIR)/mps.toml ] || install -D -m 644 etc/mps.toml $(DESTDIR)$(SYSCONFDIR)/mps.toml
+
+clean:
+	rm -rf build
+
+SHELL = /bin/bash
+.PHONY: all deps dev plugin fakes demo test bench shell install install-hooks clean

@@ -1,0 +1,81 @@
+"""Fixtures that every kind of test shares. Those that need a machine make a throw-away one (tests/harness)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness.gpunode import GpuNode
+from tests.harness.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def shared_gpu_node() -> Iterator[GpuNode]:
+    with GpuNode(gpus=4) as node:
+        yield node
+
+
+@pytest.fixture
+def gpu_node(shared_gpu_node: GpuNode) -> Iterator[GpuNode]:
+    """A simulated GPU node without Slurm. Whatever the test did, the node must be as before once it is over."""
+    before = shared_gpu_node.snapshot()
+    yield shared_gpu_node
+    shared_gpu_node.fault()
+    shared_gpu_node.configure("")
+    after = shared_gpu_node.snapshot()
+    assert after == before
+
+
+@pytest.fixture(scope="session")
+def shared_site() -> Iterator[Site]:
+    with Site() as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def shared_constrained_site() -> Iterator[Site]:
+    with Site(constrain_devices=True) as site:
+        yield site
+
+
+def _watched(site: Site) -> Iterator[Site]:
+    """Lend a site to a test; afterwards everything is as before, and no node was drained unless the test resumed it."""
+    before = site.snapshot()
+    yield site
+    for node in site.nodes:
+        site.fault(node)
+    site.configure("")
+    drained = {name: state.reason for name, state in site.cluster.node_states().items() if state.drained}
+    after = site.snapshot()
+    for node in drained:
+        site.cluster.resume(node)
+    assert not drained
+    assert after == before
+
+
+@pytest.fixture
+def site(shared_site: Site) -> Iterator[Site]:
+    """A two-node Slurm cluster of simulated GPU nodes, devices not confined."""
+    yield from _watched(shared_site)
+
+
+@pytest.fixture(params=["free", "constrained"])
+def any_site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    """The same with ConstrainDevices=no, then =yes."""
+    name = "shared_site" if request.param == "free" else "shared_constrained_site"
+    shared: Site = request.getfixturevalue(name)
+    yield from _watched(shared)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """Keep the daemons' logs when a test on a cluster fails."""
+    outcome = yield
+    report = outcome.get_result()
+    used = [item.funcargs[name] for name in ("site", "any_site") if name in getattr(item, "funcargs", {})]
+    if report.failed and used:
+        report.sections.append(("logs of the cluster", used[0].cluster.logs()))

@@ -1,0 +1,138 @@
+"""One simulated GPU node without Slurm: prolog and epilog run as slurmd runs them, which makes tests quick."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from .machine import USERS
+from .site import STATE_DIRECTORY, install_hooks, simulated_machine
+
+if TYPE_CHECKING:
+    import subprocess
+    from types import TracebackType
+
+    from .machine import Process, Result
+
+PROLOG = "/etc/slurm/prolog.d/10-slurm-mps.sh"
+EPILOG = "/etc/slurm/epilog.d/95-slurm-mps.sh"
+
+
+@dataclass(frozen=True)
+class NodeSnapshot:
+    """What prolog and epilog must leave as they found it."""
+
+    processes: tuple[str, ...]
+    files: tuple[str, ...]
+    compute_modes: tuple[int, ...]
+
+
+def job_environment(job_id: int, *, user: str = "alice", gpus: str = "0,1", **spank: str) -> dict[str, str]:
+    """What slurmd gives prolog and epilog of a job; `spank` are its SPANK_* variables."""
+    gpu_variables = {"SLURM_JOB_GPUS": gpus, "CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+    return {
+        "SLURM_JOB_ID": str(job_id),
+        "SLURM_JOB_UID": str(USERS[user]),
+        "SLURM_JOB_USER": user,
+        "SLURMD_NODENAME": "n1",
+        **gpu_variables,
+        **spank,
+    }
+
+
+def asked(threads: str | None = None, mem: str | None = None) -> dict[str, str]:
+    """The SPANK variables of a job that asks for MPS."""
+    given = {"SPANK_MPS": "1", "SPANK_MPS_THREADS": threads, "SPANK_MPS_MEM": mem}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class GpuNode:
+    """A machine with simulated GPUs and slurm-mps installed; use it as a context manager."""
+
+    def __init__(self, *, gpus: int = 4) -> None:
+        self.machine = simulated_machine()
+        self._gpu_count = gpus
+
+    def __enter__(self) -> Self:
+        self.machine.start()
+        try:
+            install_hooks(self.machine)
+            self.run("simulated-gpus", "create", str(self._gpu_count)).check()
+            self.configure("")
+        except BaseException:
+            self.machine.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.machine.close()
+
+    def run(
+        self, *argv: str, user: str | None = None, env: dict[str, str] | None = None, input: str | None = None
+    ) -> Result:
+        return self.machine.run(argv, user=user, env=env, input=input, timeout=60)
+
+    def start(self, *argv: str, user: str | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        return self.machine.popen(argv, user=user, env=env)
+
+    def configure(self, text: str) -> None:
+        self.machine.write("/etc/slurm/mps.toml", text)
+
+    def fault(self, *settings: str) -> None:
+        """Tell the simulated driver to misbehave; nothing for well again."""
+        self.run("simulated-gpus", "fault", "--clear").check()
+        if settings:
+            self.run("simulated-gpus", "fault", *settings).check()
+
+    def prolog(self, job_id: int, *, user: str = "alice", gpus: str = "0,1", **spank: str) -> Result:
+        """Run the prolog; a job that gives no SPANK variable asks for plain MPS."""
+        environment = job_environment(job_id, user=user, gpus=gpus, **(spank or asked()))
+        return self.run(PROLOG, env=environment)
+
+    def epilog(self, job_id: int) -> Result:
+        return self.run(EPILOG, env=job_environment(job_id))
+
+    def verdict(self, job_id: int) -> dict[str, str]:
+        """What the job's tasks would read; empty without a verdict. Several lines of one key: the last."""
+        path = self.machine.path(f"{STATE_DIRECTORY}/jobs/{job_id}/verdict")
+        if not path.exists():
+            return {}
+        return dict(line.partition(" ")[::2] for line in path.read_text().splitlines()[1:-1])
+
+    def pipe_directory(self, job_id: int) -> str:
+        return f"{STATE_DIRECTORY}/jobs/{job_id}/pipe"
+
+    def control(self, job_id: int, command: str, user: str | None = None) -> Result:
+        """Send a command to a job's control daemon."""
+        environment = {"CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory(job_id)}
+        return self.run("nvidia-cuda-mps-control", user=user, env=environment, input=f"{command}\n")
+
+    def client(self, job_id: int | None, *options: str, user: str = "alice", **env: str) -> Result:
+        """Run a small CUDA program, as a client of a job's daemon or of none."""
+        if job_id is not None:
+            env["CUDA_MPS_PIPE_DIRECTORY"] = self.pipe_directory(job_id)
+        return self.run("simulated-gpus", "client", *options, user=user, env=env)
+
+    def compute_modes(self) -> list[int]:
+        shown = json.loads(self.run("simulated-gpus", "show", "--json").check().stdout)
+        gpus: list[dict[str, Any]] = shown["gpus"]
+        return [gpu["compute_mode"] for gpu in gpus]
+
+    def set_compute_modes(self, *modes: int) -> None:
+        for index, mode in enumerate(modes):
+            self.run("simulated-gpus", "set-mode", str(index), str(mode)).check()
+
+    def mps_processes(self) -> list[Process]:
+        return [p for p in self.machine.processes() if p.comm.startswith("nvidia-cuda-mps")]
+
+    def files(self) -> list[str]:
+        """Everything of slurm-mps on the node that belongs to a job or a GPU."""
+        found = self.run("find", f"{STATE_DIRECTORY}/jobs", f"{STATE_DIRECTORY}/gpus", "-mindepth", "1")
+        return sorted(found.stdout.splitlines())
+
+    def snapshot(self) -> NodeSnapshot:
+        processes = sorted(f"{p.comm} {p.uid}" for p in self.machine.processes())
+        return NodeSnapshot(tuple(processes), tuple(self.files()), tuple(self.compute_modes()))

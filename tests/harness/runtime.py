@@ -1,0 +1,174 @@
+"""The Python that jobs and the installed project run on inside a throw-away machine.
+
+A virtual environment made from /usr/bin/python3, built once and bind-mounted at ``/opt/slurm-mps``. Promises:
+ordinary users of the machine can run it; it is built at that very path (in a mount namespace), so the scripts
+in its ``bin`` name an interpreter that exists inside; building it changes nothing on the host outside the
+cache directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MOUNT_POINT = "/opt/slurm-mps"
+BASE_PYTHON = "/usr/bin/python3"
+REQUIREMENTS = (
+    "nvidia-ml-py>=12.535",
+    "jsonschema>=4.17",
+    "mpi4py>=4.1,<5",
+    "mpich>=5,<6",
+    "setuptools>=69",
+    "wheel",
+)
+_LAYOUT = "1"  # to be raised when this module builds the environment in another way
+_PIP_TIMEOUT_SECONDS = 600.0
+_NOT_PACKAGED = ("tests/", "docs/", "build/", ".github/")
+_PROJECT_MARK = ".project-sources"
+
+# Runs "$@" where $1 is seen at $2. An overlay on the parent gives the mount point without making it on the
+# host, and goes on showing what else is there (a local package index, say).
+_AT_MOUNT_POINT = """set -eu
+source=$1 target=$2; shift 2
+mount -t tmpfs -o mode=755 none /media
+mkdir /media/upper /media/work /media/source
+mount --bind "$source" /media/source
+parent=$(dirname "$target")
+mount -t overlay none -o "lowerdir=$parent,upperdir=/media/upper,workdir=/media/work" "$parent"
+mkdir -p "$target"
+mount --bind /media/source "$target"
+exec "$@"
+"""
+
+
+def mpi_environment(runtime: str = MOUNT_POINT) -> dict[str, str]:
+    """What an mpi4py program needs under ``srun --mpi=pmi2`` inside a machine, whose only interface is `lo`.
+
+    - MPI4PY_LIBMPI: mpi4py loads the wheel's MPICH, and no MPI of the host's.
+    - FI_PROVIDER: not needed on a plain host; keeps libfabric from a fast network that the host has, whose
+      devices are not in the machine's /dev. The address on `lo` is found without FI_TCP_IFACE.
+    """
+    return {"MPI4PY_LIBMPI": f"{runtime}/lib/libmpi.so.12", "FI_PROVIDER": "tcp"}
+
+
+def ensure_runtime(cache_dir: str | Path) -> Path:
+    """Return the environment's directory on the host, built first where it is missing or its inputs changed.
+
+    To be given to a machine as ``binds={ensure_runtime(cache): MOUNT_POINT}``.
+    """
+    cache = Path(cache_dir).resolve()
+    runtime = cache / f"runtime-{_key()}"
+    with _lock(cache):
+        if not runtime.is_dir():
+            partial = runtime.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _say(f"building {runtime} from {BASE_PYTHON} (once)")
+            _run_at_mount_point(partial, [BASE_PYTHON, "-m", "venv", MOUNT_POINT])
+            _say(f"installing {', '.join(REQUIREMENTS)}")
+            _pip(partial, ["install", *REQUIREMENTS])
+            partial.rename(runtime)
+    return runtime
+
+
+def install_project(runtime: Path, checkout: str | Path) -> None:
+    """Install the project's package from `checkout`, unless these very sources are in there.
+
+    Built from a copy: setuptools writes beside the sources, and a checkout stays as it is.
+    """
+    top = Path(checkout).resolve()
+    with _lock(runtime.parent):
+        sources = _project_sources(top)
+        digest = _digest(top, sources)
+        mark = runtime / _PROJECT_MARK
+        if mark.exists() and mark.read_text() == digest:
+            return
+        _say(f"installing the project from {top}")
+        mark.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="slurm-mps-build-", dir=runtime.parent) as scratch:
+            copy = Path(scratch)
+            for name in sources:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(top / name, copy / name)
+            _pip(runtime, ["install", "--no-deps", "--no-build-isolation", "--force-reinstall", scratch])
+        mark.write_text(digest)
+
+
+def _key() -> str:
+    """Names the inputs of a build: another key, another environment."""
+    version = subprocess.run([BASE_PYTHON, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    text = "\n".join((_LAYOUT, version, MOUNT_POINT, *REQUIREMENTS))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _project_sources(top: Path) -> list[str]:
+    """The files that a build may use: all of git's, tracked or new, without tests and docs."""
+    listed = subprocess.run(
+        ["git", "-c", f"safe.directory={top}", "-C", str(top), "ls-files", "-z", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = sorted(set(listed.stdout.split("\0")) - {""})
+    return [name for name in names if not name.startswith(_NOT_PACKAGED) and (top / name).is_file()]
+
+
+def _digest(top: Path, names: list[str]) -> str:
+    """Names the contents of the sources."""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(f"{name}\0{hashlib.sha256((top / name).read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _pip(runtime: Path, words: list[str]) -> None:
+    """Run the environment's pip at the environment's final path."""
+    _run_at_mount_point(
+        runtime,
+        [f"{MOUNT_POINT}/bin/python3", "-m", "pip", "--quiet", "--disable-pip-version-check", *words],
+    )
+
+
+def _run_at_mount_point(directory: Path, argv: list[str]) -> None:
+    """Run a command that sees `directory` at MOUNT_POINT; all users can read what it makes."""
+    command = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", _AT_MOUNT_POINT, "sh"]
+    command += [str(directory), MOUNT_POINT, *argv]
+    hidden = ("PYTHON", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd="/",
+        umask=0o022,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_PIP_TIMEOUT_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(argv)}: exit {done.returncode}\n{done.stdout}")
+
+
+@contextlib.contextmanager
+def _lock(cache: Path) -> Iterator[None]:
+    """One builder at a time, across test processes."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _say(text: str) -> None:
+    print(f"harness: {text}", flush=True)

@@ -1,0 +1,178 @@
+"""A throw-away site: a Slurm cluster of simulated GPU nodes with slurm-mps installed as an admin would.
+
+``python3 -m tests.harness.site`` gives a shell in one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from .cluster import REPOSITORY, Cluster
+from .machine import Machine
+from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .machine import Result
+
+CACHE = REPOSITORY / ".cache"
+FAKES = REPOSITORY / "build/fakes"
+PLUGIN_DIRECTORY = "/usr/lib/x86_64-linux-gnu/slurm-wlm"
+STATE_DIRECTORY = "/run/slurm-mps"
+PYTHON = f"{MOUNT_POINT}/bin/python3"
+COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a job must leave as it found: processes, directories and compute modes of the whole machine."""
+
+    processes: tuple[str, ...]
+    directories: tuple[str, ...]
+    compute_modes: tuple[str, ...]
+
+
+def simulated_machine(*, project: bool = True) -> Machine:
+    """A machine in which the simulated driver lies where every loader finds it."""
+    binds: dict[Any, str] = {}
+    if project:
+        runtime = ensure_runtime(CACHE)
+        install_project(runtime, REPOSITORY)
+        binds[runtime] = MOUNT_POINT
+    overlays = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    return Machine(overlays=overlays, binds=binds)
+
+
+def install_hooks(machine: Machine) -> None:
+    """Install plugin, scripts and sample configuration with the project's own ``make install-hooks``."""
+    machine.run(
+        ["make", "-s", "-C", str(REPOSITORY), "install-hooks", f"PLUGINDIR={PLUGIN_DIRECTORY}", f"PREFIX={MOUNT_POINT}"]
+    ).check()
+
+
+class Site:
+    """A cluster with slurm-mps; use it as a context manager. `config` is the text of mps.toml ("" for defaults)."""
+
+    def __init__(
+        self,
+        *,
+        nodes: int = 2,
+        gpus_per_node: int = 4,
+        constrain_devices: bool = False,
+        config: str = "",
+        extra_slurm_conf: str = "",
+        plugstack: str | None = None,
+    ) -> None:
+        self.machine = simulated_machine()
+        self._gpus_per_node = gpus_per_node
+        self._config = config
+        self.cluster = Cluster(
+            self.machine,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            constrain_devices=constrain_devices,
+            extra_slurm_conf=extra_slurm_conf,
+            plugstack=plugstack,
+            prolog="/etc/slurm/prolog.d/*",
+            epilog="/etc/slurm/epilog.d/*",
+        )
+
+    def __enter__(self) -> Self:
+        self.machine.start()
+        try:
+            install_hooks(self.machine)
+            self.configure(self._config)
+            for name in self.cluster.node_names:
+                self.machine.add_node(name)
+                self.node(name, "simulated-gpus", "create", str(self._gpus_per_node), "--seed", name).check()
+            self.cluster.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self.cluster.close()
+        finally:
+            self.machine.close()
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return self.cluster.node_names
+
+    def configure(self, text: str) -> None:
+        """Replace the site configuration."""
+        self.machine.write("/etc/slurm/mps.toml", text)
+
+    def node(self, node: str, *argv: str, user: str | None = None, env: dict[str, str] | None = None) -> Result:
+        """Run a command on a node, as root unless told otherwise."""
+        return self.machine.run(argv, node=node, user=user, env=env)
+
+    def fault(self, node: str, *settings: str) -> None:
+        """Tell a node's simulated driver to misbehave; nothing for well again."""
+        self.node(node, "simulated-gpus", "fault", "--clear").check()
+        if settings:
+            self.node(node, "simulated-gpus", "fault", *settings).check()
+
+    def gpus(self, node: str) -> list[dict[str, Any]]:
+        """The node's GPUs as the simulated driver has them."""
+        shown = json.loads(self.node(node, "simulated-gpus", "show", "--json").check().stdout)
+        gpus: list[dict[str, Any]] = shown["gpus"]
+        return gpus
+
+    def compute_modes(self, node: str) -> list[str]:
+        return self.node(
+            node, "nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"
+        ).check().stdout.splitlines()
+
+    def set_compute_mode(self, node: str, index: int, mode: int) -> None:
+        self.node(node, "simulated-gpus", "set-mode", str(index), str(mode)).check()
+
+    def mps_processes(self) -> list[str]:
+        """The command names of all MPS daemons and servers of the machine."""
+        return [p.comm for p in self.machine.processes() if p.comm.startswith("nvidia-cuda-mps")]
+
+    def state_files(self, node: str) -> list[str]:
+        """What slurm-mps keeps of jobs and GPUs on a node."""
+        places = [f"{STATE_DIRECTORY}/jobs", f"{STATE_DIRECTORY}/gpus"]
+        return self.node(node, "find", *places, "-mindepth", "1").stdout.splitlines()
+
+    def snapshot(self) -> Snapshot:
+        """The machine as it is, when all jobs have ended."""
+        self.cluster.wait_idle()
+        processes = Counter((p.comm, p.uid) for p in self.machine.processes())
+        directories = []
+        modes = []
+        for name in self.nodes:
+            found = self.node(name, "find", "/tmp", "/dev/shm", "-mindepth", "1").stdout.splitlines()
+            directories += [f"{name}:{path}" for path in found + self.state_files(name)]
+            modes += [f"{name}:{mode}" for mode in self.compute_modes(name)]
+        return Snapshot(
+            tuple(sorted(f"{count} x {comm} of uid {uid}" for (comm, uid), count in processes.items())),
+            tuple(sorted(directories)),
+            tuple(modes),
+        )
+
+
+def main() -> int:
+    """A shell in a site."""
+    with Site() as site:
+        print(f"site: nodes {', '.join(site.nodes)}; users alice, bob, carol (su - alice); gone when the shell ends")
+        environment = site.machine.environment(env={"TERM": "xterm", **mpi_environment()})
+        return subprocess.call(site.machine.command(sys.argv[1:] or ["/bin/bash"]), env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
