@@ -1,0 +1,463 @@
+/* libnvidia-ml.so.1 of a simulated node: the part of NVML that a job's set-up uses, over the shared state. */
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "sim_state.h"
+
+#define API __attribute__((visibility("default")))
+
+enum nvml_return {
+	SUCCESS = 0,
+	UNINITIALIZED = 1,
+	INVALID_ARGUMENT = 2,
+	NO_PERMISSION = 4,
+	NOT_FOUND = 6,
+	INSUFFICIENT_SIZE = 7,
+	DRIVER_NOT_LOADED = 9,
+	GPU_IS_LOST = 15,
+	ARGUMENT_VERSION_MISMATCH = 25,
+};
+
+enum { MEMORY_V2 = 40 | 2 << 24 };
+
+typedef struct sim_gpu *nvml_device;
+
+struct nvml_memory {
+	unsigned long long total, free, used;
+};
+
+struct nvml_memory_v2 {
+	unsigned int version;
+	unsigned long long total, reserved, free, used;
+};
+
+struct nvml_process {
+	unsigned int pid;
+	unsigned long long used;
+	unsigned int gpu_instance, compute_instance;
+};
+
+struct nvml_pci {
+	char bus_id_legacy[16];
+	unsigned int domain, bus, device, pci_device_id, pci_subsystem_id;
+	char bus_id[32];
+};
+
+static struct sim_state *state;
+static int users;
+static pthread_mutex_t users_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static const char *const error_texts[] = {
+    [0] = "Success",
+    [1] = "Uninitialized",
+    [2] = "Invalid Argument",
+    [3] = "Not Supported",
+    [4] = "Insufficient Permissions",
+    [5] = "Already Initialized",
+    [6] = "Not Found",
+    [7] = "Insufficient Size",
+    [8] = "Insufficient External Power",
+    [9] = "Driver Not Loaded",
+    [10] = "Timeout",
+    [11] = "Interrupt Request Issue",
+    [12] = "NVML Shared Library Not Found",
+    [13] = "Function Not Found",
+    [14] = "Corrupted infoROM",
+    [15] = "GPU is lost",
+    [16] = "GPU requires reset",
+    [17] = "GPU access blocked by the operating system",
+    [18] = "Driver/library version mismatch",
+    [19] = "In use by another client",
+    [20] = "Insufficient Memory",
+    [21] = "No data",
+    [25] = "Argument version mismatch",
+};
+
+API const char *nvmlErrorString(int error)
+{
+	if (error >= 0 && error < (int)(sizeof error_texts / sizeof *error_texts) && error_texts[error])
+		return error_texts[error];
+	return "Unknown Error";
+}
+
+/* A told error of the function with this short name, or 0. */
+static int told(const char *function)
+{
+	char key[96];
+	snprintf(key, sizeof key, "nvml.%s", function);
+	long number = sim_fault_number(key, "");
+	return number > 0 ? (int)number : SUCCESS;
+}
+
+static int begin(const char *function)
+{
+	return users > 0 ? told(function) : UNINITIALIZED;
+}
+
+static int gpu_index(const struct sim_gpu *gpu)
+{
+	return (int)(gpu - state->gpus);
+}
+
+/* Check a call on a device; a handle from elsewhere is refused, not followed. */
+static int begin_device(const char *function, const struct sim_gpu *gpu, const void *result)
+{
+	int error = begin(function);
+	if (error)
+		return error;
+	uintptr_t at = (uintptr_t)gpu, first = (uintptr_t)state->gpus;
+	if (at < first || at >= first + (size_t)state->gpu_count * sizeof *gpu || (at - first) % sizeof *gpu || !result)
+		return INVALID_ARGUMENT;
+	return sim_gpu_lost(gpu_index(gpu)) ? GPU_IS_LOST : SUCCESS;
+}
+
+static int give_text(char *to, unsigned int size, const char *text)
+{
+	if (strlen(text) >= size)
+		return INSUFFICIENT_SIZE;
+	strcpy(to, text);
+	return SUCCESS;
+}
+
+API int nvmlInitWithFlags(unsigned int flags)
+{
+	(void)flags;
+	if (sim_fault_is("nvml.init", "hang"))
+		for (;;)
+			pause();
+	int error = told("init");
+	if (error)
+		return error;
+	pthread_mutex_lock(&users_lock);
+	if (users == 0) {
+		sim_latency(10);
+		if (!state)
+			state = sim_open(); /* stays mapped: handles may outlive a shutdown */
+	}
+	if (state)
+		users++;
+	else
+		error = DRIVER_NOT_LOADED;
+	pthread_mutex_unlock(&users_lock);
+	return error;
+}
+
+API int nvmlInit_v2(void)
+{
+	return nvmlInitWithFlags(0);
+}
+
+API int nvmlInit(void)
+{
+	return nvmlInitWithFlags(0);
+}
+
+API int nvmlShutdown(void)
+{
+	pthread_mutex_lock(&users_lock);
+	int error = users > 0 ? told("Shutdown") : UNINITIALIZED;
+	if (!error)
+		users--;
+	pthread_mutex_unlock(&users_lock);
+	return error;
+}
+
+API int nvmlSystemGetDriverVersion(char *version, unsigned int size)
+{
+	int error = begin("GetDriverVersion");
+	return error ? error : version ? give_text(version, size, SIM_DRIVER_VERSION) : INVALID_ARGUMENT;
+}
+
+API int nvmlSystemGetNVMLVersion(char *version, unsigned int size)
+{
+	int error = begin("GetNVMLVersion");
+	return error ? error : version ? give_text(version, size, "13." SIM_DRIVER_VERSION) : INVALID_ARGUMENT;
+}
+
+API int nvmlSystemGetCudaDriverVersion(int *version)
+{
+	int error = begin("GetCudaDriverVersion");
+	if (error || !version)
+		return error ? error : INVALID_ARGUMENT;
+	*version = SIM_CUDA_VERSION;
+	return SUCCESS;
+}
+
+API int nvmlSystemGetCudaDriverVersion_v2(int *version)
+{
+	return nvmlSystemGetCudaDriverVersion(version);
+}
+
+API int nvmlDeviceGetCount_v2(unsigned int *count)
+{
+	int error = begin("GetCount");
+	if (error || !count)
+		return error ? error : INVALID_ARGUMENT;
+	*count = (unsigned int)state->gpu_count;
+	return SUCCESS;
+}
+
+API int nvmlDeviceGetCount(unsigned int *count)
+{
+	return nvmlDeviceGetCount_v2(count);
+}
+
+/* Hand out a handle; the first one of a process is slow on the real card (O29). */
+static int give_handle(int index, nvml_device *device)
+{
+	static int handed_out;
+	if (sim_gpu_lost(index))
+		return GPU_IS_LOST;
+	if (!__atomic_exchange_n(&handed_out, 1, __ATOMIC_RELAXED))
+		sim_latency(7);
+	*device = &state->gpus[index];
+	return SUCCESS;
+}
+
+API int nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvml_device *device)
+{
+	int error = begin("GetHandleByIndex");
+	if (error)
+		return error;
+	if (!device || index >= (unsigned int)state->gpu_count)
+		return INVALID_ARGUMENT;
+	return give_handle((int)index, device);
+}
+
+API int nvmlDeviceGetHandleByIndex(unsigned int index, nvml_device *device)
+{
+	return nvmlDeviceGetHandleByIndex_v2(index, device);
+}
+
+API int nvmlDeviceGetHandleByUUID(const char *uuid, nvml_device *device)
+{
+	int error = begin("GetHandleByUUID");
+	if (error)
+		return error;
+	if (!uuid || !device)
+		return INVALID_ARGUMENT;
+	int index = sim_gpu_by_uuid(state, uuid);
+	return index < 0 ? NOT_FOUND : give_handle(index, device);
+}
+
+API int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, nvml_device *device)
+{
+	unsigned int domain, bus, slot;
+	int error = begin("GetHandleByPciBusId");
+	if (error)
+		return error;
+	if (!bus_id || !device)
+		return INVALID_ARGUMENT;
+	if (sscanf(bus_id, "%8x:%2x:%2x", &domain, &bus, &slot) != 3) {
+		domain = 0;
+		if (sscanf(bus_id, "%2x:%2x", &bus, &slot) != 2)
+			return INVALID_ARGUMENT;
+	}
+	for (int i = 0; i < state->gpu_count; i++) {
+		const struct sim_gpu *gpu = &state->gpus[i];
+		if (gpu->domain == domain && gpu->bus == bus && gpu->device == slot)
+			return give_handle(i, device);
+	}
+	return NOT_FOUND;
+}
+
+API int nvmlDeviceGetHandleByPciBusId(const char *bus_id, nvml_device *device)
+{
+	return nvmlDeviceGetHandleByPciBusId_v2(bus_id, device);
+}
+
+API int nvmlDeviceGetUUID(nvml_device gpu, char *uuid, unsigned int size)
+{
+	int error = begin_device("GetUUID", gpu, uuid);
+	return error ? error : give_text(uuid, size, gpu->uuid);
+}
+
+API int nvmlDeviceGetName(nvml_device gpu, char *name, unsigned int size)
+{
+	int error = begin_device("GetName", gpu, name);
+	return error ? error : give_text(name, size, gpu->name);
+}
+
+API int nvmlDeviceGetIndex(nvml_device gpu, unsigned int *index)
+{
+	int error = begin_device("GetIndex", gpu, index);
+	if (!error)
+		*index = (unsigned int)gpu_index(gpu);
+	return error;
+}
+
+API int nvmlDeviceGetMinorNumber(nvml_device gpu, unsigned int *minor)
+{
+	int error = begin_device("GetMinorNumber", gpu, minor);
+	if (!error)
+		*minor = (unsigned int)gpu_index(gpu);
+	return error;
+}
+
+API int nvmlDeviceGetMultiGpuBoard(nvml_device gpu, unsigned int *multi)
+{
+	int error = begin_device("GetMultiGpuBoard", gpu, multi);
+	if (!error)
+		*multi = 0;
+	return error;
+}
+
+API int nvmlDeviceGetPersistenceMode(nvml_device gpu, int *mode)
+{
+	int error = begin_device("GetPersistenceMode", gpu, mode);
+	if (!error)
+		*mode = 1;
+	return error;
+}
+
+API int nvmlDeviceGetMigMode(nvml_device gpu, unsigned int *current, unsigned int *pending)
+{
+	int error = begin_device("GetMigMode", gpu, current);
+	if (!error)
+		*current = 0;
+	if (!error && pending)
+		*pending = 0;
+	return error;
+}
+
+static uint64_t used_bytes(const struct sim_gpu *gpu)
+{
+	sim_lock(state);
+	uint64_t used = sim_bytes_used(state, gpu_index(gpu));
+	sim_unlock(state);
+	return used;
+}
+
+/* The first form counts the driver's own part as used, the second apart, as NVML documents. */
+API int nvmlDeviceGetMemoryInfo(nvml_device gpu, struct nvml_memory *memory)
+{
+	int error = begin_device("GetMemoryInfo", gpu, memory);
+	if (error)
+		return error;
+	memory->total = gpu->memory_bytes;
+	memory->used = gpu->memory_bytes - sim_cuda_total(gpu) + used_bytes(gpu);
+	memory->free = memory->total - memory->used;
+	return SUCCESS;
+}
+
+API int nvmlDeviceGetMemoryInfo_v2(nvml_device gpu, struct nvml_memory_v2 *memory)
+{
+	int error = begin_device("GetMemoryInfo", gpu, memory);
+	if (error)
+		return error;
+	if (memory->version != MEMORY_V2)
+		return ARGUMENT_VERSION_MISMATCH;
+	memory->total = gpu->memory_bytes;
+	memory->reserved = gpu->memory_bytes - sim_cuda_total(gpu);
+	memory->used = used_bytes(gpu);
+	memory->free = memory->total - memory->reserved - memory->used;
+	return SUCCESS;
+}
+
+API int nvmlDeviceGetComputeMode(nvml_device gpu, int *mode)
+{
+	int error = begin_device("GetComputeMode", gpu, mode);
+	if (!error)
+		*mode = gpu->mode;
+	return error;
+}
+
+API int nvmlDeviceSetComputeMode(nvml_device gpu, int mode)
+{
+	int error = begin_device("SetComputeMode", gpu, gpu);
+	if (error)
+		return error;
+	if (mode != SIM_MODE_DEFAULT && mode != SIM_MODE_PROHIBITED && mode != SIM_MODE_EXCLUSIVE_PROCESS)
+		return INVALID_ARGUMENT;
+	if (geteuid() != 0)
+		return NO_PERMISSION;
+	if (sim_fault_is("nvml.SetComputeMode", "noop"))
+		return SUCCESS;
+	sim_lock(state);
+	gpu->mode = mode;
+	sim_unlock(state);
+	return SUCCESS;
+}
+
+static bool is_listed(const struct sim_context *entry, int gpu, bool mps)
+{
+	if (entry->gpu != gpu)
+		return false;
+	return mps ? entry->kind == SIM_CLIENT : entry->kind == SIM_PLAIN || entry->kind == SIM_SERVER;
+}
+
+/* One row a process, with its contexts summed. Returns how many there are, of which at most room are written. */
+static unsigned int list_processes(int gpu, bool mps, struct nvml_process *rows, unsigned int room)
+{
+	unsigned int count = 0;
+	for (int i = 0; i < SIM_MAX_CONTEXTS; i++) {
+		const struct sim_context *entry = &state->contexts[i];
+		bool first = is_listed(entry, gpu, mps);
+		uint64_t bytes = entry->bytes;
+		for (int j = 0; first && j < SIM_MAX_CONTEXTS; j++)
+			if (j != i && state->contexts[j].pid == entry->pid && is_listed(&state->contexts[j], gpu, mps)) {
+				first = j > i;
+				bytes += state->contexts[j].bytes;
+			}
+		if (!first)
+			continue;
+		if (count < room)
+			rows[count] = (struct nvml_process){(unsigned int)entry->pid, bytes, ~0u, ~0u};
+		count++;
+	}
+	return count;
+}
+
+static int running_processes(const char *function, nvml_device gpu, bool mps, unsigned int *count,
+			     struct nvml_process *rows)
+{
+	int error = begin_device(function, gpu, count);
+	if (error)
+		return error;
+	if (*count > 0 && !rows)
+		return INVALID_ARGUMENT;
+	unsigned int room = *count;
+	sim_lock(state);
+	*count = list_processes(gpu_index(gpu), mps, rows, room);
+	sim_unlock(state);
+	return *count > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
+
+API int nvmlDeviceGetComputeRunningProcesses_v3(nvml_device gpu, unsigned int *count, struct nvml_process *rows)
+{
+	return running_processes("GetComputeRunningProcesses", gpu, false, count, rows);
+}
+
+API int nvmlDeviceGetComputeRunningProcesses_v2(nvml_device gpu, unsigned int *count, struct nvml_process *rows)
+{
+	return nvmlDeviceGetComputeRunningProcesses_v3(gpu, count, rows);
+}
+
+API int nvmlDeviceGetMPSComputeRunningProcesses_v3(nvml_device gpu, unsigned int *count, struct nvml_process *rows)
+{
+	return running_processes("GetMPSComputeRunningProcesses", gpu, true, count, rows);
+}
+
+API int nvmlDeviceGetMPSComputeRunningProcesses_v2(nvml_device gpu, unsigned int *count, struct nvml_process *rows)
+{
+	return nvmlDeviceGetMPSComputeRunningProcesses_v3(gpu, count, rows);
+}
+
+API int nvmlDeviceGetPciInfo_v3(nvml_device gpu, struct nvml_pci *pci)
+{
+	int error = begin_device("GetPciInfo", gpu, pci);
+	if (error)
+		return error;
+	memset(pci, 0, sizeof *pci);
+	pci->domain = gpu->domain;
+	pci->bus = gpu->bus;
+	pci->device = gpu->device;
+	pci->pci_device_id = 0x233510de; /* an H200's */
+	pci->pci_subsystem_id = 0x18be10de;
+	snprintf(pci->bus_id_legacy, sizeof pci->bus_id_legacy, "%04X:%02X:%02X.0", gpu->domain & 0xffffu,
+		 gpu->bus & 0xffu, gpu->device & 0xffu);
+	snprintf(pci->bus_id, sizeof pci->bus_id, "%08X:%02X:%02X.0", gpu->domain, gpu->bus, gpu->device);
+	return SUCCESS;
+}
