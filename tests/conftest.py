@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.gpunode import GpuNode
+from tests.harness.machine import USERS
 from tests.harness.site import Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,8 @@ def _watched(site: Site) -> Iterator[Site]:
     """Lend a site to a test; afterwards everything is as before, and no node was drained unless the test resumed it."""
     before = site.snapshot()
     yield site
+    for user in USERS:
+        site.machine.run(["scancel", f"--user={user}"])  # a test that failed may have left jobs
     for node in site.nodes:
         site.fault(node)
     site.configure("")
@@ -71,11 +74,12 @@ def any_site(request: pytest.FixtureRequest) -> Iterator[Site]:
     yield from _watched(shared)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Keep the daemons' logs when a test on a cluster fails."""
-    outcome = yield
-    report = outcome.get_result()
-    used = [item.funcargs[name] for name in ("site", "any_site") if name in getattr(item, "funcargs", {})]
+    report = yield
+    fixtures: dict[str, Any] = getattr(item, "funcargs", {})
+    used = [fixtures[name] for name in ("site", "any_site") if name in fixtures]
     if report.failed and used:
         report.sections.append(("logs of the cluster", used[0].cluster.logs()))
+    return report

@@ -80,7 +80,9 @@ class ControlDaemon:
         outcome = processes.run([self.program], self._environment, timeout_seconds, text)
         if outcome.status:
             said = printable(outcome.errors.strip() or "no message", 200)
-            raise NodeError(f"control daemon of {self.pipe_directory}: {said}")
+            raise NodeError(
+                f"control daemon of {self.pipe_directory}: {self.program} ended with status {outcome.status}: {said}"
+            )
         return [line for line in outcome.output.splitlines() if line.strip()]
 
     def set_limits(self, limits: Limits, device_count: int, server_uid: int, timeout_seconds: float) -> None:

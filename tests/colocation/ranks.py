@@ -80,9 +80,9 @@ def problems(ranks: list[dict[str, Any]], multiprocessors: int | None, limit_mib
 
 
 def table(ranks: list[dict[str, Any]]) -> str:
-    lines = [f"{'NODE':<6} {'GPU':<14} {'RANK':>4} {'PID':>8} {'SERVER':>8} {'SMS':>4} {'FREE MIB':>9} {'CARD MIB':>9}"]
+    lines = [f"{'NODE':<6} {'GPU':<18} {'RANK':>4} {'PID':>8} {'SERVER':>8} {'SMS':>4} {'FREE MIB':>9} {'CARD MIB':>9}"]
     lines += [
-        f"{r['host']:<6} {r.get('gpu', 'none')[:12]:<14} {r['rank']:>4} {r['pid']:>8} {r.get('server') or 'none':>8} "
+        f"{r['host']:<6} {r.get('gpu', 'none')[:17]:<18} {r['rank']:>4} {r['pid']:>8} {r.get('server') or 'none':>8} "
         f"{r.get('multiprocessors', 0):>4} {r.get('free_mib', 0):>9} {r.get('total_mib', 0):>9}"
         for r in sorted(ranks, key=lambda r: (r["host"], r.get("gpu", ""), r["rank"]))
     ]

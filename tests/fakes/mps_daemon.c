@@ -191,16 +191,17 @@ static bool obey(struct daemon *daemon, struct connection *peer, const struct wi
 static void hear(struct daemon *daemon, struct connection *peer)
 {
 	struct wire_frame frame;
-	int got = 0;
 	/* A few at a time: one that floods takes turns with the others. */
 	for (int turn = 0; turn < 4 && peer->fd >= 0; turn++) {
-		got = wire_read(peer->fd, &peer->reader, &frame);
-		if (got == 1 && obey(daemon, peer, &frame))
-			continue;
-		break;
+		int got = wire_read(peer->fd, &peer->reader, &frame);
+		if (got == 0)
+			return;
+		if (got < 0 || !obey(daemon, peer, &frame)) {
+			if (peer->fd >= 0)
+				lose(daemon, peer);
+			return;
+		}
 	}
-	if (peer->fd >= 0 && got != 0)
-		lose(daemon, peer);
 }
 
 /* ---- The loop ---- */

@@ -103,6 +103,7 @@ class Cluster:
         *,
         nodes: int = 2,
         gpus_per_node: int = 4,
+        cpus_per_node: int = CPUS_PER_NODE,
         constrain_devices: bool = False,
         extra_slurm_conf: str = "",
         plugstack: str | None = "",
@@ -113,6 +114,7 @@ class Cluster:
         self.machine = machine
         self.node_names = tuple(f"{NODE_NAME_PREFIX}{number}" for number in range(1, nodes + 1))
         self._gpus_per_node = gpus_per_node
+        self._cpus_per_node = cpus_per_node
         self._constrain_devices = constrain_devices
         self._extra = dict(_setting(line) for line in extra_slurm_conf.splitlines() if line.strip())
         self._plugstack = plugstack
@@ -163,7 +165,7 @@ class Cluster:
         """The node and partition lines: every node is this host, at a port of its own."""
         lines = [
             f"NodeName={name} NodeHostname={HOSTNAME} NodeAddr={ADDRESS} Port={CONTROLLER_PORT + number}"
-            f" Gres=gpu:{self._gpus_per_node} CPUs={CPUS_PER_NODE} RealMemory=16000 State=UNKNOWN"
+            f" Gres=gpu:{self._gpus_per_node} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
             for number, name in enumerate(self.node_names, start=1)
         ]
         return "\n".join([*lines, "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from .machine import USERS
-from .site import STATE_DIRECTORY, install_hooks, simulated_machine
+from .site import STATE_DIRECTORY, gpu_machine, install_hooks
 
 if TYPE_CHECKING:
     import subprocess
@@ -51,7 +51,7 @@ class GpuNode:
     """A machine with simulated GPUs and slurm-mps installed; use it as a context manager."""
 
     def __init__(self, *, gpus: int = 4) -> None:
-        self.machine = simulated_machine()
+        self.machine = gpu_machine()
         self._gpu_count = gpus
 
     def __enter__(self) -> Self:
@@ -71,9 +71,9 @@ class GpuNode:
         self.machine.close()
 
     def run(
-        self, *argv: str, user: str | None = None, env: dict[str, str] | None = None, input: str | None = None
+        self, *argv: str, user: str | None = None, env: dict[str, str] | None = None, text: str | None = None
     ) -> Result:
-        return self.machine.run(argv, user=user, env=env, input=input, timeout=60)
+        return self.machine.run(argv, user=user, env=env, input=text, timeout=60)
 
     def start(self, *argv: str, user: str | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         return self.machine.popen(argv, user=user, env=env)
@@ -108,7 +108,7 @@ class GpuNode:
     def control(self, job_id: int, command: str, user: str | None = None) -> Result:
         """Send a command to a job's control daemon."""
         environment = {"CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory(job_id)}
-        return self.run("nvidia-cuda-mps-control", user=user, env=environment, input=f"{command}\n")
+        return self.run("nvidia-cuda-mps-control", user=user, env=environment, text=f"{command}\n")
 
     def client(self, job_id: int | None, *options: str, user: str = "alice", **env: str) -> Result:
         """Run a small CUDA program, as a client of a job's daemon or of none."""

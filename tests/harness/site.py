@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from .cluster import REPOSITORY, Cluster
+from .cluster import CPUS_PER_NODE, REPOSITORY, Cluster
 from .machine import Machine
 from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
 
@@ -38,15 +38,12 @@ class Snapshot:
     compute_modes: tuple[str, ...]
 
 
-def simulated_machine(*, project: bool = True) -> Machine:
-    """A machine in which the simulated driver lies where every loader finds it."""
-    binds: dict[Any, str] = {}
-    if project:
-        runtime = ensure_runtime(CACHE)
-        install_project(runtime, REPOSITORY)
-        binds[runtime] = MOUNT_POINT
-    overlays = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
-    return Machine(overlays=overlays, binds=binds)
+def gpu_machine(*, real: bool = False) -> Machine:
+    """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`."""
+    runtime = ensure_runtime(CACHE)
+    install_project(runtime, REPOSITORY)
+    overlays = {} if real else {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    return Machine(overlays=overlays, binds={runtime: MOUNT_POINT})
 
 
 def install_hooks(machine: Machine) -> None:
@@ -64,18 +61,22 @@ class Site:
         *,
         nodes: int = 2,
         gpus_per_node: int = 4,
+        cpus_per_node: int = CPUS_PER_NODE,
         constrain_devices: bool = False,
         config: str = "",
         extra_slurm_conf: str = "",
         plugstack: str | None = None,
+        real: bool = False,
     ) -> None:
-        self.machine = simulated_machine()
+        self.machine = gpu_machine(real=real)
+        self._real = real
         self._gpus_per_node = gpus_per_node
         self._config = config
         self.cluster = Cluster(
             self.machine,
             nodes=nodes,
             gpus_per_node=gpus_per_node,
+            cpus_per_node=cpus_per_node,
             constrain_devices=constrain_devices,
             extra_slurm_conf=extra_slurm_conf,
             plugstack=plugstack,
@@ -90,6 +91,8 @@ class Site:
             self.configure(self._config)
             for name in self.cluster.node_names:
                 self.machine.add_node(name)
+                if self._real:
+                    continue
                 self.node(name, "simulated-gpus", "create", str(self._gpus_per_node), "--seed", name).check()
             self.cluster.start()
         except BaseException:
@@ -133,9 +136,11 @@ class Site:
         return gpus
 
     def compute_modes(self, node: str) -> list[str]:
-        return self.node(
-            node, "nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"
-        ).check().stdout.splitlines()
+        return (
+            self.node(node, "nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader")
+            .check()
+            .stdout.splitlines()
+        )
 
     def set_compute_mode(self, node: str, index: int, mode: int) -> None:
         self.node(node, "simulated-gpus", "set-mode", str(index), str(mode)).check()

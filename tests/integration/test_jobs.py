@@ -1,0 +1,295 @@
+"""Jobs on a real Slurm: what a job that asked for MPS gets, and what it is told when it cannot have it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.site import PYTHON, STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from tests.harness.cluster import Job
+    from tests.harness.machine import Result
+    from tests.harness.site import Site
+
+ENVIRONMENT = 'import json, os; print(json.dumps({k: v for k, v in os.environ.items() if "CUDA" in k}))'
+CLIENT = "simulated-gpus client"
+
+
+def show_environment(site: Site, *options: str, env: dict[str, str] | None = None) -> dict[str, str]:
+    """The CUDA variables of a job's one task."""
+    result = site.cluster.srun("-N1", "-n1", *options, PYTHON, "-c", ENVIRONMENT, env=env).check()
+    found: dict[str, str] = json.loads(result.stdout)
+    return found
+
+
+def start(site: Site, *options: str, script: str, user: str = "alice") -> Job:
+    """Submit a job to n1; on return its script runs, so its prolog is over."""
+    job = site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}", user=user)
+    site.cluster.until("the job's script", lambda: "started" in site.cluster.output(job) or None, 20)
+    return job
+
+
+def hold(site: Site, *options: str, user: str = "alice") -> Job:
+    """Start a job whose one client stays until it is cancelled; on return the client has its GPU."""
+    job = start(site, *options, script=f"exec {CLIENT} --hold 60", user=user)
+    site.cluster.until("the client", lambda: "uuid=" in site.cluster.output(job) or None, 20)
+    return job
+
+
+def start_waiting(site: Site, *options: str) -> Job:
+    """Start a job that runs one step, ``echo ran``, once let_go() is called."""
+    return start(site, *options, script="while [ ! -e go ]; do sleep 0.1; done; srun echo ran")
+
+
+def let_go(site: Site, job: Job) -> tuple[str, list[str]]:
+    """Let start_waiting()'s job run its step. Returns its end state and its output."""
+    site.machine.write("/home/alice/go", "")
+    try:
+        state = site.cluster.wait(job).state
+    finally:
+        site.machine.path("/home/alice/go").unlink()
+    return state, site.cluster.output(job).splitlines()
+
+
+def message(result: Result) -> str:
+    """What the plugin said; fails unless it said exactly one thing."""
+    lines = [line for line in result.stderr.splitlines() if "error: mps: " in line]
+    assert len(lines) == 1, result.stderr
+    return lines[0].partition("error: mps: ")[2]
+
+
+def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
+    uuids = ",".join(gpu["uuid"] for gpu in site.gpus("n1")[:2])
+    found = show_environment(site, "-wn1", "--gres=gpu:2", "--mps-threads=12.5", "--mps-mem=8G")
+    pipe = found.pop("CUDA_MPS_PIPE_DIRECTORY")
+    assert found == {
+        "CUDA_MPS_LOG_DIRECTORY": pipe.removesuffix("pipe") + "log",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "12.5",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8G",
+        "CUDA_VISIBLE_DEVICES": uuids,
+    }
+
+
+def test_a_job_that_did_not_ask_is_untouched(site: Site) -> None:
+    assert show_environment(site, "--gres=gpu:2") == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps-threads=50"], ["--mps-mem=4G"]])
+def test_each_option_alone_means_mps(site: Site, options: list[str]) -> None:
+    result = site.cluster.srun("-N1", "--gres=gpu:1", *options, *CLIENT.split()).check()
+    assert "mps=none" not in result.stdout
+    assert "mps=" in result.stdout
+
+
+def test_salloc_gives_its_steps_mps(site: Site) -> None:
+    result = site.cluster.salloc("-N1", "--gres=gpu:1", "--mps-threads=25", "srun", *CLIENT.split()).check()
+    assert "sms=32 " in result.stdout
+
+
+def test_batch_script_and_nested_srun_share_one_daemon(site: Site) -> None:
+    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", script=f"{CLIENT}\nsrun {CLIENT}\n")
+    assert site.cluster.wait(job).state == "COMPLETED"
+    lines = site.cluster.output(job).splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert "sms=32 " in lines[0]
+
+
+def test_a_limit_left_over_in_the_users_environment_cannot_lift_the_jobs(site: Site) -> None:
+    """A value that the driver cannot use removes the limit altogether (O12)."""
+    junk = {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "junk", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "90"}
+    options = ["-N1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G"]
+    result = site.cluster.srun(*options, *CLIENT.split(), env=junk).check()
+    assert "sms=32 free=8047 " in result.stdout
+
+
+def test_a_lower_thread_percentage_of_the_users_own_is_kept(site: Site) -> None:
+    lower = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}
+    found = show_environment(site, "--gres=gpu:1", "--mps-threads=25", env=lower)
+    assert found["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
+
+
+def test_compute_modes_are_exclusive_during_the_job_on_its_gpus_only_and_put_back_as_found(site: Site) -> None:
+    site.set_compute_mode("n1", 1, 3)
+    site.set_compute_mode("n1", 2, 2)
+    job = hold(site, "--gres=gpu:2", "--mps")
+    during = site.compute_modes("n1")
+    site.cluster.scancel(job)
+    site.cluster.wait(job)
+    site.cluster.wait_idle()
+    after = site.compute_modes("n1")
+    site.set_compute_mode("n1", 1, 0)
+    site.set_compute_mode("n1", 2, 0)
+    assert during == ["Exclusive_Process", "Exclusive_Process", "Prohibited", "Default"]
+    assert after == ["Default", "Exclusive_Process", "Prohibited", "Default"]
+
+
+def test_two_users_jobs_on_one_node_have_a_daemon_each_and_cannot_reach_the_others(site: Site) -> None:
+    jobs = {user: hold(site, "--gres=gpu:2", "--mps", user=user) for user in ("alice", "bob")}
+    assert len(site.mps_processes()) == 4
+    pipe = f"{STATE_DIRECTORY}/jobs/{jobs['alice'].id}/pipe"
+    query = ["sh", "-c", "echo get_server_list | nvidia-cuda-mps-control"]
+    own = site.node("n1", *query, user="alice", env={"CUDA_MPS_PIPE_DIRECTORY": pipe})
+    others = site.node("n1", *query, user="bob", env={"CUDA_MPS_PIPE_DIRECTORY": pipe})
+    for job in jobs.values():
+        site.cluster.scancel(job)
+        site.cluster.wait(job)
+    assert own.stdout.strip().isdigit()
+    assert others.stdout == ""
+    assert "Cannot find MPS control daemon process" in others.stderr
+
+
+# ------------------------------------------------------------------------------------------------ fails closed
+
+
+def test_a_job_without_a_gpu_is_told_so(site: Site) -> None:
+    result = site.cluster.srun("-N1", "--mps", "true")
+    assert result.returncode != 0
+    assert message(result).endswith("this job has no GPU on this node; ask for one, such as --gres=gpu:1")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [("200G", "has (140.4 GiB); ask for at most 143771M"), ("400M", "costs with 100 % of the threads (about 514 MiB)")],
+)
+def test_an_impossible_memory_limit_is_refused_with_the_number(site: Site, size: str, said: str) -> None:
+    result = site.cluster.srun("-N1", "--gres=gpu:1", f"--mps-mem={size}", "true")
+    assert result.returncode != 0
+    assert said in message(result)
+
+
+def test_every_node_of_the_job_says_it_once_whatever_the_number_of_tasks(site: Site) -> None:
+    result = site.cluster.srun("-N2", "-n8", "--mps", "true")
+    assert result.returncode != 0
+    lines = sorted(line.partition(": ")[0] for line in result.stderr.splitlines() if "error: mps: " in line)
+    assert lines == ["slurmstepd-n1", "slurmstepd-n2"]
+
+
+def test_a_step_that_asks_in_a_job_that_did_not_is_told_how_to(site: Site) -> None:
+    job = site.cluster.sbatch("--gres=gpu:1", script="srun --mps echo ran")
+    assert site.cluster.wait(job).state == "FAILED"
+    output = site.cluster.output(job)
+    assert "give --mps to sbatch, salloc or the srun that makes the job" in output
+    assert "ran" not in output.splitlines()
+
+
+def test_without_a_prolog_the_task_fails_and_the_node_stays(site: Site) -> None:
+    """An admin installed the plugin and forgot the prolog."""
+    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
+    text = site.machine.read(prolog)
+    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
+    try:
+        result = site.cluster.srun("-N1", "--gres=gpu:1", "--mps", "echo", "ran")
+    finally:
+        site.machine.write(prolog, text, mode=0o755)
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+    assert "no prolog set it up on this node" in message(result)
+
+
+def test_a_step_of_a_healthy_job_runs(site: Site) -> None:
+    """What the two tests below break is what lets this one through."""
+    assert let_go(site, start_waiting(site, "--gres=gpu:1", "--mps")) == ("COMPLETED", ["started", "ran"])
+
+
+def test_a_dead_control_daemon_fails_the_next_step(site: Site) -> None:
+    """A client that finds no daemon runs without MPS, without a word (O21)."""
+    job = start_waiting(site, "--gres=gpu:1", "--mps")
+    pid = site.node("n1", "cat", f"{STATE_DIRECTORY}/jobs/{job.id}/pipe/nvidia-cuda-mps-control.pid").check().stdout
+    site.node("n1", "kill", "-9", pid.strip()).check()
+    state, output = let_go(site, job)
+    assert state == "FAILED"
+    assert "ran" not in output
+    assert any("its MPS control daemon on this node does not answer" in line for line in output)
+
+
+def test_a_plugin_that_is_only_optional_still_fails_closed(site: Site) -> None:
+    """What an optional plugin returns is ignored; the task ends all the same."""
+    plugstack = site.machine.read("/etc/slurm/plugstack.conf")
+    site.machine.write("/etc/slurm/plugstack.conf", plugstack.replace("required spank_mps", "optional spank_mps"))
+    try:
+        result = site.cluster.srun("-N1", "--mps", "echo", "ran")
+    finally:
+        site.machine.write("/etc/slurm/plugstack.conf", plugstack)
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+
+
+def test_a_damaged_verdict_is_a_refusal(site: Site) -> None:
+    job = start_waiting(site, "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job.id}/verdict", node="n1")
+    whole = verdict.read_text()
+    verdict.write_text(whole[: len(whole) // 2])
+    state, output = let_go(site, job)
+    assert state == "FAILED"
+    assert "ran" not in output
+    assert any("the prolog's verdict on this node cannot be understood" in line for line in output)
+
+
+# --------------------------------------------------------------------------------------------- faults of the node
+
+
+def test_a_node_fault_drains_the_node_and_requeues_the_job_by_default(site: Site) -> None:
+    site.fault("n1", "nvml.init=999")
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script="echo ran")
+    site.cluster.until("n1 drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
+    site.cluster.scancel(job)
+    site.cluster.wait_idle()
+    site.cluster.resume("n1")
+
+
+def test_a_site_may_have_the_job_fail_instead(site: Site) -> None:
+    site.configure('[policy]\nnode_fault = "fail_job"\n')
+    site.fault("n1", "daemon.start=exit:1")
+    result = site.cluster.srun("-N1", "-wn1", "--gres=gpu:1", "--mps", "echo", "ran")
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+    assert "this node cannot give it MPS: /usr/bin/nvidia-cuda-mps-control -d ended with status 1" in message(result)
+
+
+def test_a_broken_configuration_is_no_concern_of_jobs_without_mps(site: Site) -> None:
+    site.configure("this is not TOML")
+    assert show_environment(site, "--gres=gpu:1") == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_an_epilog_that_cannot_end_everything_drains_the_node(site: Site) -> None:
+    """A dirty GPU must not be given to the next job."""
+    job = hold(site, "--gres=gpu:1", "--mps")
+    site.fault("n1", "nvml.SetComputeMode=999")
+    site.cluster.scancel(job)
+    site.cluster.until("n1 drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
+    site.fault("n1")
+    left = [path for path in site.state_files("n1") if path.endswith("/journal")]
+    again = site.node("n1", "/etc/slurm/epilog.d/95-slurm-mps.sh", env={"SLURM_JOB_ID": str(job.id)})
+    site.cluster.resume("n1")
+    assert left, "the journal must stay, so that it can be tried again"
+    assert again.returncode == 0, again.stderr
+
+
+# ------------------------------------------------------------------------------------------------ which GPUs
+
+
+def test_a_job_on_the_last_gpus_of_a_node_sees_exactly_those(any_site: Site) -> None:
+    """Slurm's own index means another GPU, or none, to a client of a daemon on two of four GPUs (O18)."""
+    first = start(any_site, "--gres=gpu:2", script="sleep 60")
+    script = f"echo $CUDA_VISIBLE_DEVICES\nsrun -n1 {CLIENT} --device 1\n"
+    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:2", "--mps", script=script)
+    state = any_site.cluster.wait(job).state
+    any_site.cluster.scancel(first)
+    any_site.cluster.wait(first)
+    uuids = [gpu["uuid"] for gpu in any_site.gpus("n1")]
+    assert state == "COMPLETED", any_site.cluster.output(job)
+    batch, step = any_site.cluster.output(job).splitlines()
+    assert batch == ",".join(uuids[2:])
+    assert f"uuid={uuids[3]} " in step
+
+
+def test_bound_tasks_have_different_gpus(any_site: Site) -> None:
+    """With ConstrainDevices=yes both tasks read 0 in Slurm's variable."""
+    options = ["-N1", "-n2", "-wn1", "--gpus-per-task=1", "--mps"]
+    result = any_site.cluster.srun(*options, *CLIENT.split()).check()
+    found = {word for line in result.stdout.splitlines() for word in line.split() if word.startswith("uuid=")}
+    assert found == {f"uuid={gpu['uuid']}" for gpu in any_site.gpus("n1")[:2]}

@@ -1,0 +1,100 @@
+"""What is refused where the user types it, and what is refused on the node when somebody gets past that."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.harness.site import Site
+
+BAD_THREADS = ["0", "0.0", "101", "100.1", "abc", "25\n", "12.55", "-5", "", "1e1"]
+BAD_MEM = ["8X", "-1G", "1.5G", "0", "0G", "8", "G", "8GB", "9999999999G"]
+REFUSED = [("--mps-threads", value, "a percentage above 0 and up to 100") for value in BAD_THREADS] + [
+    ("--mps-mem", value, "a whole number above 0 with M, G or T") for value in BAD_MEM
+]
+HERE = Path(__file__).parent
+
+
+def _jobs_queued(site: Site) -> str:
+    return site.machine.run(["squeue", "--noheader", "--states=all"]).check().stdout
+
+
+@pytest.mark.parametrize(("option", "value", "expected"), REFUSED)
+def test_a_bad_value_is_refused_where_it_was_typed_and_no_job_is_queued(
+    site: Site, option: str, value: str, expected: str
+) -> None:
+    before = _jobs_queued(site)
+    result = site.cluster.try_sbatch(f"{option}={value}", "--gres=gpu:1", script="true")
+    assert result.returncode != 0
+    shown = value.replace("\n", "?")
+    assert f"sbatch: error: mps: {option}={shown}: expected {expected}" in result.stderr
+    assert _jobs_queued(site) == before
+
+
+@pytest.mark.parametrize("command", ["srun", "salloc"])
+def test_srun_and_salloc_refuse_as_sbatch_does(site: Site, command: str) -> None:
+    before = _jobs_queued(site)
+    result = site.machine.run([command, "-N1", "--mps-threads=150", "true"], user="alice")
+    assert f"{command}: error: mps: --mps-threads=150: expected a percentage" in result.stderr
+    assert result.returncode != 0
+    assert _jobs_queued(site) == before
+
+
+def test_the_options_are_in_the_help_of_each_command(site: Site) -> None:
+    for command in ("sbatch", "srun", "salloc"):
+        shown = site.machine.run([command, "--help"], user="alice").stdout
+        assert {"--mps", "--mps-threads=PCT", "--mps-mem=SIZE"} <= set(shown.split())
+
+
+@pytest.fixture(scope="module")
+def free_spank(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The user's own plugin, compiled."""
+    target = tmp_path_factory.mktemp("free") / "free.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", target, HERE / "free_spank.c"], check=True)
+    return target.read_bytes()
+
+
+def _submit_past_the_plugin(site: Site, plugin: bytes, values: dict[str, str]) -> tuple[str, str]:
+    """As alice, with a slurm.conf and a plugin of her own. Returns the job's state and output."""
+    machine = site.machine
+    machine.path("/home/alice/free.so").write_bytes(plugin)
+    machine.write("/home/alice/plugstack.conf", "required /home/alice/free.so\n")
+    conf = machine.read("/etc/slurm/slurm.conf")
+    machine.write("/home/alice/slurm.conf", conf.replace("/etc/slurm/plugstack.conf", "/home/alice/plugstack.conf"))
+    env = {"SLURM_CONF": "/home/alice/slurm.conf", **{f"FREE_{name}": value for name, value in values.items()}}
+    job = site.cluster.sbatch("--gres=gpu:1", "--export=NONE", script="echo it ran", env=env)
+    info = site.cluster.wait(job)
+    return info.state, site.cluster.output(job)
+
+
+HOSTILE = [
+    *({"MPS": "1", "MPS_THREADS": value} for value in ["0", "101", "abc", "25\n", "25\nquit", "$(touch /tmp/owned)"]),
+    *({"MPS": "1", "MPS_MEM": value} for value in ["8X", "-1G", "1.5G", "0", "8G\nset_default_client_priority 1"]),
+    {"MPS_THREADS": "`touch /tmp/owned`"},
+    {"MPS": "1", "MPS_MEM": "8G;touch /tmp/owned"},
+    {"MPS": "1", "MPS_SECRET": "x"},
+    {"MPS": "1", "MPS_THREADS": "9" * 100_000},
+]
+
+
+@pytest.mark.parametrize("values", HOSTILE, ids=[repr(v)[:60] for v in HOSTILE])
+def test_the_same_past_the_plugin_fails_the_job_and_not_the_node(
+    site: Site, free_spank: bytes, values: dict[str, str]
+) -> None:
+    """The fixture sees that no node was drained, no daemon runs and nothing was left, /tmp/owned included."""
+    state, output = _submit_past_the_plugin(site, free_spank, values)
+    assert state == "FAILED"
+    assert "it ran" not in output
+    assert "error: mps: job " in output
+    assert any(said in output for said in ("--mps-threads=", "--mps-mem=", "SPANK_MPS_SECRET"))
+    assert len(output.splitlines()) == 1
+
+
+def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site, free_spank: bytes) -> None:
+    """The way in does not matter: the test above refuses for the values, not for the plugin."""
+    state, output = _submit_past_the_plugin(site, free_spank, {"MPS": "1", "MPS_THREADS": "25"})
+    assert (state, output) == ("COMPLETED", "it ran\n")

@@ -1,0 +1,206 @@
+"""The plugin's C against the package's Python: one grammar for values, one format for verdicts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm_mps.errors import RequestError
+from slurm_mps.state import Verdict, refused
+from slurm_mps.units import parse_memory, parse_thread_percentage
+from slurm_mps.wordfile import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SPANK = Path(__file__).parents[2] / "spank"
+NONE, READY, REFUSED = range(3)
+JOB = 4711
+
+
+class CVerdict(ctypes.Structure):
+    """The beginning of spank/verdict.h's struct verdict."""
+
+    _fields_ = (
+        ("status", ctypes.c_int),
+        ("message", ctypes.c_char * 512),
+        ("pipe_directory", ctypes.c_char * 104),
+        ("log_directory", ctypes.c_char * 104),
+        ("thread_percentage", ctypes.c_char * 8),
+        ("memory_limit", ctypes.c_char * 24),
+        ("gpu_count", ctypes.c_uint),
+        ("room", ctypes.c_char * 8192),
+    )
+
+
+@pytest.fixture(scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands for /run/slurm-mps; holds one job's directory."""
+    directory = tmp_path_factory.mktemp("state")
+    (directory / f"jobs/{JOB}").mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def plugin(state: Path) -> ctypes.CDLL:
+    """The plugin's own readers, without Slurm."""
+    library = state / "readers.so"
+    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c")]
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", f'-DSTATE_DIRECTORY="{state}"']
+    subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", library, *sources], check=True)
+    return ctypes.CDLL(str(library))
+
+
+NEAR_MISSES = st.text(alphabet="0123456789.MGTmgtX-+ \n", max_size=14)
+
+
+@given(text=NEAR_MISSES | st.text(alphabet=st.characters(min_codepoint=1, exclude_categories=["Cs"])))
+def test_both_sides_take_and_refuse_the_same_percentages(plugin: ctypes.CDLL, text: str) -> None:
+    """What sbatch takes the prolog must take, or a user gets two opinions."""
+    try:
+        tenths = round(parse_thread_percentage(text) * 10)
+    except RequestError:
+        tenths = 0
+    assert plugin.threads_tenths(text.encode()) == tenths
+
+
+@given(text=NEAR_MISSES | st.text(alphabet=st.characters(min_codepoint=1, exclude_categories=["Cs"])))
+def test_both_sides_take_and_refuse_the_same_sizes(plugin: ctypes.CDLL, text: str) -> None:
+    plugin.mem_is_valid.restype = ctypes.c_bool
+    try:
+        valid = parse_memory(text) > 0
+    except RequestError:
+        valid = False
+    assert plugin.mem_is_valid(text.encode()) == valid
+
+
+SETTINGS = (
+    ("pipe_directory", "/run/slurm-mps/jobs/4711/pipe"),
+    ("log_directory", "/run/slurm-mps/jobs/4711/log"),
+    ("thread_percentage", "12.5"),
+    ("memory_limit", "8G"),
+    ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c"),
+    ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317"),
+)
+
+
+def read(plugin: ctypes.CDLL, state: Path, data: bytes | None) -> CVerdict:
+    """Have the plugin read a verdict."""
+    path = state / f"jobs/{JOB}/verdict"
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+        path.chmod(0o644)
+    verdict = CVerdict()
+    plugin.verdict_read(JOB, ctypes.byref(verdict))
+    return verdict
+
+
+def test_the_plugin_reads_what_the_prolog_writes(plugin: ctypes.CDLL, state: Path) -> None:
+    verdict = read(plugin, state, encode("verdict", 1, Verdict("ready", settings=SETTINGS).lines()))
+    assert verdict.status == READY
+    assert verdict.pipe_directory == b"/run/slurm-mps/jobs/4711/pipe"
+    assert verdict.thread_percentage == b"12.5"
+    assert verdict.memory_limit == b"8G"
+    assert verdict.gpu_count == 2
+
+
+def test_a_refusal_brings_its_message(plugin: ctypes.CDLL, state: Path) -> None:
+    verdict = read(plugin, state, encode("verdict", 1, refused("no\nGPU \x1b[2J").lines()))
+    assert (verdict.status, verdict.message) == (REFUSED, b"no?GPU ?[2J")
+
+
+def test_no_verdict_is_none(plugin: ctypes.CDLL, state: Path) -> None:
+    assert read(plugin, state, None).status == NONE
+
+
+WHOLE = encode("verdict", 1, Verdict("ready", settings=SETTINGS).lines())
+
+
+@pytest.mark.parametrize("length", range(len(WHOLE) - len("end 00000000\n") + 1))
+def test_a_verdict_cut_short_is_a_refusal_never_a_job_that_did_not_ask(
+    plugin: ctypes.CDLL, state: Path, length: int
+) -> None:
+    verdict = read(plugin, state, WHOLE[:length])
+    assert verdict.status == REFUSED
+    assert b"cannot be understood" in verdict.message
+
+
+@pytest.mark.parametrize("without", range(3))
+def test_a_ready_verdict_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, without: int) -> None:
+    settings = SETTINGS[:without] + SETTINGS[without + 1 :]
+    assert read(plugin, state, encode("verdict", 1, Verdict("ready", settings=settings).lines())).status == REFUSED
+
+
+@given(
+    data=st.binary(max_size=2000)
+    | st.builds(
+        lambda a, b, c: WHOLE[:a] + b + WHOLE[c:], *[st.integers(0, 300), st.binary(max_size=600), st.integers(0, 300)]
+    )
+)
+def test_no_bytes_crash_the_plugin(plugin: ctypes.CDLL, state: Path, data: bytes) -> None:
+    assert read(plugin, state, data).status in (READY, REFUSED)
+
+
+@pytest.fixture
+def _link(state: Path) -> Iterator[None]:
+    yield
+    (state / f"jobs/{JOB}/verdict").unlink(missing_ok=True)
+
+
+@pytest.mark.usefixtures("_link")
+@pytest.mark.parametrize("kind", ["link", "users", "writable", "fifo", "huge"])
+def test_only_a_plain_file_of_roots_is_a_verdict(plugin: ctypes.CDLL, state: Path, kind: str) -> None:
+    path = state / f"jobs/{JOB}/verdict"
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        (state / "elsewhere").write_bytes(WHOLE)
+        path.symlink_to(state / "elsewhere")
+    else:
+        path.write_bytes(WHOLE if kind != "huge" else WHOLE.replace(b"end", b"x y\n" * 10000 + b"end"))
+        path.chmod(0o666 if kind == "writable" else 0o644)
+        os.chown(path, 20001 if kind == "users" else 0, 0)
+    verdict = CVerdict()
+    plugin.verdict_read(JOB, ctypes.byref(verdict))
+    assert verdict.status == REFUSED
+
+
+def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None) -> str | None:
+    """What a task with this CUDA_VISIBLE_DEVICES gets; its GPUs 2 and 3 have no device nodes here, so all may open."""
+    verdict = read(plugin, state, WHOLE)
+    out = ctypes.create_string_buffer(4096)
+    plugin.task_gpus.restype = ctypes.c_bool
+    good = plugin.task_gpus(ctypes.byref(verdict), visible.encode() if visible is not None else None, out, 4096)
+    return out.value.decode() if good else None
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("2,3", [0, 1]),
+        ("0,1", [0, 1]),
+        ("3", [1]),
+        ("2", [0]),
+        ("GPU-51000000-fc4b-2381-c253-bcc185995317", [1]),
+        (None, []),
+        ("", []),
+        ("7", None),
+        ("GPU-5", None),
+        ("2x", None),
+    ],
+)
+def test_a_tasks_gpus_by_uuid(
+    plugin: ctypes.CDLL, state: Path, visible: str | None, expected: list[int] | None
+) -> None:
+    uuids = [value.split()[2] for key, value in SETTINGS if key == "gpu"]
+    wanted = None if expected is None else ",".join(uuids[i] for i in expected)
+    assert task_gpus(plugin, state, visible) == wanted
