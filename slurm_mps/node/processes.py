@@ -154,15 +154,17 @@ def _proc_bytes(pid: int, name: str) -> bytes:
 def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], variable: str) -> bool:
     """Whether a process runs one of our programs, as one of these users, with this ``NAME=value`` in its environment.
 
-    A user can run a program of any name with any environment, but not as root; and what they run as themselves is
-    theirs to lose. Compare ``uids`` with that in mind.
+    The program must be root's file, so that a user's own of the same name does not pass; a user who runs the real one
+    with such an environment has made it a process of that job.
     """
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
+        owner = os.stat(f"/proc/{pid}/exe").st_uid
         uid = os.stat(f"/proc/{pid}").st_uid
     except OSError:
         return False
-    return program in program_names and uid in uids and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
+    named = program in program_names and owner == 0 and uid in uids
+    return named and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
 
 
 def pids() -> Iterator[int]:

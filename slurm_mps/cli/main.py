@@ -1,0 +1,62 @@
+"""``slurm-mps``: what users and admins type. The place that prints and exits; libraries below it never do.
+
+Exit status: 0 fine, 1 a problem was found, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from slurm_mps import __version__
+from slurm_mps.config import ConfigError
+from slurm_mps.config_file import parse_config, schema
+from slurm_mps.hooks import CONFIG_PATH
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    """Report every problem of a configuration file, one a line."""
+    try:
+        with open(options.file, "rb") as file:
+            parse_config(file.read(), options.file)
+    except FileNotFoundError:
+        print(f"{options.file}: no such file; the defaults hold")
+        return 0
+    except OSError as error:
+        print(f"slurm-mps: {options.file}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ConfigError as error:
+        print("\n".join(error.problems))
+        return 1
+    print(f"{options.file}: fine")
+    return 0
+
+
+def _config_schema(_options: argparse.Namespace) -> int:
+    print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slurm-mps", description="CUDA MPS as an option of Slurm.")
+    parser.add_argument("--version", action="version", version=f"slurm-mps {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    config = commands.add_parser("config", help="the site configuration").add_subparsers(required=True)
+    check = config.add_parser("check", help="report every problem of the file")
+    check.add_argument("file", nargs="?", default=CONFIG_PATH, help=f"default {CONFIG_PATH}")
+    check.set_defaults(run=_config_check)
+    show = config.add_parser("schema", help="print the JSON Schema of the file")
+    show.set_defaults(run=_config_schema)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status."""
+    options = _parser().parse_args(argv)
+    status: int = options.run(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
