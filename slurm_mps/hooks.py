@@ -129,6 +129,7 @@ class _Prolog:
         if self._journal is None:
             return self._node_fault(message)
         try:
+            self._journal.admit_user()
             self._journal.write_verdict(refused(message))
         except NodeError as error:
             return self._node_fault(f"{message}; and the verdict cannot be written: {error}")
@@ -139,6 +140,7 @@ class _Prolog:
         tell_admin(f"{self._who}: {message}")
         try:
             if self._config.policy_node_fault == "fail_job" and self._journal:
+                self._journal.admit_user()
                 self._journal.write_verdict(refused(f"this node cannot give it MPS: {message}"))
                 return 0
             if self._state and self._journal and not self._journal.undo:

@@ -8,7 +8,7 @@ from .node.control import Limits
 from .node.gpus import EXCLUSIVE_PROCESS, Gpu
 from .record import record
 from .state import Verdict
-from .steps import ConfigureDaemon, HoldGpu, MakeDirectories, StartDaemon
+from .steps import AdmitUser, HoldGpu, MakeDirectories, SetLimits, StartDaemon, StartServer
 from .units import MIB, describe_memory, format_memory, format_thread_percentage
 
 TYPE_CHECKING = False
@@ -108,6 +108,8 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
             *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
             MakeDirectories(),
             StartDaemon(uuids),
-            ConfigureDaemon(limits, len(uuids), request.uid),
+            SetLimits(limits, len(uuids)),
+            AdmitUser(request.uid),
+            StartServer(request.uid),
         ),
     )

@@ -91,6 +91,10 @@ class Journal:
         self.undo.pop()
         self.write()
 
+    def admit_user(self) -> None:
+        """Let the job's user enter and read the job's directory."""
+        self.directory.grant_user(self.uid)
+
     def write_verdict(self, verdict: Verdict) -> None:
         self.directory.write("verdict", encode("verdict", VERSION, verdict.lines()), mode=0o644)
 
@@ -166,11 +170,10 @@ class NodeState:
             return None
 
     def begin_journal(self, job_id: int, uid: int, restart_count: int) -> Journal:
-        """Make a job's directory, note it, and let its user in."""
+        """Make a job's directory, root's alone for now, and note it."""
         directory = self._jobs.make(str(job_id), 0o700)
         journal = Journal(directory, job_id, uid, restart_count, self._boot_id)
         journal.write()
-        directory.grant_user(uid)
         return journal
 
     def remove_journal(self, journal: Journal) -> None:

@@ -11,6 +11,7 @@ from time import monotonic
 from .errors import DeadlineError, NodeError, RequestError
 from .node.control import ControlDaemon, Limits, Patience
 from .node.logs import keep_logs
+from .node.messages import tell_admin
 from .record import record, replace
 from .wordfile import DamagedFileError, fields, with_fields
 
@@ -165,6 +166,7 @@ class StartDaemon:
     def apply(self, site: JobSite) -> None:
         site.daemon.start(self.gpus, site.seconds(site.config.deadlines_daemon_start))
         with site.journal.directory.subdirectory("pipe") as pipe:
+            site.daemon.protect(pipe)
             if site.daemon.process(pipe) is None:
                 raise NodeError(f"{site.daemon.program} -d said yes, but no control daemon runs")
 
@@ -192,29 +194,63 @@ class QuitDaemon:
 
 
 @record
-class ConfigureDaemon:
-    """Set the limits, read them back, and have the server started for the job's user; all of it dies with the daemon.
-
-    The server is not waited for: it is up before the job's first CUDA context needs it (O26).
-    """
+class SetLimits:
+    """Set what each client may have, and read it back; it dies with the daemon."""
 
     limits: Limits
     device_count: int
-    server_uid: int
 
     def describe(self) -> str:
         memory = "all memory" if self.limits.memory_bytes is None else f"{self.limits.memory_bytes} bytes"
-        return (
-            f"set and read back {self.limits.thread_percentage:g} % of threads and {memory} for each client, "
-            f"start the server for uid {self.server_uid}"
-        )
+        return f"set and read back {self.limits.thread_percentage:g} % of the threads and {memory} for each client"
 
     def look(self) -> None:
         return None
 
     def apply(self, site: JobSite) -> None:
-        timeout = site.seconds(site.config.deadlines_command)
-        site.daemon.set_limits(self.limits, self.device_count, self.server_uid, timeout)
+        site.daemon.set_limits(self.limits, self.device_count, site.seconds(site.config.deadlines_command))
+
+
+@record
+class AdmitUser:
+    """Let the job's user into its directory; until now nobody could disturb what was done there.
+
+    Undone by removing the directory.
+    """
+
+    uid: int
+
+    def describe(self) -> str:
+        return f"let uid {self.uid} in"
+
+    def look(self) -> None:
+        return None
+
+    def apply(self, site: JobSite) -> None:
+        site.journal.admit_user()
+
+
+@record
+class StartServer:
+    """Have the server started for the job's user, ahead of the first client; it dies with the daemon.
+
+    Not waited for: it is up before the job's first CUDA context needs it (O26). A daemon that does not do it now does
+    it for the first client; from here on the job's user could be the reason, so it is no fault of the node.
+    """
+
+    uid: int
+
+    def describe(self) -> str:
+        return f"start the server for uid {self.uid}"
+
+    def look(self) -> None:
+        return None
+
+    def apply(self, site: JobSite) -> None:
+        try:
+            site.daemon.start_server(self.uid, site.seconds(site.config.deadlines_command))
+        except NodeError as error:
+            tell_admin(f"job {site.journal.job_id}: the server is not started ahead of the first client: {error}")
 
 
 def read_undo(line: str) -> Undo:

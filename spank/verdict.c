@@ -173,27 +173,32 @@ static bool root_listens(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) && peer.uid == 0;
 }
 
+/* Connect without waiting, trying again while the daemon's queue is full: many steps may start at once. */
+static bool connects(int fd, const struct sockaddr_un *address)
+{
+	for (int tries = 0; tries < CONNECT_TRIES; tries++) {
+		if (!connect(fd, (const struct sockaddr *)address, sizeof(*address)))
+			return true;
+		if (errno != EAGAIN && errno != EINTR)
+			return false;
+		(void)poll(NULL, 0, CONNECT_PAUSE_MS);
+	}
+	return false;
+}
+
 bool verdict_daemon_answers(const struct verdict *verdict)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int length = snprintf(address.sun_path, sizeof(address.sun_path), "%s/control", verdict->pipe_directory);
-	bool answers = false;
-	int fd, tries;
+	bool answers;
+	int fd;
 
 	if (length < 0 || (size_t)length >= sizeof(address.sun_path))
 		return false;
-	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* O39 */
 	if (fd < 0)
 		return false;
-	for (tries = 0; tries < CONNECT_TRIES; tries++) {
-		if (!connect(fd, (struct sockaddr *)&address, sizeof(address))) {
-			answers = root_listens(fd);
-			break;
-		}
-		if (errno != EAGAIN && errno != EINTR)
-			break;
-		(void)poll(NULL, 0, CONNECT_PAUSE_MS); /* its queue is full: many ranks start at once */
-	}
+	answers = connects(fd, &address) && root_listens(fd);
 	(void)close(fd);
 	return answers;
 }

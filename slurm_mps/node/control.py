@@ -9,7 +9,7 @@ This module knows the command text and nothing else does: a speaker of the v3 pr
 
 from __future__ import annotations
 
-from time import monotonic
+from time import monotonic, sleep
 
 from ..errors import NodeError
 from ..record import record
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 DAEMON_PROGRAM = "nvidia-cuda-mps-control"
 SERVER_PROGRAM = "nvidia-cuda-mps-server"
 PID_FILE = "nvidia-cuda-mps-control.pid"
+LOCK_FILE = "control_lock"
 #: A socket's path may have 107 bytes, and a longer one is refused without a word (O6).
 PIPE_DIRECTORY_MAX = 107 - len("/control_privileged")
+_TURNED_AWAY = "Cannot send command"
+_TURNED_AWAY_SECONDS = 0.02
 _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
 
 
@@ -71,13 +74,18 @@ class ControlDaemon:
     def command(self, lines: Sequence[str], timeout_seconds: float) -> list[str]:
         """Send commands in one go and give back the lines of the answer that say something.
 
+        The daemon talks to one at a time; while somebody else has its ear this tries again (O40).
         Raises: NodeError when no daemon is there or the answer is an error; DeadlineError when none comes.
         """
         for line in lines:
             if not _GRAMMAR.issuperset(line):
                 raise NodeError(f"{printable(line)!r} is no control command")
         text = "".join(f"{line}\n" for line in lines)
+        end = monotonic() + timeout_seconds
         outcome = processes.run([self.program], self._environment, timeout_seconds, text)
+        while outcome.status and _TURNED_AWAY in outcome.errors and monotonic() + _TURNED_AWAY_SECONDS < end:
+            sleep(_TURNED_AWAY_SECONDS)
+            outcome = processes.run([self.program], self._environment, end - monotonic(), text)
         if outcome.status:
             said = printable(outcome.errors.strip() or "no message", 200)
             raise NodeError(
@@ -85,8 +93,8 @@ class ControlDaemon:
             )
         return [line for line in outcome.output.splitlines() if line.strip()]
 
-    def set_limits(self, limits: Limits, device_count: int, server_uid: int, timeout_seconds: float) -> None:
-        """Set the defaults of servers to come, read them back, and start the server for a user without waiting.
+    def set_limits(self, limits: Limits, device_count: int, timeout_seconds: float) -> None:
+        """Set the defaults of servers to come, and read them back.
 
         Devices go by the daemon's ordinal, which all driver releases take.
         Raises: NodeError when what is read back is not what was set.
@@ -101,7 +109,6 @@ class ControlDaemon:
         lines.append("get_default_active_thread_percentage")
         if limits.memory_bytes is not None:
             lines += [f"get_default_device_pinned_mem_limit {device}" for device in range(device_count)]
-        lines.append(f"start_server -uid {server_uid}")
         answer = self.command(lines, timeout_seconds)
         if answer != expected:
             raise NodeError(
@@ -110,13 +117,22 @@ class ControlDaemon:
                 f"instead of {' '.join(expected)!r}"
             )
 
-    def process(self, pipe: Directory) -> ProcessIdentity | None:
-        """The running daemon, from the pid file that it keeps in its pipe directory, which only root can write.
+    def start_server(self, uid: int, timeout_seconds: float) -> None:
+        """Have a server started for a user; it is up 0.15 s and more later, and not waited for (O26)."""
+        self.command([f"start_server -uid {uid}"], timeout_seconds)
 
-        None when there is no pid file, or the process it names is not this daemon.
+    def protect(self, pipe: Directory) -> None:
+        """Make root's files in the pipe directory root's alone: the daemon leaves them writable by all (O37)."""
+        for name in (PID_FILE, LOCK_FILE):
+            pipe.protect(name)
+
+    def process(self, pipe: Directory) -> ProcessIdentity | None:
+        """The running daemon, by the pid file that it keeps in its pipe directory.
+
+        The file says where to look and proves nothing. None when the process it names is not this daemon.
         """
         try:
-            text = pipe.read(PID_FILE, 64).strip()
+            text = pipe.read_tail(PID_FILE, 16).strip()
         except FileNotFoundError:
             return None
         if not text.isdigit():

@@ -121,15 +121,40 @@ class Directory:
             raise NodeError(f"{self.path}/{name} is longer than {limit_bytes} bytes")
         return data
 
+    def _open_roots_file(self, name: str) -> int:
+        """Open a regular file that root made here; others may have written it.
+
+        Raises: FileNotFoundError; NodeError for a link, a second name of a file elsewhere, or no file at all.
+        """
+        try:
+            fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._fault(name, error) from None
+        status = os.fstat(fd)
+        if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0):
+            os.close(fd)
+            raise NodeError(f"{self.path}/{name} is not a file of root's")
+        return fd
+
     def read_tail(self, name: str, limit_bytes: int) -> bytes:
-        """Read at most the last `limit_bytes` of a regular file that root owns, such as a log."""
-        fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
+        """Read at most the last `limit_bytes` of a file of root's whose content need not be root's, such as a log."""
+        fd = self._open_roots_file(name)
         with open(fd, "rb", buffering=0) as file:
-            status = os.fstat(fd)
-            if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0):
-                raise NodeError(f"{self.path}/{name} is not a file of root's")
-            file.seek(max(0, status.st_size - limit_bytes))
+            file.seek(max(0, os.fstat(fd).st_size - limit_bytes))
             return file.read(limit_bytes) or b""
+
+    def protect(self, name: str) -> None:
+        """Take the right to write a file of root's from everybody else; none there is fine."""
+        try:
+            fd = self._open_roots_file(name)
+        except FileNotFoundError:
+            return
+        try:
+            os.fchmod(fd, 0o644)
+        finally:
+            os.close(fd)
 
     def write(self, name: str, data: bytes, mode: int = 0o600) -> None:
         """Put a file in place, whole or not at all, and on disk when this returns.

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from mpi4py import MPI
@@ -19,15 +20,25 @@ from mpi4py import MPI
 from slurm_mps.cuda import Cuda, CudaError
 
 MIB = 1024**2
+ASKED_TIMES = 10
 
 
-def server_of(pid: int) -> int | None:
-    """The MPS server that has this process as a client, asked of the control daemon; None without MPS."""
-    answer = subprocess.run(
-        ["/usr/bin/nvidia-cuda-mps-control"], input="ps\n", capture_output=True, text=True, timeout=10, check=False
-    )
-    rows = (line.split() for line in answer.stdout.splitlines()[1:])
-    return next((int(row[2]) for row in rows if row and row[0] == str(pid)), None)
+def servers_by_client() -> dict[int, int]:
+    """The server of each client process of this node, asked of the control daemon; nothing without MPS.
+
+    The daemon talks to one at a time and turns others away (O40), so this is asked once a node, and again for a second.
+    """
+    for _ in range(ASKED_TIMES):
+        answer = subprocess.run(
+            ["/usr/bin/nvidia-cuda-mps-control"], input="ps\n", capture_output=True, text=True, timeout=10, check=False
+        )
+        if answer.returncode == 0:
+            rows = [line.split() for line in answer.stdout.splitlines()[1:]]
+            return {int(row[0]): int(row[2]) for row in rows if row}
+        if "Cannot find" in answer.stderr:
+            break
+        time.sleep(1 / ASKED_TIMES)
+    return {}
 
 
 def look(local_rank: int) -> dict[str, Any]:
@@ -51,7 +62,6 @@ def look(local_rank: int) -> dict[str, Any]:
         "multiprocessors": device.multiprocessors,
         "free_mib": device.free_bytes // MIB,
         "total_mib": device.total_bytes // MIB,
-        "server": server_of(os.getpid()),
     }
 
 
@@ -97,8 +107,12 @@ def main() -> int:
     options = parser.parse_args()
 
     world = MPI.COMM_WORLD
-    mine = look(int(os.environ.get("SLURM_LOCALID", world.rank)))
-    ranks = world.allgather({"rank": world.rank, **mine})  # nobody leaves before all have looked
+    mine = {"rank": world.rank, **look(int(os.environ.get("SLURM_LOCALID", world.rank)))}
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    node.barrier()  # all of this node's ranks are clients by now, or will not be
+    servers = node.bcast(servers_by_client() if node.rank == 0 else None)
+    mine["server"] = servers.get(os.getpid())
+    ranks = world.allgather(mine)  # nobody leaves before all have looked
     found = problems(ranks, options.multiprocessors, options.limit_mib)
     if world.rank == 0:
         print(json.dumps({"ranks": ranks, "problems": found}) if options.json else table(ranks))

@@ -433,8 +433,7 @@ static bool quit(struct daemon *daemon, struct connection *ui, const struct word
 		daemon->force_ms = sim_now_ms() + (uint64_t)(seconds > 0 ? seconds : 0) * 1000;
 	}
 	daemon->quitting = true;
-	daemon->server.retry_ms = 0;
-	daemon->server.backoff_ms = 0;
+	daemon->server.retry_ms = 0; /* a try at once; an earlier quit's interval is kept */
 	ui->waiting = WAIT_QUIT;
 	supervise_step(daemon); /* with no server, it does not come back */
 	return false;

@@ -17,8 +17,10 @@ static int await_answer(int fd)
 	uint32_t type = 0;
 	int32_t status = 1;
 	ssize_t length = wire_receive(fd, &type, answer, WIRE_MAX_ANSWER);
-	if (length < 0)
-		return 1; /* the daemon died */
+	if (length < 0) { /* the daemon died, or talks to another (O40) */
+		fprintf(stderr, "Cannot send command to MPS control daemon process\n");
+		return 1;
+	}
 	if (type == WIRE_ANSWER) {
 		fwrite(answer, 1, (size_t)length, stdout);
 		fflush(stdout);
@@ -49,8 +51,10 @@ static int talk(void)
 		if (line[strspn(line, " \t\r")] == '\0')
 			continue;
 		sim_latency(2);
-		if (!wire_send(fd, WIRE_COMMAND, line, (uint32_t)strlen(line), true))
+		if (!wire_send(fd, WIRE_COMMAND, line, (uint32_t)strlen(line), true)) {
+			fprintf(stderr, "Cannot send command to MPS control daemon process\n");
 			return 1;
+		}
 		int status = await_answer(fd);
 		if (status < 0)
 			continue;

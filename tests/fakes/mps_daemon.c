@@ -40,7 +40,7 @@ static int listen_on(const struct daemon *daemon, const char *name, mode_t mode)
 	struct sockaddr_un address;
 	if (!wire_address(&address, daemon->directory, name))
 		return -1;
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	unlink(address.sun_path); /* a dead daemon's (O25) */
 	if (bind(fd, (struct sockaddr *)&address, sizeof address) == 0 && chmod(address.sun_path, mode) == 0 &&
 	    listen(fd, 512) == 0)
@@ -55,9 +55,9 @@ static void open_fifo(struct daemon *daemon)
 	path_in(daemon, path, "log");
 	unlink(path);
 	daemon->fifo_in = daemon->fifo_out = -1;
-	if (mkfifo(path, 0666) != 0)
+	if (mkfifo(path, 0777) != 0)
 		return;
-	chmod(path, 0666); /* a server of any uid may write */
+	chmod(path, 0777); /* a server of any uid may write */
 	daemon->fifo_in = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	daemon->fifo_out = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
 }
@@ -70,6 +70,7 @@ static void write_pid_file(const struct daemon *daemon)
 	if (!file)
 		return;
 	fprintf(file, "%d\n", (int)getpid());
+	fchmod(fileno(file), 0666); /* whatever the umask (O37) */
 	fclose(file);
 }
 
@@ -168,10 +169,20 @@ static void accept_one(struct daemon *daemon, int listener)
 	daemon->connections[daemon->count++] = fresh;
 }
 
+static bool talks_to_another(const struct daemon *daemon)
+{
+	for (int i = 0; i < daemon->count; i++)
+		if (daemon->connections[i]->fd >= 0 && daemon->connections[i]->kind == PEER_UI)
+			return true;
+	return false;
+}
+
 /* Act on one frame; false when the peer talks nonsense. */
 static bool obey(struct daemon *daemon, struct connection *peer, const struct wire_frame *frame)
 {
 	if (peer->kind == PEER_UNKNOWN && frame->type == WIRE_UI) {
+		if (talks_to_another(daemon))
+			return false; /* one at a time (O40) */
 		peer->kind = PEER_UI;
 		SAY(daemon, "NEW UI");
 		return true;
@@ -375,11 +386,12 @@ static int take_directory(struct daemon *daemon)
 	const char *directory = wire_pipe_directory();
 	mkdir(directory, 0755);
 	snprintf(path, sizeof path, "%s/control_lock", directory);
-	daemon->lock = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+	daemon->lock = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
 	if (daemon->lock < 0) {
 		printf("Cannot access CUDA_MPS_PIPE_DIRECTORY=%s\n", directory);
 		return 1;
 	}
+	fchmod(daemon->lock, 0666); /* whatever the umask (O37) */
 	if (flock(daemon->lock, LOCK_EX | LOCK_NB) == 0)
 		return 0;
 	printf("An instance of this daemon is already running\n");

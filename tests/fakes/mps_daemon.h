@@ -66,6 +66,7 @@ struct server {
 	struct limits limits;
 	uint64_t retry_ms, kill_ms; /* 0: not set */
 	int backoff_ms;
+	bool backs_off; /* the last try to shut down was one of the retries that come ever later */
 };
 
 struct daemon {

@@ -197,6 +197,7 @@ static void try_shutdown(struct daemon *daemon, bool backoff)
 	SAY(daemon, "Try shutting down server %d, backoff is %s", (int)daemon->server.pid,
 	    backoff ? "enabled" : "disabled");
 	daemon->server.retry_ms = 0;
+	daemon->server.backs_off = backoff;
 	daemon->server.state = SERVER_LEAVING;
 	server_message_send(daemon->server.channel, &message, -1);
 }
@@ -206,7 +207,18 @@ static void force_shutdown(struct daemon *daemon)
 	struct server_message message = {.type = SERVER_FORCE};
 	SAY(daemon, "Force shutting down server %d", (int)daemon->server.pid);
 	server_message_send(daemon->server.channel, &message, -1);
-	daemon->server.kill_ms = sim_now_ms() + KILL_AFTER_MS; /* one that hangs does not read this */
+}
+
+/* The time of quit -t is over: a last try, and force when the server still refuses, or says nothing. */
+static void end_patience(struct daemon *daemon)
+{
+	daemon->server.kill_ms = sim_now_ms() + KILL_AFTER_MS; /* one that hangs reads nothing */
+	try_shutdown(daemon, false);
+}
+
+static bool patience_is_over(const struct daemon *daemon)
+{
+	return daemon->quitting && daemon->force_ms && sim_now_ms() >= daemon->force_ms;
 }
 
 static void wake_uis(struct daemon *daemon, enum waiting waiting)
@@ -244,16 +256,16 @@ void supervise_step(struct daemon *daemon)
 	}
 	if (server->kill_ms && now >= server->kill_ms)
 		kill(server->pid, SIGKILL);
-	if (daemon->quitting && daemon->force_ms && now >= daemon->force_ms) {
+	if (patience_is_over(daemon)) {
 		if (!server->kill_ms)
-			force_shutdown(daemon);
+			end_patience(daemon);
 		return;
 	}
 	if (server->state != SERVER_ACTIVE)
 		return;
 	bool another_waits = somebody_waits(daemon, &uid) && uid != server->uid;
 	if ((daemon->quitting || another_waits) && (server->retry_ms == 0 || now >= server->retry_ms))
-		try_shutdown(daemon, server->backoff_ms > 0);
+		try_shutdown(daemon, server->retry_ms > 0);
 }
 
 /* ---- What the server says, and how it ends ---- */
@@ -263,7 +275,14 @@ static void server_stays(struct daemon *daemon, int workers)
 	struct server *server = &daemon->server;
 	SAY(daemon, "Server %d has %d active worker threads. Server will not shutdown.", (int)server->pid, workers);
 	server->state = SERVER_ACTIVE;
-	server->backoff_ms = server->backoff_ms == 0 ? FIRST_BACKOFF_MS : server->backoff_ms * 2;
+	if (patience_is_over(daemon)) {
+		force_shutdown(daemon);
+		return;
+	}
+	if (server->backoff_ms == 0)
+		server->backoff_ms = FIRST_BACKOFF_MS;
+	else if (server->backs_off)
+		server->backoff_ms *= 2;
 	if (server->backoff_ms > LAST_BACKOFF_MS)
 		server->backoff_ms = LAST_BACKOFF_MS;
 	server->retry_ms = sim_now_ms() + (uint64_t)server->backoff_ms;

@@ -26,7 +26,7 @@ int wire_connect(void)
 	struct sockaddr_un address;
 	if (!wire_address(&address, wire_pipe_directory(), "control"))
 		return -1;
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -1;
 	if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
@@ -44,7 +44,6 @@ bool wire_send(int fd, uint32_t type, const void *payload, uint32_t length, bool
 	do
 		sent = sendmsg(fd, &message, MSG_NOSIGNAL | (wait ? 0 : MSG_DONTWAIT));
 	while (sent < 0 && errno == EINTR);
-	/* A part of a frame is of no use to the reader: the caller closes. */
 	return sent == (ssize_t)(sizeof header + length);
 }
 
@@ -53,69 +52,40 @@ bool wire_send_number(int fd, uint32_t type, int32_t number)
 	return wire_send(fd, type, &number, sizeof number, false);
 }
 
-static bool receive_all(int fd, void *to, size_t length)
-{
-	char *next = to;
-	while (length > 0) {
-		ssize_t got = recv(fd, next, length, 0);
-		if (got < 0 && errno == EINTR)
-			continue;
-		if (got <= 0)
-			return false;
-		next += got;
-		length -= (size_t)got;
-	}
-	return true;
-}
-
 ssize_t wire_receive(int fd, uint32_t *type, void *payload, uint32_t size)
 {
 	struct wire_header header;
-	if (!receive_all(fd, &header, sizeof header) || header.magic != WIRE_MAGIC || header.length > size)
-		return -1;
-	if (!receive_all(fd, payload, header.length))
+	struct iovec parts[] = {{&header, sizeof header}, {payload, size}};
+	struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+	ssize_t got;
+	do
+		got = recvmsg(fd, &message, 0);
+	while (got < 0 && errno == EINTR);
+	if (got < (ssize_t)sizeof header || header.magic != WIRE_MAGIC ||
+	    header.length != (uint32_t)got - sizeof header || (message.msg_flags & MSG_TRUNC))
 		return -1;
 	*type = header.type;
 	return (ssize_t)header.length;
 }
 
-/* Drop the frame handed out by the last call. */
-static void forget_taken(struct wire_reader *reader)
-{
-	reader->used -= reader->taken;
-	memmove(reader->bytes, reader->bytes + reader->taken, reader->used);
-	reader->taken = 0;
-}
-
 int wire_read(int fd, struct wire_reader *reader, struct wire_frame *frame)
 {
 	struct wire_header header;
-	forget_taken(reader);
-	for (;;) {
-		uint32_t needed = sizeof header;
-		if (reader->used >= sizeof header) {
-			memcpy(&header, reader->bytes, sizeof header);
-			if (header.magic != WIRE_MAGIC || header.length > WIRE_MAX_REQUEST)
-				return -1;
-			needed += header.length;
-		}
-		if (reader->used >= sizeof header && reader->used >= needed)
-			break;
-		/* Never past this frame: what follows may be for another reader of the same connection. */
-		ssize_t got = recv(fd, reader->bytes + reader->used, needed - reader->used, MSG_DONTWAIT);
-		if (got < 0 && errno == EINTR)
-			continue;
-		if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-			return 0;
-		if (got <= 0)
-			return -1;
-		reader->used += (uint32_t)got;
-	}
+	ssize_t got;
+	do
+		got = recv(fd, reader->bytes, sizeof reader->bytes - 1, MSG_DONTWAIT | MSG_TRUNC);
+	while (got < 0 && errno == EINTR);
+	if (got < 0)
+		return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -1;
+	if (got < (ssize_t)sizeof header || got >= (ssize_t)sizeof reader->bytes)
+		return -1;
+	memcpy(&header, reader->bytes, sizeof header);
+	if (header.magic != WIRE_MAGIC || header.length != (uint32_t)got - sizeof header)
+		return -1;
 	frame->type = header.type;
 	frame->length = header.length;
 	frame->payload = reader->bytes + sizeof header;
-	reader->taken = (uint32_t)sizeof header + header.length;
-	reader->bytes[reader->taken] = '\0';
+	reader->bytes[got] = '\0';
 	return 1;
 }
 

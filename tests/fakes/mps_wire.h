@@ -1,6 +1,6 @@
 /* What the simulated MPS parts say to each other. NVIDIA's protocol is private; this is our own.
  *
- * On the `control` socket (a stream): frames. A client's connection is handed on to the server by the daemon, so that
+ * On the `control` socket (SOCK_SEQPACKET, as NVIDIA's is: O39): one frame a packet. A client's connection is handed on to the server by the daemon, so that
  * a client talks to its server directly and sees its death as an end of file.
  * Between daemon and server: a SOCK_SEQPACKET pair, one struct server_message a packet. */
 #ifndef MPS_WIRE_H
@@ -58,7 +58,6 @@ struct wire_frame {
 };
 
 struct wire_reader {
-	uint32_t used, taken; /* taken: length of the frame handed out last */
 	unsigned char bytes[sizeof(struct wire_header) + WIRE_MAX_REQUEST + 1];
 };
 
@@ -73,7 +72,7 @@ bool wire_send(int fd, uint32_t type, const void *payload, uint32_t length, bool
 bool wire_send_number(int fd, uint32_t type, int32_t number);
 /* Block for one frame of at most size bytes. Returns its length, or -1 on an end or on nonsense. */
 ssize_t wire_receive(int fd, uint32_t *type, void *payload, uint32_t size);
-/* Take what has come on a non-blocking stream. 1: *frame holds one, 0: not yet, -1: closed or nonsense. */
+/* Take the next packet without waiting. 1: *frame holds one, 0: not yet, -1: closed or nonsense. */
 int wire_read(int fd, struct wire_reader *reader, struct wire_frame *frame);
 
 enum server_message_type {

@@ -337,13 +337,21 @@ def mount_kernel_file_systems(root: str, controllers: list[str]) -> None:
         mount("cgroup", f"{root}/sys/fs/cgroup/{controller}", "cgroup", 0, controller)
 
 
-def make_devices(dev: str, gpus: int) -> None:
-    """A small /dev with `gpus` character devices where an NVIDIA driver would put its own."""
+def nvidia_devices(gpus: int | None) -> list[tuple[str, int, int]]:
+    """Name, major and minor of the driver's devices: `gpus` imagined ones, or for None those of the host."""
+    if gpus is not None:
+        imagined = [(f"nvidia{index}", NVIDIA_MAJOR, index) for index in range(gpus)]
+        return [("nvidiactl", NVIDIA_MAJOR, NVIDIA_CONTROL_MINOR), *imagined]
+    found = [(entry.name, entry.stat()) for entry in os.scandir("/dev") if entry.name.startswith("nvidia")]
+    return [(name, os.major(st.st_rdev), os.minor(st.st_rdev)) for name, st in found if stat.S_ISCHR(st.st_mode)]
+
+
+def make_devices(dev: str, gpus: int | None) -> None:
+    """A small /dev with the character devices of an NVIDIA driver, imagined or real."""
+    nvidia = nvidia_devices(gpus)
     mount_tmpfs(dev, 0o755)
     for name, major, minor in (
-        ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
-        ("nvidiactl", NVIDIA_MAJOR, NVIDIA_CONTROL_MINOR),
-        *((f"nvidia{index}", NVIDIA_MAJOR, index) for index in range(gpus)),
+        ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0), *nvidia,
     ):  # fmt: skip
         os.mknod(f"{dev}/{name}", stat.S_IFCHR | 0o666, os.makedev(major, minor))
         os.chmod(f"{dev}/{name}", 0o666)

@@ -94,7 +94,8 @@ class Machine:
 
     overlays: directory inside -> directories whose files lie over it, the first named on top.
     binds: path on the host -> path inside; shared, not copied.
-    gpus: how many /dev/nvidiaN there are; opening one gives ENXIO, or EPERM where a device cgroup denies it.
+    gpus: how many /dev/nvidiaN there are; opening one gives ENXIO, or EPERM where a device cgroup denies it. None for
+    the host's own.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Machine:
         *,
         overlays: Mapping[str, Sequence[str | Path]] | None = None,
         binds: Mapping[str | Path, str] | None = None,
-        gpus: int = GPU_DEVICES,
+        gpus: int | None = GPU_DEVICES,
         hostname: str = HOSTNAME,
     ) -> None:
         self._overlays = {place: [str(Path(one).resolve()) for one in many] for place, many in (overlays or {}).items()}

@@ -32,6 +32,8 @@ REQUIREMENTS = (
     "setuptools>=69",
     "wheel",
 )
+WHEELS_VARIABLE = "SLURM_MPS_WHEELS"
+"""Names a directory of wheels, pip's own among them, to install from where no registry can be reached."""
 _LAYOUT = "1"  # to be raised when this module builds the environment in another way
 _PIP_TIMEOUT_SECONDS = 600.0
 _NOT_PACKAGED = ("tests/", "docs/", "build/", ".github/")
@@ -75,7 +77,7 @@ def ensure_runtime(cache_dir: str | Path) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             _say(f"building {runtime} from {BASE_PYTHON} (once)")
-            _run_at_mount_point(partial, [BASE_PYTHON, "-m", "venv", MOUNT_POINT])
+            _run_at_mount_point(partial, [BASE_PYTHON, "-m", "venv", *_venv_options(), MOUNT_POINT])
             _say(f"installing {', '.join(REQUIREMENTS)}")
             _pip(partial, ["install", *REQUIREMENTS])
             partial.rename(runtime)
@@ -113,7 +115,10 @@ def _key() -> str:
 
 
 def _project_sources(top: Path) -> list[str]:
-    """The files that a build may use: all of git's, tracked or new, without tests and docs."""
+    """The files that a build may use: all of git's, tracked or new, without tests and docs; without git, the package."""
+    if not (top / ".git").exists():
+        package = (path for path in (top / "slurm_mps").rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return sorted(["pyproject.toml", "README.md", *(str(path.relative_to(top)) for path in package)])
     listed = subprocess.run(
         ["git", "-c", f"safe.directory={top}", "-C", str(top), "ls-files", "-z", "-co", "--exclude-standard"],
         capture_output=True,
@@ -134,10 +139,18 @@ def _digest(top: Path, names: list[str]) -> str:
 
 def _pip(runtime: Path, words: list[str]) -> None:
     """Run the environment's pip at the environment's final path."""
-    _run_at_mount_point(
-        runtime,
-        [f"{MOUNT_POINT}/bin/python3", "-m", "pip", "--quiet", "--disable-pip-version-check", *words],
-    )
+    pip = [f"{MOUNT_POINT}/bin/python3", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheels = os.environ.get(WHEELS_VARIABLE)
+    if wheels:
+        (own,) = Path(wheels).glob("pip-*.whl")
+        pip[1:3] = [f"{own}/pip"]
+        words = [words[0], "--no-index", "--find-links", wheels, *words[1:]]
+    _run_at_mount_point(runtime, [*pip, *words])
+
+
+def _venv_options() -> list[str]:
+    """Where there is no registry, pip itself comes as a wheel, and ensurepip may be missing."""
+    return ["--without-pip"] if os.environ.get(WHEELS_VARIABLE) else []
 
 
 def _run_at_mount_point(directory: Path, argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from .cluster import CPUS_PER_NODE, REPOSITORY, Cluster
-from .machine import Machine
+from .machine import GPU_DEVICES, Machine
 from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def gpu_machine(*, real: bool = False) -> Machine:
     runtime = ensure_runtime(CACHE)
     install_project(runtime, REPOSITORY)
     overlays = {} if real else {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
-    return Machine(overlays=overlays, binds={runtime: MOUNT_POINT})
+    return Machine(overlays=overlays, binds={runtime: MOUNT_POINT}, gpus=None if real else GPU_DEVICES)
 
 
 def install_hooks(machine: Machine) -> None:

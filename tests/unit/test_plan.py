@@ -8,7 +8,7 @@ from slurm_mps.node.control import Limits
 from slurm_mps.node.gpus import EXCLUSIVE_PROCESS, Gpu
 from slurm_mps.plan import make_plan
 from slurm_mps.request import JobRequest
-from slurm_mps.steps import ConfigureDaemon, HoldGpu, MakeDirectories, StartDaemon
+from slurm_mps.steps import AdmitUser, HoldGpu, MakeDirectories, SetLimits, StartDaemon, StartServer
 from slurm_mps.units import GIB, MIB
 
 GPUS = tuple(Gpu(f"GPU-{n}", n, n, 143771 * MIB, "Simulated H200") for n in range(2))
@@ -25,7 +25,9 @@ def test_the_steps_in_order() -> None:
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
         MakeDirectories(),
         StartDaemon(("GPU-0", "GPU-1")),
-        ConfigureDaemon(limits, 2, 20001),
+        SetLimits(limits, 2),
+        AdmitUser(20001),
+        StartServer(20001),
     )
 
 
