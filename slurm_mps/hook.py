@@ -12,13 +12,17 @@ import sys
 
 def main() -> int:
     """Run a hook with a known umask and directory. Returns its exit status."""
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
+    from slurm_mps.node.gpus import Gpus
+
+    gpus = Gpus()
+    gpus.open_ahead()  # while Python imports the rest
     from slurm_mps import hooks
 
     os.umask(0o022)
     os.chdir("/")
     run = {"prolog": hooks.prolog, "epilog": hooks.epilog}[sys.argv[1]]
-    return run(os.environ)
+    return run(os.environ, gpus)
 
 
 if __name__ == "__main__":

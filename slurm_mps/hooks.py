@@ -15,7 +15,6 @@ from .errors import MpsError, NodeError, RequestError
 from .lifecycle import bring_up, is_up, take_down
 from .node import processes
 from .node.files import open_trusted
-from .node.gpus import Gpus
 from .node.messages import tell_admin
 from .plan import make_plan
 from .request import read_request, slurm_number
@@ -25,6 +24,8 @@ from .steps import JobSite
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from .node.gpus import Gpus
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
@@ -79,9 +80,10 @@ def _watch(seconds: float, give_up: Callable[[str], int]) -> None:
 class _Prolog:
     """The prolog of one job; remembers as much as is needed to say how it failed."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
         self._environment = environment
         self._started = monotonic()
+        self._gpus = gpus
         self._config = DEFAULTS
         self._state: NodeState | None = None
         self._journal: Journal | None = None
@@ -122,7 +124,7 @@ class _Prolog:
         bring_up(make_plan(request, self._config, gpus), site)
 
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
-        return JobSite(state, journal, Gpus(), config, self._started + self._config.deadlines_prolog)
+        return JobSite(state, journal, self._gpus, config, self._started + self._config.deadlines_prolog)
 
     def _refuse(self, message: str) -> int:
         """The job's tasks fail with the message; the node has nothing to do with it."""
@@ -150,22 +152,22 @@ class _Prolog:
         return 1
 
 
-def prolog(environment: Mapping[str, str]) -> int:
+def prolog(environment: Mapping[str, str], gpus: Gpus) -> int:
     """Bring up the job's MPS. Returns slurmd's answer: 0, or 1 to have the node drained and the job requeued."""
-    return _Prolog(environment).run()
+    return _Prolog(environment, gpus).run()
 
 
-def _epilog(job_id: int, started: float) -> None:
+def _epilog(job_id: int, started: float, gpus: Gpus) -> None:
     state = NodeState()
     state.lock_job(job_id, _LOCK_SECONDS)
     journal = state.open_journal(job_id)
     if journal is None:
         return
     config = journal.read_config() or DEFAULTS
-    take_down(JobSite(state, journal, Gpus(), config, started + config.deadlines_epilog))
+    take_down(JobSite(state, journal, gpus, config, started + config.deadlines_epilog))
 
 
-def epilog(environment: Mapping[str, str]) -> int:
+def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
     """Take down whatever was brought up for the job, from the state on disk.
 
     Returns: 0; 1 when something is left, so that Slurm drains the node rather than give it to the next job.
@@ -176,7 +178,7 @@ def epilog(environment: Mapping[str, str]) -> int:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
         _watch(DEFAULTS.deadlines_epilog, lambda message: _report(who, message))
-        _epilog(job_id, started)
+        _epilog(job_id, started, gpus)
         return 0
     except MpsError as error:
         return _report(who, str(error))

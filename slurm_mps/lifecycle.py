@@ -8,11 +8,10 @@ Promises:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .errors import MpsError, NodeError
 from .steps import JobSite, read_undo
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .plan import Plan
     from .state import Journal

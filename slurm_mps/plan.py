@@ -27,6 +27,8 @@ class Plan:
 
     gpus: tuple[Gpu, ...]
     limits: Limits
+    context_mib: int
+    visible_devices: str
     steps: tuple[Step, ...]
 
     def verdict(self, pipe_directory: str, log_directory: str) -> Verdict:
@@ -35,6 +37,8 @@ class Plan:
             ("pipe_directory", pipe_directory),
             ("log_directory", log_directory),
             ("thread_percentage", format_thread_percentage(self.limits.thread_percentage)),
+            ("context_mib", str(self.context_mib)),
+            ("visible_devices", self.visible_devices),
         ]
         if self.limits.memory_bytes is not None:
             settings.append(("memory_limit", format_memory(self.limits.memory_bytes)))
@@ -104,6 +108,8 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     return Plan(
         gpus=gpus,
         limits=limits,
+        context_mib=config.limits_memory_context_mib,
+        visible_devices=config.gpus_client_visible_devices,
         steps=(
             *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
             MakeDirectories(),

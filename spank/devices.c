@@ -21,14 +21,15 @@ static bool may_open(const struct verdict_gpu *gpu)
 	return true;
 }
 
-static unsigned int openable(const struct verdict *verdict, const struct verdict_gpu **gpus)
+/* The job's GPUs that this process may open: to a client they are the devices 0, 1, ... in this order. */
+static void find_openable(const struct verdict *verdict, struct task_gpus *open)
 {
-	unsigned int count = 0;
-
+	open->count = 0;
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
-		if (may_open(&verdict->gpus[i]))
-			gpus[count++] = &verdict->gpus[i];
-	return count;
+		if (may_open(&verdict->gpus[i])) {
+			open->ordinals[open->count] = open->count;
+			open->gpus[open->count++] = &verdict->gpus[i];
+		}
 }
 
 static unsigned int entries(const char *list)
@@ -40,56 +41,60 @@ static unsigned int entries(const char *list)
 	return count;
 }
 
-static bool append(char *out, size_t size, const char *uuid)
+/* Whether `name` of `length` characters is this GPU's UUID, or its index as Slurm counts the node's GPUs. */
+static bool is_named(const struct verdict_gpu *gpu, const char *name, size_t length)
 {
-	size_t used = strlen(out);
-	int length = snprintf(out + used, size - used, "%s%s", used ? "," : "", uuid);
+	char index[16];
 
-	return length > 0 && (size_t)length < size - used;
+	(void)snprintf(index, sizeof(index), "%u", gpu->slurm_index);
+	return (strlen(index) == length && !memcmp(index, name, length)) ||
+	       (strlen(gpu->uuid) == length && !memcmp(gpu->uuid, name, length));
 }
 
-/* `name` of `length` characters: a UUID, or an index as Slurm counts the node's GPUs. */
-static const struct verdict_gpu *find(const struct verdict *verdict, const char *name, size_t length)
+static bool take_named(const struct task_gpus *open, const char *name, size_t length, struct task_gpus *task)
 {
-	for (unsigned int i = 0; i < verdict->gpu_count; i++) {
-		const struct verdict_gpu *gpu = &verdict->gpus[i];
-		char index[16];
+	for (unsigned int i = 0; i < open->count; i++)
+		if (is_named(open->gpus[i], name, length)) {
+			task->ordinals[task->count] = open->ordinals[i];
+			task->gpus[task->count++] = open->gpus[i];
+			return true;
+		}
+	return false;
+}
 
-		(void)snprintf(index, sizeof(index), "%u", gpu->slurm_index);
-		if (strlen(index) == length && !memcmp(index, name, length))
-			return gpu;
-		if (strlen(gpu->uuid) == length && !memcmp(gpu->uuid, name, length))
-			return gpu;
+bool task_gpus(const struct verdict *verdict, const char *visible, struct task_gpus *task)
+{
+	struct task_gpus open;
+
+	task->count = 0;
+	find_openable(verdict, &open);
+	if (!visible || !*visible || !open.count)
+		return true; /* a step without GPUs, such as srun --gres=none */
+	if (entries(visible) >= open.count) {
+		*task = open;
+		return true;
 	}
-	return NULL;
-}
-
-static bool by_name(const struct verdict *verdict, const char *visible, char *out, size_t size)
-{
+	/* Fewer names than openable GPUs: nothing confines the task, the names count all GPUs of the node. */
 	while (*visible) {
 		size_t length = strcspn(visible, ",");
-		const struct verdict_gpu *gpu = find(verdict, visible, length);
 
-		if (!gpu || !append(out, size, gpu->uuid))
+		if (!take_named(&open, visible, length, task))
 			return false;
 		visible += length + (visible[length] == ',');
 	}
 	return true;
 }
 
-bool task_gpus(const struct verdict *verdict, const char *visible, char *out, size_t size)
+void task_gpus_list(const struct task_gpus *task, bool ordinals, char *out, size_t size)
 {
-	const struct verdict_gpu *gpus[VERDICT_GPUS_MAX];
-	unsigned int count = openable(verdict, gpus);
+	size_t used = 0;
 
 	out[0] = '\0';
-	if (!visible || !*visible || !count)
-		return true; /* a step without GPUs, such as srun --gres=none */
-	/* Fewer names than openable GPUs: nothing constrains the task, the names count all GPUs of the node. */
-	if (entries(visible) < count)
-		return by_name(verdict, visible, out, size);
-	for (unsigned int i = 0; i < count; i++)
-		if (!append(out, size, gpus[i]->uuid))
-			return false;
-	return true;
+	for (unsigned int i = 0; i < task->count && used < size; i++) {
+		const char *comma = i ? "," : "";
+		int length = ordinals ? snprintf(out + used, size - used, "%s%u", comma, task->ordinals[i])
+				      : snprintf(out + used, size - used, "%s%s", comma, task->gpus[i]->uuid);
+
+		used += length > 0 ? (size_t)length : 0;
+	}
 }

@@ -7,16 +7,25 @@
 
 #include "verdict.h"
 
+struct task_gpus {
+	unsigned int count;
+	const struct verdict_gpu *gpus[VERDICT_GPUS_MAX];
+	unsigned int ordinals[VERDICT_GPUS_MAX]; /* as a client counts them that may open just these */
+};
+
 /*
- * Name a task's GPUs by UUID, comma separated as CUDA_VISIBLE_DEVICES takes them.
+ * Find a task's GPUs.
  *
  * `visible` is the task's own CUDA_VISIBLE_DEVICES (NULL: not set). Slurm writes indices there that count all GPUs
  * of the node, or with ConstrainDevices=yes only those that the task may open, so that two tasks bound to different
  * GPUs both read "0". The kernel knows: a GPU outside the task's device cgroup gives EPERM.
  *
- * Returns: true with `out` filled, empty when the task has no GPU; false when `visible` names a GPU that the job
- * does not have.
+ * Returns: true with `task` filled, of count 0 when the task has no GPU; false when `visible` names a GPU that the
+ * job does not have.
  */
-bool task_gpus(const struct verdict *verdict, const char *visible, char *out, size_t size);
+bool task_gpus(const struct verdict *verdict, const char *visible, struct task_gpus *task);
+
+/* Write the GPUs as CUDA_VISIBLE_DEVICES takes them, comma separated: UUIDs, or the client's ordinals. */
+void task_gpus_list(const struct task_gpus *task, bool ordinals, char *out, size_t size);
 
 #endif

@@ -1,5 +1,6 @@
 #include "options.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 /* isdigit() depends on the locale of whoever loaded us; these do not. */
@@ -41,12 +42,26 @@ unsigned int threads_tenths(const char *text)
 	return (unsigned int)tenths;
 }
 
-bool mem_is_valid(const char *text)
+uint64_t mem_mib(const char *text)
 {
 	unsigned long number;
 	const char *rest = text ? read_digits(text, 9, &number) : NULL;
 
-	return rest && number && rest[0] && strchr("MGTmgt", rest[0]) && !rest[1];
+	if (!rest || !rest[0] || rest[1])
+		return 0;
+	switch (rest[0]) {
+	case 'M':
+	case 'm':
+		return number;
+	case 'G':
+	case 'g':
+		return (uint64_t)number << 10;
+	case 'T':
+	case 't':
+		return (uint64_t)number << 20;
+	default:
+		return 0;
+	}
 }
 
 void printable(char *out, size_t size, const char *text)

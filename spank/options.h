@@ -2,8 +2,8 @@
 #ifndef SLURM_MPS_OPTIONS_H
 #define SLURM_MPS_OPTIONS_H
 
-#include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #define THREADS_EXPECTED "a percentage above 0 and up to 100 with at most one decimal, such as 25 or 12.5"
 #define MEM_EXPECTED "a whole number above 0 with M, G or T (binary units), such as 512M or 8G"
@@ -17,8 +17,11 @@
  */
 unsigned int threads_tenths(const char *text);
 
-/* Whether `text` is a device memory limit: an integer above 0 followed by M, G or T. */
-bool mem_is_valid(const char *text);
+/*
+ * Read a device memory limit: an integer above 0 followed by M, G or T.
+ * Returns: MiB, or 0 when the text is no such size.
+ */
+uint64_t mem_mib(const char *text);
 
 /* Copy `text` for a message: cut to fit, anything but printable ASCII as '?'. */
 void printable(char *out, size_t size, const char *text);

@@ -20,6 +20,7 @@
 #include <slurm/spank.h>
 
 #include "devices.h"
+#include "limits.h"
 #include "options.h"
 #include "verdict.h"
 
@@ -38,7 +39,11 @@ static struct {
 	bool known;
 	bool failed;
 	struct verdict verdict;
+	struct limits limits;
 } step;
+
+/* As many UUIDs as a verdict holds, with commas; no other variable that is read or set here is as long. */
+#define VALUE_MAX (VERDICT_GPUS_MAX * sizeof(((struct verdict_gpu *)0)->uuid))
 
 static int refuse_value(const char *option, const char *value, const char *expected)
 {
@@ -67,7 +72,7 @@ static int on_option(int which, const char *value, int remote)
 		keep(request.threads, value);
 		break;
 	case OPTION_MEM:
-		if (!mem_is_valid(value))
+		if (!mem_mib(value))
 			return refuse_value("mps-mem", value ? value : "", MEM_EXPECTED);
 		keep(request.mem, value);
 		break;
@@ -132,6 +137,7 @@ static void fail_step(uint32_t job_id, const char *message)
 /* Find out where this step stands, and if it cannot run say so, once for all its tasks on this node. */
 static void judge_step(spank_t sp)
 {
+	char message[VERDICT_MESSAGE_MAX];
 	uint32_t job_id = 0;
 
 	if (step.known)
@@ -143,7 +149,10 @@ static void judge_step(spank_t sp)
 		return;
 	}
 	verdict_read(job_id, &step.verdict);
-	if (step.verdict.status == VERDICT_REFUSED)
+	if (step.verdict.status == VERDICT_READY &&
+	    !limits_of_step(&step.verdict, request.threads, request.mem, &step.limits, message, sizeof(message)))
+		fail_step(job_id, message);
+	else if (step.verdict.status == VERDICT_REFUSED)
 		fail_step(job_id, step.verdict.message);
 	else if (step.verdict.status == VERDICT_READY && !verdict_daemon_answers(&step.verdict))
 		fail_step(job_id, "its MPS control daemon on this node does not answer");
@@ -163,57 +172,42 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 	return ESPANK_SUCCESS;
 }
 
-/* Keep a thread percentage of the user's own that is valid and lower; a client cannot raise it anyway (O11). */
-static bool set_threads(spank_t sp)
+/* A variable of the task; NULL when it is not set, or longer than any value of it that makes sense. */
+static const char *task_variable(spank_t sp, const char *name, char *value, size_t size)
 {
-	const char *limit = step.verdict.thread_percentage;
-	char own[OPTION_MAX];
-
-	if (spank_getenv(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", own, sizeof(own)) == ESPANK_SUCCESS) {
-		unsigned int tenths = threads_tenths(own);
-
-		if (tenths && tenths < threads_tenths(limit))
-			return true;
-	}
-	return spank_setenv(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", limit, 1) == ESPANK_SUCCESS;
+	return spank_getenv(sp, name, value, (int)size) == ESPANK_SUCCESS ? value : NULL;
 }
 
-/*
- * A value that the driver cannot use lifts the limit altogether (O12), so one that is left over in the user's
- * environment must not reach the program. "0=" is right whatever the task sees: every client has a device 0, and its
- * other devices keep the control daemon's own limit.
- */
-static bool set_memory(spank_t sp)
+static bool set_variable(spank_t sp, const char *name, const char *value)
 {
-	char value[sizeof(step.verdict.memory_limit) + 2];
-
-	if (!step.verdict.memory_limit[0])
-		return true;
-	(void)snprintf(value, sizeof(value), "0=%s", step.verdict.memory_limit);
-	return spank_setenv(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value, 1) == ESPANK_SUCCESS;
+	return spank_setenv(sp, name, value, 1) == ESPANK_SUCCESS;
 }
 
-/* Returns NULL, or why the task cannot have its GPUs. */
-static const char *set_devices(spank_t sp)
-{
-	static char uuids[VERDICT_GPUS_MAX * sizeof(step.verdict.gpus[0].uuid)];
-	static char visible[sizeof(uuids)];
-	bool set = spank_getenv(sp, "CUDA_VISIBLE_DEVICES", visible, sizeof(visible)) == ESPANK_SUCCESS;
-
-	if (!task_gpus(&step.verdict, set ? visible : NULL, uuids, sizeof(uuids)))
-		return "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have";
-	if (uuids[0] && spank_setenv(sp, "CUDA_VISIBLE_DEVICES", uuids, 1) != ESPANK_SUCCESS)
-		return "the environment cannot be set";
-	return NULL;
-}
-
+/* Returns NULL, or why the task cannot start. */
 static const char *set_environment(spank_t sp)
 {
-	if (spank_setenv(sp, "CUDA_MPS_PIPE_DIRECTORY", step.verdict.pipe_directory, 1) != ESPANK_SUCCESS ||
-	    spank_setenv(sp, "CUDA_MPS_LOG_DIRECTORY", step.verdict.log_directory, 1) != ESPANK_SUCCESS ||
-	    !set_threads(sp) || !set_memory(sp))
+	static char own[VALUE_MAX], value[VALUE_MAX], uuids[VALUE_MAX];
+	static struct task_gpus task;
+	const char *visible = task_variable(sp, "CUDA_VISIBLE_DEVICES", own, sizeof(own));
+
+	if (!task_gpus(&step.verdict, visible, &task))
+		return "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have";
+	task_gpus_list(&task, false, uuids, sizeof(uuids));
+	task_gpus_list(&task, step.verdict.ordinals, value, sizeof(value));
+	if (task.count && !set_variable(sp, "CUDA_VISIBLE_DEVICES", value))
 		return "the environment cannot be set";
-	return set_devices(sp);
+	visible = task_variable(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", own, sizeof(own));
+	limits_threads_value(&step.limits, visible, value, sizeof(value));
+	if (!set_variable(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", value))
+		return "the environment cannot be set";
+	visible = task_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", own, sizeof(own));
+	if (limits_memory_value(&step.limits, uuids, visible, value, sizeof(value)) &&
+	    !set_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value))
+		return "the environment cannot be set";
+	if (!set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", step.verdict.pipe_directory) ||
+	    !set_variable(sp, "CUDA_MPS_LOG_DIRECTORY", step.verdict.log_directory))
+		return "the environment cannot be set";
+	return NULL;
 }
 
 /*

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,6 +85,12 @@ static bool take_line(struct verdict *verdict, char *line)
 		return take(verdict->thread_percentage, sizeof(verdict->thread_percentage), value);
 	if (!strcmp(line, "memory_limit"))
 		return take(verdict->memory_limit, sizeof(verdict->memory_limit), value);
+	if (!strcmp(line, "context_mib"))
+		return sscanf(value, "%5" SCNu64, &verdict->context_mib) == 1;
+	if (!strcmp(line, "visible_devices")) {
+		verdict->ordinals = !strcmp(value, "ordinal");
+		return true;
+	}
 	if (!strcmp(line, "gpu"))
 		return take_gpu(verdict, value);
 	return true;

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..errors import NodeError
 from .files import Directory, make_trusted
 from .messages import tell_admin
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..config import SiteConfig
 

@@ -46,11 +46,11 @@ static int talk(void)
 		fprintf(stderr, "Cannot find MPS control daemon process\n");
 		return 1;
 	}
+	sim_latency(1); /* a connection costs that much, a further line a fiftieth of it */
 	while (fgets(line, sizeof line, stdin)) {
 		line[strcspn(line, "\n")] = '\0';
 		if (line[strspn(line, " \t\r")] == '\0')
 			continue;
-		sim_latency(2);
 		if (!wire_send(fd, WIRE_COMMAND, line, (uint32_t)strlen(line), true)) {
 			fprintf(stderr, "Cannot send command to MPS control daemon process\n");
 			return 1;

@@ -68,7 +68,7 @@ def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
     assert found == {
         "CUDA_MPS_LOG_DIRECTORY": pipe.removesuffix("pipe") + "log",
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "12.5",
-        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8G",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M,1=8192M",
         "CUDA_VISIBLE_DEVICES": uuids,
     }
 
@@ -140,6 +140,37 @@ def test_two_users_jobs_on_one_node_have_a_daemon_each_and_cannot_reach_the_othe
     assert own.stdout.strip().isdigit()
     assert others.stdout == ""
     assert "Cannot find MPS control daemon process" in others.stderr
+
+
+def test_a_step_lowers_the_limits_for_itself_only(site: Site) -> None:
+    script = f"srun --mps-threads=10 --mps-mem=2G {CLIENT}\nsrun {CLIENT}\n"
+    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
+    assert site.cluster.wait(job).state == "COMPLETED"
+    lowered, untouched = site.cluster.output(job).splitlines()
+    assert "sms=12 free=1977 " in lowered
+    assert "sms=32 free=8047 " in untouched
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--mps-threads=50", "--mps-threads=50 is more than the job has (25); a step can only lower it"),
+        ("--mps-mem=9G", "--mps-mem=9G is more than the job has (8G); a step can only lower it"),
+    ],
+)
+def test_a_step_that_asks_for_more_than_the_job_has_is_told_both_numbers(site: Site, option: str, said: str) -> None:
+    script = f"srun {option} echo ran"
+    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
+    assert site.cluster.wait(job).state == "FAILED"
+    output = site.cluster.output(job)
+    assert said in output
+    assert "ran" not in output.splitlines()
+
+
+def test_a_lower_memory_limit_of_the_users_own_is_kept(site: Site) -> None:
+    own = {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2G"}
+    options = ["-N1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G"]
+    assert "free=1903 " in site.cluster.srun(*options, *CLIENT.split(), env=own).check().stdout
 
 
 # ------------------------------------------------------------------------------------------------ fails closed
@@ -293,3 +324,16 @@ def test_bound_tasks_have_different_gpus(any_site: Site) -> None:
     result = any_site.cluster.srun(*options, *CLIENT.split()).check()
     found = {word for line in result.stdout.splitlines() for word in line.split() if word.startswith("uuid=")}
     assert found == {f"uuid={gpu['uuid']}" for gpu in any_site.gpus("n1")[:2]}
+
+
+def test_gpus_by_ordinal_where_the_site_wants_them(any_site: Site) -> None:
+    any_site.configure('[gpus]\nclient_visible_devices = "ordinal"\n')
+    first = start(any_site, "--gres=gpu:2", script="sleep 60")
+    options = ["-N1", "-wn1", "--gres=gpu:2", "--mps"]
+    result = any_site.cluster.srun(*options, "sh", "-c", f"echo $CUDA_VISIBLE_DEVICES; {CLIENT} --device 1")
+    any_site.cluster.scancel(first)
+    any_site.cluster.wait(first)
+    assert result.returncode == 0, result.stderr
+    visible, client = result.stdout.splitlines()
+    assert visible == "0,1"
+    assert f"uuid={any_site.gpus('n1')[3]['uuid']} " in client

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from slurm_mps.errors import RequestError
 from slurm_mps.state import Verdict, refused
-from slurm_mps.units import parse_memory, parse_thread_percentage
+from slurm_mps.units import MIB, parse_memory, parse_thread_percentage
 from slurm_mps.wordfile import encode
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class CVerdict(ctypes.Structure):
         ("log_directory", ctypes.c_char * 104),
         ("thread_percentage", ctypes.c_char * 8),
         ("memory_limit", ctypes.c_char * 24),
+        ("context_mib", ctypes.c_uint64),
+        ("ordinals", ctypes.c_bool),
         ("gpu_count", ctypes.c_uint),
         ("room", ctypes.c_char * 8192),
     )
@@ -52,7 +54,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plugin(state: Path) -> ctypes.CDLL:
     """The plugin's own readers, without Slurm."""
     library = state / "readers.so"
-    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c")]
+    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c", "limits.c")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", f'-DSTATE_DIRECTORY="{state}"']
     subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", library, *sources], check=True)
     return ctypes.CDLL(str(library))
@@ -73,12 +75,12 @@ def test_both_sides_take_and_refuse_the_same_percentages(plugin: ctypes.CDLL, te
 
 @given(text=NEAR_MISSES | st.text(alphabet=st.characters(min_codepoint=1, exclude_categories=["Cs"])))
 def test_both_sides_take_and_refuse_the_same_sizes(plugin: ctypes.CDLL, text: str) -> None:
-    plugin.mem_is_valid.restype = ctypes.c_bool
+    plugin.mem_mib.restype = ctypes.c_uint64
     try:
-        valid = parse_memory(text) > 0
+        mib = parse_memory(text) // MIB
     except RequestError:
-        valid = False
-    assert plugin.mem_is_valid(text.encode()) == valid
+        mib = 0
+    assert plugin.mem_mib(text.encode()) == mib
 
 
 SETTINGS = (
@@ -86,6 +88,8 @@ SETTINGS = (
     ("log_directory", "/run/slurm-mps/jobs/4711/log"),
     ("thread_percentage", "12.5"),
     ("memory_limit", "8G"),
+    ("context_mib", "514"),
+    ("visible_devices", "uuid"),
     ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c"),
     ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317"),
 )
@@ -174,13 +178,22 @@ def test_only_a_plain_file_of_roots_is_a_verdict(plugin: ctypes.CDLL, state: Pat
     assert verdict.status == REFUSED
 
 
-def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None) -> str | None:
+class CTaskGpus(ctypes.Structure):
+    """spank/devices.h's struct task_gpus."""
+
+    _fields_ = (("count", ctypes.c_uint), ("gpus", ctypes.c_void_p * 64), ("ordinals", ctypes.c_uint * 64))
+
+
+def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None, *, ordinals: bool = False) -> str | None:
     """What a task with this CUDA_VISIBLE_DEVICES gets; its GPUs 2 and 3 have no device nodes here, so all may open."""
-    verdict = read(plugin, state, WHOLE)
-    out = ctypes.create_string_buffer(4096)
+    verdict, task = read(plugin, state, WHOLE), CTaskGpus()
     plugin.task_gpus.restype = ctypes.c_bool
-    good = plugin.task_gpus(ctypes.byref(verdict), visible.encode() if visible is not None else None, out, 4096)
-    return out.value.decode() if good else None
+    given = visible.encode() if visible is not None else None
+    if not plugin.task_gpus(ctypes.byref(verdict), given, ctypes.byref(task)):
+        return None
+    out = ctypes.create_string_buffer(4096)
+    plugin.task_gpus_list(ctypes.byref(task), ctypes.c_bool(ordinals), out, 4096)  # noqa: FBT003
+    return out.value.decode()
 
 
 @pytest.mark.parametrize(
@@ -204,3 +217,108 @@ def test_a_tasks_gpus_by_uuid(
     uuids = [value.split()[2] for key, value in SETTINGS if key == "gpu"]
     wanted = None if expected is None else ",".join(uuids[i] for i in expected)
     assert task_gpus(plugin, state, visible) == wanted
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("2,3", "0,1"), ("3", "1"), ("2", "0"), (None, "")])
+def test_a_tasks_gpus_by_the_daemons_ordinals(
+    plugin: ctypes.CDLL, state: Path, visible: str | None, expected: str
+) -> None:
+    assert task_gpus(plugin, state, visible, ordinals=True) == expected
+
+
+class CLimits(ctypes.Structure):
+    """spank/limits.h's struct limits."""
+
+    _fields_ = (("threads_tenths", ctypes.c_uint), ("memory_mib", ctypes.c_uint64))
+
+
+def of_step(plugin: ctypes.CDLL, state: Path, threads: str, mem: str) -> CLimits | str:
+    """The limits of a step of a job with 12.5 % and 8G, or why it is refused."""
+    verdict, limits, message = read(plugin, state, WHOLE), CLimits(), ctypes.create_string_buffer(512)
+    plugin.limits_of_step.restype = ctypes.c_bool
+    arguments = ctypes.byref(verdict), threads.encode(), mem.encode(), ctypes.byref(limits), message, 512
+    return limits if plugin.limits_of_step(*arguments) else message.value.decode()
+
+
+@pytest.mark.parametrize(
+    ("threads", "mem", "tenths", "mib"),
+    [
+        ("", "", 125, 8192),
+        ("12.5", "8G", 125, 8192),
+        ("10", "", 100, 8192),
+        ("", "2G", 125, 2048),
+        ("5", "1G", 50, 1024),
+    ],
+)
+def test_a_step_keeps_or_lowers_the_jobs_limits(
+    plugin: ctypes.CDLL, state: Path, threads: str, mem: str, tenths: int, mib: int
+) -> None:
+    limits = of_step(plugin, state, threads, mem)
+    assert isinstance(limits, CLimits)
+    assert (limits.threads_tenths, limits.memory_mib) == (tenths, mib)
+
+
+@pytest.mark.parametrize(
+    ("threads", "mem", "said"),
+    [
+        ("12.6", "", "--mps-threads=12.6 is more than the job has (12.5); a step can only lower it"),
+        ("", "9G", "--mps-mem=9G is more than the job has (8G); a step can only lower it"),
+        ("", "80M", "--mps-mem=80M is less than a CUDA context costs with 12.5 % of the threads (about 83 MiB)"),
+    ],
+)
+def test_a_step_that_asks_for_what_it_cannot_have_is_told_both_numbers(
+    plugin: ctypes.CDLL, state: Path, threads: str, mem: str, said: str
+) -> None:
+    assert of_step(plugin, state, threads, mem) == said
+
+
+A, B = (value.split()[2] for key, value in SETTINGS if key == "gpu")
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (None, "0=8192M,1=8192M"),
+        ("", "0=8192M,1=8192M"),
+        ("0=2G", "0=2048M,1=8192M"),
+        ("1=512M,0=2G", "0=2048M,1=512M"),
+        (f"{B}=1G", "0=8192M,1=1024M"),
+        ("0=20G", "0=8192M,1=8192M"),
+        ("junk", "0=8192M,1=8192M"),
+        ("2=1G", "0=8192M,1=8192M"),
+        ("0=2G,7=1G", "0=8192M,1=8192M"),
+        ("0=1.5G", "0=8192M,1=8192M"),
+        ("GPU-other=1G", "0=8192M,1=8192M"),
+        ("0=2G,", "0=2048M,1=8192M"),
+        ("0=" + "9" * 40 + "G", "0=8192M,1=8192M"),
+    ],
+)
+def test_the_memory_variable_is_one_that_the_driver_can_use(
+    plugin: ctypes.CDLL, own: str | None, expected: str
+) -> None:
+    """One bad entry removes the limit of every device (O12)."""
+    limits, out = CLimits(1000, 8192), ctypes.create_string_buffer(4096)
+    plugin.limits_memory_value.restype = ctypes.c_bool
+    given = own.encode() if own is not None else None
+    assert plugin.limits_memory_value(ctypes.byref(limits), f"{A},{B}".encode(), given, out, 4096)
+    assert out.value.decode() == expected
+
+
+@given(own=st.text(alphabet="0123456789=,.GMT-x", max_size=40))
+def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, own: str) -> None:
+    limits, out = CLimits(1000, 8192), ctypes.create_string_buffer(4096)
+    plugin.limits_memory_value(ctypes.byref(limits), f"{A},{B}".encode(), own.encode(), out, 4096)
+    entries = dict(entry.split("=") for entry in out.value.decode().split(","))
+    assert entries.keys() == {"0", "1"}
+    assert all(size.endswith("M") and 1 <= int(size[:-1]) <= 8192 for size in entries.values())
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [(None, "25"), ("10", "10"), ("2.5", "2.5"), ("50", "25"), ("0", "25"), ("junk", "25")]
+)
+def test_the_thread_variable_keeps_a_lower_value_of_the_users(
+    plugin: ctypes.CDLL, own: str | None, expected: str
+) -> None:
+    limits, out = CLimits(250, 0), ctypes.create_string_buffer(64)
+    plugin.limits_threads_value(ctypes.byref(limits), own.encode() if own is not None else None, out, 64)
+    assert out.value.decode() == expected
