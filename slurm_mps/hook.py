@@ -26,6 +26,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # the process is over; tearing the interpreter and the driver down takes longer than the rest
+    os._exit(main())  # the process is over; tearing the interpreter and the driver down takes longer than the rest

@@ -17,6 +17,7 @@ from .node import processes
 from .node.files import open_trusted
 from .node.messages import tell_admin
 from .plan import make_plan
+from .record import replace
 from .request import read_request, slurm_number
 from .state import Journal, NodeState, refused
 from .steps import JobSite
@@ -31,6 +32,7 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 _COMPILE_SECONDS = 5.0
 _LOCK_SECONDS = 5.0
+_BRING_UP_SHARE, _UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the watch ends the process
 
 
 def _compile_config(text: bytes) -> SiteConfig:
@@ -39,7 +41,7 @@ def _compile_config(text: bytes) -> SiteConfig:
         [sys.executable, "-I", "-m", "slurm_mps.config_file", CONFIG_PATH],
         {"PATH": "/usr/bin:/bin"},
         _COMPILE_SECONDS,
-        text.decode("utf-8", "replace"),
+        text.decode("utf-8", "surrogateescape"),
     )
     if outcome.status:
         raise ConfigError(outcome.errors.splitlines() or [f"{CONFIG_PATH}: cannot be checked"])
@@ -112,9 +114,10 @@ class _Prolog:
         restart_count = slurm_number(self._environment, "SLURM_JOB_RESTART_COUNT", default=0)
         left = state.open_journal(job_id)
         if left:
-            if is_up(left, restart_count):
+            old = self._site(state, left, left.read_config() or DEFAULTS)
+            if is_up(old, restart_count):
                 return
-            take_down(self._site(state, left, left.read_config() or DEFAULTS))
+            take_down(replace(old, deadline=old.undo_deadline))
         uid = slurm_number(self._environment, "SLURM_JOB_UID")
         self._journal = journal = state.begin_journal(job_id, uid, restart_count)
         request = read_request(self._environment)
@@ -124,7 +127,9 @@ class _Prolog:
         bring_up(make_plan(request, self._config, gpus), site)
 
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
-        return JobSite(state, journal, self._gpus, config, self._started + self._config.deadlines_prolog)
+        whole = self._config.deadlines_prolog
+        up_by, undone_by = (self._started + share * whole for share in (_BRING_UP_SHARE, _UNDO_SHARE))
+        return JobSite(state, journal, self._gpus, config, up_by, undone_by)
 
     def _refuse(self, message: str) -> int:
         """The job's tasks fail with the message; the node has nothing to do with it."""
@@ -164,7 +169,9 @@ def _epilog(job_id: int, started: float, gpus: Gpus) -> None:
     if journal is None:
         return
     config = journal.read_config() or DEFAULTS
-    take_down(JobSite(state, journal, gpus, config, started + config.deadlines_epilog))
+    _watch(config.deadlines_epilog, lambda message: _report(f"job {job_id}", message))
+    end = started + _UNDO_SHARE * config.deadlines_epilog
+    take_down(JobSite(state, journal, gpus, config, end, end))
 
 
 def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
@@ -177,7 +184,6 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
-        _watch(DEFAULTS.deadlines_epilog, lambda message: _report(who, message))
         _epilog(job_id, started, gpus)
         return 0
     except MpsError as error:

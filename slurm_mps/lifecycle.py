@@ -9,12 +9,12 @@ Promises:
 from __future__ import annotations
 
 from .errors import MpsError, NodeError
+from .record import replace
 from .steps import JobSite, read_undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .plan import Plan
-    from .state import Journal
 
 
 def bring_up(plan: Plan, site: JobSite) -> None:
@@ -33,7 +33,7 @@ def bring_up(plan: Plan, site: JobSite) -> None:
         journal.ready = True
         journal.write()
     except MpsError as error:
-        problems = undo_all(site)
+        problems = undo_all(replace(site, deadline=site.undo_deadline))
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
         raise
@@ -67,6 +67,13 @@ def take_down(site: JobSite) -> None:
     site.state.remove_journal(site.journal)
 
 
-def is_up(journal: Journal, restart_count: int) -> bool:
-    """Whether the prolog has already done all of it for this very run of the job (a requeued job has the same id)."""
-    return journal.ready and journal.restart_count == restart_count
+def is_up(site: JobSite, restart_count: int) -> bool:
+    """Whether all of it was done for this very run of the job (a requeued job has the same id) and still stands."""
+    journal = site.journal
+    if not (journal.ready and journal.restart_count == restart_count and journal.boot_id == site.state.boot_id):
+        return False
+    try:
+        with journal.directory.subdirectory("pipe") as pipe:
+            return site.daemon.process(pipe) is not None
+    except FileNotFoundError:
+        return False

@@ -28,8 +28,9 @@ else:
         defaults = {name: getattr(cls, name) for name in fields if hasattr(cls, name)}
 
         def __init__(self, *args, **kwargs):  # noqa: N807
-            values = {**defaults, **dict(zip(fields, args, strict=False)), **kwargs}
-            if len(args) > len(fields) or values.keys() != set(fields):
+            given = dict(zip(fields, args, strict=False))
+            values = {**defaults, **given, **kwargs}
+            if len(args) > len(fields) or given.keys() & kwargs.keys() or values.keys() != set(fields):
                 raise TypeError(f"{cls.__name__} takes {', '.join(fields)}")
             self.__dict__.update(values)
 
@@ -42,9 +43,10 @@ else:
         def __repr__(self):  # noqa: N807
             return f"{cls.__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in fields)})"
 
-        def __setattr__(self, name, _value):  # noqa: N807
+        def __setattr__(self, name, _value=None):  # noqa: N807
             raise AttributeError(f"{cls.__name__}.{name} is read-only")
 
+        cls.__delattr__ = __setattr__
         for method in (__init__, __eq__, __hash__, __repr__, __setattr__):
             setattr(cls, method.__name__, method)
         return cls

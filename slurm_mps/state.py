@@ -133,7 +133,7 @@ class NodeState:
         self._jobs = self.root.make("jobs", 0o711)
         self._gpus = self.root.make("gpus", 0o700)
         self._locks = LockFile(self.root)
-        self._boot_id = processes.boot_id()
+        self.boot_id = processes.boot_id()
 
     def close(self) -> None:
         for thing in (self._locks, self._gpus, self._jobs, self.root):
@@ -172,8 +172,13 @@ class NodeState:
     def begin_journal(self, job_id: int, uid: int, restart_count: int) -> Journal:
         """Make a job's directory, root's alone for now, and note it."""
         directory = self._jobs.make(str(job_id), 0o700)
-        journal = Journal(directory, job_id, uid, restart_count, self._boot_id)
-        journal.write()
+        journal = Journal(directory, job_id, uid, restart_count, self.boot_id)
+        try:
+            journal.write()
+        except NodeError:
+            directory.close()
+            self._jobs.remove_tree(str(job_id))
+            raise
         return journal
 
     def remove_journal(self, journal: Journal) -> None:
@@ -181,8 +186,9 @@ class NodeState:
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
-        for name in ("verdict", "config", ".verdict.new", ".config.new", ".journal.new"):
+        for name in ("verdict", "config"):
             journal.directory.unlink(name)
+        journal.directory.unlink("journal", temporary_only=True)
         strangers = [name for name in journal.directory.names() if name != "journal"]
         if strangers:
             raise NodeError(f"{journal.directory.path} holds {strangers[0]!r}, which slurm-mps did not put there")
@@ -196,7 +202,7 @@ class NodeState:
         except FileNotFoundError:
             return LedgerEntry()
         known = dict(line.partition(" ")[::2] for line in lines if not line.startswith("holder "))
-        if known.get("boot") != self._boot_id:
+        if known.get("boot") != self.boot_id:
             return LedgerEntry()
         jobs = set(self.job_ids())
         holders = (int(line.removeprefix("holder ")) for line in lines if line.startswith("holder "))
@@ -209,7 +215,7 @@ class NodeState:
             self._gpus.unlink(uuid)
             return
         mode = [] if entry.mode_found is None else [f"mode_found {entry.mode_found}"]
-        lines = [f"boot {self._boot_id}", *mode, *(f"holder {job}" for job in entry.holders)]
+        lines = [f"boot {self.boot_id}", *mode, *(f"holder {job}" for job in entry.holders)]
         self._gpus.write(uuid, encode("ledger", VERSION, lines))
 
     def read_compiled_config(self, stamp: str) -> SiteConfig | None:

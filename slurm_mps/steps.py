@@ -35,13 +35,18 @@ if TYPE_CHECKING:
 
 @record
 class JobSite:
-    """What a step acts on: one job's place on this node. ``deadline`` is a monotonic time in seconds."""
+    """What a step acts on: one job's place on this node.
+
+    Both deadlines are monotonic times in seconds: what is brought up must be so by the first, so that there is time to
+    undo it all by the second.
+    """
 
     state: NodeState
     journal: Journal
     gpus: Gpus
     config: SiteConfig
     deadline: float
+    undo_deadline: float
 
     def seconds(self, wanted: float) -> float:
         """How long one thing may take: what it wants, but no longer than is left of the whole.
@@ -179,16 +184,18 @@ class QuitDaemon:
         return "quit_daemon"
 
     def undo(self, site: JobSite) -> None:
-        config = site.config
+        wanted = site.config.deadlines_quit + 2 * site.config.deadlines_signal
+        share = site.seconds(wanted) / wanted
         patience = Patience(
             force_after_seconds=2,
-            quit_seconds=site.seconds(config.deadlines_quit),
-            signal_seconds=site.seconds(config.deadlines_signal),
+            quit_seconds=share * site.config.deadlines_quit,
+            signal_seconds=share * site.config.deadlines_signal,
         )
         try:
             pipe = site.journal.directory.subdirectory("pipe")
-        except FileNotFoundError:
-            return  # it is removed after the daemon has gone
+        except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
+            site.daemon.end_by_signals(site.journal.uid, patience)
+            return
         with pipe:
             site.daemon.quit(pipe, site.journal.uid, patience)
 

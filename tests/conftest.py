@@ -28,6 +28,7 @@ def gpu_node(shared_gpu_node: GpuNode) -> Iterator[GpuNode]:
     shared_gpu_node.fault()
     shared_gpu_node.configure("")
     after = shared_gpu_node.snapshot()
+    shared_gpu_node.clean()  # one test's failure is not to be the next one's
     assert after == before
 
 

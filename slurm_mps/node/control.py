@@ -157,13 +157,19 @@ class ControlDaemon:
         return found
 
     def quit(self, pipe: Directory, server_uid: int, patience: Patience) -> None:
-        """End the daemon and its servers: ask, then SIGTERM, then SIGKILL, each with a time of its own.
+        """End the daemon and its servers: ask, then use signals, each with a time of its own.
 
         Raises: NodeError that names what is still there after all that.
         """
         daemon = self.process(pipe)
-        if daemon and self._quit_politely(daemon, server_uid, patience):
-            return
+        if not (daemon and self._quit_politely(daemon, server_uid, patience)):
+            self.end_by_signals(server_uid, patience)
+
+    def end_by_signals(self, server_uid: int, patience: Patience) -> None:
+        """End whatever is left of the daemon and its servers: SIGTERM, then SIGKILL.
+
+        Raises: NodeError that names what is still there after that.
+        """
         for number in (processes.SIGTERM, processes.SIGKILL):
             left = self.find_processes(server_uid)
             for process in left:

@@ -45,6 +45,11 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _temporary(name: str) -> str:
+    """What write() calls a file until it is whole."""
+    return f".{_check_name(name)}.new"
+
+
 def _only_root_writes(status: os.stat_result) -> bool:
     sticky_directory = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     return status.st_uid == 0 and (not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or bool(sticky_directory))
@@ -101,26 +106,6 @@ class Directory:
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))
 
-    def read(self, name: str, limit_bytes: int = _READ_LIMIT_BYTES) -> bytes:
-        """Read a regular file that only root can write.
-
-        Raises: FileNotFoundError; NodeError for anything that is not such a file, or longer than `limit_bytes`.
-        """
-        try:
-            fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise self._fault(name, error) from None
-        with open(fd, "rb", buffering=0) as file:
-            status = os.fstat(fd)
-            if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and _only_root_writes(status)):
-                raise NodeError(f"{self.path}/{name} is not a file that only root writes")
-            data = file.read(limit_bytes + 1) or b""
-        if len(data) > limit_bytes:
-            raise NodeError(f"{self.path}/{name} is longer than {limit_bytes} bytes")
-        return data
-
     def _open_roots_file(self, name: str) -> int:
         """Open a regular file that root made here; others may have written it.
 
@@ -135,8 +120,22 @@ class Directory:
         status = os.fstat(fd)
         if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0):
             os.close(fd)
-            raise NodeError(f"{self.path}/{name} is not a file of root's")
+            raise NodeError(f"{self.path}/{name} is not a file that only root writes")
         return fd
+
+    def read(self, name: str, limit_bytes: int = _READ_LIMIT_BYTES) -> bytes:
+        """Read a regular file that only root can write.
+
+        Raises: FileNotFoundError; NodeError for anything that is not such a file, or longer than `limit_bytes`.
+        """
+        fd = self._open_roots_file(name)
+        with open(fd, "rb", buffering=0) as file:
+            if not _only_root_writes(os.fstat(fd)):
+                raise NodeError(f"{self.path}/{name} is not a file that only root writes")
+            data = file.read(limit_bytes + 1) or b""
+        if len(data) > limit_bytes:
+            raise NodeError(f"{self.path}/{name} is longer than {limit_bytes} bytes")
+        return data
 
     def read_tail(self, name: str, limit_bytes: int) -> bytes:
         """Read at most the last `limit_bytes` of a file of root's whose content need not be root's, such as a log."""
@@ -161,9 +160,9 @@ class Directory:
 
         Raises: NodeError; then the file of before is still there.
         """
-        temporary = f".{_check_name(name)}.new"
+        temporary = _temporary(name)
         try:
-            self.unlink(temporary)
+            self.unlink(name, temporary_only=True)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
             with open(fd, "wb", buffering=0) as file:
                 written = 0
@@ -174,16 +173,18 @@ class Directory:
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             os.fsync(self.fd)
         except OSError as error:
+            self.unlink(name, temporary_only=True)
             raise self._fault(name, error) from None
 
-    def unlink(self, name: str) -> None:
-        """Remove a file or a link; none there is fine."""
-        try:
-            os.unlink(_check_name(name), dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise self._fault(name, error) from None
+    def unlink(self, name: str, *, temporary_only: bool = False) -> None:
+        """Remove a file or a link, and what a write() of it that was cut short left; none there is fine."""
+        for victim in (_temporary(name),) if temporary_only else (_temporary(name), name):
+            try:
+                os.unlink(victim, dir_fd=self.fd)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise self._fault(victim, error) from None
 
     def remove_tree(self, name: str) -> None:
         """Remove a directory and all in it; none there is fine.

@@ -40,10 +40,12 @@ def keep_logs(job_directory: Directory, job_id: int, config: SiteConfig) -> None
     if config.logs_keep == "never":
         return
     try:
-        with job_directory.subdirectory("log") as source:
-            _copy(source, job_id, config)
+        source = job_directory.subdirectory("log")
     except FileNotFoundError:
         return
+    try:
+        with source:
+            _copy(source, job_id, config)
     except NodeError as error:
         tell_admin(f"job {job_id}: its logs are not kept: {error}")
     except OSError as error:

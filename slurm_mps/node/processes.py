@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
 _OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
+_SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # all that can be given a default again
 
 
 @record
@@ -36,6 +37,19 @@ class Outcome:
     errors: str
 
 
+def _inheritable() -> list[int]:
+    """Descriptors that whoever started us left open for all to inherit; ours close by themselves."""
+    fds = (int(name) for name in os.listdir("/proc/self/fd"))
+    found = []
+    for fd in fds:
+        try:
+            if fd > 2 and os.get_inheritable(fd):
+                found.append(fd)
+        except OSError:
+            pass  # the one that listed the others
+    return found
+
+
 class _Child:
     """A started program, its pipes, and the poll over them and its end."""
 
@@ -44,13 +58,17 @@ class _Child:
         self._output, stdout = os.pipe()
         self._errors, stderr = os.pipe()
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
+        actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams]
+        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
         try:
             self.pid = os.posix_spawn(
                 argv[0],
                 list(argv),
                 dict(environment),
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams],
+                file_actions=actions,
                 setpgroup=0,
+                setsigmask=(),
+                setsigdef=_SIGNALS,
             )
         except OSError as error:
             for fd in (self._input, self._output, self._errors):
@@ -60,8 +78,9 @@ class _Child:
             for fd, _ in streams:
                 os.close(fd)
         self._end = os.pidfd_open(self.pid)
+        os.set_blocking(self._input, False)  # a few short lines: less than a pipe holds
         try:
-            os.write(self._input, text)  # a few short lines: less than a pipe holds
+            os.write(self._input, text)
         except BrokenPipeError:
             pass
         os.close(self._input)
@@ -114,7 +133,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: fl
     Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
     be started.
     """
-    child = _Child(argv, environment, text.encode("ascii"))
+    child = _Child(argv, environment, text.encode("utf-8", "surrogateescape"))
     try:
         outcome = child.communicate(monotonic() + timeout_seconds)
         if outcome is None:

@@ -95,6 +95,13 @@ class GpuNode:
     def epilog(self, job_id: int) -> Result:
         return self.run(EPILOG, env=job_environment(job_id))
 
+    def clean(self) -> None:
+        """Take down what a failed test left."""
+        for path in self.files():
+            job = path.removeprefix(f"{STATE_DIRECTORY}/jobs/")
+            if job.isdigit():
+                self.epilog(int(job))
+
     def verdict(self, job_id: int) -> dict[str, str]:
         """What the job's tasks would read; empty without a verdict. Several lines of one key: the last."""
         path = self.machine.path(f"{STATE_DIRECTORY}/jobs/{job_id}/verdict")

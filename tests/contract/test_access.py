@@ -1,0 +1,207 @@
+"""Who gets into a daemon, who runs without MPS unawares, and what lies in the directories (O21 to O25, O37 to O39)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.machine import Result
+
+from .driver import CONTROL, FILES_OF_A_DAEMON, sees, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .driver import Daemon, Device, Driver
+
+KNOCK = """
+import json, os, socket, struct, sys
+try:
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect(sys.argv[1])
+    refusal = 0
+except OSError as error:
+    refusal = error.errno
+peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+peer.connect(sys.argv[1])
+pid, uid, gid = struct.unpack("iII", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+print(json.dumps([refusal, pid, uid]))
+"""
+CONNECTION_FAILED = "cuInit 805 CUDA_ERROR_MPS_CONNECTION_FAILED"
+
+
+def no_daemon(driver: Driver) -> Daemon:
+    return driver.directories()
+
+
+def killed_daemon(driver: Driver) -> Daemon:
+    daemon = driver.daemon()
+    driver.place.kill(daemon.pid)
+    wait_until(lambda: not driver.left_over())
+    return daemon
+
+
+def missing_directory(driver: Driver) -> Daemon:
+    daemon = driver.directories()
+    daemon.environment["CUDA_MPS_PIPE_DIRECTORY"] += "/missing"
+    return daemon
+
+
+def closed_directory(driver: Driver) -> Daemon:
+    return driver.daemon(user=driver.other_user, mode=0o700)
+
+
+@pytest.mark.parametrize("make", [no_daemon, killed_daemon, missing_directory, closed_directory])
+def test_o21_a_program_that_finds_no_daemon_runs_without_mps(
+    driver: Driver, card: Device, make: Callable[[Driver], Daemon]
+) -> None:
+    """And without a word, with all SMs and all memory."""
+    found = make(driver).look(sees(driver.uuids[0]), user=driver.user)
+    assert found.devices == (card,)
+
+
+@pytest.mark.parametrize("who", ["root", "other"])
+def test_o22_a_foreign_client_takes_a_users_daemon_its_server(driver: Driver, who: str) -> None:
+    daemon = driver.daemon(mode=0o755)
+    server = daemon.start_server()
+    foreign = "root" if who == "root" else driver.other_user
+    assert daemon.look(user=foreign).failed == CONNECTION_FAILED
+    wanted = f"Failed to start server using uid {driver.place.uid(foreign)}, error: Operation not permitted"
+    log = daemon.log_lines("control.log")
+    assert f"Try shutting down server {server}, backoff is disabled" in log
+    assert wanted in log
+    assert daemon.ask("get_server_list") == ""
+
+
+def test_o22_a_daemon_of_roots_replaces_an_idle_server_for_the_next_user(driver: Driver) -> None:
+    daemon = driver.daemon(user="root", mode=0o755)
+    for user in (driver.user, driver.other_user):
+        assert daemon.look(user=user).failed == ""
+        assert driver.server_uids() == [driver.place.uid(user)]
+
+
+def test_o22_the_sockets_are_open_to_all(driver: Driver) -> None:
+    """0666: the directory is the gate."""
+    daemon = driver.daemon()
+    assert stat.S_IMODE(driver.machine.path(f"{daemon.pipe}/control").stat().st_mode) == 0o666
+
+
+def test_o23_of_a_daemon_of_roots_a_user_has_a_server_and_queries(driver: Driver) -> None:
+    """Settings and quit are refused (O8)."""
+    daemon = driver.daemon(user="root", mode=0o755)
+    client = daemon.client(user=driver.user)
+    assert driver.server_uids() == [driver.place.uid(driver.user)]
+    server = daemon.ask("get_server_list", user=driver.user)
+    assert daemon.ask(f"get_server_status {server}", user=driver.user) == "ACTIVE"
+    assert daemon.ask(f"get_client_list {server}", user=driver.user) == str(client.pid)
+
+
+def test_o23_of_a_daemon_of_its_own_a_user_may_change_and_quit_everything(driver: Driver) -> None:
+    daemon = driver.daemon()
+    assert daemon.ask("set_default_active_thread_percentage 50") == "50.0"
+    refused = daemon.ask(f"start_server -uid {driver.place.uid(driver.other_user)}")
+    assert refused.startswith(f"Insufficient privileges for UID {driver.place.uid(driver.user)}. ")
+    assert daemon.control("quit") == Result(0, "", "")
+    assert not daemon.is_there
+
+
+def admit(path: object, uid: int) -> None:
+    """Let one user list and enter a directory, besides what its mode says: setfacl -m user:UID:r-x."""
+    nobody = 0xFFFFFFFF
+    entries = [(0x01, 7, nobody), (0x02, 5, uid), (0x04, 0, nobody), (0x10, 5, nobody), (0x20, 0, nobody)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(str(path), "system.posix_acl_access", acl)
+
+
+def test_o24_an_acl_lets_in_the_jobs_user_and_nobody_else(driver: Driver, card: Device) -> None:
+    daemon = driver.directories(user="root", mode=0o700)
+    admit(driver.machine.path(daemon.directory), driver.place.uid(driver.user))
+    assert daemon.start() == Result(0, "", "")
+    assert daemon.ask("get_server_list", user=driver.user) == ""
+    client = daemon.client(user=driver.user)
+    assert daemon.ask(f"get_client_list {daemon.server}") == str(client.pid)
+    for directory in (daemon.directory, daemon.pipe):
+        assert driver.machine.run(["ls", directory], user=driver.user).returncode == 0
+        assert driver.machine.run(["touch", f"{directory}/new"], user=driver.user).returncode != 0
+        assert driver.machine.run(["ls", directory], user=driver.other_user).returncode != 0
+    assert "Cannot find" in daemon.control("get_server_list", user=driver.other_user).stderr
+    assert daemon.look(user=driver.other_user).devices[0].sms == card.sms
+    assert daemon.ask(f"get_client_list {daemon.server}") == str(client.pid)
+
+
+def test_o25_the_files_of_a_running_daemon(driver: Driver) -> None:
+    daemon = driver.daemon()
+    modes = {name: driver.machine.path(f"{daemon.pipe}/{name}").stat().st_mode for name in daemon.listed_files()}
+    assert sorted(modes) == FILES_OF_A_DAEMON
+    assert modes["control"] == stat.S_IFSOCK | 0o666
+    assert modes["control_privileged"] == stat.S_IFSOCK | 0o755
+    assert stat.S_ISFIFO(modes["log"])
+    assert sorted(os.listdir(driver.machine.path(daemon.log))) == ["control.log", "server.log"]
+    daemon.start_server()
+    owner = driver.place.uid(daemon.user)
+    assert {entry.stat().st_uid for entry in driver.machine.path(daemon.log).iterdir()} == {owner}
+
+
+def test_o25_quit_leaves_the_sockets_and_the_lock(driver: Driver) -> None:
+    daemon = driver.daemon()
+    daemon.start_server()
+    assert daemon.control("quit") == Result(0, "", "")
+    assert daemon.listed_files() == ["control", "control_lock", "control_privileged"]
+
+
+def test_o25_a_killed_daemon_leaves_everything_and_a_new_one_minds_nothing(driver: Driver) -> None:
+    daemon = driver.daemon()
+    daemon.start_server()
+    driver.place.kill(daemon.pid)
+    wait_until(lambda: not driver.left_over())
+    assert daemon.listed_files() == FILES_OF_A_DAEMON
+    assert daemon.start() == Result(0, "", "")
+    assert daemon.ask("get_server_list") == ""
+    assert daemon.look().failed == ""
+    assert daemon.server > 0
+
+
+def test_o37_the_pid_file_the_lock_and_the_fifo_are_writable_by_all(driver: Driver) -> None:
+    """Whatever the umask, and though the logs are not."""
+    daemon = driver.directories()
+    daemon.popen("sh", "-c", f"umask 077; exec {CONTROL} -d").wait(20)
+    path = driver.machine.path(daemon.pipe)
+    modes = {"nvidia-cuda-mps-control.pid": 0o666, "control_lock": 0o666, "log": 0o777}
+    assert {name: stat.S_IMODE((path / name).stat().st_mode) for name in modes} == modes
+    log = driver.machine.path(driver.daemon().log)
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in log.iterdir()} == {0o644}
+
+
+def test_o37_junk_in_the_pid_file_misleads_no_control_program(driver: Driver) -> None:
+    daemon = driver.daemon()
+    driver.machine.path(f"{daemon.pipe}/nvidia-cuda-mps-control.pid").write_text("junk\n")
+    assert daemon.ask("get_default_active_thread_percentage") == "100.0"
+
+
+def test_o38_a_server_for_a_uid_that_nobody_has(driver: Driver) -> None:
+    """It has that uid, gid 0, no other groups and no capabilities, and the daemon's environment."""
+    daemon = driver.daemon({"MARK": "of the daemon"}, user="root")
+    daemon.ask("start_server -uid 65000")
+    server = daemon.server
+    assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
+    status = driver.machine.read(f"/proc/{server}/status").splitlines()
+    fields = {name: words.split() for name, _, words in (line.partition(":") for line in status)}
+    assert (fields["Uid"], fields["Gid"], fields["Groups"]) == (["65000"] * 4, ["0"] * 4, [])
+    assert int(fields["CapEff"][0], 16) == 0
+    assert "MARK=of the daemon" in driver.machine.read(f"/proc/{server}/environ").split("\0")
+
+
+def test_o39_the_control_socket_takes_packets_and_names_the_daemon(driver: Driver) -> None:
+    """Who hangs up at once leaves a line in the log and nothing else."""
+    daemon = driver.daemon(user="root", mode=0o755)
+    argv = [driver.place.plain_python, "-I", "-S", "-c", KNOCK, f"{daemon.pipe}/control"]
+    said = json.loads(driver.machine.run(argv, user=driver.user).check().stdout)
+    assert said == [errno.EPROTOTYPE, daemon.pid, 0]
+    lines = {"Unable to accept connection", "User did not send valid credentials"}
+    wait_until(lambda: lines & set(daemon.log_lines("control.log")))
+    assert daemon.ask("get_default_active_thread_percentage") == "100.0"

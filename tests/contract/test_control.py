@@ -1,0 +1,148 @@
+"""The control program: what it takes, what it says, and how it ends (O1 to O8, O40)."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+from tests.harness.machine import Result
+
+from .driver import CONTROL, sees
+
+if TYPE_CHECKING:
+    from .driver import Driver
+
+WRITTEN_AND_READ = {
+    "8G": "8G",
+    "8192M": "8G",
+    "8388608K": "8192G",
+    "8589934592": "8388608G",
+    "8g": "8G",
+    "8GB": "8G",
+    "8GiB": "8G",
+    "0.5G": "",
+    "1.5G": "1M",
+    "0": "",
+    "-1G": "17179869183G",
+    "": "17179869183G",  # after -1G: read so, or not at all
+    "200G": "200G",
+    "junk": "",
+    "0G": "",
+    "1M": "1M",
+}
+"""Sizes in the order in which they were tried."""
+
+
+def test_o1_a_bad_percentage_leaves_the_old_one_and_is_answered_with_it(driver: Driver) -> None:
+    daemon = driver.daemon()
+    words = ("25", "0", "250", "abc", "12.5")
+    answers = [daemon.ask(f"set_default_active_thread_percentage {word}") for word in words]
+    assert answers == ["25.0", "25.0", "25.0", "25.0", "12.5"]
+    assert daemon.ask("get_default_active_thread_percentage") == "12.5"
+
+
+def test_o2_any_memory_limit_is_taken_in_silence(driver: Driver) -> None:
+    daemon = driver.daemon()
+    for words in ("0 8G", "7 8G", "0 8X", "0 0"):
+        assert daemon.control(f"set_default_device_pinned_mem_limit {words}") == Result(0, "", "")
+
+
+def test_o3_sizes_it_reads_and_misreads(driver: Driver) -> None:
+    daemon = driver.daemon()
+    commands = "set_default_device_pinned_mem_limit 0 {}", "get_default_device_pinned_mem_limit 0"
+    read = {size: daemon.ask(*(command.format(size) for command in commands)) for size in WRITTEN_AND_READ}
+    assert read == WRITTEN_AND_READ
+
+
+def test_o4_a_limit_that_was_never_set(driver: Driver) -> None:
+    """Before any was set it says so; then it prints nothing for a device without one, and a UUID is not its ordinal."""
+    daemon = driver.daemon()
+    query = "get_default_device_pinned_mem_limit"
+    assert daemon.ask(f"{query} 0") == "No default pinned memory limit set for the device!"
+    daemon.ask(f"set_default_device_pinned_mem_limit {driver.uuids[0]} 8G")
+    assert daemon.ask(f"{query} {driver.uuids[0]}") == "8G"
+    assert daemon.ask(f"{query} 0") == ""
+
+
+def test_o5_an_unknown_command_is_no_error(driver: Driver) -> None:
+    assert driver.daemon().control("foo") == Result(0, 'Unknown command "foo"\n', "")
+
+
+def test_o5_an_unknown_option_starts_nothing_and_is_no_error(driver: Driver) -> None:
+    daemon = driver.directories()
+    result = daemon.start("-d", "-S")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Unrecognized option")
+    assert "nvidia-cuda-mps-control [options] [command]" in result.stdout
+    assert not daemon.is_there
+    assert driver.left_over() == []
+
+
+def test_o6_no_such_device_exits_100_without_a_message_or_a_log(driver: Driver) -> None:
+    daemon = driver.directories()
+    assert daemon.start(env=sees("GPU-00000000-0000-0000-0000-000000000000")) == Result(100, "", "")
+    assert list(driver.machine.path(daemon.log).iterdir()) == []
+    assert not daemon.is_there
+
+
+def test_o6_a_long_pipe_directory_exits_1_without_a_message(driver: Driver) -> None:
+    """Socket paths are at most 108 bytes; the two lines of the log do not say that this is why."""
+    daemon = driver.directories(name="x" * 90)
+    assert daemon.start() == Result(1, "", "")
+    assert daemon.log_lines("control.log") == [
+        f"Starting control daemon using socket {daemon.pipe}/control",
+        f"To connect CUDA applications to this daemon, set env CUDA_MPS_PIPE_DIRECTORY={daemon.pipe}",
+    ]
+    assert not daemon.is_there
+
+
+def test_o6_a_second_daemon_on_a_directory_exits_1_and_says_why(driver: Driver) -> None:
+    daemon = driver.daemon()
+    pid = daemon.pid
+    assert daemon.start() == Result(1, "An instance of this daemon is already running\n", "")
+    assert daemon.pid == pid
+    assert daemon.ask("get_default_active_thread_percentage") == "100.0"
+
+
+def test_o7_without_a_daemon_a_command_fails(driver: Driver) -> None:
+    nothing = driver.directories()
+    assert nothing.control("get_server_list") == Result(1, "", "Cannot find MPS control daemon process\n")
+
+
+def test_o7_a_command_as_an_argument_does_nothing(driver: Driver) -> None:
+    daemon = driver.daemon()
+    assert daemon.start("get_default_active_thread_percentage") == Result(0, "", "")
+    assert daemon.start("quit") == Result(0, "", "")
+    assert daemon.is_there
+
+
+def test_o7_several_lines_are_answered_in_their_order(driver: Driver) -> None:
+    lines = ("get_default_active_thread_percentage", "foo", "get_default_client_priority")
+    assert driver.daemon().control(*lines) == Result(0, '100.0\nUnknown command "foo"\n0\n', "")
+
+
+def test_o40_the_daemon_talks_to_one_control_program_at_a_time(driver: Driver) -> None:
+    daemon = driver.daemon()
+    first = daemon.popen(CONTROL, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdin is not None
+    assert first.stdout is not None
+    first.stdin.write(b"get_default_client_priority\n")
+    first.stdin.flush()
+    assert first.stdout.readline() == b"0\n"
+    refused = daemon.control("get_default_client_priority")
+    assert refused == Result(1, "", "Cannot send command to MPS control daemon process\n")
+    first.communicate(timeout=20)
+    assert daemon.ask("get_default_client_priority") == "0"
+
+
+def test_o8_what_a_user_is_refused_comes_with_success(driver: Driver) -> None:
+    daemon = driver.daemon(user="root", mode=0o755)
+    refusal = (
+        f"Insufficient privileges for UID {driver.place.uid(driver.user)}. Control deamon settings can only be "
+        "modified by the user who started it or by the root user.\n"
+    )
+    changed = daemon.control("set_default_active_thread_percentage 77", user=driver.user)
+    assert changed == Result(0, refusal, "")
+    quitted = daemon.control("quit", user=driver.user)
+    assert quitted == Result(0, "Not enough privilege to execute quit command\n", "")
+    assert daemon.ask("get_default_active_thread_percentage", user=driver.user) == "100.0"

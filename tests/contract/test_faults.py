@@ -1,0 +1,190 @@
+"""What one client's fault is to the others, to the server and to the next (O30 to O35).
+
+Those that need a kernel to misbehave run on the SIMULATED DRIVER ONLY: see Client.misbehave.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.machine import Result
+
+from .driver import wait_until
+from .test_limits import sms_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .driver import Client, Daemon, Device, Driver
+
+ILLEGAL_ADDRESS, LAUNCH_FAILED, RPC_FAILURE, TERMINATED = 700, 719, 806, 810
+PS_HEADER = "PID       ID        SERVER         DEVICE                    NAMESPACE      COMMAND        "
+
+
+def on(driver: Driver, gpu: int) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": driver.uuids[gpu]}
+
+
+def contains(lines: Sequence[str], wanted: Sequence[str]) -> bool:
+    """All wanted lines are there, in this order."""
+    rest = iter(lines)
+    return all(line in rest for line in wanted)
+
+
+def misbehave(client: Client, how: str) -> int:
+    client.misbehave(how)
+    return client.answer()
+
+
+def wait_until_active(daemon: Daemon, server: int) -> None:
+    wait_until(lambda: daemon.ask(f"get_server_status {server}") == "ACTIVE")
+
+
+def test_o30_an_illegal_address_reaches_the_clients_of_that_gpu(driver: Driver, two_gpus: tuple[str, str]) -> None:
+    assert len(two_gpus) == 2
+    daemon = driver.daemon()
+    culprit, bystander, elsewhere = (daemon.client(on(driver, gpu)) for gpu in (0, 0, 1))
+    server = daemon.server
+    assert misbehave(culprit, "fault") == ILLEGAL_ADDRESS
+    assert bystander.ask("work") == ILLEGAL_ADDRESS
+    assert elsewhere.ask("synchronize") == 0
+    for client in (culprit, bystander, elsewhere):
+        client.leave()
+    wait_until_active(daemon, server)
+    assert daemon.look().uuids == list(two_gpus)
+    assert daemon.server == server
+
+
+def test_o31_a_killed_server_fails_its_clients_and_is_replaced(driver: Driver, card: Device) -> None:
+    """The new one has the defaults."""
+    daemon = driver.daemon()
+    daemon.ask("set_default_active_thread_percentage 25")
+    client = daemon.client(on(driver, 0))
+    old = daemon.server
+    daemon.ask(f"set_active_thread_percentage {old} 75")
+    driver.place.kill(old)
+    assert client.ask("work") == RPC_FAILURE
+    wait_until(lambda: daemon.server == 0)
+    assert daemon.look().devices[0].sms == sms_at(card, "25")
+    assert daemon.server not in (0, old)
+
+
+def test_o31_a_killed_client_leaves_the_server_usable(driver: Driver) -> None:
+    daemon = driver.daemon()
+    client = daemon.client(on(driver, 0))
+    server = daemon.server
+    client.kill()
+    assert daemon.look().failed == ""
+    assert daemon.server == server
+
+
+def test_o32_ps_and_the_lists_name_a_client(driver: Driver) -> None:
+    daemon = driver.daemon(on(driver, 0))
+    client = daemon.client()
+    server = daemon.server
+    assert daemon.ask(f"get_client_list {server}") == str(client.pid)
+    assert daemon.ask("get_device_client_list") == f"[0] 00:00.0, {driver.names[0]}\n{client.pid}.1"
+    header, row = daemon.ask("ps").split("\n")
+    namespace = driver.machine.path(f"/proc/{client.pid}/ns/pid").stat().st_ino
+    python = driver.place.plain_python
+    assert header == PS_HEADER
+    assert row == f"{client.pid:<10}{1:<10}{server:<15}{driver.uuids[0][:22]:<26}{namespace:<15}{python}"
+
+
+def test_o32_terminate_client_answers_0(driver: Driver) -> None:
+    daemon = driver.daemon()
+    client = daemon.client(on(driver, 0))
+    assert daemon.control(f"terminate_client {daemon.server} {client.pid}") == Result(0, "0\n", "")
+    assert client.ask("work") == TERMINATED
+
+
+def test_o32_a_server_that_is_not_there(driver: Driver) -> None:
+    assert driver.daemon().ask("get_server_status 1") == "Server 1 not found"
+
+
+@pytest.mark.parametrize(("kernel", "error"), [("fault", ILLEGAL_ADDRESS), ("trap", LAUNCH_FAILED)])
+def test_o33_the_log_names_the_culprit_of_an_illegal_address_but_not_of_a_trap(
+    driver: Driver, kernel: str, error: int
+) -> None:
+    daemon = driver.daemon()
+    bystander, culprit = (daemon.client(on(driver, 0)) for _ in range(2))
+    assert misbehave(culprit, kernel) == error
+    assert bystander.ask("work") == error
+    pids = (bystander.pid, culprit.pid)
+    wanted = ["Server is handling a fatal GPU error."]
+    wanted += [f"Client {{PID: {pid}, Context ID: 1}} on device 0 to be torn down" for pid in pids]
+    for pid in pids:
+        wanted += [
+            f"All clients belonging to error trigging process {pid} will be torn down",
+            f"Client {{PID: {pid}, Context ID: 1}} on the error-trigging process {pid} to be torn down",
+        ]
+    wanted += ["The following devices will be reset:", "0"]
+    wanted += ["The following client process have a sticky error set:", *map(str, pids)]
+    wait_until(lambda: contains(daemon.log_lines("server.log"), wanted))
+    log = daemon.log_lines("server.log")
+    named = f"Client {{PID: {culprit.pid}, Context: 1}} encountered a fatal GPU error."
+    assert [line for line in log if "encountered" in line] == ([named] if kernel == "fault" else [])
+
+
+def test_o34_while_a_victim_lingers_nobody_new_gets_in(driver: Driver) -> None:
+    daemon = driver.daemon()
+    victim, culprit = (daemon.client(on(driver, 0)) for _ in range(2))
+    server = daemon.server
+    assert misbehave(culprit, "fault") == ILLEGAL_ADDRESS
+    culprit.leave()
+    assert daemon.ask(f"get_server_status {server}") == "FAULT"
+    refused = daemon.look()
+    assert refused.failed == "cuInit 807 CUDA_ERROR_MPS_SERVER_NOT_READY"
+    who = f"{{PID: {refused.pid}, Context ID: 0}}"
+    wanted = [
+        f"Server teardown in progress. Refusing to accept new client {who}",
+        f"Failed to accept client {who} with status 807",
+    ]
+    wait_until(lambda: contains(daemon.log_lines("server.log"), wanted))
+    assert victim.ask("work") == ILLEGAL_ADDRESS
+    victim.leave()
+    wait_until_active(daemon, server)
+    assert daemon.look().failed == ""
+    assert daemon.server == server
+
+
+def test_o35_terminate_client_ends_an_endless_kernel(driver: Driver, two_gpus: tuple[str, str]) -> None:
+    """The others finish clean, and the next one works."""
+    assert len(two_gpus) == 2
+    daemon = driver.daemon()
+    spinner, other = (daemon.client(on(driver, gpu)) for gpu in (0, 1))
+    server = daemon.server
+    spinner.misbehave("spin")
+    assert daemon.ask(f"terminate_client {server} {spinner.pid}") == "0"
+    assert spinner.answer() == TERMINATED
+    assert other.ask("synchronize") == 0
+    spinner.leave()
+    assert daemon.look().uuids == list(two_gpus)
+    assert daemon.server == server
+
+
+def test_o35_a_killed_spinner_costs_the_next_client_its_context(driver: Driver) -> None:
+    """The server says that it is ACTIVE; the one after the next works."""
+    daemon = driver.daemon()
+    spinner = daemon.client(on(driver, 0))
+    server = daemon.server
+    spinner.misbehave("spin")
+    spinner.kill()
+    assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
+    assert daemon.look(on(driver, 0)).failed == "cuCtxCreate_v2 719 CUDA_ERROR_LAUNCH_FAILED"
+    wait_until_active(daemon, server)
+    assert daemon.look(on(driver, 0)).failed == ""
+
+
+def test_o35_quit_with_a_time_ends_an_endless_kernel(driver: Driver) -> None:
+    daemon = driver.daemon()
+    spinner = daemon.client(on(driver, 0))
+    spinner.misbehave("spin")
+    assert daemon.control("quit -t 1") == Result(0, "", "")
+    assert spinner.answer() == RPC_FAILURE
+    spinner.leave()
+    wait_until(lambda: not driver.left_over())
+    programs = driver.machine.run(["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv"])
+    assert programs.stdout == "pid, process_name\n"

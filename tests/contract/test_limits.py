@@ -1,0 +1,198 @@
+"""Limits of threads and memory: where they can be set, whom they reach, how they are rounded (O9 to O17)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.machine import Result
+
+from .driver import RECORDED_SMS, memory, sees, threads
+
+if TYPE_CHECKING:
+    from .driver import Device, Driver
+
+GIB = 1024
+NO_LIMIT = 0
+SMS = {"0.1": 8, "1": 8, "3": 8, "10": 12, "12.5": 16, "25": 32, "33": 42, "50": 66, "75": 98, "99": 130, "100": 132}
+CONTEXT_MIB = {132: 514, 32: 145}
+"""What a context costs of its limit, by the SMs it has (O15)."""
+
+
+def sms_at(card: Device, percentage: str) -> int:
+    """The SMs of a percentage on this card, as a number when it is one of the recorded ones."""
+    if card.sms != RECORDED_SMS:
+        pytest.skip(f"SM granules are known for {RECORDED_SMS} SMs; this card has {card.sms}")
+    return SMS[percentage]
+
+
+def assert_limited(device: Device, limit_mib: int) -> None:
+    """The device's free memory is what the context leaves of a limit; NO_LIMIT: of the card."""
+    if limit_mib == NO_LIMIT:
+        assert device.has_no_limit
+    elif device.sms in CONTEXT_MIB:
+        assert device.free == limit_mib - CONTEXT_MIB[device.sms]
+    else:
+        assert 0 < device.free < limit_mib
+
+
+def test_o9_a_thread_percentage_in_the_daemons_environment_works(driver: Driver, card: Device) -> None:
+    daemon = driver.daemon(threads("25"))
+    assert daemon.ask("get_default_active_thread_percentage") == "25.0"
+    assert daemon.look().devices[0].sms == sms_at(card, "25")
+
+
+@pytest.mark.parametrize("form", ["0=8G", "0=8G,1=4G", "{uuid}=8G"])
+def test_o9_a_memory_limit_in_the_daemons_environment_is_ignored(driver: Driver, form: str) -> None:
+    daemon = driver.daemon(memory(form.format(uuid=driver.uuids[0])))
+    assert daemon.ask("get_default_device_pinned_mem_limit 0") == ""
+    assert all(device.has_no_limit for device in daemon.look().devices)
+
+
+@pytest.mark.parametrize("percentage", SMS)
+def test_o10_percentages_round_to_sm_granules(driver: Driver, card: Device, percentage: str) -> None:
+    daemon = driver.daemon()
+    daemon.ask(f"set_default_active_thread_percentage {percentage}")
+    seen = {device.sms for device in daemon.look().devices}
+    if card.sms == RECORDED_SMS:
+        assert seen == {SMS[percentage]}
+    else:
+        assert all(abs(sms - card.sms * float(percentage) / 100) <= 8 for sms in seen)
+
+
+def test_o11_a_clients_own_percentage_lowers_and_never_raises(driver: Driver, card: Device) -> None:
+    daemon = driver.daemon()
+    daemon.ask("set_default_active_thread_percentage 25")
+    own = ("10", "50", "60", "0", "junk")
+    seen = [daemon.look(threads(percentage)).devices[0].sms for percentage in own]
+    assert seen == [sms_at(card, kept) for kept in ("10", "25", "25", "25", "25")]
+
+
+@pytest.mark.parametrize(
+    ("own", "limits"),
+    [
+        ("0=2G,1=1G", (2 * GIB, 1 * GIB)),
+        ("0=2048M", (2 * GIB, 4 * GIB)),
+        ("{first}=2G", (2 * GIB, 4 * GIB)),
+        ("0=20G,1=20G", (8 * GIB, 4 * GIB)),
+        ("{first}=100G", (8 * GIB, 4 * GIB)),
+        ("0=100000K", (8 * GIB, 4 * GIB)),  # read as MiB, and so larger
+        ("0=100000000", (8 * GIB, 4 * GIB)),
+        ("", (8 * GIB, 4 * GIB)),
+        ("junk", (NO_LIMIT, NO_LIMIT)),
+    ],
+)
+def test_o12_a_clients_own_memory_limit(
+    driver: Driver, two_gpus: tuple[str, str], own: str, limits: tuple[int, int]
+) -> None:
+    """It lowers, a larger one is clamped, an empty one is harmless, and junk REMOVES the limits of all devices."""
+    daemon = driver.daemon()
+    daemon.ask("set_default_device_pinned_mem_limit 0 8G", "set_default_device_pinned_mem_limit 1 4G")
+    seen = daemon.look(memory(own.format(first=two_gpus[0])))
+    assert len(seen.devices) == len(limits)
+    for device, limit in zip(seen.devices, limits, strict=True):
+        assert_limited(device, limit)
+
+
+@pytest.mark.parametrize(
+    ("own", "limit"), [("0=1G", 1 * GIB), ("1=1G", NO_LIMIT), ("{first}=2G,{second}=1G", NO_LIMIT)]
+)
+def test_o12_a_device_that_the_client_does_not_see_removes_the_limit(
+    driver: Driver, two_gpus: tuple[str, str], own: str, limit: int
+) -> None:
+    first, second = two_gpus
+    daemon = driver.daemon()
+    daemon.ask("set_default_device_pinned_mem_limit 0 8G", "set_default_device_pinned_mem_limit 1 4G")
+    own = own.format(first=first, second=second)
+    seen = daemon.look(sees(second) | memory(own))
+    assert_limited(seen.only, limit)
+
+
+def test_o12_a_fraction_is_read_as_1_mib(driver: Driver) -> None:
+    seen = driver.daemon().look(memory("0=1.5G"))
+    assert seen.failed == "cuCtxCreate_v2 2 CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def test_o12_a_limit_holds_when_memory_is_taken(driver: Driver) -> None:
+    client = driver.daemon().client(sees("0") | memory("0=2G"))
+    assert client.ask("allocate 4096") == 2
+    assert client.ask("allocate 1024") == 0
+    assert client.ask("allocate 1024") == 2
+
+
+@pytest.mark.parametrize(
+    ("visible", "limits"),
+    [
+        ([0, 1], [8 * GIB, 4 * GIB]),
+        ([0], [8 * GIB]),
+        ([1], [8 * GIB]),
+        ([1, 0], [8 * GIB, 4 * GIB]),
+    ],
+)
+@pytest.mark.parametrize("by", ["ordinal", "uuid"])
+def test_o13_the_default_limit_goes_by_the_clients_ordinal(
+    driver: Driver, two_gpus: tuple[str, str], by: str, visible: list[int], limits: list[int]
+) -> None:
+    """8G for the first GPU and 4G for the second, set by ordinal or UUID: who sees the second alone has 8G."""
+    first, second = ("0", "1") if by == "ordinal" else two_gpus
+    daemon = driver.daemon()
+    daemon.ask(f"set_default_device_pinned_mem_limit {first} 8G", f"set_default_device_pinned_mem_limit {second} 4G")
+    uuids = [two_gpus[index] for index in visible]
+    seen = daemon.look(sees(*uuids))
+    assert seen.uuids == uuids
+    for device, limit in zip(seen.devices, limits, strict=True):
+        assert_limited(device, limit)
+
+
+def test_o14_defaults_reach_servers_started_later(driver: Driver, card: Device) -> None:
+    daemon = driver.daemon()
+    daemon.ask("set_default_active_thread_percentage 25")
+    assert daemon.look().devices[0].sms == sms_at(card, "25")
+    assert daemon.ask("set_default_active_thread_percentage 50") == "50.0"
+    assert daemon.look().devices[0].sms == sms_at(card, "25")
+    server = daemon.server
+    assert daemon.ask(f"get_active_thread_percentage {server}") == "25.0"
+    assert daemon.ask(f"set_active_thread_percentage {server} 75") == "75.0"
+    assert daemon.look().devices[0].sms == sms_at(card, "75")
+
+
+@pytest.mark.parametrize(("limit", "percentage", "free"), [("1G", "100", 510), ("1G", "25", 879), ("600M", "100", 86)])
+def test_o15_a_context_costs_memory_of_its_limit(
+    driver: Driver, card: Device, limit: str, percentage: str, free: int
+) -> None:
+    daemon = driver.daemon(threads(percentage))
+    daemon.ask(f"set_default_device_pinned_mem_limit 0 {limit}")
+    seen = daemon.look(sees(driver.uuids[0])).only.free
+    assert seen == free if card.sms == RECORDED_SMS else 0 < seen < 1 * GIB
+
+
+@pytest.mark.parametrize("limit", ["64M", "256M", "400M"])
+def test_o15_a_limit_below_that_cost_fails_at_the_context(driver: Driver, card: Device, limit: str) -> None:
+    sms_at(card, "100")
+    daemon = driver.daemon()
+    daemon.ask(f"set_default_device_pinned_mem_limit 0 {limit}")
+    assert daemon.look().failed == "cuCtxCreate_v2 2 CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def test_o16_free_memory_and_sms_shrink_and_the_total_stays(driver: Driver, card: Device) -> None:
+    daemon = driver.daemon()
+    daemon.ask("set_default_active_thread_percentage 50", "set_default_device_pinned_mem_limit 0 8G")
+    seen = daemon.look(sees(driver.uuids[0])).only
+    assert seen.total == card.total
+    assert seen.free < 8 * GIB < card.free
+    assert seen.sms < card.sms
+
+
+def test_o17_a_server_has_room_for_48_client_contexts(driver: Driver) -> None:
+    clients = driver.daemon().client(sees(driver.uuids[0]), copies=49)
+    failed = sorted(report.failed for report in clients.reports)
+    assert failed == [""] * 48 + ["cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"]
+
+
+def test_o17_client_priority_is_0_or_1(driver: Driver) -> None:
+    daemon = driver.daemon()
+    assert daemon.ask("get_default_client_priority") == "0"
+    assert daemon.control("set_default_client_priority 1") == Result(0, "", "")
+    assert daemon.ask("set_default_client_priority 7") == "Invalid priority value - must be 0 or 1!"
+    assert daemon.ask("get_default_client_priority") == "1"
