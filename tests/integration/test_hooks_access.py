@@ -1,0 +1,90 @@
+"""The job's directory is the gate to its control daemon: who gets in, and what they can do there (O22-O24)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.gpunode import GpuNode, asked
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+JOB = f"{STATE_DIRECTORY}/jobs/4711"
+
+
+@pytest.fixture
+def alices_job(gpu_node: GpuNode) -> Iterator[GpuNode]:
+    """A node with a running job of alice's, whose compute mode would let other programs in."""
+    gpu_node.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    gpu_node.prolog(4711, user="alice", **asked("25", "8G")).check()
+    yield gpu_node
+    gpu_node.epilog(4711).check()
+
+
+def shell(node: GpuNode, user: str, command: str) -> int:
+    return node.run("sh", "-c", command, user=user).returncode
+
+
+def test_the_jobs_user_reads_the_verdict_and_connects(alices_job: GpuNode) -> None:
+    """The job's user may list the directory, read the verdict and the logs, query the daemon, and be its client."""
+    assert shell(alices_job, "alice", f"ls {JOB} && cat {JOB}/verdict {JOB}/log/control.log") == 0
+    assert alices_job.control(4711, "get_default_active_thread_percentage", user="alice").stdout == "25.0\n"
+    assert " sms=32 free=8047 " in alices_job.client(4711, user="alice").check().stdout
+
+
+def test_another_user_cannot_even_look(alices_job: GpuNode) -> None:
+    """Another user cannot list, enter or connect, and a client of theirs runs without the job's MPS."""
+    for command in (f"ls {JOB}", f"cd {JOB}", f"cat {JOB}/verdict", f"stat {JOB}/pipe", f"ls {JOB}/pipe"):
+        assert shell(alices_job, "bob", command) != 0, command
+    refused = alices_job.control(4711, "get_server_list", user="bob")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "Cannot find MPS control daemon process" in refused.stderr
+    assert alices_job.client(4711, user="bob").check().stdout.endswith(" mps=none\n")
+    assert "user 20002" not in alices_job.machine.read(f"{JOB}/log/control.log")
+
+
+@pytest.mark.parametrize("user", ["alice", "bob"])
+def test_no_user_learns_more_of_the_node(alices_job: GpuNode, user: str) -> None:
+    """Journal, ledgers and configuration, and the names of other jobs, are root's alone."""
+    gpu = next(path for path in alices_job.files() if "/gpus/" in path)
+    secrets = [f"{JOB}/journal", f"{JOB}/config", gpu, f"{STATE_DIRECTORY}/config", f"{STATE_DIRECTORY}/lock"]
+    commands = [f"cat {path}" for path in secrets]
+    commands += [f"ls {path}" for path in (STATE_DIRECTORY, f"{STATE_DIRECTORY}/jobs", f"{STATE_DIRECTORY}/gpus")]
+    commands += [f": >>{path}" for path in secrets]
+    assert [command for command in commands if shell(alices_job, user, command) == 0] == []
+
+
+def test_the_jobs_user_cannot_change_the_directory(alices_job: GpuNode) -> None:
+    """Nobody but root makes, removes, renames, links or opens anything up in a job's directory or below."""
+    before = alices_job.run("ls", "-lR", JOB).stdout
+    commands = [f"touch {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
+    commands += [f"mkdir {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
+    commands += [f"ln -s /tmp {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
+    commands += [f"mkfifo {JOB}/new", f"ln {JOB}/verdict {JOB}/new", f"mv {JOB}/verdict {JOB}/new"]
+    commands += [f"mv {JOB}/pipe {JOB}/new", f"mv {JOB} {STATE_DIRECTORY}/jobs/4712"]
+    commands += [f"unlink {JOB}/{name}" for name in ("verdict", "journal", "pipe/control", "log/control.log")]
+    commands += [f"rmdir {JOB}/log", f": >{JOB}/verdict", f": >{JOB}/log/server.log", f": >{JOB}/pipe/control_lock"]
+    commands += [f"echo 1 >{JOB}/pipe/nvidia-cuda-mps-control.pid", f"chmod 777 {JOB}", f"chmod 666 {JOB}/verdict"]
+    assert [command for command in commands if shell(alices_job, "alice", command) == 0] == []
+    assert alices_job.run("ls", "-lR", JOB).stdout == before
+
+
+def test_the_jobs_user_cannot_command_the_daemon(alices_job: GpuNode) -> None:
+    """Queries are open to the job's user, settings and quit are not: the daemon is root's (O8, O23)."""
+    server = alices_job.control(4711, "get_server_list").stdout.strip()
+    for command in (
+        "set_default_active_thread_percentage 100",
+        "set_default_device_pinned_mem_limit 0 100G",
+        f"set_active_thread_percentage {server} 100",
+        f"set_device_pinned_mem_limit {server} 0 100G",
+        "start_server -uid 0",
+    ):
+        assert "Insufficient privileges for UID 20001" in alices_job.control(4711, command, user="alice").stdout
+    assert "Not enough privilege" in alices_job.control(4711, "quit", user="alice").stdout
+    for process in alices_job.mps_processes():
+        if process.uid == 0:
+            assert shell(alices_job, "alice", f"kill -9 {process.pid}") != 0
+    assert " sms=32 free=8047 " in alices_job.client(4711).check().stdout

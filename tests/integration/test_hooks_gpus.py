@@ -1,0 +1,172 @@
+"""A job's GPUs: which ones, the compute mode they are in while it runs, and the one that they get back."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
+from tests.harness.site import STATE_DIRECTORY
+
+SHARE = '[gpus]\nsharing = "share"\n'
+UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
+
+
+def uuids(node: GpuNode) -> list[str]:
+    return node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
+
+
+def gpu_lines(node: GpuNode, job_id: int = 4711) -> list[str]:
+    lines = node.machine.read(f"{STATE_DIRECTORY}/jobs/{job_id}/verdict").splitlines()
+    return [line.removeprefix("gpu ") for line in lines if line.startswith("gpu ")]
+
+
+def daemons_gpus(node: GpuNode, job_id: int = 4711) -> list[str]:
+    """The GPUs of the job's daemon, as the daemon lists them."""
+    table = node.control(job_id, "device_query --csv").check().stdout.splitlines()
+    return [line.split(",")[2] for line in table[1:]]
+
+
+# ------------------------------------------------------------------------------------------------- compute modes
+
+
+def test_each_gpu_gets_back_the_mode_it_was_found_in(gpu_node: GpuNode) -> None:
+    """A job's own GPUs are EXCLUSIVE_PROCESS while it runs, and then each as it was, whatever that was."""
+    gpu_node.set_compute_modes(0, 2, 3, 2)
+    gpu_node.prolog(4711, gpus="0,1,2").check()
+    assert gpu_node.compute_modes() == [3, 3, 3, 2]
+    gpu_node.epilog(4711).check()
+    assert gpu_node.compute_modes() == [0, 2, 3, 2]
+    gpu_node.set_compute_modes(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("config", [SHARE, UNCHANGED], ids=["share", "unchanged"])
+def test_the_mode_is_left_alone_where_the_site_says_so(gpu_node: GpuNode, config: str) -> None:
+    """With sharing or an unchanged compute mode, neither prolog nor epilog touches the mode of any GPU."""
+    gpu_node.configure(config)
+    gpu_node.set_compute_modes(0, 2, 3, 0)
+    gpu_node.fault("nvml.SetComputeMode=4")  # and it would show even if the same mode were set
+    gpu_node.prolog(4711, gpus="0,1,2").check()
+    assert gpu_node.compute_modes() == [0, 2, 3, 0]
+    gpu_node.epilog(4711).check()
+    assert gpu_node.compute_modes() == [0, 2, 3, 0]
+    gpu_node.set_compute_modes(0, 0, 0, 0)
+
+
+def test_a_gpu_that_is_found_exclusive_stays_so(gpu_node: GpuNode) -> None:
+    """EXCLUSIVE_PROCESS found is EXCLUSIVE_PROCESS left: putting back is not the same as resetting to DEFAULT."""
+    gpu_node.set_compute_modes(3, 3)
+    gpu_node.prolog(4711, gpus="0").check()
+    gpu_node.epilog(4711).check()
+    assert gpu_node.compute_modes() == [3, 3, 0, 0]
+    gpu_node.set_compute_modes(0, 0)
+
+
+@pytest.mark.parametrize("order", [(4711, 4712), (4712, 4711)], ids=["first-first", "first-last"])
+def test_the_last_of_two_sharing_jobs_leaves_the_gpu_as_the_first_found_it(
+    gpu_node: GpuNode, order: tuple[int, int]
+) -> None:
+    """Two jobs share a GPU, each with a daemon and limits of its own; in either order nothing is left."""
+    gpu_node.configure(SHARE)
+    gpu_node.set_compute_modes(0)
+    gpu_node.prolog(4711, gpus="0", **asked("25")).check()
+    gpu_node.prolog(4712, gpus="0", user="bob", **asked("50")).check()
+    assert " sms=32 " in gpu_node.client(4711).check().stdout
+    assert " sms=66 " in gpu_node.client(4712, user="bob").check().stdout
+    gpu_node.epilog(order[0]).check()
+    assert len(gpu_node.mps_processes()) == 2
+    gpu_node.epilog(order[1]).check()
+    assert gpu_node.files() == []
+
+
+@pytest.mark.parametrize("order", [(4711, 4712), (4712, 4711)], ids=["first-first", "first-last"])
+def test_the_mode_that_the_first_holder_changed_is_put_back_by_the_last(
+    gpu_node: GpuNode, order: tuple[int, int]
+) -> None:
+    """A job that joins a GPU held exclusively (the site changed its mind) keeps the mode until it, too, has gone."""
+    gpu_node.set_compute_modes(2)
+    gpu_node.prolog(4711, gpus="0").check()
+    gpu_node.configure(SHARE)
+    gpu_node.prolog(4712, gpus="0", user="bob").check()
+    gpu_node.epilog(order[0]).check()
+    assert gpu_node.compute_modes()[0] == 3
+    gpu_node.epilog(order[1]).check()
+    assert gpu_node.compute_modes()[0] == 2
+    gpu_node.set_compute_modes(0)
+
+
+def test_the_mode_is_put_back_though_the_first_holder_vanished(gpu_node: GpuNode) -> None:
+    """A holder whose job directory is gone does not hold; the mode that it found is still the one put back."""
+    gpu_node.set_compute_modes(2)
+    gpu_node.prolog(4711, gpus="0").check()
+    for process in gpu_node.mps_processes():
+        gpu_node.run("kill", "-9", str(process.pid))
+    gpu_node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
+    gpu_node.prolog(4712, gpus="0").check()
+    assert gpu_node.verdict(4712)["status"] == "ready"
+    gpu_node.epilog(4712).check()
+    assert gpu_node.compute_modes()[0] == 2
+    gpu_node.set_compute_modes(0)
+
+
+# ------------------------------------------------------------------------------------------ a GPU that is held
+
+
+def test_a_held_gpu_is_refused_with_its_holder(gpu_node: GpuNode) -> None:
+    """A second MPS job on a held GPU is refused by name of the holder, and its epilog leaves the holder alone."""
+    gpu_node.prolog(4711, gpus="0,1", **asked("25", "8G")).check()
+    before = gpu_node.mps_processes()
+    gpu_node.prolog(4712, gpus="1,2", user="bob").check()
+    assert gpu_node.verdict(4712)["status"] == "refused"
+    assert f"{uuids(gpu_node)[1]} is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
+    for _ in range(2):
+        assert gpu_node.mps_processes() == before
+        assert gpu_node.compute_modes() == [3, 3, 0, 0]
+        assert " sms=32 free=8047 " in gpu_node.client(4711, "--device", "1").check().stdout
+        gpu_node.epilog(4712).check()
+    gpu_node.epilog(4711).check()
+
+
+def test_of_two_jobs_that_want_one_gpu_at_once_one_gets_it(gpu_node: GpuNode) -> None:
+    """The claim on a GPU is taken under a lock: never two holders, never none."""
+    jobs = (4711, 4712, 4713)
+    starts = [gpu_node.start(PROLOG, env=job_environment(job, gpus="2", **asked())) for job in jobs]
+    assert [start.wait(30) for start in starts] == [0, 0, 0]
+    verdicts = {job: gpu_node.verdict(job) for job in jobs}
+    ready = [job for job in jobs if verdicts[job]["status"] == "ready"]
+    assert len(ready) == 1
+    others = [verdict["message"] for verdict in verdicts.values() if verdict["status"] == "refused"]
+    assert [f"is held by MPS job {ready[0]}" in message for message in others] == [True, True]
+    ends = [gpu_node.start(EPILOG, env=job_environment(job)) for job in jobs]
+    assert [end.wait(30) for end in ends] == [0, 0, 0]
+
+
+# -------------------------------------------------------------------------------------------------- their names
+
+
+NAMES: list[tuple[str | None, str | None, list[int]]] = [
+    ("0,2", "0,2", [0, 2]),
+    ("2,0", "2,0", [0, 2]),
+    ("3", None, [3]),
+    (None, "1", [1]),
+    ("2,3", "0,1", [2, 3]),  # ConstrainDevices counts the job's own devices; Slurm's own numbers hold
+    ("0,1", "UUID:3,UUID:1", [1, 3]),
+    (None, "UUID:1,UUID:0", [0, 1]),
+    (None, "UUID:2", [2]),
+]
+
+
+def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
+    """Indices and UUIDs, in any order and in either variable, lead to exactly the job's GPUs, in PCI order."""
+    known = uuids(gpu_node)
+    for slurm, cuda, wanted in NAMES:
+        what = f"SLURM_JOB_GPUS={slurm} CUDA_VISIBLE_DEVICES={cuda}"
+        for index, uuid in enumerate(known):
+            cuda = cuda and cuda.replace(f"UUID:{index}", uuid)  # noqa: PLW2901
+        given = {"SLURM_JOB_GPUS": slurm, "CUDA_VISIBLE_DEVICES": cuda}
+        environment = job_environment(4711, gpus="", **asked())
+        environment |= {name: value for name, value in given.items() if value is not None}
+        gpu_node.run(PROLOG, env=environment).check()
+        assert gpu_lines(gpu_node) == [f"{index} {index} {known[index]}" for index in wanted], what
+        assert daemons_gpus(gpu_node) == [known[index] for index in wanted], what
+        assert gpu_node.compute_modes() == [3 if index in wanted else 0 for index in range(4)], what
+        gpu_node.epilog(4711).check()

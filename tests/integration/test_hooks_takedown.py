@@ -1,0 +1,371 @@
+"""What the epilog does when a daemon will not go: it insists, in bounded time, and only on what is the job's own."""
+
+from __future__ import annotations
+
+import signal
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
+from tests.harness.site import PYTHON
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+
+    from tests.harness.machine import Result
+
+SHORT = "[deadlines]\nepilog = 5\ncommand = 0.3\nquit = 0.3\nsignal = 0.3\n"
+STUBBORN = ("command.quit=ignore", "daemon.sigterm=ignore", "server.sigterm=ignore")
+DAEMON, SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
+FREEZER = "/sys/fs/cgroup/freezer/mps-test"
+
+
+def pid_file(node: GpuNode, job_id: int = 4711) -> str:
+    return f"{node.pipe_directory(job_id)}/{DAEMON}.pid"
+
+
+def bring_up(node: GpuNode, *faults: str, gpus: str = "0,1") -> tuple[int, int]:
+    """A job with short deadlines whose server runs; then the faults. Gives the pids of daemon and server."""
+    node.configure(SHORT)
+    node.prolog(4711, gpus=gpus, **asked("25", "8G")).check()
+    server = int(node.control(4711, "get_server_list").stdout)
+    if "server.start=hang" not in faults:
+        assert node.control(4711, f"get_server_status {server}").stdout == "ACTIVE\n"
+    if faults:
+        node.fault(*faults)
+    return int(node.machine.read(pid_file(node))), server
+
+
+def timed_epilog(node: GpuNode) -> tuple[Result, float]:
+    start = monotonic()
+    return node.epilog(4711), monotonic() - start
+
+
+def assert_nothing_left(node: GpuNode) -> None:
+    assert (node.files(), node.mps_processes(), node.compute_modes()) == ([], [], [0, 0, 0, 0])
+
+
+# ----------------------------------------------------------------------------------------- a daemon that will not go
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ("command.quit=ignore",),
+        ("command.quit=hang",),
+        ("command.quit=exit:1",),
+        ("command.quit=wrong:Not enough privilege to execute quit command",),
+        ("command.*=hang",),
+        ("command.quit=ignore", "daemon.sigterm=ignore"),
+        ("command.quit=hang", "server.sigterm=ignore"),
+        ("command.*=hang", "daemon.sigterm=ignore", "server.sigterm=ignore"),
+    ],
+    ids=" ".join,
+)
+def test_a_daemon_that_will_not_quit_is_ended(gpu_node: GpuNode, faults: tuple[str, ...]) -> None:
+    """Quit refused, ignored or without end is followed by SIGTERM and SIGKILL, each in its time; nothing is left."""
+    bring_up(gpu_node, *faults)
+    result, took = timed_epilog(gpu_node)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert took < 2.0  # quit twice 0.3 s, two signals of 0.3 s, and room
+    assert_nothing_left(gpu_node)
+
+
+def test_clients_that_are_left_are_ended_with_the_server(gpu_node: GpuNode) -> None:
+    """A program that outlives its job does not keep the daemon: quit forces it out, and it learns so (O27, O35)."""
+    gpu_node.prolog(4711, **asked("25", "8G")).check()
+    client = gpu_node.start(
+        "simulated-gpus", "client", "--work", "60", user="alice",
+        env={"CUDA_MPS_PIPE_DIRECTORY": gpu_node.pipe_directory(4711)},
+    )  # fmt: skip
+    while not gpu_node.control(4711, "ps").stdout.count("simulated-gpus"):
+        assert client.poll() is None
+    result, took = timed_epilog(gpu_node)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert took < 4.0
+    assert client.wait(5) == 4
+    assert_nothing_left(gpu_node)
+
+
+def test_a_server_that_starts_for_ever_is_ended(gpu_node: GpuNode) -> None:
+    """The prolog does not wait for the server, so it may never have come up: the epilog ends it with its daemon."""
+    gpu_node.fault("server.start=hang", "server.sigterm=ignore")
+    bring_up(gpu_node, "server.start=hang", "server.sigterm=ignore")
+    assert timed_epilog(gpu_node)[0].check().stderr == ""
+    assert_nothing_left(gpu_node)
+
+
+@pytest.mark.parametrize(
+    ("killed", "also"),
+    [("daemon", ()), ("daemon", STUBBORN), ("server", STUBBORN), ("both", ())],
+    ids=["daemon", "daemon, and a stubborn server", "server, and a stubborn daemon", "both"],
+)
+def test_what_a_dead_daemon_left_is_found(gpu_node: GpuNode, killed: str, also: tuple[str, ...]) -> None:
+    """After the daemon, its server or both died of SIGKILL, the epilog ends what is left and removes the files."""
+    daemon, server = bring_up(gpu_node, *also)
+    # A server without its daemon goes by itself unless it has a client.
+    client = gpu_node.start(
+        "simulated-gpus", "client", "--hold", "60", user="alice",
+        env={"CUDA_MPS_PIPE_DIRECTORY": gpu_node.pipe_directory(4711)},
+    )  # fmt: skip
+    while not gpu_node.control(4711, "ps").stdout.count("simulated-gpus"):
+        assert client.poll() is None
+    victims = {"daemon": [daemon], "server": [server], "both": [daemon, server]}[killed]
+    gpu_node.run("kill", "-9", *map(str, victims)).check()
+    result, took = timed_epilog(gpu_node)
+    left = gpu_node.mps_processes()  # while the client is there: a server leaves with its last one
+    gpu_node.machine.signal(client, signal.SIGKILL)
+    client.wait(5)
+    assert (result.returncode, result.stderr, left) == (0, "", [])
+    assert took < 2.0
+    assert_nothing_left(gpu_node)
+
+
+@pytest.fixture
+def frozen_job() -> Iterator[GpuNode]:
+    """A job whose daemon and server not even SIGKILL ends, as when they wait in the driver: they are frozen."""
+    with GpuNode(gpus=4) as node:
+        if "freezer" not in node.machine.cgroups:
+            pytest.skip("needs the freezer controller of cgroup v1")
+        pids = bring_up(node)
+        adding = "".join(f"echo {pid} >{FREEZER}/cgroup.procs; " for pid in pids)
+        node.run("sh", "-ec", f"mkdir {FREEZER}; {adding} echo FROZEN >{FREEZER}/freezer.state").check()
+        yield node
+        node.run("sh", "-c", f"echo THAWED >{FREEZER}/freezer.state").check()
+        while node.mps_processes():
+            sleep(0.01)
+        node.run("rmdir", FREEZER).check()
+
+
+def test_a_daemon_that_not_even_sigkill_ends_drains_the_node(frozen_job: GpuNode) -> None:
+    """Every epilog fails and names the processes while they are there; the one after their end finds nothing wrong."""
+    pids = [str(process.pid) for process in frozen_job.mps_processes()]
+    for attempt in ("first", "second"):
+        result, took = timed_epilog(frozen_job)
+        assert result.returncode == 1, attempt
+        assert f"MPS processes {', '.join(pids)} of /run/slurm-mps/jobs/4711/pipe are still there" in result.stderr
+        assert took < 3.0, attempt
+        assert "/run/slurm-mps/jobs/4711/journal" in frozen_job.files(), attempt
+    frozen_job.run("sh", "-c", f"echo THAWED >{FREEZER}/freezer.state").check()
+    while frozen_job.mps_processes():
+        sleep(0.01)
+    assert frozen_job.epilog(4711).check().stderr == ""
+    assert_nothing_left(frozen_job)
+
+
+@pytest.mark.parametrize("fault", ["nvml.init=9", "nvml.SetComputeMode=4", "gpu.1=lost"])
+def test_what_one_undo_cannot_do_keeps_no_other_from_its_work(gpu_node: GpuNode, fault: str) -> None:
+    """The epilog goes on past a failure, says it, exits 1, and is finished by the next one."""
+    bring_up(gpu_node, fault)
+    result = gpu_node.epilog(4711)
+    assert result.returncode == 1
+    assert "NVML error" in result.stderr
+    assert gpu_node.mps_processes() == []
+    assert gpu_node.compute_modes() == ([0, 3, 0, 0] if fault == "gpu.1=lost" else [3, 3, 0, 0])
+    gpu_node.fault()
+    assert gpu_node.epilog(4711).check().stderr == ""
+    assert_nothing_left(gpu_node)
+
+
+def test_an_epilog_that_hangs_in_the_driver_ends_itself(gpu_node: GpuNode) -> None:
+    """The site's deadline for the epilog holds inside NVML, too: exit 1 and a message; the next one finishes."""
+    gpu_node.configure("[deadlines]\nepilog = 0.5\n")
+    gpu_node.prolog(4711).check()
+    gpu_node.fault("nvml.init=hang")
+    result = gpu_node.run("timeout", "-s", "KILL", "3", EPILOG, env=job_environment(4711))
+    gpu_node.fault()
+    again = gpu_node.epilog(4711)
+    assert result.returncode == 1
+    assert "job 4711: not done after 0.5 s; the NVIDIA driver may hang" in result.stderr
+    assert (again.returncode, again.stderr) == (0, "")
+    assert_nothing_left(gpu_node)
+
+
+# ----------------------------------------------------------------------------------------------------- whose is it
+
+
+def impostor(node: GpuNode, program: str, user: str, pipe_directory: str) -> subprocess.Popen[bytes]:
+    """A process that runs a program of this name with this pipe directory in its environment."""
+    place = f"/tmp/{user}-{program}"
+    node.machine.make_directory(place, user=user)
+    node.run("cp", "/usr/bin/sleep", f"{place}/{program}").check()
+    child = node.start(f"{place}/{program}", "60", user=user, env={"CUDA_MPS_PIPE_DIRECTORY": pipe_directory})
+    inside = node.machine.pid_inside(child)
+    while not any(p.pid == inside and p.comm == program[:15] for p in node.machine.processes()):
+        assert child.poll() is None
+    return child
+
+
+def test_only_the_jobs_own_processes_are_signalled(gpu_node: GpuNode) -> None:
+    """However hard the epilog insists, a namesake of another user, of root or of another job's daemon is left alone."""
+    own = gpu_node.pipe_directory(4711)
+    bring_up(gpu_node)
+    gpu_node.prolog(4712, user="bob", gpus="2", **asked("50")).check()
+    others = {p.pid for p in gpu_node.mps_processes() if p.pid not in ours(gpu_node)}
+    bystanders = [
+        impostor(gpu_node, DAEMON, "bob", own),
+        impostor(gpu_node, SERVER, "bob", own),
+        impostor(gpu_node, SERVER, "carol", own),
+        impostor(gpu_node, DAEMON, "alice", own),  # the job's user runs servers, never a daemon
+        impostor(gpu_node, DAEMON, "root", "/run/slurm-mps/jobs/4711/pipe2"),
+        impostor(gpu_node, "sleep", "root", own),
+    ]
+    gpu_node.fault(*STUBBORN)
+    result = gpu_node.epilog(4711)
+    gone = [child.args for child in bystanders if child.poll() is not None]
+    left = {process.pid for process in gpu_node.mps_processes()}
+    for child in bystanders:
+        gpu_node.machine.signal(child, signal.SIGKILL)
+        child.wait(5)
+    gpu_node.fault()
+    works = gpu_node.client(4712, user="bob").stdout
+    gpu_node.epilog(4712).check()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert gone == []
+    assert others <= left
+    assert " sms=66 " in works
+
+
+def ours(node: GpuNode) -> set[int]:
+    """Daemon and server of job 4711."""
+    return {int(node.machine.read(pid_file(node))), int(node.control(4711, "get_server_list").stdout)}
+
+
+@pytest.mark.parametrize("stands_in", ["root's sleep", "another job's daemon", "init", "nobody", "nonsense"])
+def test_a_pid_file_is_not_believed_without_proof(gpu_node: GpuNode, stands_in: str) -> None:
+    """A pid file that names another process, or none, harms nobody, and the daemon is ended all the same."""
+    bring_up(gpu_node)
+    gpu_node.prolog(4712, user="bob", gpus="2").check()
+    other = int(gpu_node.machine.read(pid_file(gpu_node, 4712)))
+    sleeper = gpu_node.start("sleep", "60")
+    named = {
+        "root's sleep": str(gpu_node.machine.pid_inside(sleeper)),
+        "another job's daemon": str(other),
+        "init": "1",
+        "nobody": "4194303",
+        "nonsense": "-1\n; quit",
+    }[stands_in]
+    gpu_node.machine.write(pid_file(gpu_node), f"{named}\n")
+    result = gpu_node.epilog(4711)
+    survivors = sleeper.poll() is None, gpu_node.control(4712, "get_server_list").returncode == 0
+    gpu_node.machine.signal(sleeper, signal.SIGKILL)
+    sleeper.wait(5)
+    gpu_node.epilog(4712).check()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert survivors == (True, True)
+    assert_nothing_left(gpu_node)
+
+
+# ------------------------------------------------------------------------------------------------------------ logs
+
+
+def kept(node: GpuNode, directory: str) -> list[str]:
+    return node.run("find", directory, "-mindepth", "1", "-printf", "%P %m %u\n").stdout.splitlines()
+
+
+def test_logs_are_kept_for_root(gpu_node: GpuNode) -> None:
+    """The daemon's and the server's log outlive the job, where the site wants them, and root alone reads them."""
+    gpu_node.configure('[paths]\nlogs = "/var/log/kept"\n')
+    gpu_node.prolog(4711, **asked("25", "8G")).check()
+    gpu_node.epilog(4711).check()
+    assert sorted(kept(gpu_node, "/var/log/kept")) == [
+        "4711 700 root", "4711/control.log 600 root", "4711/server.log 600 root"
+    ]  # fmt: skip
+    control_log = gpu_node.machine.read("/var/log/kept/4711/control.log")
+    assert "Cmd:set_default_active_thread_percentage 25" in control_log
+    assert control_log.rstrip().endswith("Exit with status 0")
+    assert gpu_node.run("ls", "/var/log/kept", user="alice").returncode != 0
+
+
+def test_kept_logs_are_bounded(gpu_node: GpuNode) -> None:
+    """Of each log the end is kept, up to the site's size; of the jobs the latest, up to the site's number."""
+    gpu_node.configure('[paths]\nlogs = "/var/log/bounded"\n[logs]\nmax_kib = 2\nmax_jobs = 2\n')
+    for job in (9, 10, 101):
+        gpu_node.prolog(job).check()
+        gpu_node.control(job, "get_default_client_priority\n" * 200)
+        gpu_node.epilog(job).check()
+    assert gpu_node.run("ls", "/var/log/bounded").stdout.split() == ["10", "101"]
+    log = gpu_node.machine.path("/var/log/bounded/101/control.log").read_bytes()
+    assert len(log) == 2048
+    assert log.endswith(b"Exit with status 0\n")
+
+
+def test_no_logs_are_kept_where_the_site_says_never(gpu_node: GpuNode) -> None:
+    """With keep = "never" the log directory is not even made."""
+    gpu_node.configure('[paths]\nlogs = "/var/log/never"\n[logs]\nkeep = "never"\n')
+    gpu_node.prolog(4711).check()
+    gpu_node.epilog(4711).check()
+    assert not gpu_node.machine.path("/var/log/never").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "logs"),
+    [
+        ("touch /var/log/place", "/var/log/place"),
+        ("mkdir -m 777 /var/log/place", "/var/log/place"),
+        ("ln -s /tmp /var/log/place", "/var/log/place"),
+        ("mkdir /var/log/place; touch /var/log/place/4711", "/var/log/place"),
+        ("mkdir /var/log/place; mount -t tmpfs -o size=4k,mode=700 none /var/log/place", "/var/log/place"),
+        ("true", "/var/log/place/not/made"),
+    ],
+    ids=["a file", "anybody's", "a link", "a file for the job", "full", "no parent"],
+)
+def test_logs_that_cannot_be_kept_cost_no_more_than_a_message(gpu_node: GpuNode, prepare: str, logs: str) -> None:
+    """Whatever is wrong with the log directory, the epilog says so, succeeds, and leaves nothing of the job."""
+    gpu_node.run("sh", "-c", prepare).check()
+    gpu_node.configure(f'[paths]\nlogs = "{logs}"\n')
+    gpu_node.prolog(4711).check()
+    gpu_node.control(4711, "get_default_client_priority\n" * 200)  # more than a page of log
+    result = gpu_node.epilog(4711)
+    gpu_node.run("sh", "-c", "umount /var/log/place; rm -rf /var/log/place")
+    assert result.returncode == 0
+    assert "job 4711: its logs are not kept: " in result.stderr
+    assert_nothing_left(gpu_node)
+
+
+def test_a_message_that_cannot_be_said_costs_nothing(gpu_node: GpuNode) -> None:
+    """Whoever reads the hooks' messages may be gone (slurmd restarts): the work is done and its outcome is the same."""
+    gpu_node.configure('[paths]\nlogs = "/var/log/nowhere/at/all"\n')
+    gpu_node.prolog(4711).check()
+    mute = f"exec {EPILOG} 2>/dev/full"
+    epilog = gpu_node.run("sh", "-c", mute, env=job_environment(4711))
+    left = gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()
+    gpu_node.epilog(4711)
+    gpu_node.fault("daemon.start=exit:1")
+    environment = job_environment(4711, **asked())
+    prolog = gpu_node.run("sh", "-c", f"exec {PROLOG} 2>/dev/full", env=environment)
+    left_by_prolog = gpu_node.files()
+    gpu_node.epilog(4711)
+    assert (epilog.returncode, *left) == (0, [], [], [0, 0, 0, 0])
+    assert (prolog.returncode, left_by_prolog) == (1, [])
+
+
+def test_the_daemons_log_directory_cannot_lead_the_epilog_astray(gpu_node: GpuNode) -> None:
+    """Links, fifos and a whole tree in the log directory are removed, and neither followed nor copied."""
+    gpu_node.machine.write("/root/secret", "secret\n", mode=0o600)
+    gpu_node.configure('[paths]\nlogs = "/var/log/astray"\n')
+    gpu_node.prolog(4711).check()
+    place = f"{gpu_node.pipe_directory(4711)}/../log"
+    made = f"cd {place}; rm server.log; ln -s /root/secret server.log; mkfifo fifo; ln -s /root tree; mkdir -p a/b/c"
+    gpu_node.run("sh", "-ec", made).check()
+    result = gpu_node.epilog(4711)
+    assert result.returncode == 0
+    assert gpu_node.machine.read("/root/secret") == "secret\n"
+    assert not gpu_node.machine.path("/var/log/astray/4711/server.log").exists()
+    assert_nothing_left(gpu_node)
+
+
+def test_a_file_that_is_not_ours_is_left_for_the_admin(gpu_node: GpuNode) -> None:
+    """Something that root put into a job's directory is not removed with it: the epilog names it and exits 1."""
+    gpu_node.prolog(4711).check()
+    stranger = f"{gpu_node.pipe_directory(4711)}/../notes"
+    gpu_node.run(PYTHON, "-c", f"open('{stranger}', 'w').close()").check()
+    result = gpu_node.epilog(4711)
+    assert result.returncode == 1
+    assert "/run/slurm-mps/jobs/4711 holds 'notes', which slurm-mps did not put there" in result.stderr
+    assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0])
+    gpu_node.run("rm", stranger.replace("pipe/../", "")).check()
+    gpu_node.epilog(4711).check()
