@@ -115,7 +115,7 @@ def _key() -> str:
 
 
 def _project_sources(top: Path) -> list[str]:
-    """The files that a build may use: all of git's, tracked or new, without tests and docs; without git, the package."""
+    """The files that a build may use: all of git's without tests and docs; without git, the package."""
     if not (top / ".git").exists():
         package = (path for path in (top / "slurm_mps").rglob("*") if path.is_file() and path.suffix != ".pyc")
         return sorted(["pyproject.toml", "README.md", *(str(path.relative_to(top)) for path in package)])
