@@ -192,7 +192,7 @@ def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None, *, ordinals
     if not plugin.task_gpus(ctypes.byref(verdict), given, ctypes.byref(task)):
         return None
     out = ctypes.create_string_buffer(4096)
-    plugin.task_gpus_list(ctypes.byref(task), ctypes.c_bool(ordinals), out, 4096)  # noqa: FBT003
+    plugin.task_gpus_list(ctypes.byref(task), ctypes.c_bool(ordinals), out, 4096)
     return out.value.decode()
 
 
