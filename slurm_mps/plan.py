@@ -42,6 +42,8 @@ class Plan:
         ]
         if self.limits.memory_bytes is not None:
             settings.append(("memory_limit", format_memory(self.limits.memory_bytes)))
+        if self.limits.client_priority is not None:
+            settings.append(("client_priority", str(self.limits.client_priority)))
         settings += [("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid}") for gpu in self.gpus]
         return Verdict("ready", settings=tuple(settings))
 
@@ -102,7 +104,7 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     if len(set(uuids)) < len(uuids):
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
     percent = _thread_percentage(request, config)
-    limits = Limits(percent, _memory_limit(request, config, gpus, percent))
+    limits = Limits(percent, _memory_limit(request, config, gpus, percent), request.client_priority)
     may_share = config.gpus_sharing == "share"
     mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
     return Plan(

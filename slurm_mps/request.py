@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .errors import NodeError, RequestError
 from .record import record
-from .units import parse_memory, parse_thread_percentage, printable
+from .units import parse_client_priority, parse_memory, parse_thread_percentage, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _PREFIX = "SPANK_MPS"
-_KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM")
+_KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
 _ID_MAX = 2**32 - 1
 
 
@@ -28,7 +28,8 @@ class JobRequest:
     """One job's wish on this node.
 
     ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17).
-    ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU; None: not asked for.
+    ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
+    normal and 1 for low. None: not asked for.
     """
 
     job_id: int
@@ -37,6 +38,7 @@ class JobRequest:
     gpus: tuple[str, ...]
     thread_percentage: float | None = None
     memory_limit_bytes: int | None = None
+    client_priority: int | None = None
 
 
 def asks_for_mps(environment: Mapping[str, str]) -> bool:
@@ -98,4 +100,5 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         gpus=_gpus(environment),
         thread_percentage=_option(environment, "SPANK_MPS_THREADS", "--mps-threads", parse_thread_percentage),
         memory_limit_bytes=_option(environment, "SPANK_MPS_MEM", "--mps-mem", parse_memory),
+        client_priority=_option(environment, "SPANK_MPS_PRIORITY", "--mps-priority", parse_client_priority),
     )

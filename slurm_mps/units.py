@@ -13,6 +13,8 @@ GIB = 1024**3
 TIB = 1024**4
 _UNIT_BYTES = {"M": MIB, "G": GIB, "T": TIB}
 
+_PRIORITIES = ("normal", "low")
+
 THREADS_EXPECTED = "a percentage above 0 and up to 100 with at most one decimal, such as 25 or 12.5"
 MEMORY_EXPECTED = "a whole number above 0 with M, G or T (binary units), such as 512M or 8G"
 
@@ -47,6 +49,17 @@ def parse_memory(text: str) -> int:
     if unit in _UNIT_BYTES and _is_number(number, 9) and int(number) > 0:
         return int(number) * _UNIT_BYTES[unit]
     raise RequestError(f"expected {MEMORY_EXPECTED}")
+
+
+def parse_client_priority(text: str) -> int:
+    """Read a client priority as a user writes it.
+
+    Returns: 0 for ``normal``, 1 for ``low``, as ``set_default_client_priority`` counts (O17).
+    Raises: RequestError for anything else.
+    """
+    if text not in _PRIORITIES:
+        raise RequestError(f"expected {' or '.join(_PRIORITIES)}")
+    return _PRIORITIES.index(text)
 
 
 def format_thread_percentage(percent: float) -> str:

@@ -11,14 +11,21 @@ static uint64_t context_mib(const struct verdict *verdict, unsigned int tenths)
 	return verdict->context_mib * (22 * 1000 + 492 * (uint64_t)tenths) / (514 * 1000);
 }
 
-bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, struct limits *limits,
-		    char *message, size_t size)
+bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, const char *priority,
+		    struct limits *limits, char *message, size_t size)
 {
 	unsigned int tenths = threads_tenths(threads);
 	uint64_t mib = mem_mib(mem);
 
 	limits->threads_tenths = threads_tenths(verdict->thread_percentage);
 	limits->memory_mib = mem_mib(verdict->memory_limit);
+	limits->priority = verdict->priority;
+	if (limits->priority && client_priority(priority) == 0) {
+		(void)snprintf(message, size, "--mps-priority=normal is more than the job has (low); a step can only lower it");
+		return false;
+	}
+	if (client_priority(priority) == 1)
+		limits->priority = 1;
 	if (tenths > limits->threads_tenths) {
 		(void)snprintf(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it",
 			       threads, verdict->thread_percentage);

@@ -11,16 +11,17 @@
 struct limits {
 	unsigned int threads_tenths; /* of a percent */
 	uint64_t memory_mib;         /* on each device; 0: no limit */
+	int priority;                /* 0 normal, 1 low */
 };
 
 /*
- * Lower the job's limits (the verdict's) to those of a step. `threads` and `mem` are the step's option values, empty
+ * Lower the job's limits (the verdict's) to those of a step. `threads`, `mem` and `priority` are the step's option values, empty
  * where it gave none; in a job's own batch step and in steps that say nothing they are the job's.
  * Returns: true; false with `message` filled when the step asks for more than the job has, or for less memory than a
  * CUDA context costs.
  */
-bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, struct limits *limits,
-		    char *message, size_t size);
+bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, const char *priority,
+		    struct limits *limits, char *message, size_t size);
 
 /*
  * The value of CUDA_MPS_ACTIVE_THREAD_PERCENTAGE for a task: its step's, or the user's own (NULL: none) if that is

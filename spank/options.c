@@ -64,6 +64,13 @@ uint64_t mem_mib(const char *text)
 	}
 }
 
+int client_priority(const char *text)
+{
+	if (text && !strcmp(text, "normal"))
+		return 0;
+	return text && !strcmp(text, "low") ? 1 : -1;
+}
+
 void printable(char *out, size_t size, const char *text)
 {
 	size_t i;

@@ -1,5 +1,5 @@
 /*
- * spank_mps - the options --mps, --mps-threads and --mps-mem, carried to the prolog and brought into the task.
+ * spank_mps - the options --mps, --mps-threads, --mps-mem and --mps-priority, carried to the prolog and brought into the task.
  *
  * Runs in srun, sbatch and salloc as the user, and in slurmstepd for each task. It carries and refuses, it decides
  * nothing: whether the job has MPS and under which limits was decided by the prolog, and stands in its verdict.
@@ -26,12 +26,13 @@
 
 SPANK_PLUGIN(mps, 1)
 
-enum { OPTION_MPS, OPTION_THREADS, OPTION_MEM };
+enum { OPTION_MPS, OPTION_THREADS, OPTION_MEM, OPTION_PRIORITY };
 
 static struct {
 	bool asked;
 	char threads[OPTION_MAX];
 	char mem[OPTION_MAX];
+	char priority[OPTION_MAX];
 } request;
 
 /* What slurmstepd found for this step, before it forked the tasks. */
@@ -76,6 +77,11 @@ static int on_option(int which, const char *value, int remote)
 			return refuse_value("mps-mem", value ? value : "", MEM_EXPECTED);
 		keep(request.mem, value);
 		break;
+	case OPTION_PRIORITY:
+		if (client_priority(value) < 0)
+			return refuse_value("mps-priority", value ? value : "", PRIORITY_EXPECTED);
+		keep(request.priority, value);
+		break;
 	default:
 		break;
 	}
@@ -88,6 +94,8 @@ static struct spank_option options[] = {
 	  1, OPTION_THREADS, on_option },
 	{ "mps-mem", "SIZE", "with MPS, each process gets at most SIZE (M, G or T) of a GPU's memory (implies --mps)",
 	  1, OPTION_MEM, on_option },
+	{ "mps-priority", "normal|low", "with MPS, how each process's work is ranked on the GPU (implies --mps)", 1,
+	  OPTION_PRIORITY, on_option },
 };
 
 int slurm_spank_init(spank_t sp, int ac, char **av)
@@ -100,7 +108,7 @@ int slurm_spank_init(spank_t sp, int ac, char **av)
 	return ESPANK_SUCCESS;
 }
 
-/* The prolog sees SPANK_MPS, SPANK_MPS_THREADS and SPANK_MPS_MEM; it reads them as hostile text all the same. */
+/* The prolog sees SPANK_MPS, SPANK_MPS_THREADS and so on; it reads them as hostile text all the same. */
 int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 {
 	bool submitting = spank_context() == S_CTX_LOCAL || spank_context() == S_CTX_ALLOCATOR;
@@ -115,6 +123,8 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 		rc = spank_job_control_setenv(sp, "MPS_THREADS", request.threads, 1);
 	if (rc == ESPANK_SUCCESS && request.mem[0])
 		rc = spank_job_control_setenv(sp, "MPS_MEM", request.mem, 1);
+	if (rc == ESPANK_SUCCESS && request.priority[0])
+		rc = spank_job_control_setenv(sp, "MPS_PRIORITY", request.priority, 1);
 	if (rc != ESPANK_SUCCESS)
 		slurm_error("mps: the request cannot be passed on: %s", spank_strerror(rc));
 	return rc;
@@ -150,7 +160,8 @@ static void judge_step(spank_t sp)
 	}
 	verdict_read(job_id, &step.verdict);
 	if (step.verdict.status == VERDICT_READY &&
-	    !limits_of_step(&step.verdict, request.threads, request.mem, &step.limits, message, sizeof(message)))
+	    !limits_of_step(&step.verdict, request.threads, request.mem, request.priority, &step.limits, message,
+			    sizeof(message)))
 		fail_step(job_id, message);
 	else if (step.verdict.status == VERDICT_REFUSED)
 		fail_step(job_id, step.verdict.message);
@@ -203,6 +214,11 @@ static const char *set_environment(spank_t sp)
 	visible = task_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", own, sizeof(own));
 	if (limits_memory_value(&step.limits, uuids, visible, value, sizeof(value)) &&
 	    !set_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value))
+		return "the environment cannot be set";
+	/* Numbered the wrong way round for a limit: 1 is lower than 0. A user's own low priority is kept. */
+	visible = task_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", own, sizeof(own));
+	if ((step.limits.priority || (visible && strcmp(visible, "1"))) &&
+	    !set_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", step.limits.priority ? "1" : "0"))
 		return "the environment cannot be set";
 	if (!set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", step.verdict.pipe_directory) ||
 	    !set_variable(sp, "CUDA_MPS_LOG_DIRECTORY", step.verdict.log_directory))

@@ -87,6 +87,10 @@ static bool take_line(struct verdict *verdict, char *line)
 		return take(verdict->memory_limit, sizeof(verdict->memory_limit), value);
 	if (!strcmp(line, "context_mib"))
 		return sscanf(value, "%5" SCNu64, &verdict->context_mib) == 1;
+	if (!strcmp(line, "client_priority")) {
+		verdict->priority = !strcmp(value, "1");
+		return true;
+	}
 	if (!strcmp(line, "visible_devices")) {
 		verdict->ordinals = !strcmp(value, "ordinal");
 		return true;

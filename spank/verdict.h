@@ -32,6 +32,7 @@ struct verdict {
 	char thread_percentage[8];  /* as CUDA_MPS_ACTIVE_THREAD_PERCENTAGE takes it */
 	char memory_limit[24];      /* for every device, such as 8192M; empty: no limit */
 	uint64_t context_mib;       /* what a CUDA context costs with all threads; 0: not known */
+	int priority;               /* of each client: 0 normal, 1 low */
 	bool ordinals;              /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
 	unsigned int gpu_count;     /* in the daemon's order: index here == the daemon's device ordinal */
 	struct verdict_gpu gpus[VERDICT_GPUS_MAX];

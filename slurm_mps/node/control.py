@@ -36,10 +36,14 @@ _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 
 @record
 class Limits:
-    """What every client of a daemon may have: percent of threads, and bytes of memory on each GPU (None: all)."""
+    """What every client of a daemon may have: percent of threads, bytes of memory on each GPU (None: all), priority.
+
+    A priority of None is the driver's own and not set, for drivers that do not know it.
+    """
 
     thread_percentage: float
     memory_bytes: int | None = None
+    client_priority: int | None = None
 
 
 @record
@@ -109,6 +113,9 @@ class ControlDaemon:
         lines.append("get_default_active_thread_percentage")
         if limits.memory_bytes is not None:
             lines += [f"get_default_device_pinned_mem_limit {device}" for device in range(device_count)]
+        if limits.client_priority is not None:
+            lines += [f"set_default_client_priority {limits.client_priority}", "get_default_client_priority"]
+            expected.append(str(limits.client_priority))
         answer = self.command(lines, timeout_seconds)
         if answer != expected:
             raise NodeError(

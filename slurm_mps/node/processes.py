@@ -78,38 +78,61 @@ class _Child:
             for fd, _ in streams:
                 os.close(fd)
         self._end = os.pidfd_open(self.pid)
-        os.set_blocking(self._input, False)  # a few short lines: less than a pipe holds
+        self._text = text
+        os.set_blocking(self._input, False)
+        self._feed()
+
+    def _feed(self) -> None:
+        """Send as much of the text as the child's pipe takes now, and close it when all is sent."""
         try:
-            os.write(self._input, text)
+            while self._text:
+                self._text = self._text[os.write(self._input, self._text) :]
+        except BlockingIOError:
+            return
         except BrokenPipeError:
-            pass
+            self._text = b""  # it does not want the rest
         os.close(self._input)
+        self._input = -1
 
     def communicate(self, deadline: float) -> Outcome | None:
-        """Read until the program has ended and closed its streams; None when the deadline comes first."""
+        """Write and read until the program has ended and closed its streams; None when the deadline comes first."""
         collected = {self._output: b"", self._errors: b""}
         poll = select.poll()
-        for fd in (self._output, self._errors, self._end):
-            poll.register(fd, select.POLLIN)
         waiting = {self._output, self._errors, self._end}
+        for fd in waiting:
+            poll.register(fd, select.POLLIN)
+        if self._input >= 0:
+            poll.register(self._input, select.POLLOUT)
         while waiting:
             ready = poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1))
             if not ready or monotonic() > deadline:
                 return None
             for fd, _ in ready:
-                chunk = b"" if fd == self._end else os.read(fd, 4096)
-                if chunk and len(collected[fd]) < _OUTPUT_LIMIT_BYTES:
-                    collected[fd] += chunk
-                elif not chunk:
+                if fd == self._input:
+                    poll.unregister(fd)
+                    self._feed()
+                    if self._input >= 0:
+                        poll.register(fd, select.POLLOUT)
+                elif not self._take(fd, collected):
                     poll.unregister(fd)
                     waiting.discard(fd)
         _, status = os.waitpid(self.pid, 0)
         output, errors = (collected[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
         return Outcome(os.waitstatus_to_exitcode(status), output, errors)
 
+    def _take(self, fd: int, collected: dict[int, bytes]) -> bool:
+        """Read what has come, keeping no more than the bound; False at the end of a stream or of the program."""
+        if fd == self._end:
+            return False
+        chunk = os.read(fd, 4096)
+        if len(collected[fd]) < _OUTPUT_LIMIT_BYTES:
+            collected[fd] += chunk
+        return bool(chunk)
+
     def close(self) -> None:
-        for fd in (self._output, self._errors, self._end):
-            os.close(fd)
+        for fd in (self._input, self._output, self._errors, self._end):
+            if fd >= 0:
+                os.close(fd)
 
     def kill(self) -> None:
         """End the whole process group; a child that even SIGKILL does not end is left to init."""

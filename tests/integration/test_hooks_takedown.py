@@ -54,8 +54,6 @@ def assert_nothing_left(node: GpuNode) -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        ("command.quit=ignore",),
-        ("command.quit=hang",),
         ("command.quit=exit:1",),
         ("command.quit=wrong:Not enough privilege to execute quit command",),
         ("command.*=hang",),

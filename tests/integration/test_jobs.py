@@ -173,6 +173,12 @@ def test_a_lower_memory_limit_of_the_users_own_is_kept(site: Site) -> None:
     assert "free=1903 " in site.cluster.srun(*options, *CLIENT.split(), env=own).check().stdout
 
 
+def test_a_low_client_priority_reaches_daemon_and_tasks(site: Site) -> None:
+    query = "echo get_default_client_priority | nvidia-cuda-mps-control; echo $CUDA_MPS_CLIENT_PRIORITY"
+    result = site.cluster.srun("-N1", "--gres=gpu:1", "--mps-priority=low", "sh", "-c", query).check()
+    assert result.stdout.split() == ["1", "1"]
+
+
 # ------------------------------------------------------------------------------------------------ fails closed
 
 

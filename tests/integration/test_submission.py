@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 BAD_THREADS = ["0", "0.0", "101", "100.1", "abc", "25\n", "12.55", "-5", "", "1e1"]
 BAD_MEM = ["8X", "-1G", "1.5G", "0", "0G", "8", "G", "8GB", "9999999999G"]
-REFUSED = [("--mps-threads", value, "a percentage above 0 and up to 100") for value in BAD_THREADS] + [
-    ("--mps-mem", value, "a whole number above 0 with M, G or T") for value in BAD_MEM
-]
+REFUSED = (
+    [("--mps-threads", value, "a percentage above 0 and up to 100") for value in BAD_THREADS]
+    + [("--mps-mem", value, "a whole number above 0 with M, G or T") for value in BAD_MEM]
+    + [("--mps-priority", "high", "normal or low")]
+)
 HERE = Path(__file__).parent
 
 

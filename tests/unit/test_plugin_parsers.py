@@ -36,6 +36,7 @@ class CVerdict(ctypes.Structure):
         ("thread_percentage", ctypes.c_char * 8),
         ("memory_limit", ctypes.c_char * 24),
         ("context_mib", ctypes.c_uint64),
+        ("priority", ctypes.c_int),
         ("ordinals", ctypes.c_bool),
         ("gpu_count", ctypes.c_uint),
         ("room", ctypes.c_char * 8192),
@@ -229,14 +230,17 @@ def test_a_tasks_gpus_by_the_daemons_ordinals(
 class CLimits(ctypes.Structure):
     """spank/limits.h's struct limits."""
 
-    _fields_ = (("threads_tenths", ctypes.c_uint), ("memory_mib", ctypes.c_uint64))
+    _fields_ = (("threads_tenths", ctypes.c_uint), ("memory_mib", ctypes.c_uint64), ("priority", ctypes.c_int))
 
 
-def of_step(plugin: ctypes.CDLL, state: Path, threads: str, mem: str) -> CLimits | str:
+def of_step(
+    plugin: ctypes.CDLL, state: Path, threads: str = "", mem: str = "", priority: str = "", job: bytes = WHOLE
+) -> CLimits | str:
     """The limits of a step of a job with 12.5 % and 8G, or why it is refused."""
-    verdict, limits, message = read(plugin, state, WHOLE), CLimits(), ctypes.create_string_buffer(512)
+    verdict, limits, message = read(plugin, state, job), CLimits(), ctypes.create_string_buffer(512)
     plugin.limits_of_step.restype = ctypes.c_bool
-    arguments = ctypes.byref(verdict), threads.encode(), mem.encode(), ctypes.byref(limits), message, 512
+    options = threads.encode(), mem.encode(), priority.encode()
+    arguments = ctypes.byref(verdict), *options, ctypes.byref(limits), message, 512
     return limits if plugin.limits_of_step(*arguments) else message.value.decode()
 
 
@@ -322,3 +326,23 @@ def test_the_thread_variable_keeps_a_lower_value_of_the_users(
     limits, out = CLimits(250, 0), ctypes.create_string_buffer(64)
     plugin.limits_threads_value(ctypes.byref(limits), own.encode() if own is not None else None, out, 64)
     assert out.value.decode() == expected
+
+
+LOW = encode("verdict", 1, Verdict("ready", settings=(*SETTINGS, ("client_priority", "1"))).lines())
+
+
+@pytest.mark.parametrize(
+    ("job", "asked", "priority"),
+    [(WHOLE, "", 0), (WHOLE, "low", 1), (WHOLE, "normal", 0), (LOW, "", 1), (LOW, "low", 1)],
+)
+def test_a_step_keeps_or_lowers_the_jobs_priority(
+    plugin: ctypes.CDLL, state: Path, job: bytes, asked: str, priority: int
+) -> None:
+    limits = of_step(plugin, state, priority=asked, job=job)
+    assert isinstance(limits, CLimits)
+    assert limits.priority == priority
+
+
+def test_a_step_cannot_raise_the_jobs_priority(plugin: ctypes.CDLL, state: Path) -> None:
+    said = of_step(plugin, state, priority="normal", job=LOW)
+    assert said == "--mps-priority=normal is more than the job has (low); a step can only lower it"

@@ -16,6 +16,17 @@ def test_a_full_request() -> None:
     assert request == JobRequest(4711, 20001, 0, ("2", "3"), 12.5, 8 * GIB)
 
 
+@pytest.mark.parametrize(("text", "priority"), [("normal", 0), ("low", 1)])
+def test_a_client_priority(text: str, priority: int) -> None:
+    assert read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_PRIORITY": text}).client_priority == priority
+
+
+@pytest.mark.parametrize("text", ["", "high", "1", "LOW", "low\n"])
+def test_a_bad_client_priority_is_the_users_mistake(text: str) -> None:
+    with pytest.raises(RequestError, match=r"--mps-priority=.*expected normal or low"):
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_PRIORITY": text})
+
+
 def test_plain_mps_leaves_the_limits_to_the_site() -> None:
     request = read_request({**SLURM, "SPANK_MPS": "1"})
     assert request.thread_percentage is None
@@ -47,8 +58,8 @@ def test_a_bad_size_is_the_users_mistake_and_says_the_option(value: str) -> None
 
 
 def test_a_request_of_a_newer_plugin_is_refused_rather_than_half_obeyed() -> None:
-    with pytest.raises(RequestError, match="SPANK_MPS_PRIORITY"):
-        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_PRIORITY": "low"})
+    with pytest.raises(RequestError, match="SPANK_MPS_SECRET"):
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_SECRET": "low"})
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_UID"])
