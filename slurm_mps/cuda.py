@@ -7,7 +7,8 @@ Source: CUDA driver API; attribute and error numbers as in cuda.h.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+
+from .record import record
 
 _MULTIPROCESSOR_COUNT = 16
 
@@ -20,7 +21,7 @@ class CudaError(Exception):
         self.number = number
 
 
-@dataclass(frozen=True)
+@record
 class Device:
     """One visible device after a context was made on it. ``free_bytes`` is what an MPS memory limit leaves (O16)."""
 
@@ -50,23 +51,40 @@ class Cuda:
         self._call("cuDeviceGetCount", ctypes.byref(count))
         return count.value
 
+    def _device(self, ordinal: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        return device
+
+    def uuid(self, ordinal: int) -> str:
+        """A visible device's UUID, without a context."""
+        uuid = (ctypes.c_ubyte * 16)()
+        self._call("cuDeviceGetUuid_v2", uuid, self._device(ordinal))
+        return _uuid_text(bytes(uuid))
+
+    def multiprocessors(self, ordinal: int) -> int:
+        """How many SMs this process may use of a device: all of them unless it is an MPS client. Without a context."""
+        count = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, self._device(ordinal))
+        return count.value
+
+    def pci_address(self, ordinal: int) -> str:
+        """A device's place as sysfs writes it: ``0000:06:00.0``. Without a context."""
+        text = ctypes.create_string_buffer(32)
+        self._call("cuDeviceGetPCIBusId", text, len(text), self._device(ordinal))
+        return text.value.decode("ascii", "replace").lower()
+
     def open_device(self, ordinal: int) -> Device:
         """Make a context on a device and look at it; the context stays, so that the process stays a client.
 
         Raises: CudaError, such as 2 (out of memory: the limit is below what a context costs), 46 (device unavailable:
         another process has it exclusively) or 808 (the server has no room for another client).
         """
-        device = ctypes.c_int()
-        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
         context = ctypes.c_void_p()
-        self._call("cuCtxCreate_v2", ctypes.byref(context), 0, device)
-        uuid = (ctypes.c_ubyte * 16)()
-        self._call("cuDeviceGetUuid_v2", uuid, device)
-        multiprocessors = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(multiprocessors), _MULTIPROCESSOR_COUNT, device)
+        self._call("cuCtxCreate_v2", ctypes.byref(context), 0, self._device(ordinal))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        return Device(ordinal, _uuid_text(bytes(uuid)), multiprocessors.value, free.value, total.value)
+        return Device(ordinal, self.uuid(ordinal), self.multiprocessors(ordinal), free.value, total.value)
 
     def allocate(self, size_bytes: int) -> None:
         """Take device memory and keep it.

@@ -49,7 +49,11 @@ def test_hooks_are_posix_sh_and_short() -> None:
         subprocess.run(["shellcheck", "--shell=sh", ROOT / name], check=True)
 
 
-PRIVILEGED = [name for name in git_files("slurm_mps/*.py", "slurm_mps/node/*.py") if not name.endswith("/cuda.py")]
+PRIVILEGED = [
+    name
+    for name in git_files("slurm_mps/*.py", "slurm_mps/node/*.py")
+    if not name.endswith("/cuda.py") and "/verify/" not in name
+]
 EFFECTS = {
     *("open", "mkdir", "makedirs", "unlink", "remove", "rmdir", "rename", "replace", "truncate", "link", "symlink"),
     *("chmod", "fchmod", "chown", "lchown", "fchown", "setxattr", "mkfifo", "mknod", "removedirs", "renames"),
@@ -87,7 +91,8 @@ def test_effects_go_through_one_door(name: str) -> None:
     """Files are changed in node/files.py alone, processes started and ended in node/processes.py alone."""
     tree = ast.parse((ROOT / name).read_text())
     assert effects(tree) <= DOORS.get(name, set())
-    assert not imports(tree) & NEVER_IMPORTED
+    allowed = {"socket"} if name == "slurm_mps/node/messages.py" else set()
+    assert imports(tree) & NEVER_IMPORTED <= allowed
 
 
 def test_the_lint_sees_an_effect() -> None:

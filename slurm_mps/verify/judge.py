@@ -1,0 +1,282 @@
+"""What is wrong, in plain words, from what the ranks and the control daemons said. Pure.
+
+Facts go before intentions: a rank is a client if the control daemon says so, and is limited if the driver says so.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import RequestError
+from ..record import record
+from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable
+from .hostlist import join_numbers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from .report import DaemonAnswer, Report
+
+#: The smallest part of an H200 that a percentage comes down to: 1 % and 3 % are 8 SMs (O10).
+SMALLEST_PART = 8
+#: What the control program says where nobody listens (O7); the driver then goes on without MPS (O21).
+_GONE = "Cannot find MPS control daemon"
+_UNKNOWN = "? "
+_DRIVER_SIZE = re.compile(r"(\d{1,9})([MG])(i?B)?", re.IGNORECASE)
+
+
+@record
+class Findings:
+    """All that was reported. daemons: by host and pipe directory. cards: SMs of whole GPUs, by UUID.
+
+    size: how many ranks the step has. waited_seconds: how long the missing ones were waited for.
+    """
+
+    ranks: Sequence[Report]
+    daemons: Mapping[tuple[str, str], DaemonAnswer]
+    cards: Mapping[str, int]
+    size: int
+    waited_seconds: float
+
+    def daemon(self, rank: Report) -> DaemonAnswer | None:
+        return self.daemons.get((rank.host, rank.pipe_directory))
+
+    def server(self, rank: Report) -> int:
+        """The server of a rank, as the control daemon says; 0 for a rank that is no client."""
+        daemon = self.daemon(rank)
+        return daemon.clients.get(rank.pid, 0) if daemon else 0
+
+
+def problems(found: Findings) -> list[str]:
+    """Everything that is not as it should be, the causes first; empty when all is well."""
+    return [
+        *_missing(found),
+        *_silent_daemons(found),
+        *_errors(found),
+        *_without_mps(found),
+        *_apart(found),
+        *_piled_up(found),
+        *_over_threads(found),
+        *_over_memory(found),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- who is there
+
+
+def _missing(found: Findings) -> list[str]:
+    there = {rank.rank for rank in found.ranks}
+    missing = [number for number in range(found.size) if number not in there]
+    return [f"{_ranks(missing)} did not report within {found.waited_seconds:g} s"] if missing else []
+
+
+def _silent_daemons(found: Findings) -> list[str]:
+    return [
+        f"the control daemon of {printable(directory, 120)} on {printable(host)} does not answer: "
+        f"{printable(answer.problem, 200)}"
+        for (host, directory), answer in sorted(found.daemons.items())
+        if answer.problem
+    ]
+
+
+def _errors(found: Findings) -> list[str]:
+    return _grouped(
+        found.ranks,
+        lambda rank: rank.error and f"cannot use {_gpu_word(rank)}: {printable(rank.error, 200)}",
+        lambda ranks, words: f"{_ranks(ranks)} {words}",
+    )
+
+
+def _gpu_word(rank: Report) -> str:
+    return rank.gpu or "a GPU"
+
+
+def _without_mps(found: Findings) -> list[str]:
+    """Ranks that no daemon knows; for one that failed, only where it is clear why."""
+
+    def words(rank: Report) -> str:
+        daemon = found.daemon(rank)
+        known_why = rank.pipe_problem or (daemon and daemon.problem)
+        return "" if found.server(rank) or (rank.error and not known_why) else _why_without(rank, daemon)
+
+    def sentence(ranks: list[int], why: str) -> str:
+        if why.startswith(_UNKNOWN):
+            return f"nobody can say whether {_ranks(ranks)} {_have(ranks)} MPS: {why.removeprefix(_UNKNOWN)}"
+        return f"{_ranks(ranks)} {'runs' if len(ranks) == 1 else 'run'} without MPS: {why}"
+
+    return _grouped(found.ranks, words, sentence)
+
+
+def _why_without(rank: Report, daemon: DaemonAnswer | None) -> str:
+    directory = printable(rank.pipe_directory, 120)
+    if rank.pipe_problem:
+        asked = "" if rank.asked else "; this job did not ask for MPS (--mps)"
+        return f"{printable(rank.pipe_problem, 200)}{asked}"
+    if daemon and _GONE in daemon.problem:
+        return f"the control daemon of {directory} is gone"
+    if daemon is None or daemon.problem:
+        return f"{_UNKNOWN}the control daemon of {directory} does not answer"
+    return f"the control daemon of {directory} lists no such client"
+
+
+# ------------------------------------------------------------------------------------------------------ who shares
+
+
+def _by_gpu(found: Findings) -> dict[tuple[str, str], list[Report]]:
+    groups: dict[tuple[str, str], list[Report]] = {}
+    for rank in found.ranks:
+        if rank.gpu:
+            groups.setdefault((rank.host, rank.gpu), []).append(rank)
+    return dict(sorted(groups.items()))
+
+
+def _apart(found: Findings) -> list[str]:
+    """GPUs whose ranks have different servers, or of whose ranks only some have one."""
+    words = []
+    for (host, gpu), ranks in _by_gpu(found).items():
+        servers: dict[int, list[int]] = {}
+        for rank in ranks:
+            servers.setdefault(found.server(rank), []).append(rank.rank)
+        clients = [numbers for server, numbers in servers.items() if server]
+        if len(servers) < 2 or not clients:
+            continue
+        together = max(clients, key=len)
+        rest = [rank.rank for rank in ranks if rank.rank not in together]
+        share = "share one server" if len(together) > 1 else "has a server"
+        others = f"{_ranks(rest)} {'do' if len(rest) > 1 else 'does'} not"
+        words.append(f"{_ranks(together)} on {gpu} of {printable(host)} {share}, {others}")
+    return words
+
+
+def _piled_up(found: Findings) -> list[str]:
+    """Nodes where all ranks are on one GPU while the step has more of them there."""
+    words = []
+    for host in sorted({rank.host for rank in found.ranks}):
+        ranks = [rank for rank in found.ranks if rank.host == host and rank.gpu]
+        used = {rank.gpu for rank in ranks}
+        count = max((rank.step_gpus for rank in ranks), default=0)
+        if len(ranks) < 2 or len(used) > 1 or count < 2:
+            continue
+        known = {gpu for rank in ranks for gpu in _daemon_gpus(found, rank)} - used
+        unused = f": nobody uses {', '.join(sorted(known))}" if known else ""
+        place = f"all {len(ranks)} ranks of {printable(host)} are on {used.pop()}"
+        words.append(f"{place}, although the step has {count} GPUs there{unused}")
+    return words
+
+
+def _daemon_gpus(found: Findings, rank: Report) -> tuple[str, ...]:
+    daemon = found.daemon(rank)
+    return daemon.gpus if daemon else ()
+
+
+# --------------------------------------------------------------------------------------------------------- limits
+
+
+def thread_limit(rank: Report, daemon: DaemonAnswer | None) -> float | None:
+    """The lowest percentage that the rank's environment, its job or the control daemon sets; None for no limit."""
+    texts = (rank.threads, rank.job_threads, daemon.threads if daemon else "")
+    return min(filter(None, map(_percentage, texts)), default=None)
+
+
+def _percentage(text: str) -> float | None:
+    """What the driver ignores is no limit (O11)."""
+    try:
+        return parse_thread_percentage(text)
+    except RequestError:
+        return None
+
+
+def _over_threads(found: Findings) -> list[str]:
+    def words(rank: Report) -> str:
+        limit, total = thread_limit(rank, found.daemon(rank)), found.cards.get(rank.gpu, 0)
+        if limit is None or not total or rank.multiprocessors <= max(SMALLEST_PART, total * limit / 100):
+            return ""
+        return f"{rank.multiprocessors} of {total} SMs although limited to {limit:g} %: {_why_over(found, rank)}"
+
+    return _grouped(found.ranks, words, lambda ranks, text: f"{_ranks(ranks)} {_have(ranks)} {text}")
+
+
+def _why_over(found: Findings, rank: Report) -> str:
+    if found.server(rank):
+        return "the server does not keep to it; it may be older than the limit"
+    return "without MPS no limit holds"
+
+
+def own_memory_limit(rank: Report) -> int | None:
+    """What the rank's own variable sets for its device, in bytes; None when it does not name it, or is empty.
+
+    Raises: ValueError for a value that the driver cannot use, whereupon it drops every limit (O12).
+    """
+    limit = None
+    visible = rank.visible.split(",")
+    for entry in filter(None, rank.memory.split(",")):
+        device, _, size = entry.partition("=")
+        places = [str(ordinal) for ordinal in range(len(visible))]
+        matched = _DRIVER_SIZE.fullmatch(size)
+        if device not in (*places, *visible) or not matched or not int(matched[1]):
+            raise ValueError(entry)
+        if device in (str(rank.ordinal), rank.gpu):
+            limit = int(matched[1]) * (GIB if matched[2] in "Gg" else MIB)
+    return limit
+
+
+def memory_limit(rank: Report, daemon: DaemonAnswer | None) -> int | None:
+    """The lowest memory limit of environment, job and control daemon, in bytes; None for no limit."""
+    try:
+        limits = [own_memory_limit(rank)]
+    except ValueError:
+        limits = []
+    for text in (rank.job_memory, daemon.memory.get(rank.ordinal, "") if daemon else ""):
+        try:
+            limits.append(parse_memory(text))
+        except RequestError:
+            pass
+    return min(filter(None, limits), default=None)
+
+
+def _over_memory(found: Findings) -> list[str]:
+    free = {rank.rank: rank.free_bytes for rank in found.ranks}
+
+    def sentence(ranks: list[int], words: str) -> str:
+        most = describe_memory(max(free[rank] for rank in ranks))
+        return f"{_ranks(ranks)} {_have(ranks)} {words}; {most} are free"
+
+    return _grouped(
+        [rank for rank in found.ranks if rank.multiprocessors], lambda rank: _memory_words(found, rank), sentence
+    )
+
+
+def _memory_words(found: Findings, rank: Report) -> str:
+    limit = memory_limit(rank, found.daemon(rank))
+    asked = f" although limited to {describe_memory(limit)}" if limit else ""
+    try:
+        own_memory_limit(rank)
+    except ValueError:
+        shown = printable(rank.memory, 60)
+        return f"no memory limit{asked}: the driver cannot use CUDA_MPS_PINNED_DEVICE_MEM_LIMIT={shown}"
+    if limit is None or rank.free_bytes <= limit:
+        return ""
+    return f"too much memory{asked}: {_why_over(found, rank)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {join_numbers(numbers)}"
+
+
+def _have(numbers: list[int]) -> str:
+    return "has" if len(numbers) == 1 else "have"
+
+
+def _grouped(
+    ranks: Iterable[Report], words: Callable[[Report], str], sentence: Callable[[list[int], str], str]
+) -> list[str]:
+    """One sentence for all ranks of which the same is to be said; nothing for those of which nothing is."""
+    groups: dict[str, list[int]] = {}
+    for rank in ranks:
+        groups.setdefault(words(rank), []).append(rank.rank)
+    groups.pop("", None)
+    return [sentence(numbers, text) for text, numbers in groups.items()]

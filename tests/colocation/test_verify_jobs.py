@@ -1,0 +1,239 @@
+"""``slurm-mps verify`` in jobs on a real Slurm: what is fine, and every fault that it is there for."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness.runtime import MOUNT_POINT, mpi_environment
+
+if TYPE_CHECKING:
+    from tests.harness.site import Site
+
+VERIFY = f"{MOUNT_POINT}/bin/slurm-mps verify"
+ASKED = ("--mps-threads=25", "--mps-mem=8G")
+ONE_NODE = ("-N1", "-n4", "--gres=gpu:2", *ASKED)
+PIPE = "/run/slurm-mps/jobs/$SLURM_JOB_ID/pipe"
+
+
+def run_verify(
+    site: Site, *options: str, before: str = "", srun: str = "", env: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Run it in a batch job's step, after shell commands in the task. Returns the job's exit code and the report."""
+    script = f"srun {srun} sh -c '{before}\nexec {VERIFY} --json'"
+    job = site.cluster.sbatch(*options, script=script, env=env or {})
+    return report_of(site, job)
+
+
+def report_of(site: Site, job: Any) -> tuple[int, dict[str, Any]]:
+    info = site.cluster.wait(job)
+    output = site.cluster.output(job)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if len(lines) != 1:
+        pytest.fail(f"the job printed not one report: {output}")
+    report: dict[str, Any] = json.loads(lines[0])
+    return info.exit_code, report
+
+
+@pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])
+def test_ranks_on_two_nodes_are_fine(any_site: Site, mpi: str) -> None:
+    """With MPI and without, two ranks a GPU on two nodes: clients, within their limits, one server a node."""
+    code, report = run_verify(
+        any_site,
+        "-N2",
+        "-n8",
+        "--ntasks-per-node=4",
+        "--gres=gpu:2",
+        *ASKED,
+        srun=mpi,
+        env=mpi_environment() if mpi else {},
+    )
+    ranks = report["ranks"]
+    assert (code, report["problems"], report["status"]) == (0, [], 0)
+    assert report["gathered_through"] == ("mpi" if mpi else "slurm")
+    uuids = {node: [gpu["uuid"] for gpu in any_site.gpus(node)[:2]] for node in any_site.nodes}
+    assert Counter((r["host"], r["gpu"]) for r in ranks) == {(n, u): 2 for n in uuids for u in uuids[n]}
+    assert {(r["multiprocessors"], r["card_multiprocessors"], r["thread_percentage"]) for r in ranks} == {(32, 132, 25)}
+    assert {(r["free_bytes"] >> 20, r["limit_bytes"] >> 20) for r in ranks} == {(8047, 8192)}
+    assert {r["client"] for r in ranks} == {True}
+    assert len({(r["host"], r["server"]) for r in ranks}) == 2
+    assert [d["clients"] for d in report["daemons"]] == [4, 4]
+
+
+def test_one_rank_is_fine(site: Site) -> None:
+    """Nobody to meet: a step of one task needs no connection."""
+    code, report = run_verify(site, "-N1", "-n1", "--gres=gpu:1", *ASKED)
+    assert (code, report["problems"], len(report["ranks"])) == (0, [], 1)
+
+
+def test_bound_tasks_are_fine(any_site: Site) -> None:
+    """Each task has a GPU of its own, and is none of a pile."""
+    code, report = run_verify(any_site, "-N2", "-n8", "--ntasks-per-node=4", "--gpus-per-task=1", *ASKED)
+    assert (code, report["problems"]) == (0, [])
+    assert len({(r["host"], r["gpu"]) for r in report["ranks"]}) == 8
+
+
+def test_the_table_is_grouped_and_says_that_all_is_well(site: Site) -> None:
+    """What a user sees: a line for each rank, by node and GPU, and one sentence."""
+    job = site.cluster.sbatch("-N2", "-n8", "--ntasks-per-node=4", "--gres=gpu:2", *ASKED, script=f"srun {VERIFY}")
+    assert site.cluster.wait(job).exit_code == 0
+    lines = site.cluster.output(job).splitlines()
+    print("\n".join(lines))
+    assert lines[0].split()[:6] == ["NODE", "GPU", "RANK", "PID", "SERVER", "SMS"]
+    assert [line.split()[0] for line in lines[1:9]] == ["n1"] * 4 + ["n2"] * 4
+    assert {line.split()[5] for line in lines[1:9]} == {"32/132"}
+    assert lines[-1] == "8 ranks, all clients, each GPU's ranks share one server"
+
+
+def test_64_ranks_are_done_in_five_seconds(site: Site) -> None:
+    """32 ranks on each of two nodes of this machine's few processors."""
+    srun = f"srun --overcommit -n64 -N2 --ntasks-per-node=32 {VERIFY} --json"
+    script = f"date +%s.%N; {srun}; code=$?; date +%s.%N; exit $code"
+    job = site.cluster.sbatch("-N2", "-n4", "--gres=gpu:4", *ASKED, script=script)
+    code, report = report_of(site, job)
+    start, *_, end = site.cluster.output(job).splitlines()
+    print(f"64 ranks in {float(end) - float(start):.2f} s")
+    assert (code, report["problems"], len(report["ranks"])) == (0, [], 64)
+    assert float(end) - float(start) < 5
+
+
+def test_a_job_without_mps_is_told(site: Site) -> None:
+    """No option, no MPS: said with how to get it."""
+    code, report = run_verify(site, "-N1", "-n2", "--gres=gpu:2")
+    assert code == report["status"] == 1
+    assert report["problems"] == [
+        "ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY is not set; this job did not ask for MPS (--mps)"
+    ]
+
+
+def test_a_wrong_pipe_directory_is_caught(any_site: Site) -> None:
+    """A user's own CUDA_MPS_PIPE_DIRECTORY: the program would run without MPS and without a word (O21)."""
+    code, report = run_verify(any_site, *ONE_NODE, before="export CUDA_MPS_PIPE_DIRECTORY=/tmp/none")
+    assert code == 1
+    assert "ranks 0-3 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/tmp/none does not exist" in report["problems"]
+    assert not any(rank["client"] for rank in report["ranks"])
+
+
+def test_one_rank_that_went_astray_is_named(site: Site) -> None:
+    """Three ranks are clients, one is not: its neighbour on the GPU is told from it."""
+    site.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    before = "test $SLURM_PROCID = 3 && export CUDA_MPS_PIPE_DIRECTORY=/tmp"
+    code, report = run_verify(site, *ONE_NODE, before=before)
+    gpu = report["ranks"][3]["gpu"]
+    assert code == 1
+    assert report["problems"] == [
+        "rank 3 runs without MPS: CUDA_MPS_PIPE_DIRECTORY=/tmp has no control daemon",
+        f"rank 1 on {gpu} of n1 has a server, rank 3 does not",
+        "rank 3 has 132 of 132 SMs although limited to 25 %: without MPS no limit holds",
+        "rank 3 has too much memory although limited to 8 GiB: without MPS no limit holds; 139.2 GiB are free",
+    ]
+
+
+def test_a_dead_daemon_is_caught(any_site: Site) -> None:
+    """The control daemon is killed while the step runs; its socket stays, and nobody listens (O21, O25)."""
+    pid = f"pid=$(cat {PIPE}/nvidia-cuda-mps-control.pid)"
+    wait = f"{pid}; touch started.$SLURM_PROCID; while test -d /proc/$pid; do sleep 0.05; done"
+    job = any_site.cluster.sbatch(*ONE_NODE, script=f"srun sh -c '{wait}; exec {VERIFY} --json'")
+    home = any_site.machine.path("/home/alice")
+    until(lambda: len(list(home.glob("started.*"))) == 4)
+    kill = f"kill -9 $(cat /run/slurm-mps/jobs/{job}/pipe/nvidia-cuda-mps-control.pid)"
+    any_site.node("n1", "sh", "-c", kill).check()
+    code, report = report_of(any_site, job)
+    for mark in home.glob("started.*"):
+        mark.unlink()
+    assert code == 1
+    pipe = f"/run/slurm-mps/jobs/{job}/pipe"
+    assert report["problems"][0].startswith(f"the control daemon of {pipe} on n1 does not answer: ")
+    assert f"ranks 0-3 run without MPS: the control daemon of {pipe} is gone" in report["problems"]
+
+
+def test_a_daemon_that_hangs_is_caught(site: Site) -> None:
+    """It takes connections and answers nothing: whether the ranks are clients nobody can say, and that is a problem."""
+    wait = "touch started.$SLURM_PROCID; while ! test -e hung; do sleep 0.05; done"
+    verify = f"srun sh -c '{wait}; exec {VERIFY} --timeout 3 --json'"
+    stay = "code=$?; touch asked; while test -e hung; do sleep 0.05; done; exit $code"
+    job = site.cluster.sbatch(*ONE_NODE, script=f"{verify}; {stay}")
+    home = site.machine.path("/home/alice")
+    until(lambda: len(list(home.glob("started.*"))) == 4)
+    site.fault("n1", "command.*=hang")
+    (home / "hung").touch()
+    until((home / "asked").exists)
+    site.fault("n1")
+    (home / "hung").unlink()
+    code, report = report_of(site, job)
+    for mark in (home / "asked", *home.glob("started.*")):
+        mark.unlink()
+    assert code == 1
+    pipe = f"/run/slurm-mps/jobs/{job}/pipe"
+    silence, doubt = report["problems"]
+    assert silence.startswith(f"the control daemon of {pipe} on n1 does not answer: ")
+    assert silence.endswith("did not answer within 1 s")
+    assert doubt == f"nobody can say whether ranks 0-3 have MPS: the control daemon of {pipe} does not answer"
+
+
+def until(look: Any) -> None:
+    """Wait, bounded, for a state."""
+    deadline = time.monotonic() + 20
+    while not look():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_lifted_limit_is_caught(any_site: Site) -> None:
+    """A value that the driver cannot use drops every memory limit (O12); the rank is a client all the same."""
+    code, report = run_verify(any_site, *ONE_NODE, before="export CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=junk")
+    assert code == 1
+    assert all(rank["client"] for rank in report["ranks"])
+    (problem,) = report["problems"]
+    assert problem.startswith(
+        "ranks 0-3 have no memory limit although limited to 8 GiB: "
+        "the driver cannot use CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=junk; 139."
+    )
+
+
+def test_piled_up_ranks_are_caught(any_site: Site) -> None:
+    """All tasks took the first of two GPUs; a limit that names the second is lifted by that, too (O12)."""
+    before = "export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}"
+    code, report = run_verify(any_site, *ONE_NODE, before=before)
+    first, second = (gpu["uuid"] for gpu in any_site.gpus("n1")[:2])
+    assert code == 1
+    assert (
+        f"all 4 ranks of n1 are on {first}, although the step has 2 GPUs there: nobody uses {second}"
+        in report["problems"]
+    )
+
+
+def test_a_rank_that_never_reports_is_named(site: Site) -> None:
+    """One task hangs; the others are not held up for longer than was said."""
+    script = f"srun -n3 sh -c 'test $SLURM_PROCID = 1 && sleep 5; exec {VERIFY} --timeout 2 --json 2>&1'"
+    job = site.cluster.sbatch("-N1", "-n3", "--gres=gpu:1", *ASKED, script=script)
+    code, report = report_of(site, job)
+    assert code == 1
+    assert "rank 1 did not report within 2 s" in report["problems"]
+
+
+@pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])
+def test_all_ranks_exit_with_the_same_status(site: Site, mpi: str) -> None:
+    """Whichever rank's status a launcher looks at, it is the answer."""
+    script = f"srun {mpi} sh -c 'unset CUDA_MPS_PIPE_DIRECTORY; {VERIFY} >/dev/null; echo status $?'"
+    job = site.cluster.sbatch(*ONE_NODE, script=script, env=mpi_environment() if mpi else {})
+    site.cluster.wait(job)
+    assert site.cluster.output(job).splitlines() == ["status 1"] * 4
+
+
+def test_outside_a_step_is_status_3(site: Site) -> None:
+    """In the batch script itself, and in no job at all, there are no ranks to look at."""
+    job = site.cluster.sbatch("-N1", "-n2", "--gres=gpu:1", *ASKED, script=f"{VERIFY}; exit $?")
+    assert site.cluster.wait(job).exit_code == 3
+    assert "start it with srun" in site.cluster.output(job)
+    assert site.machine.run(VERIFY.split()).returncode == 3
+
+
+def test_wrong_usage_is_status_2(site: Site) -> None:
+    """An unknown option and a time out of range."""
+    assert site.machine.run([*VERIFY.split(), "--nonsense"]).returncode == 2
+    assert site.machine.run([*VERIFY.split(), "--timeout=0"]).returncode == 2
