@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
 	gcc libc6-dev make git util-linux python3 python3-venv clang cppcheck shellcheck
 
-all: plugin fakes
+all: plugin
 
 # What is missing is installed without starting any service: policy-rc.d's 101 is Debian's own word for "do not".
 deps:
@@ -23,7 +23,7 @@ deps:
 		sort | comm -13 - <(printf '%s\n' $(PACKAGES) | sort)); \
 	[ -z "$$missing" ] || tests/install-packages.sh $$missing
 
-dev: deps $(DEV)/.installed
+dev: $(DEV)/.installed
 
 $(DEV)/.installed: pyproject.toml
 	@echo "make: installing the test tools into $(DEV)"
@@ -33,25 +33,29 @@ $(DEV)/.installed: pyproject.toml
 		print(*p["dependencies"], *p["optional-dependencies"]["test"])')
 	@touch $@
 
-plugin: deps
+plugin:
 	@$(MAKE) --no-print-directory -C spank
 
-fakes: deps
+fakes:
 	@$(MAKE) --no-print-directory -C tests/fakes
 
-demo: plugin fakes dev
+build: deps
+	@$(MAKE) --no-print-directory plugin fakes dev
+
+demo: build
 	@$(DEV_PYTHON) -m tests.demo $(DEMO)
 
-test: plugin fakes dev
+test: build
 	@$(DEV_PYTHON) -m pytest $(TESTS)
 
-bench: plugin fakes dev
+bench: build
 	@$(DEV_PYTHON) -m tests.bench $(BENCH)
 
 # A cluster of simulated nodes with slurm-mps installed, to try things in.
-shell: plugin fakes dev
+shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
 
+# Needs a C compiler and the headers of the Slurm that runs here; installs no package.
 install: plugin
 	[ -x $(PREFIX)/bin/python3 ] || $(SYSTEM_PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python3 -m pip install --quiet --disable-pip-version-check .
@@ -72,4 +76,4 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all deps dev plugin fakes demo test bench shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test bench shell install install-hooks clean

@@ -40,11 +40,11 @@ class SiteConfig:
     paths_control_program: str = "/usr/bin/nvidia-cuda-mps-control"
     paths_logs: str = "/var/log/slurm-mps"
     deadlines_prolog: float = 8.0
-    deadlines_epilog: float = 30.0
+    deadlines_epilog: float = 8.0
     deadlines_daemon_start: float = 4.0
     deadlines_command: float = 3.0
-    deadlines_quit: float = 5.0
-    deadlines_signal: float = 3.0
+    deadlines_quit: float = 3.0
+    deadlines_signal: float = 1.5
     logs_keep: str = "always"
     logs_max_kib: int = 1024
     logs_max_jobs: int = 500
@@ -74,11 +74,10 @@ def to_lines(config: SiteConfig) -> list[str]:
 
 
 def from_lines(lines: Iterable[str]) -> SiteConfig:
-    """Read the compiled form back.
+    """Read the compiled form back, also one that another version wrote for a job that still runs.
 
-    Raises: NodeError when it is not one that to_lines() of this version wrote.
+    What that version did not know has its default; what this one does not know is left out.
     """
-    pairs = dict(line.partition("=")[::2] for line in lines)
-    if pairs.keys() != vars(DEFAULTS).keys():
-        raise NodeError("the compiled site configuration is of another version")
-    return SiteConfig(**{field: type(getattr(DEFAULTS, field))(text) for field, text in pairs.items()})
+    known = vars(DEFAULTS)
+    pairs = (line.partition("=")[::2] for line in lines)
+    return SiteConfig(**{field: type(known[field])(text) for field, text in pairs if field in known})

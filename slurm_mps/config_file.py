@@ -6,6 +6,7 @@ Slow to import (tomllib, jsonschema); the prolog runs it in a process of its own
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tomllib
 from importlib import resources
@@ -91,6 +92,11 @@ def _settings(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, value
 
 
+def _is_nowhere(value: object) -> bool:
+    """Whether this is TOML's nan or inf, which pass every comparison or none."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def parse_config(text: bytes, path: str) -> SiteConfig:
     """Read a configuration file's text.
 
@@ -100,7 +106,8 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
         document = tomllib.loads(text.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
-    problems = list(_schema_problems(document))
+    problems = [f"{name}: {value} is no number" for name, value in _settings(document) if _is_nowhere(value)]
+    problems += _schema_problems(document)
     if not problems:
         config = from_settings(dict(_settings(document)))
         problems = list(_order_problems(config))

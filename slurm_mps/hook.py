@@ -1,7 +1,7 @@
 """Entry of the prolog and epilog scripts: ``python3 -I -S .../slurm_mps/hook.py prolog|epilog``.
 
-Started with -I -S, so that neither the environment nor site-packages can bring in other code; the package's own
-directory is the only one added to the path.
+Started with -I -S, so that neither the environment nor site-packages can put code in place of the standard library's;
+the directory that holds the package comes last on the path.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ tasks fail with its message. The node's: the site's policy. Ours (a bug): as the
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
-from time import monotonic
+from time import monotonic, sleep
 
+from . import __version__
 from .config import DEFAULTS, ConfigError, SiteConfig, from_lines
 from .errors import MpsError, NodeError, RequestError
 from .lifecycle import bring_up, is_up, take_down
@@ -30,17 +32,17 @@ if TYPE_CHECKING:
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
-_COMPILE_SECONDS = 5.0
-_LOCK_SECONDS = 5.0
+_WATCH_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 0.5
 _BRING_UP_SHARE, _UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the watch ends the process
 
 
-def _compile_config(text: bytes) -> SiteConfig:
+def _compile_config(text: bytes, timeout_seconds: float) -> SiteConfig:
     """Check and compile the file in a process of its own: here neither jsonschema nor site-packages may come in."""
     outcome = processes.run(
         [sys.executable, "-I", "-m", "slurm_mps.config_file", CONFIG_PATH],
         {"PATH": "/usr/bin:/bin"},
-        _COMPILE_SECONDS,
+        timeout_seconds,
         text.decode("utf-8", "surrogateescape"),
     )
     if outcome.status:
@@ -48,35 +50,63 @@ def _compile_config(text: bytes) -> SiteConfig:
     return from_lines(outcome.output.splitlines())
 
 
-def load_config(state: NodeState) -> SiteConfig:
+def load_config(state: NodeState, timeout_seconds: float) -> SiteConfig:
     """The site configuration: defaults without a file, else the compiled one, made anew when the file has changed.
 
+    The directory may be a link, as sites like to have it: what root's links in root's directories lead to is checked.
     Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
     """
     try:
-        with open_trusted(CONFIG_DIRECTORY) as directory:
+        with open_trusted(os.path.realpath(CONFIG_DIRECTORY)) as directory:
             status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
-            stamp = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+            place = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
+            stamp = f"{__version__}:{place}:{status.st_mtime_ns}:{status.st_ctime_ns}"
             config = state.read_compiled_config(stamp)
             if config is None:
-                config = _compile_config(directory.read(CONFIG_NAME))
+                config = _compile_config(directory.read(CONFIG_NAME), timeout_seconds)
                 state.write_compiled_config(stamp, config)
             return config
     except FileNotFoundError:
         return DEFAULTS
 
 
-def _watch(seconds: float, give_up: Callable[[str], int]) -> None:
-    """End this process after `seconds` even if it hangs in the driver, where no other deadline reaches."""
-    import _thread  # threading is slow to import for one thread that waits
+class _Watch:
+    """Ends this process when its time is over, even if it hangs where no other deadline reaches: in the driver, in a
+    write that nobody reads. Counts from the start of the hook; the site's deadline may come later than the default.
+    """
 
-    def wait() -> None:
-        never = _thread.allocate_lock()
-        never.acquire()
-        never.acquire(timeout=seconds)
-        os._exit(give_up(f"not done after {seconds:g} s; the NVIDIA driver may hang"))
+    def __init__(self, seconds: float, give_up: Callable[[str], int]) -> None:
+        self._started = monotonic()
+        self._seconds = seconds
+        self._give_up = give_up
+        _thread.start_new_thread(self._wait, ())
 
-    _thread.start_new_thread(wait, ())
+    def set(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until what is brought up must be so."""
+        return max(0.0, self._started + _BRING_UP_SHARE * self._seconds - monotonic())
+
+    def at(self, share: float) -> float:
+        """The monotonic time at which this share of the whole time is over."""
+        return self._started + share * self._seconds
+
+    def _wait(self) -> None:
+        while (left := self.at(1.0) - monotonic()) > 0:
+            sleep(min(left, _WATCH_SECONDS))
+        status = [1]
+        done = _thread.allocate_lock()
+        done.acquire()
+
+        def last_words() -> None:
+            status[0] = self._give_up(f"not done after {self._seconds:g} s; the NVIDIA driver may hang")
+            done.release()
+
+        _thread.start_new_thread(last_words, ())
+        done.acquire(timeout=_LAST_WORDS_SECONDS)
+        os._exit(status[0])
 
 
 class _Prolog:
@@ -84,7 +114,7 @@ class _Prolog:
 
     def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
         self._environment = environment
-        self._started = monotonic()
+        self._watch = _Watch(DEFAULTS.deadlines_prolog, self._node_fault)
         self._gpus = gpus
         self._config = DEFAULTS
         self._state: NodeState | None = None
@@ -108,9 +138,9 @@ class _Prolog:
         job_id = slurm_number(self._environment, "SLURM_JOB_ID")
         self._who = f"job {job_id}"
         self._state = state = NodeState()
-        state.lock_job(job_id, _LOCK_SECONDS)
-        self._config = load_config(state)
-        _watch(self._config.deadlines_prolog, self._node_fault)
+        state.lock_job(job_id, self._watch.left)
+        self._config = load_config(state, self._watch.left)
+        self._watch.set(self._config.deadlines_prolog)
         restart_count = slurm_number(self._environment, "SLURM_JOB_RESTART_COUNT", default=0)
         left = state.open_journal(job_id)
         if left:
@@ -127,9 +157,7 @@ class _Prolog:
         bring_up(make_plan(request, self._config, gpus), site)
 
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
-        whole = self._config.deadlines_prolog
-        up_by, undone_by = (self._started + share * whole for share in (_BRING_UP_SHARE, _UNDO_SHARE))
-        return JobSite(state, journal, self._gpus, config, up_by, undone_by)
+        return JobSite(state, journal, self._gpus, config, self._watch.at(_BRING_UP_SHARE), self._watch.at(_UNDO_SHARE))
 
     def _refuse(self, message: str) -> int:
         """The job's tasks fail with the message; the node has nothing to do with it."""
@@ -162,15 +190,15 @@ def prolog(environment: Mapping[str, str], gpus: Gpus) -> int:
     return _Prolog(environment, gpus).run()
 
 
-def _epilog(job_id: int, started: float, gpus: Gpus) -> None:
+def _epilog(job_id: int, watch: _Watch, gpus: Gpus) -> None:
     state = NodeState()
-    state.lock_job(job_id, _LOCK_SECONDS)
+    state.lock_job(job_id, watch.left)
     journal = state.open_journal(job_id)
     if journal is None:
         return
     config = journal.read_config() or DEFAULTS
-    _watch(config.deadlines_epilog, lambda message: _report(f"job {job_id}", message))
-    end = started + _UNDO_SHARE * config.deadlines_epilog
+    watch.set(config.deadlines_epilog)
+    end = watch.at(_UNDO_SHARE)
     take_down(JobSite(state, journal, gpus, config, end, end))
 
 
@@ -179,12 +207,12 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
 
     Returns: 0; 1 when something is left, so that Slurm drains the node rather than give it to the next job.
     """
-    started = monotonic()
     who = "epilog"
+    watch = _Watch(DEFAULTS.deadlines_epilog, lambda message: _report(who, message))
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
-        _epilog(job_id, started, gpus)
+        _epilog(job_id, watch, gpus)
         return 0
     except MpsError as error:
         return _report(who, str(error))

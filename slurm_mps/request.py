@@ -41,11 +41,6 @@ class JobRequest:
     client_priority: int | None = None
 
 
-def asks_for_mps(environment: Mapping[str, str]) -> bool:
-    """Whether anything of a request for MPS is in the prolog's environment."""
-    return any(name == _PREFIX or name.startswith(_PREFIX + "_") for name in environment)
-
-
 def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     """Read a number that slurmd put into the environment.
 

@@ -7,7 +7,7 @@
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read
-        pipe/ log/           the control daemon's
+        pipe/                the control daemon's
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
 Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
@@ -85,10 +85,6 @@ class Journal:
     def note(self, undo: str) -> None:
         """Put on disk how the effect that comes next is undone."""
         self.undo.append(undo)
-        self.write()
-
-    def forget_last(self) -> None:
-        self.undo.pop()
         self.write()
 
     def admit_user(self) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from time import monotonic
 
 from .errors import DeadlineError, NodeError, RequestError
+from .node import logs
 from .node.control import ControlDaemon, Limits, Patience
-from .node.logs import keep_logs
 from .node.messages import tell_admin
 from .record import record, replace
 from .wordfile import DamagedFileError, fields, with_fields
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         def undo(self, site: JobSite) -> None: ...
 
     class Step(Protocol):
-        def describe(self) -> str: ...
         def look(self) -> Undo | None: ...
         def apply(self, site: JobSite) -> None: ...
 
@@ -60,8 +59,10 @@ class JobSite:
 
     @property
     def daemon(self) -> ControlDaemon:
-        here = self.journal.directory.path
-        return ControlDaemon(self.config.paths_control_program, f"{here}/pipe", f"{here}/log")
+        here = self.journal.directory
+        kept_here = here.exists("log")
+        log_directory = f"{here.path}/log" if kept_here else f"{self.config.paths_logs}/{self.journal.job_id}"
+        return ControlDaemon(self.config.paths_control_program, f"{here.path}/pipe", log_directory)
 
 
 @record
@@ -74,10 +75,6 @@ class HoldGpu:
     gpu: str
     mode: int | None
     may_share: bool
-
-    def describe(self) -> str:
-        mode = "with its compute mode left alone" if self.mode is None else f"in compute mode {self.mode}"
-        return f"hold {self.gpu} {mode}"
 
     def look(self) -> ReleaseGpu:
         return ReleaseGpu(self.gpu)
@@ -130,28 +127,31 @@ class ReleaseGpu:
 
 @record
 class MakeDirectories:
-    """Give the control daemon its pipe and log directories; the job's directory above them is the gate (O24)."""
+    """Give the control daemon its pipe directory, to which the job's directory is the gate (O24), and a log directory.
 
-    def describe(self) -> str:
-        return "make the pipe and log directories"
+    The logs grow with every connection, and any process of the job's user may connect: they lie where the site keeps
+    logs and not beside the state, which every job of the node needs room for. Only where that cannot be they lie here.
+    """
 
     def look(self) -> RemoveDirectories:
         return RemoveDirectories()
 
     def apply(self, site: JobSite) -> None:
-        for name in ("pipe", "log"):
-            site.journal.directory.make(name, 0o755).close()
+        site.journal.directory.make("pipe", 0o755).close()
+        if not logs.make(site.journal.job_id, site.journal.uid, site.config):
+            site.journal.directory.make("log", 0o755).close()
 
 
 @record
 class RemoveDirectories:
-    """Remove the daemon's directories, after its logs were kept as the site wants them."""
+    """Remove the daemon's pipe directory, and cut its logs to what the site wants kept."""
 
     def line(self) -> str:
         return "remove_directories"
 
     def undo(self, site: JobSite) -> None:
-        keep_logs(site.journal.directory, site.journal.job_id, site.config)
+        if not site.journal.directory.exists("log"):
+            logs.keep(site.journal.job_id, site.config, site.state.job_ids())
         for name in ("pipe", "log"):
             site.journal.directory.remove_tree(name)
 
@@ -161,9 +161,6 @@ class StartDaemon:
     """Start the job's control daemon on exactly the job's GPUs."""
 
     gpus: tuple[str, ...]
-
-    def describe(self) -> str:
-        return f"start a control daemon on {', '.join(self.gpus)}"
 
     def look(self) -> QuitDaemon:
         return QuitDaemon()
@@ -194,7 +191,7 @@ class QuitDaemon:
         try:
             pipe = site.journal.directory.subdirectory("pipe")
         except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
-            site.daemon.end_by_signals(site.journal.uid, patience)
+            site.daemon.quit(None, site.journal.uid, patience)
             return
         with pipe:
             site.daemon.quit(pipe, site.journal.uid, patience)
@@ -206,10 +203,6 @@ class SetLimits:
 
     limits: Limits
     device_count: int
-
-    def describe(self) -> str:
-        memory = "all memory" if self.limits.memory_bytes is None else f"{self.limits.memory_bytes} bytes"
-        return f"set and read back {self.limits.thread_percentage:g} % of the threads and {memory} for each client"
 
     def look(self) -> None:
         return None
@@ -227,9 +220,6 @@ class AdmitUser:
 
     uid: int
 
-    def describe(self) -> str:
-        return f"let uid {self.uid} in"
-
     def look(self) -> None:
         return None
 
@@ -246,9 +236,6 @@ class StartServer:
     """
 
     uid: int
-
-    def describe(self) -> str:
-        return f"start the server for uid {self.uid}"
 
     def look(self) -> None:
         return None

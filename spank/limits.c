@@ -18,7 +18,7 @@ bool limits_of_step(const struct verdict *verdict, const char *threads, const ch
 	uint64_t mib = mem_mib(mem);
 
 	limits->threads_tenths = threads_tenths(verdict->thread_percentage);
-	limits->memory_mib = mem_mib(verdict->memory_limit);
+	limits->memory_mib = limits->daemon_mib = mem_mib(verdict->memory_limit);
 	limits->priority = verdict->priority;
 	if (limits->priority && client_priority(priority) == 0) {
 		(void)snprintf(message, size, "--mps-priority=normal is more than the job has (low); a step can only lower it");
@@ -147,6 +147,8 @@ bool limits_memory_value(const struct limits *limits, const char *uuids, const c
 	fill(mib, limits->memory_mib);
 	if (own && !lower_all(own, uuids, mib))
 		fill(mib, limits->memory_mib);
+	while (count > 1 && mib[count - 1] == limits->daemon_mib)
+		count--;
 	for (unsigned int i = 0; i < count && used < size; i++)
 		used += (size_t)snprintf(out + used, size - used, "%s%u=%lluM", i ? "," : "", i,
 					 (unsigned long long)mib[i]);

@@ -11,6 +11,7 @@
 struct limits {
 	unsigned int threads_tenths; /* of a percent */
 	uint64_t memory_mib;         /* on each device; 0: no limit */
+	uint64_t daemon_mib;         /* what the control daemon applies by itself; 0: no limit */
 	int priority;                /* 0 normal, 1 low */
 };
 
@@ -31,7 +32,8 @@ void limits_threads_value(const struct limits *limits, const char *own, char *ou
 
 /*
  * The value of CUDA_MPS_PINNED_DEVICE_MEM_LIMIT for a task with these GPUs (UUIDs, comma separated; empty: one
- * device), such as "0=8192M,1=8192M". A limit of the user's own (NULL: none) counts where it is lower; one that the
+ * device), such as "0=8192M". It names no more devices than have less than the daemon gives them: a program that then
+ * narrows its CUDA_VISIBLE_DEVICES would lose every limit over a device that it does not see (O12). A limit of the user's own (NULL: none) counts where it is lower; one that the
  * driver could not use, and which would lift the limit altogether (O12), is left out whole.
  * Returns: false when there is no limit to state and the user's own is left as it is.
  */

@@ -98,10 +98,48 @@ static struct spank_option options[] = {
 	  OPTION_PRIORITY, on_option },
 };
 
+static void unset(const char *prefix, const char *const names[], size_t count)
+{
+	char name[96];
+
+	for (size_t i = 0; i < count; i++) {
+		(void)snprintf(name, sizeof(name), "%s%s", prefix, names[i]);
+		(void)unsetenv(name);
+	}
+}
+
+/*
+ * Inside a job the request of its submission stands in the environment, for the sruns that make its steps. Whoever
+ * makes a new job from there (sbatch, salloc, or srun where the variables have outlived their job) is to have MPS when
+ * it asks, not because another job did.
+ */
+static void forget_another_jobs_request(void)
+{
+	static const char *const carried[] = { "", "_THREADS", "_MEM", "_PRIORITY" };
+	static const char *const given[] = { "", "_threads", "_mem", "_priority" };
+	bool in_a_job = getenv("SLURM_JOB_ID") != NULL;
+	bool allocates = spank_context() == S_CTX_ALLOCATOR;
+
+	if (!allocates && (spank_context() != S_CTX_LOCAL || in_a_job))
+		return;
+	unset("SLURM_SPANK_MPS", carried, sizeof(carried) / sizeof(carried[0]));
+	if (in_a_job)
+		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_mps", given, sizeof(given) / sizeof(given[0]));
+}
+
+/* Slurm gives the job's tasks what was carried to the prolog under SLURM_SPANK_. */
+static bool job_asked(spank_t sp)
+{
+	char value[8];
+
+	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
+}
+
 int slurm_spank_init(spank_t sp, int ac, char **av)
 {
 	(void)ac;
 	(void)av;
+	forget_another_jobs_request();
 	for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++)
 		if (spank_option_register(sp, &options[i]) != ESPANK_SUCCESS)
 			slurm_error("mps: the option --%s cannot be registered", options[i].name);
@@ -128,14 +166,6 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	if (rc != ESPANK_SUCCESS)
 		slurm_error("mps: the request cannot be passed on: %s", spank_strerror(rc));
 	return rc;
-}
-
-/* Slurm gives the job's tasks what was carried to the prolog under SLURM_SPANK_. */
-static bool job_asked(spank_t sp)
-{
-	char value[8];
-
-	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
 }
 
 static void fail_step(uint32_t job_id, const char *message)

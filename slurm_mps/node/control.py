@@ -47,6 +47,15 @@ class Limits:
 
 
 @record
+class Patience:
+    """How long each way of ending a daemon may take, in seconds."""
+
+    force_after_seconds: int  #: ``quit -t``: the daemon itself forces its clients out after this
+    quit_seconds: float
+    signal_seconds: float
+
+
+@record
 class ControlDaemon:
     """One control daemon, known by its pipe directory. It may or may not be running."""
 
@@ -163,28 +172,39 @@ class ControlDaemon:
                 found.append(process)
         return found
 
-    def quit(self, pipe: Directory, server_uid: int, patience: Patience) -> None:
+    def quit(self, pipe: Directory | None, server_uid: int, patience: Patience) -> None:
         """End the daemon and its servers: ask, then use signals, each with a time of its own.
 
+        The servers are the daemon's own children, noted before it is asked: they run as the job's user, who can change
+        what a server says of itself, but not whose child it is. Without `pipe` (an earlier try removed the directory),
+        or without a daemon, what is left is searched for.
         Raises: NodeError that names what is still there after all that.
         """
-        daemon = self.process(pipe)
-        if not (daemon and self._quit_politely(daemon, server_uid, patience)):
-            self.end_by_signals(server_uid, patience)
+        daemon = self.process(pipe) if pipe else None
+        ours = [daemon, *processes.children(daemon)] if daemon else []
+        if daemon and self._quit_politely(ours, patience):
+            return
+        self._end_by_signals(ours, server_uid, patience)
 
-    def end_by_signals(self, server_uid: int, patience: Patience) -> None:
-        """End whatever is left of the daemon and its servers: SIGTERM, then SIGKILL.
+    def _quit_politely(self, ours: list[ProcessIdentity], patience: Patience) -> bool:
+        """Ask the daemon to quit, and see that it went and took its servers along."""
+        end = monotonic() + patience.quit_seconds
+        try:
+            self.command([f"quit -t {patience.force_after_seconds}"], patience.quit_seconds)
+        except NodeError:
+            return False  # it does not answer, or went by itself
+        return all(processes.wait_ended(process, max(0.0, end - monotonic())) for process in ours)
 
-        Raises: NodeError that names what is still there after that.
-        """
+    def _end_by_signals(self, ours: list[ProcessIdentity], server_uid: int, patience: Patience) -> None:
+        left = self._left(ours, server_uid)
         for number in (processes.SIGTERM, processes.SIGKILL):
-            left = self.find_processes(server_uid)
             for process in left:
                 processes.signal_process(process, number)
             end = monotonic() + patience.signal_seconds
             for process in left:
                 processes.wait_ended(process, max(0.0, end - monotonic()))
-            left = self.find_processes(server_uid)  # a daemon on its way out may just have started a server
+            ours = [*ours, *(process for process in left if process not in ours)]
+            left = self._left(ours, server_uid)  # a daemon on its way out may just have started a server
             if not left:
                 return
         pids = ", ".join(str(process.pid) for process in left)
@@ -193,22 +213,8 @@ class ControlDaemon:
             hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
         )
 
-    def _quit_politely(self, daemon: ProcessIdentity, server_uid: int, patience: Patience) -> bool:
-        """Ask the daemon to quit, and see that it went and took its servers along."""
-        try:
-            answer = self.command(["get_server_list", f"quit -t {patience.force_after_seconds}"], patience.quit_seconds)
-        except NodeError:
-            return False  # it does not answer, or went by itself: the search for what is left decides
-        servers = [int(line) for line in answer if line.isdigit()]
-        return processes.wait_ended(daemon, patience.quit_seconds) and not any(
-            self._is_ours(pid, SERVER_PROGRAM, (0, server_uid)) for pid in servers
-        )
-
-
-@record
-class Patience:
-    """How long each way of ending a daemon may take, in seconds."""
-
-    force_after_seconds: int  #: ``quit -t``: the daemon itself forces its clients out after this
-    quit_seconds: float
-    signal_seconds: float
+    def _left(self, ours: list[ProcessIdentity], server_uid: int) -> list[ProcessIdentity]:
+        """Which of our processes are there still, and what else a search for the daemon's finds."""
+        alive = [process for process in ours if processes.identify(process.pid) == process]
+        found = [process for process in self.find_processes(server_uid) if process not in alive]
+        return sorted([*alive, *found], key=lambda process: process.pid)

@@ -7,7 +7,8 @@ Promises:
  - A trusted directory and all its parents belong to root and can be written by nobody else.
  - A file is there whole or not at all (temporary file, fsync, rename, fsync of the directory).
  - Removal leaves the file system it started on alone and follows nothing.
-Source: the classes 1, 2, 3 and 16 of docs/security.md, each of them a CVE of Slurm or NVIDIA.
+Source: CVE-2023-41914 (Slurm: chown after mkdir, recursive removal by path), CVE-2024-0132 and its successors (NVIDIA
+Container Toolkit: links followed between look and use), CVE-2024-21626 (runc: an inherited descriptor).
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ def _temporary(name: str) -> str:
     return f".{_check_name(name)}.new"
 
 
-def _only_root_writes(status: os.stat_result) -> bool:
-    sticky_directory = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-    return status.st_uid == 0 and (not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or bool(sticky_directory))
+def _only_root_writes(status: os.stat_result, *, group_is_trusted: bool = False) -> bool:
+    """Whether nobody but root, and where that is trusted the group, can change this; a sticky directory is safe too."""
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return status.st_uid == 0
+    others = stat.S_IWOTH if group_is_trusted else stat.S_IWGRP | stat.S_IWOTH
+    return status.st_uid == 0 and not status.st_mode & others
 
 
 class Directory:
@@ -74,7 +78,14 @@ class Directory:
     def _fault(self, name: str, error: OSError) -> NodeError:
         return NodeError(f"{self.path}/{name}: {os.strerror(error.errno or 0)}")
 
-    def subdirectory(self, name: str) -> Directory:
+    def exists(self, name: str) -> bool:
+        try:
+            os.stat(_check_name(name), dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def subdirectory(self, name: str, *, group_is_trusted: bool = False) -> Directory:
         """Open a directory in this one.
 
         Raises: NodeError when it is a link, no directory, or can be written by others than root.
@@ -85,7 +96,7 @@ class Directory:
             raise
         except OSError as error:
             raise self._fault(name, error) from None
-        if not _only_root_writes(os.fstat(fd)):
+        if not _only_root_writes(os.fstat(fd), group_is_trusted=group_is_trusted):
             os.close(fd)
             raise NodeError(f"{self.path}/{name} can be written by others than root")
         return Directory(fd, f"{self.path.rstrip('/')}/{name}")
@@ -239,22 +250,23 @@ def _remove_tree(parent_fd: int, name: str, device: int, budget: list[int], dept
     os.rmdir(name, dir_fd=parent_fd)
 
 
-def open_trusted(path: str) -> Directory:
+def open_trusted(path: str, *, group_is_trusted: bool = False) -> Directory:
     """Open a directory by an absolute path, checking every parent on the way down.
 
-    Raises: FileNotFoundError; NodeError when any of them is a link or can be written by others than root.
+    Raises: FileNotFoundError; NodeError when any of them is a link or can be written by others than root, or with
+    `group_is_trusted` by others than root and its group.
     """
     directory = Directory(os.open("/", _DIRECTORY), "")
     for name in path.strip("/").split("/"):
         with directory:
-            directory = directory.subdirectory(name)
+            directory = directory.subdirectory(name, group_is_trusted=group_is_trusted)
     return directory
 
 
-def make_trusted(path: str, mode: int) -> Directory:
-    """Open a directory by an absolute path, making the last part if it is not there."""
+def make_trusted(path: str, mode: int, *, group_is_trusted: bool = False) -> Directory:
+    """Open a directory by an absolute path, making the last part if it is not there; that is always root's alone."""
     parent, _, name = path.rstrip("/").rpartition("/")
-    with open_trusted(parent) as directory:
+    with open_trusted(parent, group_is_trusted=group_is_trusted) as directory:
         return directory.make(name, mode)
 
 
@@ -266,7 +278,10 @@ class LockFile:
 
     def __init__(self, directory: Directory) -> None:
         self._path = f"{directory.path}/lock"
-        self._fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=directory.fd)
+        try:
+            self._fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=directory.fd)
+        except OSError as error:
+            raise NodeError(f"{self._path}: {os.strerror(error.errno or 0)}") from None
 
     def close(self) -> None:
         os.close(self._fd)

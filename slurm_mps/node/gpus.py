@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 _LIBRARY = "libnvidia-ml.so.1"
 _UUID_BYTES = 96
 _NAME_BYTES = 96
-_NOT_FOUND = 6
-_INVALID_ARGUMENT = 2
 
 #: nvmlComputeMode_t
 COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
@@ -116,7 +114,7 @@ class Gpus:
         return number.value
 
     def resolve(self, name: str) -> Gpu:
-        """Find a GPU by what Slurm calls it: an index, which counts as NVML does (doctor checks that), or a UUID.
+        """Find a GPU by what Slurm calls it: an index, which counts as NVML does, or a UUID.
 
         Raises: NodeError when the node has no such GPU or NVML fails.
         """

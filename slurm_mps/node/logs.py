@@ -1,4 +1,8 @@
-"""Keep the logs of a job's control daemon and server when the job ends. Losing a log costs neither job nor node."""
+"""The logs of a job's control daemon and server. Whatever goes wrong with them costs neither job nor node.
+
+/var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
+  <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
+"""
 
 from __future__ import annotations
 
@@ -10,43 +14,69 @@ from .messages import tell_admin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from ..config import SiteConfig
 
 _LOGS = ("control.log", "server.log")
 
 
-def _prune(logs: Directory, keep: int) -> None:
-    """Remove the logs of the oldest jobs; job ids grow."""
-    jobs = sorted((name for name in logs.names() if name.isdigit()), key=int)
-    for name in jobs[: max(0, len(jobs) - keep)]:
-        logs.remove_tree(name)
-
-
-def _copy(source: Directory, job_id: int, config: SiteConfig) -> None:
-    with make_trusted(config.paths_logs, 0o711) as logs:
-        logs.remove_tree(str(job_id))
-        _prune(logs, config.logs_max_jobs - 1)
-        with logs.make(str(job_id), 0o700) as target:
-            for name in _LOGS:
-                try:
-                    data = source.read_tail(name, config.logs_max_kib * 1024)
-                except FileNotFoundError:
-                    continue
-                target.write(name, data)
-
-
-def keep_logs(job_directory: Directory, job_id: int, config: SiteConfig) -> None:
-    """Copy the end of each log below the site's log directory; a second time finds the source gone and does nothing."""
-    if config.logs_keep == "never":
-        return
+def _attempt(job_id: int, what: str, work: Callable[[], None]) -> bool:
+    """Do something with a job's logs; when it fails the admin is told, and that is all."""
     try:
-        source = job_directory.subdirectory("log")
+        work()
+        return True
+    except NodeError as error:
+        tell_admin(f"job {job_id}: its logs are not {what}: {error}")
+    except OSError as error:
+        tell_admin(f"job {job_id}: its logs are not {what}: {os.strerror(error.errno or 0)}")
+    return False
+
+
+def make(job_id: int, uid: int, config: SiteConfig) -> bool:
+    """Make a job's log directory, empty, and let its user read it; False when there can be none."""
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            logs.remove_tree(str(job_id))
+            with logs.make(str(job_id), 0o700) as own:
+                own.grant_user(uid)
+
+    return _attempt(job_id, f"written below {config.paths_logs}", work)
+
+
+def _prune(logs: Directory, keep_jobs: int, running: Collection[int]) -> None:
+    """Remove the logs of the oldest jobs that are over; job ids grow."""
+    over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in running)
+    for job_id in over[: max(0, len(over) - keep_jobs)]:
+        logs.remove_tree(str(job_id))
+
+
+def _cut(own: Directory, name: str, limit_bytes: int) -> None:
+    """Leave the end of a log."""
+    try:
+        data = own.read_tail(name, limit_bytes + 1)
     except FileNotFoundError:
         return
-    try:
-        with source:
-            _copy(source, job_id, config)
-    except NodeError as error:
-        tell_admin(f"job {job_id}: its logs are not kept: {error}")
-    except OSError as error:
-        tell_admin(f"job {job_id}: its logs are not kept: {os.strerror(error.errno or 0)}")
+    if len(data) > limit_bytes:
+        own.write(name, data[-limit_bytes:], mode=0o644)
+
+
+def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
+    """Bound a job's logs when the daemon is gone, or remove them, as the site wants; a second time does no harm.
+
+    `jobs` are all that are not over yet.
+    """
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            if config.logs_keep == "never":
+                logs.remove_tree(str(job_id))
+                return
+            if logs.exists(str(job_id)):
+                with logs.subdirectory(str(job_id)) as own:
+                    for name in _LOGS:
+                        _cut(own, name, config.logs_max_kib * 1024)
+            _prune(logs, config.logs_max_jobs, [job for job in jobs if job != job_id])
+
+    _attempt(job_id, "kept", work)

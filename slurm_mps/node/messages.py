@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
+import select
+
+_LINE_MAX = 2000  # less than a pipe takes in one piece (PIPE_BUF)
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write if that does not block; a message that nobody takes costs nothing but itself."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    try:
+        if poll.poll(0):
+            os.write(fd, data)
+    except OSError:
+        pass
+
+
+def _log(line: str) -> None:
+    """Send a line to the system's log, as syslog(3) does but without ever waiting for who reads it."""
+    import socket  # most jobs have nothing to say
+
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
+            log.sendto(f"<27>slurm-mps[{os.getpid()}]: {line}".encode("utf-8", "replace"), "/dev/log")
+    except OSError:
+        pass
 
 
 def tell_admin(message: str) -> None:
-    """Write one line to syslog (identifier ``slurm-mps``) and to stderr; control characters cannot forge a second.
-
-    A message that nobody takes, on a closed or full stderr, costs nothing but itself.
-    """
-    import syslog  # most jobs have nothing to say
-
-    line = "".join(c if c.isprintable() else "?" for c in message)
-    try:
-        os.write(2, f"slurm-mps: {line}\n".encode("utf-8", "replace"))
-    except OSError:
-        pass
-    syslog.openlog("slurm-mps", syslog.LOG_PID, syslog.LOG_DAEMON)
-    syslog.syslog(syslog.LOG_ERR, line.encode("utf-8", "replace").decode())
+    """Write one line to syslog (identifier ``slurm-mps``) and to stderr; control characters cannot forge a second."""
+    line = "".join(c if c.isprintable() else "?" for c in message)[:_LINE_MAX]
+    _write(2, f"slurm-mps: {line}\n".encode("utf-8", "replace"))
+    _log(line)

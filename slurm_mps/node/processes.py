@@ -185,6 +185,13 @@ def identify(pid: int) -> ProcessIdentity | None:
     return None if state in (b"Z", b"X") else ProcessIdentity(pid, int(rest[18]))
 
 
+def children(process: ProcessIdentity) -> list[ProcessIdentity]:
+    """The children of a process, by the kernel's word."""
+    words = _proc_bytes(process.pid, f"task/{process.pid}/children").split()
+    found = [identify(int(pid)) for pid in words]
+    return [child for child in found if child] if identify(process.pid) == process else []
+
+
 def _proc_bytes(pid: int, name: str) -> bytes:
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:

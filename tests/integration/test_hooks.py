@@ -73,7 +73,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
     assert lines[1:-1] == [
         "status ready",
         "pipe_directory /run/slurm-mps/jobs/4711/pipe",
-        "log_directory /run/slurm-mps/jobs/4711/log",
+        "log_directory /var/log/slurm-mps/4711",
         "thread_percentage 12.5",
         "context_mib 514",
         "visible_devices uuid",
@@ -167,7 +167,7 @@ def test_nothing_of_the_hooks_environment_reaches_the_daemon(own_node: GpuNode) 
     assert environ(own_node, daemon_pid(own_node)) == {
         "PATH": path,
         "CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/4711/pipe",
-        "CUDA_MPS_LOG_DIRECTORY": "/run/slurm-mps/jobs/4711/log",
+        "CUDA_MPS_LOG_DIRECTORY": "/var/log/slurm-mps/4711",
         "CUDA_VISIBLE_DEVICES": ",".join(uuids(own_node)),
     }
     assert " sms=32 free=8047 " in own_node.client(4711).check().stdout
@@ -182,7 +182,7 @@ def test_slurmds_descriptors_do_not_reach_daemon_and_server(gpu_node: GpuNode) -
     gpu_node.run("sh", "-c", leaky, env=job_environment(4711, **asked())).check()
     held_by = [descriptors(gpu_node, pid) for pid in (daemon_pid(gpu_node), server_pid(gpu_node))]
     gpu_node.epilog(4711).check()
-    own = re.compile(r"socket:|pipe:|/run/slurm-mps/jobs/4711/(pipe|log)/")
+    own = re.compile(r"socket:|pipe:|/run/slurm-mps/jobs/4711/pipe/|/var/log/slurm-mps/4711/")
     for held in held_by:
         assert {held[number] for number in (0, 1, 2)} == {"/dev/null"}
         assert [target for number, target in held.items() if number > 2 and not own.match(target)] == []

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 JOB = f"{STATE_DIRECTORY}/jobs/4711"
+LOGS = "/var/log/slurm-mps/4711"
 
 
 @pytest.fixture
@@ -20,6 +21,8 @@ def alices_job(gpu_node: GpuNode) -> Iterator[GpuNode]:
     """A node with a running job of alice's, whose compute mode would let other programs in."""
     gpu_node.configure('[gpus]\ncompute_mode = "unchanged"\n')
     gpu_node.prolog(4711, user="alice", **asked("25", "8G")).check()
+    server = gpu_node.control(4711, "get_server_list").stdout.strip()
+    assert gpu_node.control(4711, f"get_server_status {server}").stdout == "ACTIVE\n"
     yield gpu_node
     gpu_node.epilog(4711).check()
 
@@ -30,7 +33,7 @@ def shell(node: GpuNode, user: str, command: str) -> int:
 
 def test_the_jobs_user_reads_the_verdict_and_connects(alices_job: GpuNode) -> None:
     """The job's user may list the directory, read the verdict and the logs, query the daemon, and be its client."""
-    assert shell(alices_job, "alice", f"ls {JOB} && cat {JOB}/verdict {JOB}/log/control.log") == 0
+    assert shell(alices_job, "alice", f"ls {JOB} && cat {JOB}/verdict {LOGS}/control.log") == 0
     assert alices_job.control(4711, "get_default_active_thread_percentage", user="alice").stdout == "25.0\n"
     assert " sms=32 free=8047 " in alices_job.client(4711, user="alice").check().stdout
 
@@ -43,7 +46,7 @@ def test_another_user_cannot_even_look(alices_job: GpuNode) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "Cannot find MPS control daemon process" in refused.stderr
     assert alices_job.client(4711, user="bob").check().stdout.endswith(" mps=none\n")
-    assert "user 20002" not in alices_job.machine.read(f"{JOB}/log/control.log")
+    assert "user 20002" not in alices_job.machine.read(f"{LOGS}/control.log")
 
 
 @pytest.mark.parametrize("user", ["alice", "bob"])
@@ -59,17 +62,17 @@ def test_no_user_learns_more_of_the_node(alices_job: GpuNode, user: str) -> None
 
 def test_the_jobs_user_cannot_change_the_directory(alices_job: GpuNode) -> None:
     """Nobody but root makes, removes, renames, links or opens anything up in a job's directory or below."""
-    before = alices_job.run("ls", "-lR", JOB).stdout
+    before = alices_job.run("find", JOB, "-printf", "%P %M %u %n %i\n").stdout
     commands = [f"touch {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
     commands += [f"mkdir {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
     commands += [f"ln -s /tmp {place}/new" for place in (JOB, f"{JOB}/pipe", f"{JOB}/log")]
     commands += [f"mkfifo {JOB}/new", f"ln {JOB}/verdict {JOB}/new", f"mv {JOB}/verdict {JOB}/new"]
     commands += [f"mv {JOB}/pipe {JOB}/new", f"mv {JOB} {STATE_DIRECTORY}/jobs/4712"]
     commands += [f"unlink {JOB}/{name}" for name in ("verdict", "journal", "pipe/control", "log/control.log")]
-    commands += [f"rmdir {JOB}/log", f": >{JOB}/verdict", f": >{JOB}/log/server.log", f": >{JOB}/pipe/control_lock"]
+    commands += [f"rm {LOGS}/server.log", f": >{JOB}/verdict", f": >{LOGS}/server.log", f": >{JOB}/pipe/control_lock"]
     commands += [f"echo 1 >{JOB}/pipe/nvidia-cuda-mps-control.pid", f"chmod 777 {JOB}", f"chmod 666 {JOB}/verdict"]
     assert [command for command in commands if shell(alices_job, "alice", command) == 0] == []
-    assert alices_job.run("ls", "-lR", JOB).stdout == before
+    assert alices_job.run("find", JOB, "-printf", "%P %M %u %n %i\n").stdout == before
 
 
 def test_the_jobs_user_cannot_command_the_daemon(alices_job: GpuNode) -> None:

@@ -76,9 +76,9 @@ def test_a_value_that_is_none_is_refused(
     assert gpu_node.machine.path(f"{RECORDER}.out").exists(), "the recorder does not record"
 
 
-@pytest.mark.parametrize(
-    ("spank", "gpus", "message"),
-    [
+def test_a_job_that_cannot_have_it_is_told_why(gpu_node: GpuNode) -> None:
+    """A request that this node cannot fulfil is the user's: exit 0, a refusal that says what would be right."""
+    for spank, gpus, message in (
         (asked(), "", "this job has no GPU on this node; ask for one, such as --gres=gpu:1"),
         (asked(mem="141G"), "0", "--mps-mem=141G is more than GPU-"),
         (asked(mem="1T"), "0,1", "ask for at most 143771M, or leave it out for no limit"),
@@ -86,18 +86,12 @@ def test_a_value_that_is_none_is_refused(
         (asked("25", "145M"), "0", "less than a CUDA context costs with 25 % of the threads (about 145 MiB)"),
         ({**asked(), "SPANK_MPS_FOO": "1"}, "0", "the request has SPANK_MPS_FOO, which slurm-mps on this node"),
         (asked(), "MIG-11111111-2222-3333-4444-555555555555", "is a MIG device; slurm-mps serves whole GPUs only"),
-    ],
-    ids=["no-gpu", "above-gpu", "far-above", "below-context", "below-context-25", "newer-option", "mig"],
-)
-def test_a_job_that_cannot_have_it_is_told_why(
-    gpu_node: GpuNode, spank: dict[str, str], gpus: str, message: str
-) -> None:
-    """A request that this node cannot fulfil is the user's: exit 0, a refusal that says what would be right."""
-    result = gpu_node.prolog(4711, gpus=gpus, **spank)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert gpu_node.verdict(4711)["status"] == "refused"
-    assert message in gpu_node.verdict(4711)["message"]
-    assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0])
+    ):
+        result = gpu_node.prolog(4711, gpus=gpus, **spank)
+        assert (result.returncode, result.stderr) == (0, ""), message
+        assert gpu_node.verdict(4711)["status"] == "refused", message
+        assert message in gpu_node.verdict(4711)["message"]
+        assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0]), message
     gpu_node.epilog(4711).check()
 
 
@@ -116,13 +110,11 @@ def test_the_smallest_limit_that_is_taken_lets_a_client_start(gpu_node: GpuNode)
 FAULTS = [
     ("daemon.start=exit:1", "0,1", "nvidia-cuda-mps-control -d ended with status 1"),
     ("daemon.start=noop", "0,1", "said yes, but no control daemon runs"),
-    ("daemon.start=hang", "0,1", "did not answer within 0.3 s"),
     ("daemon.after_start=die", "0,1", "control daemon"),
     ("command.set_default_device_pinned_mem_limit=ignore", "0,1", "it reads back '25.0 25.0 No default pinned"),
     ("command.get_default_device_pinned_mem_limit=wrong:1G", "0,1", "it reads back '25.0 25.0 1G 1G' instead of"),
     ("command.get_default_active_thread_percentage=wrong:100.0", "0", "it reads back '25.0 100.0 8G' instead of"),
     ("command.set_default_active_thread_percentage=wrong:100.0", "0", "it reads back '100.0 100.0 8G' instead of"),
-    ("command.get_default_active_thread_percentage=hang", "0,1", "did not answer within 0.3 s"),
     ("nvml.init=9", "0,1", "this node's NVIDIA driver: nvmlInit_v2: Driver Not Loaded (NVML error 9)"),
     ("nvml.GetComputeMode=999", "0,1", "nvmlDeviceGetComputeMode: Unknown Error (NVML error 999)"),
     ("nvml.SetComputeMode=4", "0,1", "nvmlDeviceSetComputeMode: Insufficient Permissions (NVML error 4)"),
@@ -133,29 +125,35 @@ FAULTS = [
     ("", "0,0", "Slurm names the same GPU twice: 0, 0"),
     ("", "0,gpu:1", "slurmd gave the prolog a GPU it cannot name: 'gpu:1'"),
 ]
+HANGS = [
+    ("daemon.start=hang", "0,1", "did not answer within 0.3 s"),
+    ("command.get_default_active_thread_percentage=hang", "0,1", "did not answer within 0.3 s"),
+]
 
 
 @pytest.mark.parametrize("policy", ["drain", "fail_job"])
 def test_a_fault_of_the_node_leaves_nothing_and_goes_by_policy(gpu_node: GpuNode, policy: str) -> None:
     """Drain: exit 1 with the node as before. Fail the job: exit 0 with a refusal; its epilog finds nothing to do."""
-    gpu_node.configure(f'{SHORT}[policy]\nnode_fault = "{policy}"\n')
-    for faults, gpus, message in FAULTS if policy == "drain" else FAULTS[::3]:
-        what = f"{faults} on GPUs {gpus}"
-        gpu_node.fault(*faults.split())
-        result = gpu_node.prolog(4711, gpus=gpus, **asked("25", "8G"))
-        verdict = gpu_node.verdict(4711)
-        assert result.stderr.startswith("slurm-mps: job 4711: "), what
-        assert message in result.stderr, what
-        assert "a bug" not in result.stderr, what
-        assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0]), what
-        if policy == "drain":
-            assert (result.returncode, verdict) == (1, {}), what
-        else:
-            assert (result.returncode, verdict["status"]) == (0, "refused"), what
-            assert verdict["message"].startswith("this node cannot give it MPS: "), what
-            assert message in verdict["message"], what
-            gpu_node.epilog(4711).check()
-        assert gpu_node.files() == [], what
+    every = 1 if policy == "drain" else 3  # how it is told does not hang on the fault
+    for deadlines, cases in (("", FAULTS[::every]), (SHORT, HANGS[::every])):
+        gpu_node.configure(f'{deadlines}[policy]\nnode_fault = "{policy}"\n')
+        for faults, gpus, message in cases:
+            what = f"{faults} on GPUs {gpus}"
+            gpu_node.fault(*faults.split())
+            result = gpu_node.prolog(4711, gpus=gpus, **asked("25", "8G"))
+            verdict = gpu_node.verdict(4711)
+            assert result.stderr.startswith("slurm-mps: job 4711: "), what
+            assert message in result.stderr, what
+            assert "a bug" not in result.stderr, what
+            assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0]), what
+            if policy == "drain":
+                assert (result.returncode, verdict) == (1, {}), what
+            else:
+                assert (result.returncode, verdict["status"]) == (0, "refused"), what
+                assert verdict["message"].startswith("this node cannot give it MPS: "), what
+                assert message in verdict["message"], what
+                gpu_node.epilog(4711).check()
+            assert gpu_node.files() == [], what
 
 
 @pytest.mark.parametrize("fault", ["exit:1", "hang", "ignore"])
@@ -227,7 +225,6 @@ def test_a_full_state_directory_leaves_nothing_at_any_fill(own_node: GpuNode) ->
     """However little room a full tmpfs has left, a job is either ready or, with exit 1, nothing of it is there."""
     own_node.machine.make_directory(STATE_DIRECTORY, mode=0o711)
     own_node.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=711", "none", STATE_DIRECTORY).check()
-    own_node.configure(SHORT)
     own_node.prolog(4711).check()  # compiles the configuration
     own_node.epilog(4711).check()
     came_to = []
@@ -355,7 +352,7 @@ def test_a_daemon_that_hangs_costs_no_more_than_the_prologs_deadline(
     left = gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()
     gpu_node.fault()
     gpu_node.epilog(4711).check()
-    assert took < float(deadlines.split()[2]) + 0.4, said
+    assert took < float(deadlines.split()[2]) + 1, said
     assert left == ([], [], [0, 0, 0, 0]), said
 
 
@@ -365,7 +362,7 @@ def test_a_driver_that_hangs_is_ended_by_the_watchdog(gpu_node: GpuNode) -> None
     gpu_node.fault("nvml.init=hang")
     took, said = prolog_seconds(gpu_node, expected=1)
     assert "job 4711: not done after 0.5 s; the NVIDIA driver may hang" in said
-    assert took < 2.0
+    assert took < 3.0
     assert_nothing_left(gpu_node, "after the watchdog")
 
 

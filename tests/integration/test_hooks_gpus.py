@@ -114,12 +114,12 @@ def test_the_mode_is_put_back_though_the_first_holder_vanished(gpu_node: GpuNode
 def test_a_held_gpu_is_refused_with_its_holder(gpu_node: GpuNode) -> None:
     """A second MPS job on a held GPU is refused by name of the holder, and its epilog leaves the holder alone."""
     gpu_node.prolog(4711, gpus="0,1", **asked("25", "8G")).check()
-    before = gpu_node.mps_processes()
+    before = {process.pid for process in gpu_node.mps_processes()}
     gpu_node.prolog(4712, gpus="1,2", user="bob").check()
     assert gpu_node.verdict(4712)["status"] == "refused"
     assert f"{uuids(gpu_node)[1]} is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
     for _ in range(2):
-        assert gpu_node.mps_processes() == before
+        assert {process.pid for process in gpu_node.mps_processes()} == before
         assert gpu_node.compute_modes() == [3, 3, 0, 0]
         assert " sms=32 free=8047 " in gpu_node.client(4711, "--device", "1").check().stdout
         gpu_node.epilog(4712).check()

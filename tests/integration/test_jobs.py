@@ -68,7 +68,7 @@ def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
     assert found == {
         "CUDA_MPS_LOG_DIRECTORY": pipe.removesuffix("pipe") + "log",
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "12.5",
-        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M,1=8192M",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M",
         "CUDA_VISIBLE_DEVICES": uuids,
     }
 
@@ -104,6 +104,14 @@ def test_a_limit_left_over_in_the_users_environment_cannot_lift_the_jobs(site: S
     options = ["-N1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G"]
     result = site.cluster.srun(*options, *CLIENT.split(), env=junk).check()
     assert "sms=32 free=8047 " in result.stdout
+
+
+def test_a_program_that_narrows_its_devices_keeps_its_limit(site: Site) -> None:
+    """Many a wrapper gives each rank one GPU; a limit that named the other would be lost with it (O12)."""
+    uuid = site.gpus("n1")[1]["uuid"]
+    narrowed = f"CUDA_VISIBLE_DEVICES={uuid} {CLIENT}"
+    result = site.cluster.srun("-wn1", "--gres=gpu:2", "--mps-threads=25", "--mps-mem=8G", "sh", "-c", narrowed).check()
+    assert f"uuid={uuid} sms=32 free=8047 " in result.stdout
 
 
 def test_a_lower_thread_percentage_of_the_users_own_is_kept(site: Site) -> None:
@@ -232,6 +240,35 @@ def test_a_step_of_a_healthy_job_runs(site: Site) -> None:
     assert let_go(site, start_waiting(site, "--gres=gpu:1", "--mps")) == ("COMPLETED", ["started", "ran"])
 
 
+def test_a_batch_job_without_a_prolog_fails_too(site: Site) -> None:
+    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
+    text = site.machine.read(prolog)
+    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
+    try:
+        job = site.cluster.sbatch("--gres=gpu:1", "--mps", "--export=NONE", script="echo ran")
+        state = site.cluster.wait(job).state
+    finally:
+        site.machine.write(prolog, text, mode=0o755)
+    assert (state, "ran" in site.cluster.output(job).splitlines()) == ("FAILED", False)
+
+
+def test_a_job_submitted_from_inside_an_mps_job_has_mps_only_if_it_asks(site: Site) -> None:
+    """The follow-up job of a chain, often without a GPU, is a job that did not ask."""
+    script = "sbatch --wait --output=inner.out --wrap='echo ran; env | grep CUDA_MPS'"
+    job = site.cluster.sbatch("-n1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=f"{script} >/dev/null")
+    site.cluster.wait(job)
+    site.cluster.wait_idle()
+    output = site.machine.read("/home/alice/inner.out")
+    site.machine.path("/home/alice/inner.out").unlink()
+    assert "ran" in output.splitlines()
+    assert "error: mps" not in output
+
+
+def test_a_bare_variable_asks_for_nothing(site: Site) -> None:
+    env = {"SLURM_SPANK_MPS": "1"}
+    assert site.cluster.srun("-N1", "echo", "ran", env=env).check().stdout == "ran\n"
+
+
 def test_a_dead_control_daemon_fails_the_next_step(site: Site) -> None:
     """A client that finds no daemon runs without MPS, without a word (O21)."""
     job = start_waiting(site, "--gres=gpu:1", "--mps")
@@ -273,6 +310,7 @@ def test_a_node_fault_drains_the_node_and_requeues_the_job_by_default(site: Site
     site.fault("n1", "nvml.init=999")
     job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script="echo ran")
     site.cluster.until("n1 drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
+    site.cluster.until("requeued", lambda: site.cluster.job_info(job).state == "PENDING" or None, 20)
     site.cluster.scancel(job)
     site.cluster.wait_idle()
     site.cluster.resume("n1")

@@ -8,7 +8,6 @@ import pytest
 
 from slurm_mps.config import DEFAULTS, ConfigError, from_lines, to_lines
 from slurm_mps.config_file import parse_config, schema
-from slurm_mps.errors import NodeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,9 +84,16 @@ def test_the_compiled_form_is_the_same_configuration() -> None:
     assert config != DEFAULTS
 
 
-def test_a_compiled_form_of_another_version_is_not_taken() -> None:
-    with pytest.raises(NodeError, match="another version"):
-        from_lines(to_lines(DEFAULTS)[1:])
+def test_a_compiled_form_of_another_version_is_read_as_far_as_both_know() -> None:
+    """A job that was brought up before an upgrade must be taken down after it."""
+    config = parse_config(b"[deadlines]\nquit = 2.5", "x")
+    assert from_lines([*to_lines(config)[1:], "colour=red"]) == config
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_no_number_is_told(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"deadlines.prolog: -?(nan|inf) is no number"):
+        parse_config(f"[deadlines]\nprolog = {value}".encode(), "x")
 
 
 def test_the_schema_is_itself_valid() -> None:

@@ -115,7 +115,7 @@ def test_the_deadline_ends_the_whole_group(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineError, match=r"/bin/sh did not answer within 0\.2 s"):
         sh(f"trap '' TERM; sleep 60 & echo $! >{tmp_path}/pid; wait; sleep 60", seconds=0.2)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3
     grandchild = int((tmp_path / "pid").read_text())
     end = time.monotonic() + 2
     while identify(grandchild) and time.monotonic() < end:
@@ -130,7 +130,7 @@ def test_the_deadline_holds_however_a_child_dawdles(program: str) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineError):
         sh(program, seconds=0.2)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3
 
 
 def test_the_deadline_holds_for_a_child_that_does_not_take_its_input() -> None:
@@ -142,7 +142,7 @@ def test_the_deadline_holds_for_a_child_that_does_not_take_its_input() -> None:
     )
     child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        assert b"did not answer within" in child.communicate(timeout=2)[0]
+        assert b"did not answer within" in child.communicate(timeout=10)[0]
     finally:
         for one in pids():  # the sleep is a group of its own
             if runs_program(one, ("sleep",), (0,), "") and os.getsid(one) == child.pid:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.request import JobRequest, asks_for_mps, read_request
+from slurm_mps.request import JobRequest, read_request
 from slurm_mps.units import GIB
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "2,3"}
@@ -77,11 +77,6 @@ def test_mig_devices_are_refused_with_their_name() -> None:
 def test_a_gpu_slurm_cannot_mean_is_the_nodes_fault() -> None:
     with pytest.raises(NodeError):
         read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0;reboot"})
-
-
-def test_only_our_own_names_ask_for_mps() -> None:
-    assert asks_for_mps({"SPANK_MPS_THREADS": "25"})
-    assert not asks_for_mps({"SPANK_MPSX": "1", "SLURM_JOB_ID": "1"})
 
 
 @given(st.dictionaries(st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM"]), st.text(), min_size=1))

@@ -270,7 +270,7 @@ def test_the_compiled_configuration_is_of_one_file(state: NodeState, place: Path
     assert state.read_compiled_config("stamp") == config
     assert state.read_compiled_config("another") is None
     whole = (place / "config").read_bytes()
-    for data in (b"", whole[:-9], encode("config", 1, ["stamp", "old_setting=1"]), encode("config", 1, [])):
+    for data in (b"", whole[:-9], encode("config", 1, ["old stamp", "old_setting=1"]), encode("config", 1, [])):
         put(place / "config", data)
         assert state.read_compiled_config("stamp") is None
 
