@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from .request import JobRequest
     from .steps import Step
 
-# A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): this share of it at 0 %, and the
-# rest in proportion to the threads.
-_CONTEXT_FIXED_SHARE = 22 / 514
+# A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
+# 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
+_CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
 
 
 @record
@@ -60,8 +60,8 @@ def _thread_percentage(request: JobRequest, config: SiteConfig) -> float:
 
 def _context_bytes(percent: float, config: SiteConfig) -> int:
     """What a context costs of a client's limit, before the program has allocated anything."""
-    share = _CONTEXT_FIXED_SHARE + (1 - _CONTEXT_FIXED_SHARE) * percent / 100
-    return round(config.limits_memory_context_mib * share) * MIB
+    parts = _CONTEXT_FIXED_PARTS * 1000 + (_CONTEXT_PARTS - _CONTEXT_FIXED_PARTS) * round(percent * 10)
+    return config.limits_memory_context_mib * parts // (_CONTEXT_PARTS * 1000) * MIB
 
 
 def _memory_limit(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float) -> int | None:

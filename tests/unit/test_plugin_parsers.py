@@ -12,7 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slurm_mps.config import DEFAULTS
 from slurm_mps.errors import RequestError
+from slurm_mps.node.gpus import Gpu
+from slurm_mps.plan import make_plan
+from slurm_mps.request import JobRequest
 from slurm_mps.state import Verdict, refused
 from slurm_mps.units import MIB, parse_memory, parse_thread_percentage
 from slurm_mps.wordfile import encode
@@ -358,3 +362,19 @@ def test_a_step_keeps_or_lowers_the_jobs_priority(
 def test_a_step_cannot_raise_the_jobs_priority(plugin: ctypes.CDLL, state: Path) -> None:
     said = of_step(plugin, state, priority="normal", job=LOW)
     assert said == "--mps-priority=normal is more than the job has (low); a step can only lower it"
+
+
+@pytest.mark.parametrize("tenths", [1, 10, 125, 250, 333, 500, 1000])
+def test_both_sides_reckon_the_same_cost_of_a_context(plugin: ctypes.CDLL, state: Path, tenths: int) -> None:
+    """A job's limit is judged by the prolog, a step's by the plugin."""
+    job = (("thread_percentage", f"{tenths // 10}.{tenths % 10}"), ("memory_limit", "8G"), ("context_mib", "514"))
+    settings = tuple((key, value) for key, value in SETTINGS if key not in dict(job))
+    verdict = encode("verdict", 1, Verdict("ready", settings=(*job, *settings)).lines())
+    gpu = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200")
+    for mib in range(1, 600):
+        request = JobRequest(JOB, 1, 0, ("0",), tenths / 10, mib * MIB)
+        try:
+            taken = bool(make_plan(request, DEFAULTS, (gpu,)))
+        except RequestError:
+            taken = False
+        assert isinstance(of_step(plugin, state, mem=f"{mib}M", job=verdict), CLimits) == taken, mib
