@@ -66,7 +66,7 @@ def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
     found = show_environment(site, "-wn1", "--gres=gpu:2", "--mps-threads=12.5", "--mps-mem=8G")
     pipe = found.pop("CUDA_MPS_PIPE_DIRECTORY")
     assert found == {
-        "CUDA_MPS_LOG_DIRECTORY": pipe.removesuffix("pipe") + "log",
+        "CUDA_MPS_LOG_DIRECTORY": f"/var/log/slurm-mps/{pipe.split('/')[4]}",
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "12.5",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M",
         "CUDA_VISIBLE_DEVICES": uuids,
