@@ -187,6 +187,23 @@ def test_a_low_client_priority_reaches_daemon_and_tasks(site: Site) -> None:
     assert result.stdout.split() == ["1", "1"]
 
 
+def test_each_task_of_an_array_has_a_daemon_of_its_own(site: Site) -> None:
+    script = f"echo $CUDA_MPS_PIPE_DIRECTORY >> pipes; {CLIENT}"
+    job = site.cluster.sbatch("--array=1-3", "--gres=gpu:1", "--mps-threads=25", "--output=array.%a", script=script)
+    site.cluster.until("the array's end", lambda: str(job) not in _queue(site) or None, 60)
+    home = site.machine.path("/home/alice")
+    outputs = [(home / f"array.{n}").read_text() for n in (1, 2, 3)]
+    pipes = set((home / "pipes").read_text().split())
+    for name in ("pipes", "array.1", "array.2", "array.3"):
+        (home / name).unlink()
+    assert all("sms=32 " in output for output in outputs)
+    assert len(pipes) == 3
+
+
+def _queue(site: Site) -> str:
+    return site.machine.run(["squeue", "--noheader", "--format=%A %F"]).check().stdout
+
+
 # ------------------------------------------------------------------------------------------------ fails closed
 
 
