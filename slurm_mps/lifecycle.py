@@ -32,7 +32,7 @@ def bring_up(plan: Plan, site: JobSite) -> None:
         journal.write_verdict(plan.verdict(site.daemon.pipe_directory, site.daemon.log_directory))
         journal.ready = True
         journal.write()
-    except MpsError as error:
+    except Exception as error:  # a bug, too, must not leave half of it
         problems = undo_all(replace(site, deadline=site.undo_deadline))
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
@@ -46,13 +46,16 @@ def undo_all(site: JobSite) -> list[str]:
     for line in reversed(site.journal.undo):
         try:
             read_undo(line).undo(site)
-        except MpsError as error:
-            problems.append(str(error))
+        except Exception as error:  # whatever it is, the others have their work to do
+            problems.append(str(error) if isinstance(error, MpsError) else f"a bug in slurm-mps: {error!r}")
             left.insert(0, line)
     if site.journal.undo:
         site.journal.undo = left
         site.journal.ready = False
-        site.journal.write()
+        try:
+            site.journal.write()
+        except NodeError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -21,12 +21,12 @@ def _write(fd: int, data: bytes) -> None:
 
 def _log(line: str) -> None:
     """Send a line to the system's log, as syslog(3) does but without ever waiting for who reads it."""
-    import socket  # most jobs have nothing to say
-
     try:
+        import socket  # most jobs have nothing to say
+
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
             log.sendto(f"<27>slurm-mps[{os.getpid()}]: {line}".encode("utf-8", "replace"), "/dev/log")
-    except OSError:
+    except (OSError, ImportError):
         pass
 
 

@@ -37,9 +37,12 @@ class Outcome:
     errors: str
 
 
-def _inheritable() -> list[int]:
+def _inheritable(program: str) -> list[int]:
     """Descriptors that whoever started us left open for all to inherit; ours close by themselves."""
-    fds = (int(name) for name in os.listdir("/proc/self/fd"))
+    try:
+        fds = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError as error:
+        raise NodeError(f"{program} cannot be started: {os.strerror(error.errno or 0)}") from None
     found = []
     for fd in fds:
         try:
@@ -50,16 +53,28 @@ def _inheritable() -> list[int]:
     return found
 
 
+def _pipes(program: str) -> list[tuple[int, int]]:
+    """Three pipes, or none: who runs out of descriptors half-way needs those it has to undo its work."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        while len(pipes) < 3:
+            pipes.append(os.pipe())
+    except OSError as error:
+        for fd in (fd for pipe in pipes for fd in pipe):
+            os.close(fd)
+        raise NodeError(f"{program} cannot be started: {os.strerror(error.errno or 0)}") from None
+    return pipes
+
+
 class _Child:
     """A started program, its pipes, and the poll over them and its end."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], text: bytes) -> None:
-        stdin, self._input = os.pipe()
-        self._output, stdout = os.pipe()
-        self._errors, stderr = os.pipe()
+        inherited = _inheritable(argv[0])
+        (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
         actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams]
-        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()]
+        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in inherited]
         try:
             self.pid = os.posix_spawn(
                 argv[0],
@@ -77,7 +92,14 @@ class _Child:
         finally:
             for fd, _ in streams:
                 os.close(fd)
-        self._end = os.pidfd_open(self.pid)
+        try:
+            self._end = os.pidfd_open(self.pid)
+        except OSError as error:
+            for fd in (self._input, self._output, self._errors):
+                os.close(fd)
+            os.killpg(self.pid, SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise NodeError(f"{argv[0]} cannot be watched: {os.strerror(error.errno or 0)}") from None
         self._text = text
         os.set_blocking(self._input, False)
         self._feed()

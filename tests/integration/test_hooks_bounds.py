@@ -71,3 +71,19 @@ def test_a_stderr_that_nobody_reads_holds_nothing_up(gpu_node: GpuNode) -> None:
     result = gpu_node.run("/usr/bin/python3", "-c", MUTE, PROLOG, env=environment)
     assert result.returncode == 1
     assert monotonic() - began < 3
+
+
+def test_a_prolog_with_too_few_descriptors_leaves_nothing(gpu_node: GpuNode) -> None:
+    """Wherever it runs out of them, it has brought everything up or undone it all."""
+    environment = job_environment(4711, **asked("25", "8G"))
+    gpu_node.run(PROLOG, env=environment).check()
+    gpu_node.epilog(4711).check()
+    came_to = set()
+    for limit in range(8, 24):
+        result = gpu_node.run("sh", "-c", f"ulimit -n {limit}; exec {PROLOG}", env=environment)
+        came_to.add(result.returncode)
+        if result.returncode == 0:
+            gpu_node.epilog(4711).check()
+        left = gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()
+        assert left == ([], [], [0, 0, 0, 0]), f"{limit} descriptors: {result.stderr}"
+    assert came_to >= {0, 1}
