@@ -35,6 +35,13 @@ RECORDED_SMS = 132
 FILES_OF_A_DAEMON = ["control", "control_lock", "control_privileged", "log", "nvidia-cuda-mps-control.pid"]
 """What is in the pipe directory while a daemon runs (O25)."""
 
+NVML_MEMORY = """
+import sys, pynvml
+pynvml.nvmlInit()
+memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(sys.argv[1]))
+print(memory.total >> 20, memory.free >> 20)
+"""
+
 _HERE = Path(__file__).parent
 _TIMEOUT_SECONDS = 30.0
 _LONGEST_WAIT_SECONDS = 10.0
@@ -386,6 +393,11 @@ class Driver:
         daemon = self.directories(user=user, mode=mode)
         assert daemon.start(env=env) == Result(0, "", "")
         return daemon
+
+    def nvml_memory(self, gpu: int) -> tuple[int, int]:
+        """A GPU's memory in total and what is free of it, as NVML has them in its first form."""
+        said = self.machine.run([*self.place.python, "-c", NVML_MEMORY, self.uuids[gpu]]).check().stdout.split()
+        return int(said[0]), int(said[1])
 
     def server_uids(self) -> list[int]:
         return [process.uid for process in self.place.mps_processes() if process.cmdline[0].endswith(SERVER)]

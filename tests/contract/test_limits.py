@@ -1,4 +1,4 @@
-"""Limits of threads and memory: where they can be set, whom they reach, how they are rounded (O9 to O17)."""
+"""Limits of threads and memory: where they are set, whom they reach, how they are rounded (O9 to O17, O42 to O44)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from tests.harness.machine import Result
 from .driver import RECORDED_SMS, memory, sees, threads
 
 if TYPE_CHECKING:
-    from .driver import Device, Driver
+    from .driver import Client, Device, Driver
 
 GIB = 1024
 NO_LIMIT = 0
+MAX_CLIENTS = "cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"
 SMS = {"0.1": 8, "1": 8, "3": 8, "10": 12, "12.5": 16, "25": 32, "33": 42, "50": 66, "75": 98, "99": 130, "100": 132}
 CONTEXT_MIB = {132: 514, 32: 145}
 """What a context costs of its limit, by the SMs it has (O15)."""
+CARD_MIB, IDLE_MIB, SERVER_MIB = 143771, 143155, 73
+"""Of a recorded card, by NVML: in total, free, and what a server without a client takes of that (O44)."""
 
 
 def sms_at(card: Device, percentage: str) -> int:
@@ -184,10 +187,13 @@ def test_o16_free_memory_and_sms_shrink_and_the_total_stays(driver: Driver, card
     assert seen.sms < card.sms
 
 
+def outcomes(clients: Client) -> list[str]:
+    return sorted(report.failed for report in clients.reports)
+
+
 def test_o17_a_server_has_room_for_48_client_contexts(driver: Driver) -> None:
     clients = driver.daemon().client(sees(driver.uuids[0]), copies=49)
-    failed = sorted(report.failed for report in clients.reports)
-    assert failed == [""] * 48 + ["cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"]
+    assert outcomes(clients) == [""] * 48 + [MAX_CLIENTS]
 
 
 def test_o17_client_priority_is_0_or_1(driver: Driver) -> None:
@@ -196,3 +202,64 @@ def test_o17_client_priority_is_0_or_1(driver: Driver) -> None:
     assert daemon.control("set_default_client_priority 1") == Result(0, "", "")
     assert daemon.ask("set_default_client_priority 7") == "Invalid priority value - must be 0 or 1!"
     assert daemon.ask("get_default_client_priority") == "1"
+
+
+def test_o42_each_gpu_of_a_server_has_room_for_48_contexts(driver: Driver, two_gpus: tuple[str, str]) -> None:
+    """104 processes with one context each: 48 on either GPU, and the other eight are refused."""
+    daemon = driver.daemon()
+    for gpu in two_gpus:
+        assert outcomes(daemon.client(sees(gpu), copies=52)) == [""] * 48 + [MAX_CLIENTS] * 4
+
+
+def test_o42_a_process_on_two_gpus_counts_on_each(driver: Driver, two_gpus: tuple[str, str]) -> None:
+    """A server holds 96 contexts of 48 such processes."""
+    assert outcomes(driver.daemon().client(sees(*two_gpus), copies=50)) == [""] * 48 + [MAX_CLIENTS] * 2
+
+
+def test_o42_two_daemons_of_one_gpu_each_have_as_much_room(driver: Driver, two_gpus: tuple[str, str]) -> None:
+    for gpu in two_gpus:
+        assert outcomes(driver.daemon(sees(gpu)).client(copies=49)) == [""] * 48 + [MAX_CLIENTS]
+
+
+@pytest.mark.parametrize(
+    ("own", "limits"),
+    [
+        ("0=2G", (2 * GIB, NO_LIMIT)),
+        ("0=2048M", (2 * GIB, NO_LIMIT)),
+        ("0=2G,1=1G", (2 * GIB, 1 * GIB)),
+        ("{second}=2G", (NO_LIMIT, 2 * GIB)),
+    ],
+)
+def test_o43_a_clients_own_limit_needs_no_default(
+    driver: Driver, two_gpus: tuple[str, str], own: str, limits: tuple[int, int]
+) -> None:
+    seen = driver.daemon().look(sees(*two_gpus) | memory(own.format(second=two_gpus[1])))
+    assert len(seen.devices) == len(limits)
+    for device, limit in zip(seen.devices, limits, strict=True):
+        assert_limited(device, limit)
+
+
+def test_o44_nvml_counts_as_free_on_an_idle_card_what_cuda_has_in_total(driver: Driver, card: Device) -> None:
+    total, free = driver.nvml_memory(0)
+    assert free == card.total
+    assert (total, free) == (CARD_MIB, IDLE_MIB) if card.sms == RECORDED_SMS else total > free
+
+
+def test_o44_a_server_without_a_client_takes_memory_of_each_gpu(driver: Driver, card: Device) -> None:
+    before = [driver.nvml_memory(gpu)[1] for gpu in range(len(driver.uuids))]
+    driver.daemon().start_server()
+    taken = [free - driver.nvml_memory(gpu)[1] for gpu, free in enumerate(before)]
+    assert taken == [SERVER_MIB] * len(before) if card.sms == RECORDED_SMS else all(0 < mib < 200 for mib in taken)
+
+
+@pytest.mark.parametrize(("count", "percentage"), [(8, "100"), (8, "12.5"), (40, "100")])
+def test_o44_clients_with_equal_shares_can_all_fill_them(
+    driver: Driver, card: Device, count: int, percentage: str
+) -> None:
+    """A share being what the card has after one context, divided; to the end, and all at once."""
+    daemon = driver.daemon()
+    own = sees(driver.uuids[0]) | threads(percentage) | memory(f"0={(card.total - CONTEXT_MIB[132]) // count}M")
+    clients = [daemon.client(own) for _ in range(count)]
+    assert [client.ask(f"allocate {client.report.only.free // 2 * 2}") for client in clients] == [0] * count
+    assert [client.ask("allocate 2") for client in clients] == [2] * count
+    assert [client.ask("synchronize") for client in clients] == [0] * count

@@ -16,7 +16,7 @@ import pytest
 from .driver import FILES_OF_A_DAEMON, sees
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.harness.machine import Machine
 
@@ -40,6 +40,26 @@ print(json.dumps({
     "compute": rows(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
     "mps": rows(pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)),
 }))
+"""
+
+
+VERSIONS = """
+import ctypes, pynvml
+pynvml.nvmlInit()
+cuda = ctypes.c_int()
+ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(cuda))
+capability = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
+print(*capability, pynvml.nvmlSystemGetCudaDriverVersion_v2(), cuda.value)
+"""
+
+FAILS = """
+import sys, pynvml
+pynvml.nvmlInit()
+arguments = [pynvml.nvmlDeviceGetHandleByIndex(0)] if sys.argv[1].startswith("nvmlDevice") else []
+try:
+    getattr(pynvml, sys.argv[1])(*arguments)
+except pynvml.NVMLError as error:
+    print(error.value)
 """
 
 
@@ -67,6 +87,70 @@ def test_it_has_the_recorded_card(driver: Driver, simulator: Machine) -> None:
     assert driver.daemon().look().devices[0].free == 142565
     ours, _ = driver.place.ask_nvml("ask", "0", "memory_bytes")
     assert ours["value"] >> 20 == 143771
+
+
+@pytest.fixture
+def made_anew(simulator: Machine) -> Iterator[Callable[..., None]]:
+    """Make the node with other options; afterwards it is the first one again."""
+
+    def make(*options: str) -> None:
+        simulator.run(["simulated-gpus", "create", "2", *options]).check()
+
+    yield make
+    make()
+
+
+@pytest.mark.parametrize(
+    ("options", "versions"),
+    [("", [9, 0, 13000, 13000]), ("--compute-capability 6.1 --cuda-version 12.9", [6, 1, 12090, 12090])],
+)
+def test_a_node_has_the_compute_capability_and_cuda_version_that_it_was_told(
+    driver: Driver, made_anew: Callable[..., None], options: str, versions: list[int]
+) -> None:
+    """NVML, CUDA and the daemon's log say the same."""
+    made_anew(*options.split())
+    said = driver.machine.run([*driver.place.python, "-c", VERSIONS]).check().stdout
+    assert [int(word) for word in said.split()] == versions
+    log = driver.daemon().log_lines("control.log")
+    assert f"CUDA MPS Control binary version: {versions[-1]}" in log
+
+
+@pytest.mark.parametrize("words", ["--compute-capability 9", "--cuda-version 13", "--cuda-version 13.0x"])
+def test_a_version_is_written_with_its_minor_number(simulator: Machine, words: str) -> None:
+    refused = simulator.run(["simulated-gpus", "create", "2", *words.split()])
+    expected = "simulated-gpus: create: a compute capability and a CUDA version are written as 9.0 and 13.0\n"
+    assert (refused.returncode, refused.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize("function", ["nvmlDeviceGetCudaComputeCapability", "nvmlSystemGetCudaDriverVersion_v2"])
+def test_nvml_was_told_not_to_say_a_version(driver: Driver, simulator: Machine, function: str) -> None:
+    key = function.removeprefix("nvmlDevice").removeprefix("nvmlSystem").removesuffix("_v2")
+    simulator.run(["simulated-gpus", "fault", f"nvml.{key}=17"]).check()
+    assert driver.machine.run([*driver.place.python, "-c", FAILS, function]).check().stdout == "17\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "connections", "most"),
+    [
+        ("--compute-capability 6.1", "", 16),
+        ("--compute-capability 6.1 --cuda-version 13.1", "2", 16),
+        ("--compute-capability 7.0", "", 48),
+        ("--cuda-version 13.0", "2", 48),
+        ("--cuda-version 13.1", "", 48),
+        ("--cuda-version 13.1", "8", 48),
+        ("--cuda-version 13.1", "1", 60),
+        ("--cuda-version 13.1", "2", 60),
+    ],
+)
+def test_how_many_contexts_a_gpu_takes_goes_by_card_driver_and_connections(
+    driver: Driver, made_anew: Callable[..., None], options: str, connections: str, most: int
+) -> None:
+    """Documented, not observed: M5."""
+    made_anew(*options.split())
+    asked = {"CUDA_DEVICE_MAX_CONNECTIONS": connections} if connections else {}
+    clients = driver.daemon().client(sees("0") | asked, copies=most + 1)
+    failed = sorted(report.failed for report in clients.reports)
+    assert failed == [""] * most + ["cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"]
 
 
 def test_pynvml_sees_a_program_without_mps(driver: Driver, simulator: Machine) -> None:

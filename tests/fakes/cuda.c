@@ -130,7 +130,11 @@ API int cuDriverGetVersion(int *version)
 {
 	if (!version)
 		return INVALID_VALUE;
-	*version = SIM_CUDA_VERSION;
+	pthread_mutex_lock(&cuda.lock);
+	if (!cuda.state)
+		cuda.state = sim_open();
+	*version = cuda.state ? cuda.state->cuda_version : 0;
+	pthread_mutex_unlock(&cuda.lock);
 	return CUDA_SUCCESS;
 }
 
@@ -152,7 +156,8 @@ static void close_in_child(void)
 static int knock(int fd, int gpu, struct wire_welcome *welcome)
 {
 	uint32_t type;
-	struct wire_client request = {.gpu = gpu};
+	const char *connections = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+	struct wire_client request = {.gpu = gpu, .connections = connections ? atoi(connections) : 0};
 	if (!wire_send(fd, WIRE_CLIENT, &request, sizeof request, true))
 		return CONNECTION_FAILED;
 	if (wire_receive(fd, &type, welcome, sizeof *welcome) != (ssize_t)sizeof *welcome || type != WIRE_WELCOME)
@@ -411,10 +416,10 @@ API int cuDeviceGetAttribute(int *value, int attribute, int device)
 		*value = (int)gpu->domain;
 		return CUDA_SUCCESS;
 	case COMPUTE_CAPABILITY_MAJOR:
-		*value = 9;
+		*value = gpu->compute_capability / 10;
 		return CUDA_SUCCESS;
 	case COMPUTE_CAPABILITY_MINOR:
-		*value = 0;
+		*value = gpu->compute_capability % 10;
 		return CUDA_SUCCESS;
 	default:
 		return INVALID_VALUE;

@@ -414,7 +414,7 @@ static int open_everything(struct daemon *daemon)
 	if (daemon->control < 0)
 		return 1;
 	open_fifo(daemon);
-	SAY(daemon, "CUDA MPS Control binary version: %d", SIM_CUDA_VERSION);
+	SAY(daemon, "CUDA MPS Control binary version: %d", daemon->state->cuda_version);
 	return 0;
 }
 

@@ -70,7 +70,7 @@ static int active_contexts(int gpu)
 {
 	int active = 0;
 	for (int i = 0; i < server.count; i++)
-		if (server.connections[i]->context_id > 0 && (gpu < 0 || server.connections[i]->gpu == gpu))
+		if (server.connections[i]->context_id > 0 && server.connections[i]->gpu == gpu)
 			active++;
 	return active;
 }
@@ -200,14 +200,24 @@ static void close_connection(struct connection *gone)
 	tell_daemon(SERVER_IDLE, 0, 0);
 }
 
-/* Whether a new connection is let in; a CUDA error otherwise. */
-static int admit(int gpu)
+/* How many contexts a GPU of this server takes (O42), by card, driver and what the client asks for (M5). */
+static int most_contexts(const struct wire_client *client)
 {
+	if (server.state->gpus[client->gpu].compute_capability < 70)
+		return 16;
+	bool few_connections = client->connections == 1 || client->connections == 2;
+	return server.state->cuda_version >= 13010 && few_connections ? 60 : 48;
+}
+
+/* Whether a new connection is let in; a CUDA error otherwise. */
+static int admit(const struct wire_client *client)
+{
+	int gpu = client->gpu;
 	if (server.in_fault)
 		return CUDA_SERVER_NOT_READY;
 	if (gpu >= 0 && ordinal_of(gpu) < 0)
 		return 101;
-	if (gpu >= 0 && active_contexts(-1) >= MPS_MAX_CLIENT_CONTEXTS)
+	if (gpu >= 0 && active_contexts(gpu) >= most_contexts(client))
 		return CUDA_MAX_CLIENTS_REACHED;
 	return server.count < MAX_CONNECTIONS ? 0 : CUDA_MAX_CLIENTS_REACHED;
 }
@@ -244,7 +254,7 @@ static void add_client(const struct server_message *message, int fd)
 	int id = gpu >= 0 ? next_context_id(pid) : 0;
 	server.last_pid = pid; /* the real log, too, names the client before */
 	server.last_context_id = id;
-	int status = admit(gpu);
+	int status = admit(&message->client);
 	struct connection *fresh = status ? NULL : calloc(1, sizeof *fresh);
 	if (!fresh) {
 		refuse_client(fd, pid, id, status ? status : 2);
@@ -480,7 +490,7 @@ static void start(void)
 	if (!server.state || !take_gpus())
 		_exit(1);
 	SAY("Created anonymous shared memory region mps.shm.%d.%d", (int)uid, (int)getpid());
-	SAY("CUDA MPS Server for Linux/Unix. Binary version: %d", SIM_CUDA_VERSION);
+	SAY("CUDA MPS Server for Linux/Unix. Binary version: %d", server.state->cuda_version);
 	SAY("Display Driver version: %d", atoi(SIM_DRIVER_VERSION));
 	SAY("Active Threads Percentage set to %.1f", server.values.percentage);
 	SAY("Server Priority set to 0");

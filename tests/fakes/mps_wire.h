@@ -19,7 +19,6 @@ enum {
 	WIRE_MAX_ANSWER = 65536,  /* what the daemon may answer */
 	SERVER_CHANNEL_FD = 3,    /* where a server finds its end of the pair */
 	SERVER_LOG_FD = 4,        /* and the daemon's `log` fifo */
-	MPS_MAX_CLIENT_CONTEXTS = 48, /* O17 */
 };
 
 enum wire_type {
@@ -39,7 +38,8 @@ struct wire_header {
 };
 
 struct wire_client {
-	int32_t gpu; /* a context on this GPU; -1: cuInit */
+	int32_t gpu;         /* a context on this GPU; -1: cuInit */
+	int32_t connections; /* its CUDA_DEVICE_MAX_CONNECTIONS; 0: not set */
 };
 
 struct wire_welcome {

@@ -181,7 +181,7 @@ API int nvmlSystemGetCudaDriverVersion(int *version)
 	int error = begin("GetCudaDriverVersion");
 	if (error || !version)
 		return error ? error : INVALID_ARGUMENT;
-	*version = SIM_CUDA_VERSION;
+	*version = state->cuda_version;
 	return SUCCESS;
 }
 
@@ -322,6 +322,16 @@ API int nvmlDeviceGetMigMode(nvml_device gpu, unsigned int *current, unsigned in
 	return error;
 }
 
+API int nvmlDeviceGetCudaComputeCapability(nvml_device gpu, int *major, int *minor)
+{
+	int error = begin_device("GetCudaComputeCapability", gpu, major);
+	if (error || !minor)
+		return error ? error : INVALID_ARGUMENT;
+	*major = gpu->compute_capability / 10;
+	*minor = gpu->compute_capability % 10;
+	return SUCCESS;
+}
+
 static uint64_t used_bytes(const struct sim_gpu *gpu)
 {
 	sim_lock(state);
@@ -395,11 +405,11 @@ static unsigned int list_processes(int gpu, bool mps, struct nvml_process *rows,
 	for (int i = 0; i < SIM_MAX_CONTEXTS; i++) {
 		const struct sim_context *entry = &state->contexts[i];
 		bool first = is_listed(entry, gpu, mps);
-		uint64_t bytes = entry->bytes;
+		uint64_t bytes = first ? sim_context_bytes(state, entry) : 0;
 		for (int j = 0; first && j < SIM_MAX_CONTEXTS; j++)
 			if (j != i && state->contexts[j].pid == entry->pid && is_listed(&state->contexts[j], gpu, mps)) {
 				first = j > i;
-				bytes += state->contexts[j].bytes;
+				bytes += sim_context_bytes(state, &state->contexts[j]);
 			}
 		if (!first)
 			continue;

@@ -41,10 +41,10 @@ static uint64_t mix(uint64_t x) /* splitmix64's finish */
 	return x ^ (x >> 31);
 }
 
-static void fill_gpu(struct sim_gpu *gpu, int index, int sms, uint64_t memory_mib, const char *seed)
+static void fill_gpu(struct sim_gpu *gpu, int index, const struct sim_node *node)
 {
 	uint64_t hash = 0xcbf29ce484222325u;
-	for (; *seed; seed++)
+	for (const char *seed = node->seed; *seed; seed++)
 		hash = (hash ^ (unsigned char)*seed) * 0x100000001b3u;
 	uint64_t a = mix(hash + (uint64_t)index), b = mix(a);
 	snprintf(gpu->uuid, sizeof gpu->uuid, "GPU-51000000-%04x-%04x-%04x-%012llx", (unsigned)(a & 0xffff),
@@ -53,9 +53,10 @@ static void fill_gpu(struct sim_gpu *gpu, int index, int sms, uint64_t memory_mi
 	gpu->domain = 0;
 	gpu->bus = 0;
 	gpu->device = (uint32_t)(6 + index);
-	gpu->sms = sms;
+	gpu->sms = node->sms;
+	gpu->compute_capability = node->compute_capability;
 	gpu->mode = SIM_MODE_DEFAULT;
-	gpu->memory_bytes = memory_mib * SIM_MIB;
+	gpu->memory_bytes = node->memory_mib * SIM_MIB;
 }
 
 static void init_lock(pthread_mutex_t *lock)
@@ -68,7 +69,7 @@ static void init_lock(pthread_mutex_t *lock)
 	pthread_mutexattr_destroy(&how);
 }
 
-int sim_create(int gpu_count, int sms, uint64_t memory_mib, const char *seed)
+int sim_create(const struct sim_node *node)
 {
 	static const char temporary[] = SIM_STATE_FILE ".new";
 	if (mkdir(SIM_DIRECTORY, 0755) != 0 && errno != EEXIST)
@@ -84,10 +85,11 @@ int sim_create(int gpu_count, int sms, uint64_t memory_mib, const char *seed)
 	close(fd);
 	if (state == MAP_FAILED)
 		return error;
-	state->gpu_count = gpu_count;
+	state->gpu_count = node->gpu_count;
+	state->cuda_version = node->cuda_version;
 	init_lock(&state->lock);
-	for (int i = 0; i < gpu_count; i++)
-		fill_gpu(&state->gpus[i], i, sms, memory_mib, seed);
+	for (int i = 0; i < node->gpu_count; i++)
+		fill_gpu(&state->gpus[i], i, node);
 	state->magic = STATE_MAGIC;
 	munmap(state, sizeof *state);
 	unlink(SIM_FAULTS_FILE); /* a fresh node is a sound one */
@@ -182,12 +184,24 @@ struct sim_context *sim_context_own(struct sim_state *state, int slot)
 	return entry->kind != SIM_NONE && entry->pid == getpid() ? entry : NULL;
 }
 
+uint64_t sim_context_bytes(const struct sim_state *state, const struct sim_context *entry)
+{
+	if (entry->kind != SIM_SERVER)
+		return entry->bytes;
+	for (int i = 0; i < SIM_MAX_CONTEXTS; i++) {
+		const struct sim_context *client = &state->contexts[i];
+		if (client->kind == SIM_CLIENT && client->gpu == entry->gpu && client->server_pid == entry->pid)
+			return entry->bytes + SIM_SERVED_MIB * SIM_MIB;
+	}
+	return entry->bytes;
+}
+
 uint64_t sim_bytes_used(const struct sim_state *state, int gpu)
 {
 	uint64_t used = 0;
 	for (int i = 0; i < SIM_MAX_CONTEXTS; i++)
 		if (state->contexts[i].kind != SIM_NONE && state->contexts[i].gpu == gpu)
-			used += state->contexts[i].bytes;
+			used += sim_context_bytes(state, &state->contexts[i]);
 	return used;
 }
 

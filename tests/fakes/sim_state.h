@@ -18,12 +18,12 @@
 #define SIM_MIB ((uint64_t)1 << 20)
 
 enum {
-	SIM_CUDA_VERSION = 13000,
 	SIM_MAX_GPUS = 16,
 	SIM_MAX_CONTEXTS = 1024,
 	SIM_RESERVED_MIB = 616, /* NVML says 143771, CUDA 143155 */
 	SIM_PLAIN_CONTEXT_MIB = 526,
-	SIM_SERVER_CONTEXT_MIB = 76,
+	SIM_SERVER_CONTEXT_MIB = 73,
+	SIM_SERVED_MIB = 3, /* and that with a client: O44's server and O15's context leave 142565 */
 	SIM_UUID_SIZE = 48,
 	SIM_FAULT_SIZE = 256,
 };
@@ -44,6 +44,7 @@ struct sim_gpu {
 	char name[64];
 	uint32_t domain, bus, device; /* the index is the PCI order and the minor number */
 	int32_t sms;
+	int32_t compute_capability; /* 10 * major + minor */
 	int32_t mode;
 	uint64_t memory_bytes; /* as NVML counts */
 };
@@ -63,15 +64,23 @@ struct sim_context {
 struct sim_state {
 	uint32_t magic;
 	int32_t gpu_count;
+	int32_t cuda_version; /* 1000 * major + 10 * minor */
 	pthread_mutex_t lock; /* robust and shared: a SIGKILLed holder stops nobody, threads and forks included */
 	struct sim_gpu gpus[SIM_MAX_GPUS];
 	struct sim_context contexts[SIM_MAX_CONTEXTS];
 };
 
+/* The cards and driver that `create` makes. */
+struct sim_node {
+	int gpu_count, sms, compute_capability, cuda_version;
+	uint64_t memory_mib;
+	const char *seed; /* makes the UUIDs */
+};
+
 /* Map the state; NULL when there is none, as on a node without a driver. */
 struct sim_state *sim_open(void);
 /* Write a fresh state, replacing the old one. Returns 0 or an errno. */
-int sim_create(int gpu_count, int sms, uint64_t memory_mib, const char *seed);
+int sim_create(const struct sim_node *node);
 
 /* Lock and forget the dead. */
 void sim_lock(struct sim_state *state);
@@ -83,6 +92,8 @@ void sim_unlock(struct sim_state *state);
 int sim_context_add(struct sim_state *state, const struct sim_context *wanted, int *slot);
 /* The entry at slot if it is still this process's own, otherwise NULL. */
 struct sim_context *sim_context_own(struct sim_state *state, int slot);
+/* What an entry takes: a server's context is larger while it serves clients on its GPU. */
+uint64_t sim_context_bytes(const struct sim_state *state, const struct sim_context *entry);
 uint64_t sim_bytes_used(const struct sim_state *state, int gpu);
 uint64_t sim_bytes_free(const struct sim_state *state, int gpu); /* as CUDA counts */
 uint64_t sim_cuda_total(const struct sim_gpu *gpu);

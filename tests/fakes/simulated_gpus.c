@@ -12,7 +12,8 @@
 #include "sim_state.h"
 
 static const char usage[] =
-    "simulated-gpus create COUNT [--sms 132] [--memory-mib 143771] [--seed TEXT]\n"
+    "simulated-gpus create COUNT [--sms 132] [--memory-mib 143771] [--compute-capability 9.0] [--cuda-version 13.0]\n"
+    "                            [--seed TEXT]       the seed makes the UUIDs\n"
     "simulated-gpus show [--json]\n"
     "simulated-gpus set-mode INDEX MODE          0, 2 or 3, or a name\n"
     "simulated-gpus fault [KEY=VALUE ...]        add faults (KEY= takes one back), or print them\n"
@@ -33,20 +34,36 @@ static int misused(void)
 
 /* ---- create ---- */
 
+/* "13.1": major * per_major + minor * per_minor; -1 when it is no such thing. */
+static int read_version(const char *text, int per_major, int per_minor)
+{
+	int major, minor, end = 0;
+	if (sscanf(text, "%3d.%1d%n", &major, &minor, &end) != 2 || text[end] || major < 1 || minor < 0)
+		return -1;
+	return major * per_major + minor * per_minor;
+}
+
 static int create(int count, char **arguments)
 {
 	static const struct option options[] = {{"sms", required_argument, NULL, 's'},
 						{"memory-mib", required_argument, NULL, 'm'},
+						{"compute-capability", required_argument, NULL, 'c'},
+						{"cuda-version", required_argument, NULL, 'v'},
 						{"seed", required_argument, NULL, 'r'},
 						{NULL, 0, NULL, 0}};
 	const char *seed = getenv("SIMULATED_GPUS_SEED");
 	long sms = 132, memory_mib = 143771;
+	int capability = 90, cuda_version = 13000;
 	int option;
 	while ((option = getopt_long(count, arguments, "", options, NULL)) != -1) {
 		if (option == 's')
 			sms = strtol(optarg, NULL, 10);
 		else if (option == 'm')
 			memory_mib = strtol(optarg, NULL, 10);
+		else if (option == 'c')
+			capability = read_version(optarg, 10, 1);
+		else if (option == 'v')
+			cuda_version = read_version(optarg, 1000, 10);
 		else if (option == 'r')
 			seed = optarg;
 		else
@@ -57,7 +74,11 @@ static int create(int count, char **arguments)
 	long gpus = strtol(arguments[optind], NULL, 10);
 	if (gpus < 0 || gpus > SIM_MAX_GPUS || sms < 8 || sms > 1024 || memory_mib <= SIM_RESERVED_MIB)
 		return complain("create: at most 16 GPUs, 8 to 1024 SMs, and more than 616 MiB");
-	int error = sim_create((int)gpus, (int)sms, (uint64_t)memory_mib, seed && *seed ? seed : "node");
+	if (capability < 0 || cuda_version < 0)
+		return complain("create: a compute capability and a CUDA version are written as 9.0 and 13.0");
+	struct sim_node node = {(int)gpus, (int)sms, capability, cuda_version, (uint64_t)memory_mib,
+				seed && *seed ? seed : "node"};
+	int error = sim_create(&node);
 	return error ? complain(strerror(error)) : 0;
 }
 
@@ -87,7 +108,7 @@ static void show_text(const struct sim_state *state)
 			const struct sim_context *entry = &state->contexts[c];
 			if (entry->kind != SIM_NONE && entry->gpu == i)
 				printf("  %-6s pid %d  %llu MiB  server %d\n", kind_name(entry->kind), entry->pid,
-				       (unsigned long long)(entry->bytes / SIM_MIB), entry->server_pid);
+				       (unsigned long long)(sim_context_bytes(state, entry) / SIM_MIB), entry->server_pid);
 		}
 	}
 }
@@ -110,7 +131,8 @@ static void show_json(const struct sim_state *state)
 		if (entry->kind == SIM_NONE)
 			continue;
 		printf("%s{\"kind\": \"%s\", \"pid\": %d, \"gpu\": %d, \"server_pid\": %d, \"bytes\": %llu}", comma,
-		       kind_name(entry->kind), entry->pid, entry->gpu, entry->server_pid, (unsigned long long)entry->bytes);
+		       kind_name(entry->kind), entry->pid, entry->gpu, entry->server_pid,
+		       (unsigned long long)sim_context_bytes(state, entry));
 		comma = ", ";
 	}
 	printf("]}\n");
