@@ -1,4 +1,4 @@
-"""Who gets into a daemon, who runs without MPS unawares, and what lies in the directories (O21 to O25, O37 to O39)."""
+"""Who gets into a daemon, who runs without MPS unawares, what lies in the directories (O21 to O25, O37 to O39, O45)."""
 
 from __future__ import annotations
 
@@ -99,6 +99,44 @@ def test_o23_of_a_daemon_of_roots_a_user_has_a_server_and_queries(driver: Driver
     server = daemon.ask("get_server_list", user=driver.user)
     assert daemon.ask(f"get_server_status {server}", user=driver.user) == "ACTIVE"
     assert daemon.ask(f"get_client_list {server}", user=driver.user) == str(client.pid)
+
+
+def test_o45_of_a_daemon_of_roots_a_user_may_terminate_a_client(driver: Driver) -> None:
+    daemon = driver.daemon(user="root", mode=0o755)
+    client = daemon.client(user=driver.user)
+    assert daemon.control(f"terminate_client {daemon.server} {client.pid}", user=driver.user) == Result(0, "0\n", "")
+    assert client.ask("work") == 810
+
+
+def test_o45_shutdown_server_ends_an_idle_server_for_root_alone(driver: Driver) -> None:
+    """It says nothing either way, and the daemon stays."""
+    daemon = driver.daemon(user="root", mode=0o755)
+    server = daemon.start_server(driver.user)
+    assert daemon.control(f"shutdown_server {server}", user=driver.user) == Result(0, "", "")
+    assert daemon.look(user=driver.user).failed == ""
+    assert daemon.server == server
+    assert daemon.control(f"shutdown_server {server}") == Result(0, "", "")
+    wait_until(lambda: daemon.server == 0)
+    assert daemon.look(user=driver.user).failed == ""
+    assert daemon.server not in (0, server)
+
+
+def test_o45_shutdown_server_leaves_a_server_with_a_client_alone(driver: Driver) -> None:
+    daemon = driver.daemon(user="root", mode=0o755)
+    client = daemon.client(user=driver.user)
+    server = daemon.server
+    assert daemon.control(f"shutdown_server {server}") == Result(0, "", "")
+    assert client.ask("synchronize") == 0
+    assert daemon.look(user=driver.user).failed == ""
+    assert daemon.server == server
+
+
+def test_o45_shutdown_server_has_no_f(driver: Driver) -> None:
+    """-f is taken for a pid, which reads 0."""
+    daemon = driver.daemon(user="root", mode=0o755)
+    server = daemon.start_server(driver.user)
+    assert daemon.control(f"shutdown_server -f {server}") == Result(0, "Server 0 not found\n", "")
+    assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
 
 
 def test_o23_of_a_daemon_of_its_own_a_user_may_change_and_quit_everything(driver: Driver) -> None:

@@ -270,6 +270,15 @@ static bool start_server(struct daemon *daemon, struct connection *ui, const str
 	return true;
 }
 
+/* Silent, also to those for whom it does nothing (O45). */
+static bool shutdown_server(struct daemon *daemon, struct connection *ui, const struct words *words,
+			    struct answer *answer)
+{
+	if (is_owner(ui) && named_server(daemon, words->word[1], answer))
+		supervise_shut_down(daemon);
+	return true;
+}
+
 /* ---- Clients, as the driver's own table has them ---- */
 
 static bool is_client_of(const struct sim_context *entry, pid_t server)
@@ -370,11 +379,12 @@ static bool ps(struct daemon *daemon, struct connection *ui, const struct words 
 	return true;
 }
 
+/* Open to whom queries are open: the job's user, of a daemon of root's (O45). */
 static bool terminate_client(struct daemon *daemon, struct connection *ui, const struct words *words,
 			     struct answer *answer)
 {
 	struct server_message message = {.type = SERVER_TERMINATE, .pid = atoi(words->word[2])};
-	if (!may_change(ui, answer) || !named_server(daemon, words->word[1], answer))
+	if (!named_server(daemon, words->word[1], answer))
 		return true;
 	ui->waiting = WAIT_TERMINATE;
 	server_message_send(daemon->server.channel, &message, -1);
@@ -444,6 +454,7 @@ static const struct {
 	command *run;
 } commands[] = {
     {"start_server", start_server},
+    {"shutdown_server", shutdown_server},
     {"quit", quit},
     {"get_server_list", get_server_list},
     {"get_server_status", get_server_status},

@@ -107,6 +107,8 @@ void command_terminated(struct daemon *daemon, int error);
 /* mps_supervise.c */
 void supervise_client(struct daemon *daemon, struct connection *client);
 void supervise_want(struct daemon *daemon, uid_t uid);
+/* Have the server leave if it is idle; one with clients stays. */
+void supervise_shut_down(struct daemon *daemon);
 /* Do what is due: start, replace, shut down, force. */
 void supervise_step(struct daemon *daemon);
 void supervise_hear(struct daemon *daemon);

@@ -202,6 +202,12 @@ static void try_shutdown(struct daemon *daemon, bool backoff)
 	server_message_send(daemon->server.channel, &message, -1);
 }
 
+void supervise_shut_down(struct daemon *daemon)
+{
+	if (daemon->server.state == SERVER_ACTIVE)
+		try_shutdown(daemon, false);
+}
+
 static void force_shutdown(struct daemon *daemon)
 {
 	struct server_message message = {.type = SERVER_FORCE};
@@ -229,7 +235,7 @@ static void wake_uis(struct daemon *daemon, enum waiting waiting)
 }
 
 /* A client that waits for a server of another uid than the one that runs. */
-static bool somebody_waits(struct daemon *daemon, uid_t *uid)
+static bool somebody_waits(const struct daemon *daemon, uid_t *uid)
 {
 	for (int i = 0; i < daemon->count; i++) {
 		const struct connection *client = daemon->connections[i];
@@ -240,6 +246,12 @@ static bool somebody_waits(struct daemon *daemon, uid_t *uid)
 	}
 	*uid = server_uid_for(daemon, daemon->wanted_uid);
 	return daemon->wants_server;
+}
+
+static bool another_waits(const struct daemon *daemon)
+{
+	uid_t uid;
+	return somebody_waits(daemon, &uid) && uid != daemon->server.uid;
 }
 
 void supervise_step(struct daemon *daemon)
@@ -263,8 +275,7 @@ void supervise_step(struct daemon *daemon)
 	}
 	if (server->state != SERVER_ACTIVE)
 		return;
-	bool another_waits = somebody_waits(daemon, &uid) && uid != server->uid;
-	if ((daemon->quitting || another_waits) && (server->retry_ms == 0 || now >= server->retry_ms))
+	if ((daemon->quitting || another_waits(daemon)) && (server->retry_ms == 0 || now >= server->retry_ms))
 		try_shutdown(daemon, server->retry_ms > 0);
 }
 
@@ -277,6 +288,10 @@ static void server_stays(struct daemon *daemon, int workers)
 	server->state = SERVER_ACTIVE;
 	if (patience_is_over(daemon)) {
 		force_shutdown(daemon);
+		return;
+	}
+	if (!daemon->quitting && !another_waits(daemon)) {
+		serve_pending(daemon); /* shutdown_server: it was asked once */
 		return;
 	}
 	if (server->backoff_ms == 0)
