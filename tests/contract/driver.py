@@ -251,9 +251,9 @@ class Client:
         self._wait(timeout)
         return self.report
 
-    def kill(self) -> None:
-        """End it with SIGKILL, and wait for that."""
-        self._place.kill(self.pid)
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End it with a signal, and wait for that."""
+        self._place.kill(self.pid, number)
         self._wait(_TIMEOUT_SECONDS)
 
     def end(self) -> None:

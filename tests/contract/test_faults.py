@@ -1,10 +1,11 @@
-"""What one client's fault is to the others, to the server and to the next (O30 to O35).
+"""What one client's fault is to the others, to the server and to the next (O30 to O35, O46 to O48).
 
 Those that need a kernel to misbehave run on the SIMULATED DRIVER ONLY: see Client.misbehave.
 """
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .driver import Client, Daemon, Device, Driver
 
 ILLEGAL_ADDRESS, LAUNCH_FAILED, RPC_FAILURE, TERMINATED = 700, 719, 806, 810
+CONTEXT_FAILED = f"cuCtxCreate_v2 {LAUNCH_FAILED} CUDA_ERROR_LAUNCH_FAILED"
+NOT_READY = "cuInit 807 CUDA_ERROR_MPS_SERVER_NOT_READY"
 PS_HEADER = "PID       ID        SERVER         DEVICE                    NAMESPACE      COMMAND        "
 
 
@@ -136,7 +139,7 @@ def test_o34_while_a_victim_lingers_nobody_new_gets_in(driver: Driver) -> None:
     culprit.leave()
     assert daemon.ask(f"get_server_status {server}") == "FAULT"
     refused = daemon.look()
-    assert refused.failed == "cuInit 807 CUDA_ERROR_MPS_SERVER_NOT_READY"
+    assert refused.failed == NOT_READY
     who = f"{{PID: {refused.pid}, Context ID: 0}}"
     wanted = [
         f"Server teardown in progress. Refusing to accept new client {who}",
@@ -173,7 +176,7 @@ def test_o35_a_killed_spinner_costs_the_next_client_its_context(driver: Driver) 
     spinner.misbehave("spin")
     spinner.kill()
     assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
-    assert daemon.look(on(driver, 0)).failed == "cuCtxCreate_v2 719 CUDA_ERROR_LAUNCH_FAILED"
+    assert daemon.look(on(driver, 0)).failed == CONTEXT_FAILED
     wait_until_active(daemon, server)
     assert daemon.look(on(driver, 0)).failed == ""
 
@@ -188,3 +191,69 @@ def test_o35_quit_with_a_time_ends_an_endless_kernel(driver: Driver) -> None:
     wait_until(lambda: not driver.left_over())
     programs = driver.machine.run(["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv"])
     assert programs.stdout == "pid, process_name\n"
+
+
+def killed_spinner(driver: Driver, number: int = signal.SIGKILL) -> tuple[Daemon, int]:
+    """A daemon of root's and its server, in which a client on the first GPU was killed in an endless kernel."""
+    daemon = driver.daemon(user="root", mode=0o755)
+    spinner = daemon.client(on(driver, 0), user=driver.user)
+    spinner.misbehave("spin")
+    spinner.kill(number)
+    return daemon, daemon.server
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_o46_a_spinner_that_a_signal_ends_costs_the_next_one_on_its_gpu_its_context(
+    driver: Driver, two_gpus: tuple[str, str], number: int
+) -> None:
+    """The server says that it is ACTIVE, and shows no trace of it to clients on another GPU."""
+    assert len(two_gpus) == 2
+    daemon, server = killed_spinner(driver, number)
+    assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
+    assert daemon.ask(f"get_client_list {server}") == ""
+    assert [daemon.look(on(driver, 1), user=driver.user).failed for _ in range(2)] == ["", ""]
+    assert daemon.look(on(driver, 0), user=driver.user).failed == CONTEXT_FAILED
+    wait_until_active(daemon, server)
+    assert daemon.look(on(driver, 0), user=driver.user).failed == ""
+    assert daemon.server == server
+
+
+@pytest.mark.parametrize("how", ["shutdown_server", "SIGTERM", "SIGKILL"])
+def test_o46_a_new_server_is_free_of_a_killed_spinner(driver: Driver, how: str) -> None:
+    """The daemon starts it for the next client."""
+    daemon, server = killed_spinner(driver)
+    if how == "shutdown_server":
+        assert daemon.ask(f"shutdown_server {server}") == ""
+    else:
+        driver.place.kill(server, signal.Signals[how])
+    wait_until(lambda: daemon.server == 0)
+    assert daemon.look(on(driver, 0), user=driver.user).failed == ""
+    assert daemon.server not in (0, server)
+
+
+def test_o47_a_killed_spinner_takes_along_who_is_on_its_gpu(driver: Driver) -> None:
+    """Nobody new gets in until they have left."""
+    daemon = driver.daemon()
+    spinner, other = (daemon.client(on(driver, 0)) for _ in range(2))
+    server = daemon.server
+    spinner.misbehave("spin")
+    spinner.kill()
+    wait_until(lambda: daemon.ask(f"get_server_status {server}") == "FAULT")
+    assert daemon.look(on(driver, 0)).failed == NOT_READY
+    assert other.ask("synchronize") == ILLEGAL_ADDRESS
+    assert daemon.look(on(driver, 0)).failed == NOT_READY
+    other.leave()
+    wait_until_active(daemon, server)
+    assert daemon.look(on(driver, 0)).failed == ""
+    assert daemon.server == server
+
+
+def test_o48_a_spinner_that_is_terminated_before_it_is_killed_costs_nobody_anything(driver: Driver) -> None:
+    daemon = driver.daemon()
+    spinner = daemon.client(on(driver, 0))
+    server = daemon.server
+    spinner.misbehave("spin")
+    assert daemon.ask(f"terminate_client {server} {spinner.pid}") == "0"
+    spinner.kill()
+    assert daemon.look(on(driver, 0)).failed == ""
+    assert daemon.server == server

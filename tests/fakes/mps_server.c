@@ -43,7 +43,7 @@ static struct {
 	int count;
 	int sequence;
 	bool faulty[SIM_MAX_GPUS], destroyed[SIM_MAX_GPUS];
-	bool poisoned[SIM_MAX_GPUS]; /* a client died in an endless kernel: the next one pays (O35) */
+	bool poisoned[SIM_MAX_GPUS]; /* a client died in an endless kernel: the next one pays (O35, O46) */
 	bool in_fault, daemon_gone;
 	int last_pid, last_context_id;
 	uint64_t active_again_ms[SIM_MAX_GPUS]; /* a reset runs until then; 0: none */
@@ -178,16 +178,31 @@ static void forget(struct connection *gone)
 	free(gone);
 }
 
+/* A client died in an endless kernel, of whatever signal: who else is on its GPU pays at once (O47), otherwise whoever
+ * comes there next (O46). */
+static void suffer_killed_kernel(int gpu, int pid)
+{
+	for (int i = 0; i < server.count; i++) {
+		const struct connection *one = server.connections[i];
+		if (one->context_id > 0 && one->gpu == gpu && one->pid != pid) {
+			fault_gpu(gpu, NULL, CUDA_ILLEGAL_ADDRESS);
+			return;
+		}
+	}
+	server.poisoned[gpu] = true;
+}
+
 static void close_connection(struct connection *gone)
 {
 	int gpu = gone->gpu, id = gone->context_id, pid = gone->pid;
 	SAY("Server failed to recevie command with status 806, assuming client {PID: %d, Context ID: %d} exit", pid, id);
-	if (gone->spinning && !gone->terminated && !gone->victim)
-		server.poisoned[gpu] = true;
+	bool killed_kernel = gone->spinning && !gone->terminated && !gone->victim; /* terminated first: no harm (O48) */
 	forget(gone);
 	if (id > 0) {
 		SAY("Client {PID: %d, Context ID: %d} exiting. Number of active client contexts is %d.", pid, id,
 		    active_contexts(gpu));
+		if (killed_kernel)
+			suffer_killed_kernel(gpu, pid);
 		begin_reset(gpu);
 		end_resets();
 	} else {
