@@ -390,6 +390,21 @@ class Cluster:
         path = self.machine.path(self.job_info(job).fields["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def until_output(self, job: Job, text: str, timeout: float = 20) -> str:
+        """Wait until a job's output holds `text`; returns all of it. A job that runs may still be in its prolog."""
+
+        def look() -> str | None:
+            output = self.output(job)
+            return output if text in output else None
+
+        return self.until(f"{text!r} in the output of job {job}", look, timeout)
+
+    def gpus_of(self, job: Job) -> dict[str, list[int]]:
+        """The GPUs that the controller gave a running job, by node and index (``GRES=gpu:3(IDX:0,2-3)``)."""
+        text = self.machine.run(["scontrol", "-d", "show", "job", str(job)]).check().stdout
+        found = re.findall(r"^ +Nodes=(\S+) .*\(IDX:([\d,-]+)\)", text, re.MULTILINE)
+        return {node: _numbers(ranges) for node, ranges in found}
+
     # -------------------------------------------------------------------------------------------------- nodes
 
     def node_states(self) -> dict[str, NodeState]:
@@ -420,6 +435,12 @@ def _setting(line: str) -> tuple[str, str | None]:
     """Split ``Key=value``."""
     key, _, value = line.strip().partition("=")
     return key, value
+
+
+def _numbers(ranges: str) -> list[int]:
+    """Read a list of numbers such as ``0,2-3``."""
+    ends = [one.partition("-") for one in ranges.split(",")]
+    return [number for low, _, high in ends for number in range(int(low), int(high or low) + 1)]
 
 
 def localise(sample: str, replacements: Mapping[str, str | None]) -> str:
