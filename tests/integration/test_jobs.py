@@ -84,11 +84,6 @@ def test_each_option_alone_means_mps(site: Site, options: list[str]) -> None:
     assert "mps=" in result.stdout
 
 
-def test_salloc_gives_its_steps_mps(site: Site) -> None:
-    result = site.cluster.salloc("-N1", "--gres=gpu:1", "--mps-threads=25", "srun", *CLIENT.split()).check()
-    assert "sms=32 " in result.stdout
-
-
 def test_batch_script_and_nested_srun_share_one_daemon(site: Site) -> None:
     job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", script=f"{CLIENT}\nsrun {CLIENT}\n")
     assert site.cluster.wait(job).state == "COMPLETED"
