@@ -30,6 +30,7 @@ class SiteConfig:
     gpus_compute_mode: str = "exclusive_process"
     gpus_sharing: str = "refuse"
     gpus_client_visible_devices: str = "uuid"
+    gpus_clients_max: int = 0
     limits_thread_percentage_default: float = 100.0
     limits_thread_percentage_min: float = 0.1
     limits_thread_percentage_max: float = 100.0

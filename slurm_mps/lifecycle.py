@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .errors import MpsError, NodeError
 from .record import replace
-from .steps import JobSite, read_undo
+from .steps import JobSite, QuitDaemons, read_undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def bring_up(plan: Plan, site: JobSite) -> None:
             if undo is not None:
                 journal.note(undo.line())  # on disk first: a prolog killed on the next line can still be undone
             step.apply(site)
-        journal.write_verdict(plan.verdict(site.daemon.pipe_directory, site.daemon.log_directory))
+        journal.write_verdict(plan.verdict([site.daemon(one.name) for one in plan.daemons]))
         journal.ready = True
         journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
@@ -75,8 +75,5 @@ def is_up(site: JobSite, restart_count: int) -> bool:
     journal = site.journal
     if not (journal.ready and journal.restart_count == restart_count and journal.boot_id == site.state.boot_id):
         return False
-    try:
-        with journal.directory.subdirectory("pipe") as pipe:
-            return site.daemon.process(pipe) is not None
-    except FileNotFoundError:
-        return False
+    daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, QuitDaemons)]
+    return bool(daemons) and all(undo.stand(site) for undo in daemons)

@@ -7,18 +7,33 @@ from .errors import NodeError, RequestError
 from .node.control import Limits
 from .node.gpus import EXCLUSIVE_PROCESS, Gpu
 from .record import record
+from .request import PER_GPU
 from .state import Verdict
-from .steps import AdmitUser, HoldGpu, MakeDirectories, SetLimits, StartDaemon, StartServer
-from .units import MIB, describe_memory, format_memory, format_thread_percentage
+from .steps import (
+    WHOLE_JOB,
+    AdmitUser,
+    HoldGpu,
+    JobDaemon,
+    MakeDirectories,
+    SetLimits,
+    StartDaemons,
+    StartServers,
+    gpu_daemon_name,
+)
+from .units import GPUS_MAX, MIB, describe_memory, format_memory, format_thread_percentage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .node.control import ControlDaemon
     from .request import JobRequest
     from .steps import Step
 
 # A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
 # 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
 _CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
+_SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
 
 
 @record
@@ -26,33 +41,70 @@ class Plan:
     """The steps for one job, in order, and what its tasks are told when they are done."""
 
     gpus: tuple[Gpu, ...]
-    limits: Limits
-    context_mib: int
-    visible_devices: str
+    daemons: tuple[JobDaemon, ...]
+    clients_per_gpu: int
+    request: JobRequest
+    config: SiteConfig
     steps: tuple[Step, ...]
 
-    def verdict(self, pipe_directory: str, log_directory: str) -> Verdict:
-        """What the plugin reads in the job's tasks. GPUs stand in the daemon's order, which is PCI order (O19)."""
+    def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
+        """What the plugin reads in the job's tasks; `running` are the plan's daemons.
+
+        GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
+        serves the first GPU and so on.
+        """
+        limits = self.daemons[0].limits
         settings = [
-            ("pipe_directory", pipe_directory),
-            ("log_directory", log_directory),
-            ("thread_percentage", format_thread_percentage(self.limits.thread_percentage)),
-            ("context_mib", str(self.context_mib)),
-            ("visible_devices", self.visible_devices),
+            *(
+                ("daemon", f"{daemon.pipe_directory} {daemon.log_directory} {_limit_word(planned.limits)}")
+                for daemon, planned in zip(running, self.daemons, strict=True)
+            ),
+            ("thread_percentage", format_thread_percentage(limits.thread_percentage)),
+            ("thread_percentage_min", format_thread_percentage(self.config.limits_thread_percentage_min)),
+            ("memory_min", self.config.limits_memory_min),
+            ("context_mib", str(self.config.limits_memory_context_mib)),
+            ("clients_per_gpu", str(self.clients_per_gpu)),
+            ("visible_devices", self.config.gpus_client_visible_devices),
         ]
-        if self.limits.memory_bytes is not None:
-            settings.append(("memory_limit", format_memory(self.limits.memory_bytes)))
-        if self.limits.client_priority is not None:
-            settings.append(("client_priority", str(self.limits.client_priority)))
-        settings += [("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid}") for gpu in self.gpus]
+        if self.request.daemons == PER_GPU:
+            settings.append(("daemons", PER_GPU))
+        if limits.client_priority is not None:
+            settings.append(("client_priority", str(limits.client_priority)))
+        if self.request.auto_threads:
+            settings.append(("auto", "threads"))
+        if self.request.auto_memory:
+            settings.append(("auto", "memory"))
+        settings += [
+            ("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid} {_for_clients(gpu, self.config)}") for gpu in self.gpus
+        ]
         return Verdict("ready", settings=tuple(settings))
+
+
+def _limit_word(limits: Limits) -> str:
+    return "-" if limits.memory_bytes is None else format_memory(limits.memory_bytes)
+
+
+def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
+    """How many MiB of a GPU its clients can share out; what their contexts cost counts against their limits (O15)."""
+    return max(0, gpu.free_bytes // MIB - max(_SERVER_MIB, config.limits_memory_context_mib))
+
+
+def _clients_per_gpu(gpus: tuple[Gpu, ...], config: SiteConfig) -> int:
+    """How many client contexts a server takes on a GPU (O42, M5)."""
+    if config.gpus_clients_max:
+        return config.gpus_clients_max
+    if min(gpu.compute_capability for gpu in gpus) < (7, 0):
+        return 16
+    return 60 if gpus[0].cuda_version >= (13, 1) else 48
 
 
 def _thread_percentage(request: JobRequest, config: SiteConfig) -> float:
     percent = request.thread_percentage
+    low, high = config.limits_thread_percentage_min, config.limits_thread_percentage_max
+    if request.auto_threads:
+        return high
     if percent is None:
         return config.limits_thread_percentage_default
-    low, high = config.limits_thread_percentage_min, config.limits_thread_percentage_max
     if not low <= percent <= high:
         raise RequestError(f"--mps-threads={percent:g}: this site allows {low:g} to {high:g}")
     return percent
@@ -64,14 +116,9 @@ def _context_bytes(percent: float, config: SiteConfig) -> int:
     return config.limits_memory_context_mib * parts // (_CONTEXT_PARTS * 1000) * MIB
 
 
-def _memory_limit(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float) -> int | None:
-    limit = request.memory_limit_bytes
-    if limit is None:
-        limit = memory_bytes(config.limits_memory_default)
-        if limit is None:
-            return None
-    asked = f"--mps-mem={format_memory(limit)}"
-    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+def _checked_limit(limit: int, smallest: Gpu, percent: float, config: SiteConfig, gpu_word: str) -> int:
+    """A memory limit in bytes that a client of this GPU can have."""
+    asked = f"--mps-mem={gpu_word}{format_memory(limit)}"
     if limit > smallest.memory_bytes:
         raise RequestError(
             f"{asked} is more than {smallest.uuid} has ({describe_memory(smallest.memory_bytes)})",
@@ -92,6 +139,43 @@ def _memory_limit(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]
     return limit
 
 
+def _memory_limit(
+    request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float, number: int
+) -> int | None:
+    """The limit of the daemon that serves these GPUs, the first of which is the job's `number`-th."""
+    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    own = dict(request.memory_by_gpu).get(number)
+    if own is not None:
+        return _checked_limit(own, smallest, percent, config, f"{number}:")
+    if request.auto_memory:
+        high = memory_bytes(config.limits_memory_max)
+        return None if high is None else min(high, smallest.memory_bytes // MIB * MIB)
+    limit = request.memory_limit_bytes
+    if limit is None:
+        limit = memory_bytes(config.limits_memory_default)
+    return None if limit is None else _checked_limit(limit, smallest, percent, config, "")
+
+
+def _check_gpu_numbers(request: JobRequest, count: int) -> None:
+    beyond = [number for number, _ in request.memory_by_gpu if number >= count]
+    if beyond:
+        has = "one GPU on this node, which is 0" if count == 1 else f"{count} GPUs on this node, 0 to {count - 1}"
+        raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}")
+
+
+def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> tuple[JobDaemon, ...]:
+    percent = _thread_percentage(request, config)
+    served = [(gpu,) for gpu in gpus] if request.daemons == PER_GPU else [gpus]
+    return tuple(
+        JobDaemon(
+            name=gpu_daemon_name(number) if request.daemons == PER_GPU else WHOLE_JOB,
+            gpus=tuple(gpu.uuid for gpu in its),
+            limits=Limits(percent, _memory_limit(request, config, its, percent, number), request.client_priority),
+        )
+        for number, its in enumerate(served)
+    )
+
+
 def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
     """Decide what the job gets.
 
@@ -99,25 +183,29 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     """
     if not gpus:
         raise RequestError("this job has no GPU on this node", hint="ask for one, such as --gres=gpu:1")
+    if len(gpus) > GPUS_MAX:
+        raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
     gpus = tuple(sorted(gpus, key=lambda gpu: gpu.index))
     uuids = tuple(gpu.uuid for gpu in gpus)
     if len(set(uuids)) < len(uuids):
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
-    percent = _thread_percentage(request, config)
-    limits = Limits(percent, _memory_limit(request, config, gpus, percent), request.client_priority)
+    _check_gpu_numbers(request, len(gpus))
+    daemons = _daemons(request, config, gpus)
+    names = tuple(daemon.name for daemon in daemons)
     may_share = config.gpus_sharing == "share"
     mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
     return Plan(
         gpus=gpus,
-        limits=limits,
-        context_mib=config.limits_memory_context_mib,
-        visible_devices=config.gpus_client_visible_devices,
+        daemons=daemons,
+        clients_per_gpu=_clients_per_gpu(gpus, config),
+        request=request,
+        config=config,
         steps=(
             *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
-            MakeDirectories(),
-            StartDaemon(uuids),
-            SetLimits(limits, len(uuids)),
+            MakeDirectories(names),
+            StartDaemons(daemons),
+            SetLimits(daemons),
             AdmitUser(request.uid),
-            StartServer(request.uid),
+            StartServers(request.uid, names),
         ),
     )

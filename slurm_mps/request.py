@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from .errors import NodeError, RequestError
 from .record import record
-from .units import parse_client_priority, parse_memory, parse_thread_percentage, printable
+from .units import (
+    AUTO,
+    parse_client_priority,
+    parse_memory,
+    parse_memory_by_gpu,
+    parse_thread_percentage,
+    printable,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
 _PREFIX = "SPANK_MPS"
 _KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
 _ID_MAX = 2**32 - 1
+PER_NODE, PER_GPU = "per-node", "per-gpu"
+_DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
 
 
 @record
@@ -29,7 +38,9 @@ class JobRequest:
 
     ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17).
     ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
-    normal and 1 for low. None: not asked for.
+    normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
+    the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
+    ``auto_memory``: each step divides by the ranks that share a GPU.
     """
 
     job_id: int
@@ -39,6 +50,10 @@ class JobRequest:
     thread_percentage: float | None = None
     memory_limit_bytes: int | None = None
     client_priority: int | None = None
+    daemons: str = PER_NODE
+    memory_by_gpu: tuple[tuple[int, int], ...] = ()
+    auto_threads: bool = False
+    auto_memory: bool = False
 
 
 def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -62,6 +77,20 @@ def _option(environment: Mapping[str, str], name: str, option: str, parse: Calla
         return parse(text)
     except RequestError as error:
         raise RequestError(f"{option}={printable(text)}: {error.message}") from None
+
+
+def _daemons(text: str) -> str:
+    if text not in _DAEMONS:
+        raise RequestError(f"expected {PER_NODE} or {PER_GPU}")
+    return _DAEMONS[text]
+
+
+def _unless_auto(text: str, parse: Callable[[str], T]) -> T | None:
+    return None if text == AUTO else parse(text)
+
+
+def _memory(text: str) -> int | tuple[tuple[int, int], ...] | None:
+    return parse_memory_by_gpu(text) if ":" in text else _unless_auto(text, parse_memory)
 
 
 def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -88,12 +117,26 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
             f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
             hint="is the plugin on the submit host newer than the node?",
         )
+    daemons = _option(environment, "SPANK_MPS", "--mps", _daemons) or PER_NODE
+    memory = _option(environment, "SPANK_MPS_MEM", "--mps-mem", _memory)
+    by_gpu = memory if isinstance(memory, tuple) else ()
+    if by_gpu and daemons != PER_GPU:
+        raise RequestError(
+            f"--mps-mem={printable(environment['SPANK_MPS_MEM'])}: one control daemon cannot tell its GPUs apart",
+            hint="ask for --mps=per-gpu, or for one size",
+        )
     return JobRequest(
         job_id=slurm_number(environment, "SLURM_JOB_ID"),
         uid=slurm_number(environment, "SLURM_JOB_UID"),
         restart_count=slurm_number(environment, "SLURM_JOB_RESTART_COUNT", default=0),
         gpus=_gpus(environment),
-        thread_percentage=_option(environment, "SPANK_MPS_THREADS", "--mps-threads", parse_thread_percentage),
-        memory_limit_bytes=_option(environment, "SPANK_MPS_MEM", "--mps-mem", parse_memory),
+        thread_percentage=_option(
+            environment, "SPANK_MPS_THREADS", "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)
+        ),
+        memory_limit_bytes=memory if isinstance(memory, int) else None,
         client_priority=_option(environment, "SPANK_MPS_PRIORITY", "--mps-priority", parse_client_priority),
+        daemons=daemons,
+        memory_by_gpu=by_gpu,
+        auto_threads=environment.get("SPANK_MPS_THREADS") == AUTO,
+        auto_memory=environment.get("SPANK_MPS_MEM") == AUTO,
     )

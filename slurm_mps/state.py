@@ -7,7 +7,7 @@
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read
-        pipe/                the control daemon's
+        pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
 Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put

@@ -6,9 +6,10 @@ to do when it runs again, and when its step never came to apply.
 
 from __future__ import annotations
 
+import _thread
 from time import monotonic
 
-from .errors import DeadlineError, NodeError, RequestError
+from .errors import DeadlineError, MpsError, NodeError, RequestError
 from .node import logs
 from .node.control import ControlDaemon, Limits, Patience
 from .node.messages import tell_admin
@@ -17,11 +18,14 @@ from .wordfile import DamagedFileError, fields, with_fields
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from collections.abc import Callable, Sequence
+    from typing import Protocol, TypeVar
 
     from .config import SiteConfig
     from .node.gpus import Gpus
     from .state import Journal, NodeState
+
+    T = TypeVar("T")
 
     class Undo(Protocol):
         def line(self) -> str: ...
@@ -30,6 +34,15 @@ if TYPE_CHECKING:
     class Step(Protocol):
         def look(self) -> Undo | None: ...
         def apply(self, site: JobSite) -> None: ...
+
+
+#: The pipe directory of the one daemon that serves all of a job's GPUs.
+WHOLE_JOB = "pipe"
+
+
+def gpu_daemon_name(number: int) -> str:
+    """The pipe directory of the daemon that serves one GPU, by the job's own count from 0."""
+    return f"gpu-{number}"
 
 
 @record
@@ -57,12 +70,61 @@ class JobSite:
             raise DeadlineError("out of time")
         return min(wanted, left)
 
-    @property
-    def daemon(self) -> ControlDaemon:
+    def daemon(self, name: str) -> ControlDaemon:
+        """One of the job's control daemons, by the name of its pipe directory."""
         here = self.journal.directory
         kept_here = here.exists("log")
         log_directory = f"{here.path}/log" if kept_here else f"{self.config.paths_logs}/{self.journal.job_id}"
-        return ControlDaemon(self.config.paths_control_program, f"{here.path}/pipe", log_directory)
+        if name != WHOLE_JOB:
+            log_directory += f"/{name}"
+        return ControlDaemon(self.config.paths_control_program, f"{here.path}/{name}", log_directory)
+
+
+@record
+class JobDaemon:
+    """One of a job's control daemons: its pipe directory's name, the UUIDs of its GPUs, what its clients may have."""
+
+    name: str
+    gpus: tuple[str, ...]
+    limits: Limits
+
+
+def side_by_side(act: Callable[[T], None], things: Sequence[T]) -> None:
+    """Do the same to several things at once and wait for all of it; whatever waits in it has its own deadline.
+
+    Raises: what went wrong; of several failures, one NodeError that tells them all.
+    """
+    errors: list[Exception] = []
+
+    def attempt(thing: T) -> None:
+        try:
+            act(thing)
+        except Exception as error:  # raised again below, in the thread that waits
+            errors.append(error)
+
+    def in_thread(thing: T) -> _thread.LockType:
+        done = _thread.allocate_lock()
+        done.acquire()
+
+        def run() -> None:
+            attempt(thing)
+            done.release()
+
+        try:
+            _thread.start_new_thread(run, ())
+        except RuntimeError:  # no thread to be had: one after the other, then
+            run()
+        return done
+
+    first, *others = things
+    ends = [in_thread(thing) for thing in others]
+    attempt(first)
+    for end in ends:
+        end.acquire()
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise NodeError("; ".join(str(error) if isinstance(error, MpsError) else repr(error) for error in errors))
 
 
 @record
@@ -127,24 +189,30 @@ class ReleaseGpu:
 
 @record
 class MakeDirectories:
-    """Give the control daemon its pipe directory, to which the job's directory is the gate (O24), and a log directory.
+    """Give each control daemon its pipe directory, to which the job's directory is the gate (O24), and a log directory.
 
     The logs grow with every connection, and any process of the job's user may connect: they lie where the site keeps
     logs and not beside the state, which every job of the node needs room for. Only where that cannot be they lie here.
     """
 
+    daemons: tuple[str, ...]
+
     def look(self) -> RemoveDirectories:
         return RemoveDirectories()
 
     def apply(self, site: JobSite) -> None:
-        site.journal.directory.make("pipe", 0o755).close()
-        if not logs.make(site.journal.job_id, site.journal.uid, site.config):
-            site.journal.directory.make("log", 0o755).close()
+        for name in self.daemons:
+            site.journal.directory.make(name, 0o755).close()
+        parts = [name for name in self.daemons if name != WHOLE_JOB]
+        if not logs.make(site.journal.job_id, site.journal.uid, parts, site.config):
+            with site.journal.directory.make("log", 0o755) as here:
+                for part in parts:
+                    here.make(part, 0o755).close()
 
 
 @record
 class RemoveDirectories:
-    """Remove the daemon's pipe directory, and cut its logs to what the site wants kept."""
+    """Remove the daemons' pipe directories, and cut their logs to what the site wants kept."""
 
     def line(self) -> str:
         return "remove_directories"
@@ -152,35 +220,58 @@ class RemoveDirectories:
     def undo(self, site: JobSite) -> None:
         if not site.journal.directory.exists("log"):
             logs.keep(site.journal.job_id, site.config, site.state.job_ids())
-        for name in ("pipe", "log"):
-            site.journal.directory.remove_tree(name)
+        here = site.journal.directory
+        for name in here.names():
+            if name in (WHOLE_JOB, "log") or name.startswith("gpu-"):
+                here.remove_tree(name)
 
 
 @record
-class StartDaemon:
-    """Start the job's control daemon on exactly the job's GPUs."""
+class StartDaemons:
+    """Start the job's control daemons, side by side, each on exactly its GPUs."""
 
-    gpus: tuple[str, ...]
+    daemons: tuple[JobDaemon, ...]
 
-    def look(self) -> QuitDaemon:
-        return QuitDaemon()
+    def look(self) -> QuitDaemons:
+        return QuitDaemons(tuple(daemon.name for daemon in self.daemons))
 
     def apply(self, site: JobSite) -> None:
-        site.daemon.start(self.gpus, site.seconds(site.config.deadlines_daemon_start))
-        with site.journal.directory.subdirectory("pipe") as pipe:
-            site.daemon.protect(pipe)
-            if site.daemon.process(pipe) is None:
-                raise NodeError(f"{site.daemon.program} -d said yes, but no control daemon runs")
+        side_by_side(lambda daemon: _start(daemon, site), self.daemons)
+
+
+def _start(one: JobDaemon, site: JobSite) -> None:
+    daemon = site.daemon(one.name)
+    daemon.start(one.gpus, site.seconds(site.config.deadlines_daemon_start))
+    with site.journal.directory.subdirectory(one.name) as pipe:
+        daemon.protect(pipe)
+        if daemon.process(pipe) is None:
+            raise NodeError(f"{daemon.program} -d said yes, but no control daemon runs")
 
 
 @record
-class QuitDaemon:
-    """End the control daemon and its servers, proved to be the job's own."""
+class QuitDaemons:
+    """End the control daemons and their servers, proved to be the job's own; one that is stuck delays no other."""
+
+    names: tuple[str, ...]
 
     def line(self) -> str:
-        return "quit_daemon"
+        return with_fields("quit_daemons", {"names": ",".join(self.names)})
+
+    def stand(self, site: JobSite) -> bool:
+        """Whether all of them run."""
+        return all(self._stands(name, site) for name in self.names)
+
+    def _stands(self, name: str, site: JobSite) -> bool:
+        try:
+            with site.journal.directory.subdirectory(name) as pipe:
+                return site.daemon(name).process(pipe) is not None
+        except FileNotFoundError:
+            return False
 
     def undo(self, site: JobSite) -> None:
+        side_by_side(lambda name: self._quit(name, site), self.names)
+
+    def _quit(self, name: str, site: JobSite) -> None:
         wanted = site.config.deadlines_quit + 2 * site.config.deadlines_signal
         share = site.seconds(wanted) / wanted
         patience = Patience(
@@ -189,26 +280,28 @@ class QuitDaemon:
             signal_seconds=share * site.config.deadlines_signal,
         )
         try:
-            pipe = site.journal.directory.subdirectory("pipe")
+            pipe = site.journal.directory.subdirectory(name)
         except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
-            site.daemon.quit(None, site.journal.uid, patience)
+            site.daemon(name).quit(None, site.journal.uid, patience)
             return
         with pipe:
-            site.daemon.quit(pipe, site.journal.uid, patience)
+            site.daemon(name).quit(pipe, site.journal.uid, patience)
 
 
 @record
 class SetLimits:
-    """Set what each client may have, and read it back; it dies with the daemon."""
+    """Set what each daemon's clients may have, and read it back; it dies with the daemon."""
 
-    limits: Limits
-    device_count: int
+    daemons: tuple[JobDaemon, ...]
 
     def look(self) -> None:
         return None
 
     def apply(self, site: JobSite) -> None:
-        site.daemon.set_limits(self.limits, self.device_count, site.seconds(site.config.deadlines_command))
+        side_by_side(lambda daemon: self._set(daemon, site), self.daemons)
+
+    def _set(self, one: JobDaemon, site: JobSite) -> None:
+        site.daemon(one.name).set_limits(one.limits, len(one.gpus), site.seconds(site.config.deadlines_command))
 
 
 @record
@@ -228,21 +321,25 @@ class AdmitUser:
 
 
 @record
-class StartServer:
-    """Have the server started for the job's user, ahead of the first client; it dies with the daemon.
+class StartServers:
+    """Have each daemon start its server for the job's user, ahead of the first client; it dies with the daemon.
 
     Not waited for: it is up before the job's first CUDA context needs it (O26). A daemon that does not do it now does
     it for the first client; from here on the job's user could be the reason, so it is no fault of the node.
     """
 
     uid: int
+    daemons: tuple[str, ...]
 
     def look(self) -> None:
         return None
 
     def apply(self, site: JobSite) -> None:
+        side_by_side(lambda name: self._start(name, site), self.daemons)
+
+    def _start(self, name: str, site: JobSite) -> None:
         try:
-            site.daemon.start_server(self.uid, site.seconds(site.config.deadlines_command))
+            site.daemon(name).start_server(self.uid, site.seconds(site.config.deadlines_command))
         except NodeError as error:
             tell_admin(f"job {site.journal.job_id}: the server is not started ahead of the first client: {error}")
 
@@ -257,6 +354,6 @@ def read_undo(line: str) -> Undo:
         return ReleaseGpu(**fields(words))
     if kind == "remove_directories" and not words:
         return RemoveDirectories()
-    if kind == "quit_daemon" and not words:
-        return QuitDaemon()
+    if kind == "quit_daemons":
+        return QuitDaemons(tuple(fields(words)["names"].split(",")))
     raise DamagedFileError(f"the journal has an unknown undo {kind[:40]!r}")

@@ -11,12 +11,18 @@ from .errors import RequestError
 MIB = 1024**2
 GIB = 1024**3
 TIB = 1024**4
+#: As many GPUs as a node may have for us (spank/verdict.h).
+GPUS_MAX = 64
 _UNIT_BYTES = {"M": MIB, "G": GIB, "T": TIB}
 
 _PRIORITIES = ("normal", "low")
+#: Divide by the ranks that share a GPU, which is known where a step starts.
+AUTO = "auto"
 
-THREADS_EXPECTED = "a percentage above 0 and up to 100 with at most one decimal, such as 25 or 12.5"
-MEMORY_EXPECTED = "a whole number above 0 with M, G or T (binary units), such as 512M or 8G"
+THREADS_EXPECTED = "a percentage above 0 and up to 100 with at most one decimal, such as 25 or 12.5, or auto"
+MEMORY_EXPECTED = (
+    "a whole number above 0 with M, G or T, such as 8G, or auto, or with --mps=per-gpu a list such as 0:8G,1:4G"
+)
 
 
 def _is_number(text: str, max_digits: int) -> bool:
@@ -49,6 +55,23 @@ def parse_memory(text: str) -> int:
     if unit in _UNIT_BYTES and _is_number(number, 9) and int(number) > 0:
         return int(number) * _UNIT_BYTES[unit]
     raise RequestError(f"expected {MEMORY_EXPECTED}")
+
+
+def parse_memory_by_gpu(text: str) -> tuple[tuple[int, int], ...]:
+    """Read memory limits that differ between a job's GPUs, such as ``0:8G,1:4G``.
+
+    Returns: (the job's own count of a GPU, from 0 to 63; bytes) for each entry, in the order given.
+    Raises: RequestError when the text is no such list, or names a GPU twice.
+    """
+    limits: list[tuple[int, int]] = []
+    for entry in text.split(","):
+        gpu, colon, size = entry.partition(":")
+        if not colon or not _is_number(gpu, 2) or int(gpu) >= GPUS_MAX:
+            raise RequestError(f"expected {MEMORY_EXPECTED}")
+        if int(gpu) in dict(limits):
+            raise RequestError("it names a GPU twice")
+        limits.append((int(gpu), parse_memory(size)))
+    return tuple(limits)
 
 
 def parse_client_priority(text: str) -> int:

@@ -27,7 +27,7 @@ static void find_openable(const struct verdict *verdict, struct task_gpus *open)
 	open->count = 0;
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
 		if (may_open(&verdict->gpus[i])) {
-			open->ordinals[open->count] = open->count;
+			open->ordinals[open->count] = verdict->per_gpu ? 0 : open->count;
 			open->gpus[open->count++] = &verdict->gpus[i];
 		}
 }
@@ -68,7 +68,7 @@ bool task_gpus(const struct verdict *verdict, const char *visible, struct task_g
 
 	task->count = 0;
 	find_openable(verdict, &open);
-	if (!visible || !*visible || !open.count)
+	if (!visible || !*visible || !strcmp(visible, NO_DEVICES) || !open.count)
 		return true; /* a step without GPUs, such as srun --gres=none */
 	if (entries(visible) >= open.count) {
 		*task = open;

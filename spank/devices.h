@@ -9,9 +9,12 @@
 
 struct task_gpus {
 	unsigned int count;
-	const struct verdict_gpu *gpus[VERDICT_GPUS_MAX];
-	unsigned int ordinals[VERDICT_GPUS_MAX]; /* as a client counts them that may open just these */
+	const struct verdict_gpu *gpus[GPUS_MAX];
+	unsigned int ordinals[GPUS_MAX]; /* as a client counts them that may open just these */
 };
+
+/* What Slurm, and the plugin, write into CUDA_VISIBLE_DEVICES of a task that has no GPU. */
+#define NO_DEVICES "NoDevFiles"
 
 /*
  * Find a task's GPUs.

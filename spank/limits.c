@@ -3,50 +3,188 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "options.h"
-
 /* A context costs 22 of 514 parts of its whole cost at 0 % of the threads, and the rest in proportion (O15). */
 static uint64_t context_mib(const struct verdict *verdict, unsigned int tenths)
 {
 	return verdict->context_mib * (22 * 1000 + 492 * (uint64_t)tenths) / (514 * 1000);
 }
 
-bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, const char *priority,
-		    struct limits *limits, char *message, size_t size)
+/* A percentage as an option or an environment variable has it: 25, 12.5. */
+static void write_percentage(unsigned int tenths, char *out, size_t size)
 {
-	unsigned int tenths = threads_tenths(threads);
-	uint64_t mib = mem_mib(mem);
+	if (tenths % 10)
+		(void)snprintf(out, size, "%u.%u", tenths / 10, tenths % 10);
+	else
+		(void)snprintf(out, size, "%u", tenths / 10);
+}
 
-	limits->threads_tenths = threads_tenths(verdict->thread_percentage);
-	limits->memory_mib = limits->daemon_mib = mem_mib(verdict->memory_limit);
+/* A memory limit as an option has it: 8G, 512M. */
+static void write_mib(uint64_t mib, char *out, size_t size)
+{
+	bool whole = mib % 1024 == 0;
+
+	(void)snprintf(out, size, "%llu%c", (unsigned long long)(whole ? mib / 1024 : mib), whole ? 'G' : 'M');
+}
+
+static bool lower_priority(const struct verdict *verdict, const char *asked, struct limits *limits, char *message,
+			   size_t size)
+{
 	limits->priority = verdict->priority;
-	if (limits->priority && client_priority(priority) == 0) {
+	if (limits->priority && client_priority(asked) == 0) {
 		(void)snprintf(message, size, "--mps-priority=normal is more than the job has (low); a step can only lower it");
 		return false;
 	}
-	if (client_priority(priority) == 1)
+	if (client_priority(asked) == 1)
 		limits->priority = 1;
-	if (tenths > limits->threads_tenths) {
-		(void)snprintf(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it",
-			       threads, verdict->thread_percentage);
-		return false;
-	}
-	if (limits->memory_mib && mib > limits->memory_mib) {
-		(void)snprintf(message, size, "--mps-mem=%s is more than the job has (%s); a step can only lower it", mem,
-			       verdict->memory_limit);
+	return true;
+}
+
+static bool lower_threads(const struct verdict *verdict, const char *asked, struct limits *limits, char *message,
+			  size_t size)
+{
+	unsigned int tenths = threads_tenths(asked);
+	char has[16];
+
+	limits->divide_threads = *asked ? is_auto(asked) : verdict->auto_threads;
+	limits->threads_tenths = verdict->threads_tenths;
+	if (tenths > verdict->threads_tenths) {
+		write_percentage(verdict->threads_tenths, has, sizeof(has));
+		(void)snprintf(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it", asked,
+			       has);
 		return false;
 	}
 	if (tenths)
 		limits->threads_tenths = tenths;
-	if (mib)
-		limits->memory_mib = mib;
+	return true;
+}
+
+/* Lower the limit of one GPU; `word` names it in messages, empty where all have the same. */
+static bool lower_memory_of(const struct verdict *verdict, unsigned int gpu, uint64_t mib, const char *word,
+			    struct limits *limits, char *message, size_t size)
+{
+	uint64_t job = verdict_daemon_of(verdict, &verdict->gpus[gpu])->mib;
+	char asked[24], has[24];
+
+	write_mib(mib, asked, sizeof(asked));
+	write_mib(job, has, sizeof(has));
+	limits->mib[gpu] = mib ? mib : job;
+	if (job && mib > job) {
+		(void)snprintf(message, size, "--mps-mem=%s%s is more than the job has (%s); a step can only lower it", word,
+			       asked, has);
+		return false;
+	}
 	if (mib && mib <= context_mib(verdict, limits->threads_tenths)) {
 		(void)snprintf(message, size,
-			       "--mps-mem=%s is less than a CUDA context costs with %u.%u %% of the threads (about %llu MiB)",
-			       mem, limits->threads_tenths / 10, limits->threads_tenths % 10,
+			       "--mps-mem=%s%s is less than a CUDA context costs with %u.%u %% of the threads (about %llu MiB)",
+			       word, asked, limits->threads_tenths / 10, limits->threads_tenths % 10,
 			       (unsigned long long)context_mib(verdict, limits->threads_tenths));
 		return false;
 	}
+	return true;
+}
+
+static bool lower_memory(const struct verdict *verdict, const char *asked, struct limits *limits, char *message,
+			 size_t size)
+{
+	struct mem_option mem;
+	char word[8] = "";
+
+	if (mem_option(asked, &mem))
+		return true; /* it was refused where it was given */
+	limits->divide_memory = *asked ? mem.automatic : verdict->auto_memory;
+	if (mem.by_gpu && !verdict->per_gpu) {
+		(void)snprintf(message, size, "--mps-mem=%s needs a job with --mps=per-gpu: one control daemon cannot tell its "
+					      "GPUs apart", asked);
+		return false;
+	}
+	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++) {
+		if (mem.by_gpu)
+			(void)snprintf(word, sizeof(word), "%u:", gpu);
+		if (gpu < verdict->gpu_count &&
+		    !lower_memory_of(verdict, gpu, mem.mib[gpu], word, limits, message, size))
+			return false;
+		if (gpu >= verdict->gpu_count && mem.by_gpu && mem.mib[gpu]) {
+			(void)snprintf(message, size, "--mps-mem has a limit for GPU %u, but this job has %u on this node, counted "
+						      "from 0", gpu, verdict->gpu_count);
+			return false;
+		}
+	}
+	return true;
+}
+
+bool limits_of_step(const struct verdict *verdict, const struct step_options *options, struct limits *limits,
+		    char *message, size_t size)
+{
+	enum daemons daemons;
+
+	memset(limits, 0, sizeof(*limits));
+	if (daemons_option(options->daemons, &daemons) && daemons != DAEMONS_UNSAID &&
+	    (daemons == DAEMONS_PER_GPU) != verdict->per_gpu) {
+		(void)snprintf(message, size, "--mps=%s: the job has --mps=%s, and its control daemons are started with the job",
+			       options->daemons, verdict->per_gpu ? "per-gpu" : "per-node");
+		return false;
+	}
+	return lower_priority(verdict, options->priority, limits, message, size) &&
+	       lower_threads(verdict, options->threads, limits, message, size) &&
+	       lower_memory(verdict, options->mem, limits, message, size);
+}
+
+bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
+{
+	return limits->divide_threads || limits->divide_memory || tasks > verdict->clients_per_gpu;
+}
+
+/* The least that any GPU's ranks get must do, so that all tasks of the step come to the same opinion. */
+static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int ranks, uint64_t mib,
+		      char *message, size_t size)
+{
+	unsigned int tenths = limits->divide_threads ? 1000 / ranks : 1000;
+	uint64_t context;
+	char least[24];
+
+	if (ranks > verdict->clients_per_gpu) {
+		(void)snprintf(message, size, "%u tasks of this step share a GPU, and an MPS server takes %u clients there; start "
+					      "fewer on this node, or give the job more GPUs", ranks, verdict->clients_per_gpu);
+		return false;
+	}
+	if (limits->divide_threads && tenths < verdict->threads_tenths_min) {
+		write_percentage(verdict->threads_tenths_min, least, sizeof(least));
+		(void)snprintf(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, which is %u.%u %% of its "
+					      "threads for each; this site allows %s and more", ranks, tenths / 10, tenths % 10,
+			       least);
+		return false;
+	}
+	if (tenths > limits->threads_tenths)
+		tenths = limits->threads_tenths;
+	context = context_mib(verdict, tenths);
+	if (limits->divide_memory && (mib <= context || mib < verdict->mib_min)) {
+		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
+		(void)snprintf(message, size, "--mps-mem=auto: %u tasks of this step share a GPU, which is %lluM of its memory for "
+					      "each; they need at least %s", ranks, (unsigned long long)mib, least);
+		return false;
+	}
+	return true;
+}
+
+bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int ranks[GPUS_MAX],
+		   struct limits *limits, char *message, size_t size)
+{
+	limits->ranks = 1;
+	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
+		if (ranks[gpu] && !is_enough(verdict, limits, ranks[gpu], verdict->gpus[gpu].mib_for_clients / ranks[gpu],
+					     message, size))
+			return false;
+	for (unsigned int i = 0; i < task->count; i++) {
+		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
+		uint64_t share = task->gpus[i]->mib_for_clients / (ranks[gpu] ? ranks[gpu] : 1);
+
+		if (ranks[gpu] > limits->ranks)
+			limits->ranks = ranks[gpu];
+		if (limits->divide_memory && (!limits->mib[gpu] || share < limits->mib[gpu]))
+			limits->mib[gpu] = share;
+	}
+	if (limits->divide_threads && 1000 / limits->ranks < limits->threads_tenths)
+		limits->threads_tenths = 1000 / limits->ranks;
 	return true;
 }
 
@@ -56,45 +194,27 @@ void limits_threads_value(const struct limits *limits, const char *own, char *ou
 
 	if (!tenths || tenths > limits->threads_tenths)
 		tenths = limits->threads_tenths;
-	if (tenths % 10)
-		(void)snprintf(out, size, "%u.%u", tenths / 10, tenths % 10);
-	else
-		(void)snprintf(out, size, "%u", tenths / 10);
+	write_percentage(tenths, out, size);
 }
 
-static unsigned int device_count(const char *uuids)
+/* Which of the task's devices has this name: a UUID, or an ordinal as the client counts; -1: none. */
+static int find_device(const struct task_gpus *task, const char *name, size_t length)
 {
-	unsigned int count = 1;
-
-	for (; *uuids; uuids++)
-		count += *uuids == ',';
-	return count < VERDICT_GPUS_MAX ? count : VERDICT_GPUS_MAX;
-}
-
-/* The position of `name` among the UUIDs, or the ordinal that it is; -1 when the task has no such device. */
-static int find_device(const char *uuids, const char *name, size_t length)
-{
-	int position = 0;
 	char ordinal[12];
 
-	while (*uuids) {
-		size_t uuid_length = strcspn(uuids, ",");
+	for (unsigned int device = 0; device < task->count; device++) {
+		const char *uuid = task->gpus[device]->uuid;
 
-		if (uuid_length == length && !memcmp(uuids, name, length))
-			return position;
-		position++;
-		uuids += uuid_length + (uuids[uuid_length] == ',');
-	}
-	for (int device = 0; device < position; device++) {
-		(void)snprintf(ordinal, sizeof(ordinal), "%d", device);
-		if (strlen(ordinal) == length && !memcmp(ordinal, name, length))
-			return device;
+		(void)snprintf(ordinal, sizeof(ordinal), "%u", device);
+		if ((strlen(uuid) == length && !memcmp(uuid, name, length)) ||
+		    (strlen(ordinal) == length && !memcmp(ordinal, name, length)))
+			return (int)device;
 	}
 	return -1;
 }
 
 /* Take one "device=size" of the user's list; false when the driver could not use it. */
-static bool lower_one(const char *entry, size_t length, const char *uuids, uint64_t mib[])
+static bool lower_one(const char *entry, size_t length, const struct task_gpus *task, uint64_t mib[])
 {
 	const char *equals = memchr(entry, '=', length);
 	char size[OPTION_MAX];
@@ -110,47 +230,67 @@ static bool lower_one(const char *entry, size_t length, const char *uuids, uint6
 	memcpy(size, equals + 1, size_length);
 	size[size_length] = '\0';
 	own = mem_mib(size);
-	device = find_device(uuids, entry, (size_t)(equals - entry));
+	device = find_device(task, entry, (size_t)(equals - entry));
 	if (!own || device < 0)
 		return false;
-	if (own < mib[device])
+	if (!mib[device] || own < mib[device])
 		mib[device] = own;
 	return true;
 }
 
-static bool lower_all(const char *own, const char *uuids, uint64_t mib[])
+static bool lower_all(const char *own, const struct task_gpus *task, uint64_t mib[])
 {
 	while (*own) {
 		size_t length = strcspn(own, ",");
 
-		if (!lower_one(own, length, uuids, mib))
+		if (!lower_one(own, length, task, mib))
 			return false;
 		own += length + (own[length] == ',');
 	}
 	return true;
 }
 
-static void fill(uint64_t mib[VERDICT_GPUS_MAX], uint64_t value)
+/* A device of the task; a task that has none is taken for one with the job's first, should it find a way to it. */
+static const struct verdict_gpu *device_of(const struct verdict *verdict, const struct task_gpus *task,
+					   unsigned int device)
 {
-	for (unsigned int i = 0; i < VERDICT_GPUS_MAX; i++)
-		mib[i] = value;
+	return task->count ? task->gpus[device] : &verdict->gpus[0];
 }
 
-bool limits_memory_value(const struct limits *limits, const char *uuids, const char *own, char *out, size_t size)
+/* The step's limit of each of the task's devices. Returns: whether there is any. */
+static bool fill(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
+		 unsigned int count, uint64_t mib[GPUS_MAX])
 {
-	unsigned int count = device_count(uuids);
-	uint64_t mib[VERDICT_GPUS_MAX];
+	bool any = false;
+
+	for (unsigned int device = 0; device < count; device++) {
+		mib[device] = limits->mib[device_of(verdict, task, device) - verdict->gpus];
+		any |= mib[device] != 0;
+	}
+	return any;
+}
+
+bool limits_memory_value(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
+			 const char *own, char *out, size_t size)
+{
+	unsigned int count = task->count ? task->count : 1;
+	uint64_t mib[GPUS_MAX];
+	const char *comma = "";
 	size_t used = 0;
 
-	if (!limits->memory_mib)
+	if (!fill(verdict, limits, task, count, mib))
 		return false;
-	fill(mib, limits->memory_mib);
-	if (own && !lower_all(own, uuids, mib))
-		fill(mib, limits->memory_mib);
-	while (count > 1 && mib[count - 1] == limits->daemon_mib)
+	if (own && !lower_all(own, task, mib))
+		(void)fill(verdict, limits, task, count, mib);
+	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib)
 		count--;
-	for (unsigned int i = 0; i < count && used < size; i++)
-		used += (size_t)snprintf(out + used, size - used, "%s%u=%lluM", i ? "," : "", i,
-					 (unsigned long long)mib[i]);
+	out[0] = '\0';
+	for (unsigned int device = 0; device < count && used < size; device++) {
+		if (!mib[device])
+			continue;
+		used += (size_t)snprintf(out + used, size - used, "%s%u=%lluM", comma, device,
+					 (unsigned long long)mib[device]);
+		comma = ",";
+	}
 	return true;
 }

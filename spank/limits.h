@@ -6,23 +6,45 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "devices.h"
+#include "options.h"
 #include "verdict.h"
 
+/* The options of a step as it gave them; empty where it gave none. */
+struct step_options {
+	const char *daemons;
+	const char *threads;
+	const char *mem;
+	const char *priority;
+};
+
 struct limits {
-	unsigned int threads_tenths; /* of a percent */
-	uint64_t memory_mib;         /* on each device; 0: no limit */
-	uint64_t daemon_mib;         /* what the control daemon applies by itself; 0: no limit */
-	int priority;                /* 0 normal, 1 low */
+	unsigned int threads_tenths;               /* of a percent */
+	bool divide_threads, divide_memory;        /* limits_divide() is still to come */
+	int priority;                              /* 0 normal, 1 low */
+	unsigned int ranks;                        /* that share the task's GPU, where limits_divide() was needed */
+	uint64_t mib[GPUS_MAX];                    /* by the verdict's GPU; 0: no limit */
 };
 
 /*
- * Lower the job's limits (the verdict's) to those of a step. `threads`, `mem` and `priority` are the step's option values, empty
- * where it gave none; in a job's own batch step and in steps that say nothing they are the job's.
- * Returns: true; false with `message` filled when the step asks for more than the job has, or for less memory than a
- * CUDA context costs.
+ * Lower the job's limits (the verdict's) to those of a step; in a job's own batch step and in steps that say nothing
+ * they are the job's.
+ * Returns: true; false with `message` filled when the step asks for more than the job has, for less memory than a CUDA
+ * context costs, or for what only a job can have.
  */
-bool limits_of_step(const struct verdict *verdict, const char *threads, const char *mem, const char *priority,
-		    struct limits *limits, char *message, size_t size);
+bool limits_of_step(const struct verdict *verdict, const struct step_options *options, struct limits *limits,
+		    char *message, size_t size);
+
+/* Whether the number of ranks on each GPU must be known for a step with so many tasks on this node. */
+bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);
+
+/*
+ * Divide what is to be divided by the ranks that share a GPU; `ranks` counts them by the verdict's GPU.
+ * Returns: true; false with `message` filled, the same for all tasks of the step, when a server does not take so many
+ * clients, or too little would be left for each.
+ */
+bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int ranks[GPUS_MAX],
+		   struct limits *limits, char *message, size_t size);
 
 /*
  * The value of CUDA_MPS_ACTIVE_THREAD_PERCENTAGE for a task: its step's, or the user's own (NULL: none) if that is
@@ -31,12 +53,13 @@ bool limits_of_step(const struct verdict *verdict, const char *threads, const ch
 void limits_threads_value(const struct limits *limits, const char *own, char *out, size_t size);
 
 /*
- * The value of CUDA_MPS_PINNED_DEVICE_MEM_LIMIT for a task with these GPUs (UUIDs, comma separated; empty: one
- * device), such as "0=8192M". It names no more devices than have less than the daemon gives them: a program that then
- * narrows its CUDA_VISIBLE_DEVICES would lose every limit over a device that it does not see (O12). A limit of the user's own (NULL: none) counts where it is lower; one that the
- * driver could not use, and which would lift the limit altogether (O12), is left out whole.
+ * The value of CUDA_MPS_PINNED_DEVICE_MEM_LIMIT for a task with these GPUs, such as "0=8192M". It names no more devices
+ * than have less than their daemon gives them: a program that then narrows its CUDA_VISIBLE_DEVICES would lose every
+ * limit over a device that it does not see (O12). A limit of the user's own (NULL: none) counts where it is lower; one
+ * that the driver could not use, and which would lift the limit altogether (O12), is left out whole.
  * Returns: false when there is no limit to state and the user's own is left as it is.
  */
-bool limits_memory_value(const struct limits *limits, const char *uuids, const char *own, char *out, size_t size);
+bool limits_memory_value(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
+			 const char *own, char *out, size_t size);
 
 #endif

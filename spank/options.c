@@ -1,6 +1,5 @@
 #include "options.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 /* isdigit() depends on the locale of whoever loaded us; these do not. */
@@ -62,6 +61,77 @@ uint64_t mem_mib(const char *text)
 	default:
 		return 0;
 	}
+}
+
+bool is_auto(const char *text)
+{
+	return text && !strcmp(text, "auto");
+}
+
+/* Take one "gpu:size" of `length` characters. Returns NULL, or what is wrong. */
+static const char *take_gpu_size(const char *entry, size_t length, struct mem_option *option)
+{
+	char size[OPTION_MAX];
+	unsigned long gpu;
+	const char *colon = read_digits(entry, 2, &gpu);
+	size_t size_length;
+	uint64_t mib;
+
+	if (!colon || *colon != ':' || gpu >= GPUS_MAX)
+		return "expected " MEM_EXPECTED;
+	size_length = length - (size_t)(colon + 1 - entry);
+	if (size_length >= sizeof(size))
+		return "expected " MEM_EXPECTED;
+	memcpy(size, colon + 1, size_length);
+	size[size_length] = '\0';
+	mib = mem_mib(size);
+	if (!mib)
+		return "expected " MEM_EXPECTED;
+	if (option->mib[gpu])
+		return "it names a GPU twice";
+	option->mib[gpu] = mib;
+	return NULL;
+}
+
+const char *mem_option(const char *text, struct mem_option *option)
+{
+	const char *problem = NULL;
+	uint64_t each;
+
+	memset(option, 0, sizeof(*option));
+	if (!text || !*text)
+		return NULL;
+	option->automatic = is_auto(text);
+	option->by_gpu = strchr(text, ':') != NULL;
+	if (option->automatic)
+		return NULL;
+	if (!option->by_gpu) {
+		each = mem_mib(text);
+		for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++)
+			option->mib[gpu] = each;
+		return each ? NULL : "expected " MEM_EXPECTED;
+	}
+	while (!problem) {
+		size_t length = strcspn(text, ",");
+
+		problem = take_gpu_size(text, length, option);
+		text += length;
+		if (!*text++)
+			break;
+	}
+	return problem;
+}
+
+bool daemons_option(const char *text, enum daemons *daemons)
+{
+	*daemons = DAEMONS_UNSAID;
+	if (!text || !*text || !strcmp(text, "(null)"))
+		return true;
+	if (!strcmp(text, "per-node"))
+		*daemons = DAEMONS_PER_NODE;
+	else if (!strcmp(text, "per-gpu"))
+		*daemons = DAEMONS_PER_GPU;
+	return *daemons != DAEMONS_UNSAID;
 }
 
 int client_priority(const char *text)

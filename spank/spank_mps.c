@@ -1,5 +1,6 @@
 /*
- * spank_mps - the options --mps, --mps-threads, --mps-mem and --mps-priority, carried to the prolog and brought into the task.
+ * spank_mps - the options --mps, --mps-threads, --mps-mem and --mps-priority, carried to the prolog and brought into
+ * the task.
  *
  * Runs in srun, sbatch and salloc as the user, and in slurmstepd for each task. It carries and refuses, it decides
  * nothing: whether the job has MPS and under which limits was decided by the prolog, and stands in its verdict.
@@ -17,11 +18,13 @@
 #include <string.h>
 #include <unistd.h>
 
+#include <slurm/slurm.h>
 #include <slurm/spank.h>
 
 #include "devices.h"
 #include "limits.h"
 #include "options.h"
+#include "rollcall.h"
 #include "verdict.h"
 
 SPANK_PLUGIN(mps, 1)
@@ -30,8 +33,9 @@ enum { OPTION_MPS, OPTION_THREADS, OPTION_MEM, OPTION_PRIORITY };
 
 static struct {
 	bool asked;
+	char daemons[OPTION_MAX];
 	char threads[OPTION_MAX];
-	char mem[OPTION_MAX];
+	char mem[MEM_OPTION_MAX];
 	char priority[OPTION_MAX];
 } request;
 
@@ -41,58 +45,83 @@ static struct {
 	bool failed;
 	struct verdict verdict;
 	struct limits limits;
+	struct rollcall *rollcall;
 } step;
 
 /* As many UUIDs as a verdict holds, with commas; no other variable that is read or set here is as long. */
-#define VALUE_MAX (VERDICT_GPUS_MAX * sizeof(((struct verdict_gpu *)0)->uuid))
+#define VALUE_MAX (GPUS_MAX * sizeof(((struct verdict_gpu *)0)->uuid))
 
-static int refuse_value(const char *option, const char *value, const char *expected)
+/* More clients than these on a GPU must be content with two connections each. */
+#define CLIENTS_OF_ANY_KIND 48
+
+static int refuse_value(const char *option, const char *value, const char *problem)
 {
 	char shown[48];
 
-	printable(shown, sizeof(shown), value);
-	slurm_error("mps: --%s=%s: expected %s", option, shown, expected);
+	printable(shown, sizeof(shown), value ? value : "");
+	slurm_error("mps: --%s=%s: %s", option, shown, problem);
 	return ESPANK_BAD_ARG;
 }
 
-/* Both parsers bound the length of what they accept well below OPTION_MAX. */
-static void keep(char out[OPTION_MAX], const char *value)
+/* Keep a value that was read; what the parsers accept fits, but for a list with more zeros than anybody needs. */
+static int keep(char *out, size_t size, const char *option, const char *value)
 {
-	(void)snprintf(out, OPTION_MAX, "%s", value);
+	if (value && strlen(value) >= size)
+		return refuse_value(option, value, "it is too long");
+	(void)snprintf(out, size, "%s", value ? value : "");
+	return ESPANK_SUCCESS;
+}
+
+static int on_mem(const char *value)
+{
+	struct mem_option mem;
+	const char *problem = value && *value ? mem_option(value, &mem) : "expected " MEM_EXPECTED;
+
+	if (problem)
+		return refuse_value("mps-mem", value, problem);
+	return keep(request.mem, sizeof(request.mem), "mps-mem", value);
 }
 
 /* May run several times: Slurm calls it for an option in the environment, then for the same on the command line. */
 static int on_option(int which, const char *value, int remote)
 {
+	enum daemons daemons;
+
 	(void)remote;
 	request.asked = true;
 	switch (which) {
+	case OPTION_MPS:
+		if (!daemons_option(value, &daemons))
+			return refuse_value("mps", value, "expected " DAEMONS_EXPECTED);
+		return daemons == DAEMONS_UNSAID ? ESPANK_SUCCESS :
+						   keep(request.daemons, sizeof(request.daemons), "mps", value);
 	case OPTION_THREADS:
-		if (!threads_tenths(value))
-			return refuse_value("mps-threads", value ? value : "", THREADS_EXPECTED);
-		keep(request.threads, value);
-		break;
+		if (!threads_tenths(value) && !is_auto(value))
+			return refuse_value("mps-threads", value, "expected " THREADS_EXPECTED);
+		return keep(request.threads, sizeof(request.threads), "mps-threads", value);
 	case OPTION_MEM:
-		if (!mem_mib(value))
-			return refuse_value("mps-mem", value ? value : "", MEM_EXPECTED);
-		keep(request.mem, value);
-		break;
+		return on_mem(value);
 	case OPTION_PRIORITY:
 		if (client_priority(value) < 0)
-			return refuse_value("mps-priority", value ? value : "", PRIORITY_EXPECTED);
-		keep(request.priority, value);
-		break;
+			return refuse_value("mps-priority", value, "expected " PRIORITY_EXPECTED);
+		return keep(request.priority, sizeof(request.priority), "mps-priority", value);
 	default:
-		break;
+		return ESPANK_SUCCESS;
 	}
-	return ESPANK_SUCCESS;
 }
 
 static struct spank_option options[] = {
-	{ "mps", NULL, "share this job's GPUs between its processes through CUDA MPS", 0, OPTION_MPS, on_option },
-	{ "mps-threads", "PCT", "with MPS, each process gets at most PCT percent of a GPU's threads (implies --mps)",
+	{ "mps", "per-node|per-gpu",
+	  "share this job's GPUs between its processes through CUDA MPS, with one control daemon on each node "
+	  "(so does --mps alone) or on each GPU",
+	  2, OPTION_MPS, on_option },
+	{ "mps-threads", "PCT|auto",
+	  "with MPS, each process gets at most PCT percent of a GPU's threads, or as much as is left when all ranks "
+	  "that share it get the same (implies --mps)",
 	  1, OPTION_THREADS, on_option },
-	{ "mps-mem", "SIZE", "with MPS, each process gets at most SIZE (M, G or T) of a GPU's memory (implies --mps)",
+	{ "mps-mem", "SIZE|auto",
+	  "with MPS, each process gets at most SIZE (M, G or T) of a GPU's memory, or an even part of it; with "
+	  "--mps=per-gpu also GPU:SIZE,... (implies --mps)",
 	  1, OPTION_MEM, on_option },
 	{ "mps-priority", "normal|low", "with MPS, how each process's work is ranked on the GPU (implies --mps)", 1,
 	  OPTION_PRIORITY, on_option },
@@ -156,7 +185,12 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	(void)av;
 	if (!submitting || !request.asked)
 		return ESPANK_SUCCESS;
-	rc = spank_job_control_setenv(sp, "MPS", "1", 1);
+	if (strchr(request.mem, ':') && strcmp(request.daemons, "per-gpu") && !getenv("SLURM_JOB_ID")) {
+		slurm_error("mps: --mps-mem=%s: one control daemon cannot tell its GPUs apart; ask for --mps=per-gpu, or for one "
+			    "size", request.mem);
+		return -1; /* Slurm goes on after a positive value */
+	}
+	rc = spank_job_control_setenv(sp, "MPS", request.daemons[0] ? request.daemons : "1", 1);
 	if (rc == ESPANK_SUCCESS && request.threads[0])
 		rc = spank_job_control_setenv(sp, "MPS_THREADS", request.threads, 1);
 	if (rc == ESPANK_SUCCESS && request.mem[0])
@@ -165,7 +199,7 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 		rc = spank_job_control_setenv(sp, "MPS_PRIORITY", request.priority, 1);
 	if (rc != ESPANK_SUCCESS)
 		slurm_error("mps: the request cannot be passed on: %s", spank_strerror(rc));
-	return rc;
+	return rc == ESPANK_SUCCESS ? ESPANK_SUCCESS : -1;
 }
 
 static void fail_step(uint32_t job_id, const char *message)
@@ -177,6 +211,7 @@ static void fail_step(uint32_t job_id, const char *message)
 /* Find out where this step stands, and if it cannot run say so, once for all its tasks on this node. */
 static void judge_step(spank_t sp)
 {
+	const struct step_options options_given = { request.daemons, request.threads, request.mem, request.priority };
 	char message[VERDICT_MESSAGE_MAX];
 	uint32_t job_id = 0;
 
@@ -190,12 +225,11 @@ static void judge_step(spank_t sp)
 	}
 	verdict_read(job_id, &step.verdict);
 	if (step.verdict.status == VERDICT_READY &&
-	    !limits_of_step(&step.verdict, request.threads, request.mem, request.priority, &step.limits, message,
-			    sizeof(message)))
+	    !limits_of_step(&step.verdict, &options_given, &step.limits, message, sizeof(message)))
 		fail_step(job_id, message);
 	else if (step.verdict.status == VERDICT_REFUSED)
 		fail_step(job_id, step.verdict.message);
-	else if (step.verdict.status == VERDICT_READY && !verdict_daemon_answers(&step.verdict))
+	else if (step.verdict.status == VERDICT_READY && !verdict_daemons_answer(&step.verdict))
 		fail_step(job_id, "its MPS control daemon on this node does not answer");
 	else if (step.verdict.status == VERDICT_NONE && job_asked(sp))
 		fail_step(job_id, "MPS was asked for, but no prolog set it up on this node: give --mps to sbatch, salloc "
@@ -208,8 +242,11 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 {
 	(void)ac;
 	(void)av;
-	if (spank_context() == S_CTX_REMOTE)
-		judge_step(sp);
+	if (spank_context() != S_CTX_REMOTE)
+		return ESPANK_SUCCESS;
+	judge_step(sp);
+	if (!step.failed && step.verdict.status == VERDICT_READY)
+		step.rollcall = rollcall_new();
 	return ESPANK_SUCCESS;
 }
 
@@ -224,36 +261,172 @@ static bool set_variable(spank_t sp, const char *name, const char *value)
 	return spank_setenv(sp, name, value, 1) == ESPANK_SUCCESS;
 }
 
-/* Returns NULL, or why the task cannot start. */
-static const char *set_environment(spank_t sp)
+/* Whether this is the job's script or an interactive shell: one task, which starts the programs that count. */
+static bool is_script(spank_t sp)
 {
-	static char own[VALUE_MAX], value[VALUE_MAX], uuids[VALUE_MAX];
-	static struct task_gpus task;
-	const char *visible = task_variable(sp, "CUDA_VISIBLE_DEVICES", own, sizeof(own));
+	uint32_t step_id = 0;
 
-	if (!task_gpus(&step.verdict, visible, &task))
-		return "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have";
-	task_gpus_list(&task, false, uuids, sizeof(uuids));
-	task_gpus_list(&task, step.verdict.ordinals, value, sizeof(value));
-	if (task.count && !set_variable(sp, "CUDA_VISIBLE_DEVICES", value))
-		return "the environment cannot be set";
-	visible = task_variable(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", own, sizeof(own));
-	limits_threads_value(&step.limits, visible, value, sizeof(value));
-	if (!set_variable(sp, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", value))
-		return "the environment cannot be set";
-	visible = task_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", own, sizeof(own));
-	if (limits_memory_value(&step.limits, uuids, visible, value, sizeof(value)) &&
-	    !set_variable(sp, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value))
-		return "the environment cannot be set";
+	return spank_get_item(sp, S_JOB_STEPID, &step_id) == ESPANK_SUCCESS &&
+	       (step_id == SLURM_BATCH_SCRIPT || step_id == SLURM_INTERACTIVE_STEP);
+}
+
+/* How many tasks the job gave this node, the first of its own; 0 when it did not say. */
+static unsigned int tasks_of_job(spank_t sp)
+{
+	char value[VALUE_MAX];
+
+	if (!task_variable(sp, "SLURM_NTASKS", value, sizeof(value)) &&
+	    !task_variable(sp, "SLURM_NTASKS_PER_NODE", value, sizeof(value)))
+		return 0;
+	if (!task_variable(sp, "SLURM_TASKS_PER_NODE", value, sizeof(value)))
+		return 0;
+	return (unsigned int)strtoul(value, NULL, 10); /* "4(x2),1": the script runs on the first */
+}
+
+static bool count_ranks(spank_t sp, const struct task_gpus *task, unsigned int tasks, unsigned int ranks[GPUS_MAX],
+			char *problem, size_t size)
+{
+	if (!is_script(sp)) {
+		if (rollcall_answer(step.rollcall, &step.verdict, task, tasks, ranks))
+			return true;
+		(void)snprintf(problem, size, "the tasks of this step did not all come as far as to say which GPUs they have");
+		return false;
+	}
+	tasks = tasks_of_job(sp);
+	if (!tasks) {
+		(void)snprintf(problem, size, "--mps-%s=auto divides by the tasks that share a GPU, and the job does not say how "
+					      "many it has on this node; give -n or --ntasks-per-node",
+			       step.limits.divide_threads ? "threads" : "mem");
+		return false;
+	}
+	for (unsigned int i = 0; i < task->count; i++)
+		ranks[task->gpus[i] - step.verdict.gpus] = (tasks + task->count - 1) / task->count;
+	return true;
+}
+
+/* Find the task's GPUs, and its part of those that it shares. Returns: false with `problem` filled. */
+static bool find_gpus(spank_t sp, struct task_gpus *task, char *problem, size_t size)
+{
+	static char visible[VALUE_MAX];
+	unsigned int ranks[GPUS_MAX] = { 0 };
+	uint32_t tasks = 1;
+
+	if (!task_gpus(&step.verdict, task_variable(sp, "CUDA_VISIBLE_DEVICES", visible, sizeof(visible)), task)) {
+		(void)snprintf(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
+		return false;
+	}
+	if (step.verdict.per_gpu && task->count > 1 && is_script(sp)) {
+		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
+				"each task (--gpus-per-task=1, --ntasks-per-gpu)");
+		task->count = 0;
+		return true;
+	}
+	if (step.verdict.per_gpu && task->count > 1) {
+		(void)snprintf(problem, size, "with --mps=per-gpu a task can use one GPU, and it has %u; bind each to its own "
+					      "(--gpus-per-task=1, --ntasks-per-gpu, --gpu-bind=single:1), or ask for "
+					      "--mps=per-node", task->count);
+		return false;
+	}
+	if (spank_get_item(sp, S_JOB_LOCAL_TASK_COUNT, &tasks) != ESPANK_SUCCESS) {
+		(void)snprintf(problem, size, "slurmstepd does not tell how many tasks it has");
+		return false;
+	}
+	if (!limits_need_ranks(&step.verdict, &step.limits, tasks))
+		return true;
+	return count_ranks(sp, task, tasks, ranks, problem, size) &&
+	       limits_divide(&step.verdict, task, ranks, &step.limits, problem, size);
+}
+
+/* Which GPUs the program sees. */
+static bool set_visible(spank_t sp, const struct task_gpus *task, bool hidden)
+{
+	static char value[VALUE_MAX];
+
+	if (hidden)
+		return set_variable(sp, "CUDA_VISIBLE_DEVICES", NO_DEVICES);
+	if (!task->count)
+		return true;
+	task_gpus_list(task, step.verdict.ordinals, value, sizeof(value));
+	return set_variable(sp, "CUDA_VISIBLE_DEVICES", value);
+}
+
+/* A limit as the driver reads it, and beside it what the plugin set, by which it knows its own again. */
+struct limit_variable {
+	const char *name;
+	const char *mark;
+};
+
+static const struct limit_variable threads_variable = { "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+							 "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE" };
+static const struct limit_variable memory_variable = { "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT",
+						       "SLURM_MPS_PINNED_DEVICE_MEM_LIMIT" };
+
+/*
+ * The user's own value of a limit; NULL when there is none. What a script got from the plugin its sruns inherit, and
+ * that is no wish of the user's: with auto it would be the script's part of the GPU, not the step's.
+ */
+static const char *users_own(spank_t sp, const struct limit_variable *variable, char *value, size_t size)
+{
+	static char mark[VALUE_MAX];
+
+	if (!task_variable(sp, variable->name, value, size))
+		return NULL;
+	if (task_variable(sp, variable->mark, mark, sizeof(mark)) && !strcmp(mark, value))
+		return NULL;
+	return value;
+}
+
+static bool set_limit(spank_t sp, const struct limit_variable *variable, const char *value)
+{
+	return set_variable(sp, variable->name, value) && set_variable(sp, variable->mark, value);
+}
+
+/* What the program may have of them. A value of the user's own that is valid and lower is kept. */
+static bool set_limits(spank_t sp, const struct task_gpus *task)
+{
+	static char own[VALUE_MAX], value[VALUE_MAX];
+	const char *given = users_own(sp, &threads_variable, own, sizeof(own));
+
+	limits_threads_value(&step.limits, given, value, sizeof(value));
+	if (!set_limit(sp, &threads_variable, value))
+		return false;
+	given = users_own(sp, &memory_variable, own, sizeof(own));
+	if (limits_memory_value(&step.verdict, &step.limits, task, given, value, sizeof(value)) &&
+	    !set_limit(sp, &memory_variable, value))
+		return false;
+	/* So many clients fit only with few connections each (M5). */
+	given = task_variable(sp, "CUDA_DEVICE_MAX_CONNECTIONS", own, sizeof(own));
+	if (step.limits.ranks > CLIENTS_OF_ANY_KIND && !(given && (!strcmp(given, "1") || !strcmp(given, "2"))) &&
+	    !set_variable(sp, "CUDA_DEVICE_MAX_CONNECTIONS", "2"))
+		return false;
 	/* Numbered the wrong way round for a limit: 1 is lower than 0. A user's own low priority is kept. */
-	visible = task_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", own, sizeof(own));
-	if ((step.limits.priority || (visible && strcmp(visible, "1"))) &&
-	    !set_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", step.limits.priority ? "1" : "0"))
-		return "the environment cannot be set";
-	if (!set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", step.verdict.pipe_directory) ||
-	    !set_variable(sp, "CUDA_MPS_LOG_DIRECTORY", step.verdict.log_directory))
-		return "the environment cannot be set";
-	return NULL;
+	given = task_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", own, sizeof(own));
+	return !(step.limits.priority || (given && strcmp(given, "1"))) ||
+	       set_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", step.limits.priority ? "1" : "0");
+}
+
+/* Where the program finds its control daemon. */
+static bool set_daemon(spank_t sp, const struct task_gpus *task)
+{
+	const struct verdict_gpu *gpu = task->count ? task->gpus[0] : &step.verdict.gpus[0];
+	const struct verdict_daemon *daemon = verdict_daemon_of(&step.verdict, gpu);
+
+	return set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", daemon->pipe_directory) &&
+	       set_variable(sp, "CUDA_MPS_LOG_DIRECTORY", daemon->log_directory);
+}
+
+static bool prepare_task(spank_t sp, char *problem, size_t size)
+{
+	static struct task_gpus task;
+	bool hidden;
+
+	if (!find_gpus(sp, &task, problem, size))
+		return false;
+	hidden = step.verdict.per_gpu && !task.count && is_script(sp);
+	if (set_visible(sp, &task, hidden) && set_limits(sp, &task) && set_daemon(sp, &task))
+		return true;
+	(void)snprintf(problem, size, "the environment cannot be set");
+	return false;
 }
 
 /*
@@ -262,16 +435,16 @@ static const char *set_environment(spank_t sp)
  */
 int slurm_spank_task_init(spank_t sp, int ac, char **av)
 {
-	const char *problem = NULL;
+	char problem[VERDICT_MESSAGE_MAX];
 
 	(void)ac;
 	(void)av;
 	judge_step(sp);
-	if (!step.failed && step.verdict.status == VERDICT_READY)
-		problem = set_environment(sp);
-	if (problem)
+	if (!step.failed && step.verdict.status != VERDICT_READY)
+		return ESPANK_SUCCESS;
+	if (!step.failed && prepare_task(sp, problem, sizeof(problem)))
+		return ESPANK_SUCCESS;
+	if (!step.failed && rollcall_first(step.rollcall))
 		slurm_error("mps: this task cannot start: %s", problem);
-	if (problem || step.failed)
-		_exit(EXIT_FAILURE);
-	return ESPANK_SUCCESS;
+	_exit(EXIT_FAILURE);
 }

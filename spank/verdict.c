@@ -15,7 +15,7 @@
 #ifndef STATE_DIRECTORY
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
-#define VERDICT_SIZE_MAX 16384
+#define VERDICT_SIZE_MAX 32768
 #define CONNECT_TRIES 20
 #define CONNECT_PAUSE_MS 50
 
@@ -36,21 +36,51 @@ static bool take(char *out, size_t size, const char *value)
 	return true;
 }
 
-/* "<slurm index> <minor> <uuid>" */
+/* Cut the next word off `rest`; NULL when there is none, or it is as long as `size`. */
+static const char *next_word(char **rest, size_t size)
+{
+	char *word = strsep(rest, " ");
+
+	return word && *word && strlen(word) < size ? word : NULL;
+}
+
+/* "<pipe directory> <log directory> <limit or ->" */
+static bool take_daemon(struct verdict *verdict, char *value)
+{
+	struct verdict_daemon *daemon;
+	const char *pipe = next_word(&value, VERDICT_PATH_MAX);
+	const char *log = next_word(&value, VERDICT_PATH_MAX);
+	const char *limit = next_word(&value, OPTION_MAX);
+
+	if (verdict->daemon_count == GPUS_MAX || !pipe || !log || !limit || value)
+		return false;
+	daemon = &verdict->daemons[verdict->daemon_count++];
+	daemon->mib = mem_mib(limit);
+	return take(daemon->pipe_directory, sizeof(daemon->pipe_directory), pipe) &&
+	       take(daemon->log_directory, sizeof(daemon->log_directory), log) &&
+	       (daemon->mib || !strcmp(limit, "-"));
+}
+
+/* "<slurm index> <minor> <uuid> <MiB for clients>" */
 static bool take_gpu(struct verdict *verdict, const char *value)
 {
 	struct verdict_gpu *gpu;
-	char uuid[sizeof(gpu->uuid)];
-	unsigned int slurm_index, minor;
 
-	if (verdict->gpu_count == VERDICT_GPUS_MAX)
-		return false;
-	if (sscanf(value, "%u %u %47s", &slurm_index, &minor, uuid) != 3)
+	if (verdict->gpu_count == GPUS_MAX)
 		return false;
 	gpu = &verdict->gpus[verdict->gpu_count++];
-	gpu->slurm_index = slurm_index;
-	gpu->minor = minor;
-	memcpy(gpu->uuid, uuid, sizeof(gpu->uuid));
+	return sscanf(value, "%9u %9u %47s %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
+		      &gpu->mib_for_clients) == 4;
+}
+
+static bool take_auto(struct verdict *verdict, const char *value)
+{
+	if (!strcmp(value, "threads"))
+		verdict->auto_threads = true;
+	else if (!strcmp(value, "memory"))
+		verdict->auto_memory = true;
+	else
+		return false;
 	return true;
 }
 
@@ -77,16 +107,24 @@ static bool take_line(struct verdict *verdict, char *line)
 		return take_status(verdict, value);
 	if (!strcmp(line, "message"))
 		return take(verdict->message, sizeof(verdict->message), value);
-	if (!strcmp(line, "pipe_directory"))
-		return take(verdict->pipe_directory, sizeof(verdict->pipe_directory), value);
-	if (!strcmp(line, "log_directory"))
-		return take(verdict->log_directory, sizeof(verdict->log_directory), value);
+	if (!strcmp(line, "daemon"))
+		return take_daemon(verdict, value);
+	if (!strcmp(line, "daemons")) {
+		verdict->per_gpu = !strcmp(value, "per-gpu");
+		return true;
+	}
 	if (!strcmp(line, "thread_percentage"))
-		return take(verdict->thread_percentage, sizeof(verdict->thread_percentage), value);
-	if (!strcmp(line, "memory_limit"))
-		return take(verdict->memory_limit, sizeof(verdict->memory_limit), value);
+		return (verdict->threads_tenths = threads_tenths(value)) != 0;
+	if (!strcmp(line, "thread_percentage_min"))
+		return (verdict->threads_tenths_min = threads_tenths(value)) != 0;
+	if (!strcmp(line, "memory_min"))
+		return (verdict->mib_min = mem_mib(value)) != 0;
 	if (!strcmp(line, "context_mib"))
 		return sscanf(value, "%5" SCNu64, &verdict->context_mib) == 1;
+	if (!strcmp(line, "clients_per_gpu"))
+		return sscanf(value, "%4u", &verdict->clients_per_gpu) == 1;
+	if (!strcmp(line, "auto"))
+		return take_auto(verdict, value);
 	if (!strcmp(line, "client_priority")) {
 		verdict->priority = !strcmp(value, "1");
 		return true;
@@ -104,8 +142,8 @@ static bool is_complete(const struct verdict *verdict)
 {
 	if (verdict->status == VERDICT_REFUSED)
 		return verdict->message[0];
-	return verdict->status == VERDICT_READY && verdict->pipe_directory[0] && verdict->log_directory[0] &&
-	       verdict->thread_percentage[0] && verdict->gpu_count;
+	return verdict->status == VERDICT_READY && verdict->threads_tenths && verdict->clients_per_gpu &&
+	       verdict->gpu_count && verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1);
 }
 
 /* First line "slurm-mps verdict 1", last line "end ..."; between them one key and value a line. */
@@ -153,7 +191,7 @@ static ssize_t read_whole(int fd, char *text, size_t size)
 
 void verdict_read(uint32_t job_id, struct verdict *verdict)
 {
-	char path[64];
+	char path[128];
 	char text[VERDICT_SIZE_MAX + 1];
 	ssize_t length;
 	int fd;
@@ -173,6 +211,11 @@ void verdict_read(uint32_t job_id, struct verdict *verdict)
 	if (length < 0 || !parse(verdict, text))
 		refuse(verdict, "the prolog's verdict on this node cannot be understood; "
 				"are spank_mps.so and the prolog of the same version?");
+}
+
+const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, const struct verdict_gpu *gpu)
+{
+	return &verdict->daemons[verdict->per_gpu ? gpu - verdict->gpus : 0];
 }
 
 /* The socket itself is open to all (O25): make sure that root listens on it, not whoever got there first. */
@@ -197,10 +240,10 @@ static bool connects(int fd, const struct sockaddr_un *address)
 	return false;
 }
 
-bool verdict_daemon_answers(const struct verdict *verdict)
+static bool daemon_answers(const struct verdict_daemon *daemon)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int length = snprintf(address.sun_path, sizeof(address.sun_path), "%s/control", verdict->pipe_directory);
+	int length = snprintf(address.sun_path, sizeof(address.sun_path), "%s/control", daemon->pipe_directory);
 	bool answers;
 	int fd;
 
@@ -212,4 +255,12 @@ bool verdict_daemon_answers(const struct verdict *verdict)
 	answers = connects(fd, &address) && root_listens(fd);
 	(void)close(fd);
 	return answers;
+}
+
+bool verdict_daemons_answer(const struct verdict *verdict)
+{
+	for (unsigned int i = 0; i < verdict->daemon_count; i++)
+		if (!daemon_answers(&verdict->daemons[i]))
+			return false;
+	return true;
 }

@@ -8,9 +8,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "options.h"
+
 #define VERDICT_MESSAGE_MAX 512
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
-#define VERDICT_GPUS_MAX 64
 
 enum verdict_status {
 	VERDICT_NONE,    /* the prolog left nothing: the job did not ask, or no prolog ran */
@@ -21,22 +22,37 @@ enum verdict_status {
 struct verdict_gpu {
 	unsigned int slurm_index; /* what Slurm calls it in SLURM_JOB_GPUS and CUDA_VISIBLE_DEVICES */
 	unsigned int minor;       /* its device node is /dev/nvidia<minor> */
+	uint64_t mib_for_clients; /* how much of its memory they can share out */
 	char uuid[48];
+};
+
+/* A control daemon, and what it gives each of its clients on each GPU by itself. */
+struct verdict_daemon {
+	char pipe_directory[VERDICT_PATH_MAX];
+	char log_directory[VERDICT_PATH_MAX];
+	uint64_t mib; /* 0: no limit */
 };
 
 struct verdict {
 	enum verdict_status status;
 	char message[VERDICT_MESSAGE_MAX];
-	char pipe_directory[VERDICT_PATH_MAX];
-	char log_directory[VERDICT_PATH_MAX];
-	char thread_percentage[8];  /* as CUDA_MPS_ACTIVE_THREAD_PERCENTAGE takes it */
-	char memory_limit[24];      /* for every device, such as 8192M; empty: no limit */
-	uint64_t context_mib;       /* what a CUDA context costs with all threads; 0: not known */
-	int priority;               /* of each client: 0 normal, 1 low */
-	bool ordinals;              /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
-	unsigned int gpu_count;     /* in the daemon's order: index here == the daemon's device ordinal */
-	struct verdict_gpu gpus[VERDICT_GPUS_MAX];
+	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
+	unsigned int threads_tenths_min; /* what the site wants no client to be below */
+	uint64_t mib_min;                /* the same of memory */
+	uint64_t context_mib;            /* what a CUDA context costs with all threads; 0: not known */
+	unsigned int clients_per_gpu;    /* as many contexts as a server takes on one GPU */
+	int priority;                    /* of each client: 0 normal, 1 low */
+	bool auto_threads, auto_memory;  /* divide by the ranks that share a GPU */
+	bool ordinals;                   /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
+	bool per_gpu;                    /* each GPU has a daemon of its own, in the same order; else one serves all */
+	unsigned int daemon_count;
+	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */
+	struct verdict_daemon daemons[GPUS_MAX];
+	struct verdict_gpu gpus[GPUS_MAX];
 };
+
+/* The control daemon that serves a GPU of the verdict. */
+const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, const struct verdict_gpu *gpu);
 
 /*
  * Read the verdict on `job_id`. A file that is there but cannot be read or understood is a refusal that says so:
@@ -44,7 +60,7 @@ struct verdict {
  */
 void verdict_read(uint32_t job_id, struct verdict *verdict);
 
-/* Whether root's control daemon takes connections in the verdict's pipe directory; waits a second at most. */
-bool verdict_daemon_answers(const struct verdict *verdict);
+/* Whether root's control daemons take connections in all the verdict's pipe directories; waits a second for each. */
+bool verdict_daemons_answer(const struct verdict *verdict);
 
 #endif

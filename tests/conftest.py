@@ -81,6 +81,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     fixtures: dict[str, Any] = getattr(item, "funcargs", {})
     used = [fixtures[name] for name in ("site", "any_site") if name in fixtures]
-    if report.failed and used:
+    if report.failed and used and used[0].machine.running:
         report.sections.append(("logs of the cluster", used[0].cluster.logs()))
     return report

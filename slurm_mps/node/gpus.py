@@ -1,6 +1,6 @@
 """The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
 
-A binding of the nine functions that prolog and epilog need. Everything off the job's path uses the maintained
+A binding of the eleven functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
 its other work, and would have root run third-party code for every job (docs/decisions/0003).
 
@@ -35,13 +35,20 @@ class _Memory(ctypes.Structure):
 
 @record
 class Gpu:
-    """A GPU of this node. ``index`` counts in PCI order as NVML does; its device node is ``/dev/nvidia<minor>``."""
+    """A GPU of this node. ``index`` counts in PCI order as NVML does; its device node is ``/dev/nvidia<minor>``.
+
+    ``free_bytes`` is what nobody used when it was asked; ``compute_capability`` such as (9, 0); ``cuda_version`` the
+    newest CUDA that the driver speaks, such as (13, 0).
+    """
 
     uuid: str
     index: int
     minor: int
     memory_bytes: int
     name: str
+    free_bytes: int
+    compute_capability: tuple[int, int]
+    cuda_version: tuple[int, int]
 
 
 def _describe(library: ctypes.CDLL, status: int) -> str:
@@ -134,7 +141,21 @@ class Gpus:
             minor=self._number("nvmlDeviceGetMinorNumber", subject, handle),
             memory_bytes=memory.total,
             name=self._text("nvmlDeviceGetName", subject, handle, _NAME_BYTES),
+            free_bytes=memory.free,
+            compute_capability=self._compute_capability(subject, handle),
+            cuda_version=self._cuda_version(),
         )
+
+    def _compute_capability(self, subject: str, handle: ctypes.c_void_p) -> tuple[int, int]:
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        numbers = ctypes.byref(major), ctypes.byref(minor)
+        self._call("nvmlDeviceGetCudaComputeCapability", subject, handle, *numbers)
+        return major.value, minor.value
+
+    def _cuda_version(self) -> tuple[int, int]:
+        version = ctypes.c_int()
+        self._call("nvmlSystemGetCudaDriverVersion_v2", "this node's NVIDIA driver", ctypes.byref(version))
+        return version.value // 1000, version.value % 1000 // 10
 
     def compute_mode(self, uuid: str) -> int:
         """The compute mode a GPU is in, a key of COMPUTE_MODES."""

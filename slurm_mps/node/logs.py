@@ -2,6 +2,7 @@
 
 /var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
   <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
+    gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .messages import tell_admin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from ..config import SiteConfig
 
@@ -33,13 +34,15 @@ def _attempt(job_id: int, what: str, work: Callable[[], None]) -> bool:
     return False
 
 
-def make(job_id: int, uid: int, config: SiteConfig) -> bool:
-    """Make a job's log directory, empty, and let its user read it; False when there can be none."""
+def make(job_id: int, uid: int, parts: Sequence[str], config: SiteConfig) -> bool:
+    """Make a job's log directory with its parts, empty, and let its user read it; False when there can be none."""
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
             logs.remove_tree(str(job_id))
             with logs.make(str(job_id), 0o700) as own:
+                for part in parts:
+                    own.make(part, 0o755).close()
                 own.grant_user(uid)
 
     return _attempt(job_id, f"written below {config.paths_logs}", work)
@@ -52,14 +55,16 @@ def _prune(logs: Directory, keep_jobs: int, running: Collection[int]) -> None:
         logs.remove_tree(str(job_id))
 
 
-def _cut(own: Directory, name: str, limit_bytes: int) -> None:
-    """Leave the end of a log."""
-    try:
-        data = own.read_tail(name, limit_bytes + 1)
-    except FileNotFoundError:
-        return
-    if len(data) > limit_bytes:
-        own.write(name, data[-limit_bytes:], mode=0o644)
+def _cut(own: Directory, limit_bytes: int) -> None:
+    """Leave the end of each log of a directory, and of the directories in it."""
+    for name in own.names():
+        if name in _LOGS:
+            data = own.read_tail(name, limit_bytes + 1)
+            if len(data) > limit_bytes:
+                own.write(name, data[-limit_bytes:], mode=0o644)
+        elif name.startswith("gpu-"):
+            with own.subdirectory(name) as part:
+                _cut(part, limit_bytes)
 
 
 def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
@@ -75,8 +80,7 @@ def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
                 return
             if logs.exists(str(job_id)):
                 with logs.subdirectory(str(job_id)) as own:
-                    for name in _LOGS:
-                        _cut(own, name, config.logs_max_kib * 1024)
+                    _cut(own, config.logs_max_kib * 1024)
             _prune(logs, config.logs_max_jobs, [job for job in jobs if job != job_id])
 
     _attempt(job_id, "kept", work)

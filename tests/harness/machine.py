@@ -150,6 +150,10 @@ class Machine:
         self._pid = report["pid"]
         self.cgroups = tuple(report["cgroups"])
 
+    @property
+    def running(self) -> bool:
+        return self._pid != 0
+
     def close(self) -> None:
         """End everything inside and wait until it is gone; harmless when called again."""
         keeper, self._keeper, self._pid = self._keeper, None, 0
@@ -412,13 +416,14 @@ class Machine:
     # ---------------------------------------------------------------------------------------------- processes
 
     def processes(self) -> list[Process]:
-        """Every process of the machine but PID 1 and the node holders, read from its own /proc."""
+        """Every process of the machine but PID 1, the node holders and what has ended, read from its own /proc."""
         found = []
         for directory in self.path("/proc").iterdir():
             if directory.name.isdigit() and directory.name != "1":
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     found.append(_read_process(directory))
-        return sorted((one for one in found if str(_INSIDE) not in one.cmdline), key=lambda one: one.pid)
+        running = (one for one in found if one and str(_INSIDE) not in one.cmdline)
+        return sorted(running, key=lambda one: one.pid)
 
 
 def _ends_within(pid: int, timeout_seconds: float) -> bool:
@@ -444,10 +449,12 @@ def _home(user: str) -> str:
     return "/root" if user == "root" else f"/home/{user}" if user in USERS else "/nonexistent"
 
 
-def _read_process(directory: Path) -> Process:
-    """Read one /proc/PID; the name in `stat` may itself hold blanks and parentheses (proc(5))."""
+def _read_process(directory: Path) -> Process | None:
+    """Read one /proc/PID; the name in `stat` may itself hold blanks and parentheses (proc(5)). None for a zombie."""
     before, _, after = (directory / "stat").read_text().rpartition(")")
     fields = after.split()
+    if fields[0] in "ZX":
+        return None
     return Process(
         pid=int(directory.name),
         ppid=int(fields[1]),

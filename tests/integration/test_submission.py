@@ -49,7 +49,7 @@ def test_srun_and_salloc_refuse_as_sbatch_does(site: Site, command: str) -> None
 def test_the_options_are_in_the_help_of_each_command(site: Site) -> None:
     for command in ("sbatch", "srun", "salloc"):
         shown = site.machine.run([command, "--help"], user="alice").stdout
-        assert {"--mps", "--mps-threads=PCT", "--mps-mem=SIZE"} <= set(shown.split())
+        assert {"--mps=per-node|per-gpu", "--mps-threads=PCT|auto", "--mps-mem=SIZE|auto"} <= set(shown.split())
 
 
 @pytest.fixture(scope="module")

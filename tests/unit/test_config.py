@@ -53,7 +53,10 @@ quit = "soon"
         parse_config(text, "/etc/slurm/mps.toml")
     assert sorted(caught.value.problems) == [
         "/etc/slurm/mps.toml: deadlines.quit: expected a number",
-        "/etc/slurm/mps.toml: gpus.colour: unknown; expected one of compute_mode, sharing, client_visible_devices",
+        (
+            "/etc/slurm/mps.toml: gpus.colour: unknown; "
+            "expected one of compute_mode, sharing, client_visible_devices, clients_max"
+        ),
         '/etc/slurm/mps.toml: gpus.compute_mode: expected one of "exclusive_process", "unchanged"',
         '/etc/slurm/mps.toml: limits.memory.default: expected a size such as "8G" or "512M" or "none"',
         "/etc/slurm/mps.toml: limits.thread_percentage.max: 150 is greater than 100",

@@ -4,37 +4,99 @@ import pytest
 
 from slurm_mps.config import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.node.control import Limits
+from slurm_mps.node.control import ControlDaemon, Limits
 from slurm_mps.node.gpus import EXCLUSIVE_PROCESS, Gpu
-from slurm_mps.plan import make_plan
-from slurm_mps.request import JobRequest
-from slurm_mps.steps import AdmitUser, HoldGpu, MakeDirectories, SetLimits, StartDaemon, StartServer
+from slurm_mps.plan import Plan, make_plan
+from slurm_mps.record import replace
+from slurm_mps.request import PER_GPU, JobRequest
+from slurm_mps.state import Verdict
+from slurm_mps.steps import AdmitUser, HoldGpu, JobDaemon, MakeDirectories, SetLimits, StartDaemons, StartServers
 from slurm_mps.units import GIB, MIB
 
-GPUS = tuple(Gpu(f"GPU-{n}", n, n, 143771 * MIB, "Simulated H200") for n in range(2))
+H200 = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200", 143155 * MIB, (9, 0), (13, 0))
+GPUS = (H200, replace(H200, uuid="GPU-1", index=1, minor=1))
 
 
 def ask(threads: float | None = None, memory: int | None = None) -> JobRequest:
     return JobRequest(4711, 20001, 0, ("0", "1"), threads, memory)
 
 
+def by_gpu(*limits: tuple[int, int]) -> JobRequest:
+    return replace(ask(), daemons=PER_GPU, memory_by_gpu=limits)
+
+
+def verdict(plan: Plan) -> Verdict:
+    """The verdict of a plan whose daemons run."""
+    return plan.verdict(
+        [ControlDaemon("/p", f"/run/j/{daemon.name}", f"/log/{daemon.name}") for daemon in plan.daemons]
+    )
+
+
+def values(plan: Plan, key: str) -> list[str]:
+    return [value for name, value in verdict(plan).settings if name == key]
+
+
 def test_the_steps_in_order() -> None:
-    limits = Limits(25.0, 8 * GIB)
+    one = (JobDaemon("pipe", ("GPU-0", "GPU-1"), Limits(25.0, 8 * GIB)),)
     assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).steps == (
         HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
-        MakeDirectories(),
-        StartDaemon(("GPU-0", "GPU-1")),
-        SetLimits(limits, 2),
+        MakeDirectories(("pipe",)),
+        StartDaemons(one),
+        SetLimits(one),
         AdmitUser(20001),
-        StartServer(20001),
+        StartServers(20001, ("pipe",)),
     )
+
+
+def test_per_gpu_each_gpu_has_a_daemon_with_limits_of_its_own() -> None:
+    request = replace(ask(25.0), daemons=PER_GPU, memory_by_gpu=((1, 4 * GIB), (0, 8 * GIB)))
+    plan = make_plan(request, DEFAULTS, GPUS)
+    assert plan.daemons == (
+        JobDaemon("gpu-0", ("GPU-0",), Limits(25.0, 8 * GIB)),
+        JobDaemon("gpu-1", ("GPU-1",), Limits(25.0, 4 * GIB)),
+    )
+    assert values(plan, "daemon") == ["/run/j/gpu-0 /log/gpu-0 8G", "/run/j/gpu-1 /log/gpu-1 4G"]
+    assert values(plan, "daemons") == ["per-gpu"]
+
+
+def test_a_gpu_without_a_limit_in_the_list_has_the_sites_default() -> None:
+    request = replace(ask(), daemons=PER_GPU, memory_by_gpu=((1, 4 * GIB),))
+    plan = make_plan(request, SiteConfig(limits_memory_default="16G"), GPUS)
+    assert [daemon.limits.memory_bytes for daemon in plan.daemons] == [16 * GIB, 4 * GIB]
+
+
+def test_auto_leaves_the_daemon_at_the_sites_most_and_tells_the_plugin_what_there_is_to_share() -> None:
+    """The number of ranks is known where a step starts; what the daemon allows can only be lowered there."""
+    config = SiteConfig(limits_thread_percentage_default=10.0, limits_thread_percentage_max=80.0)
+    plan = make_plan(replace(ask(), auto_threads=True, auto_memory=True), config, GPUS)
+    assert plan.daemons[0].limits == Limits(80.0, None)
+    assert values(plan, "auto") == ["threads", "memory"]
+    assert values(plan, "gpu") == [f"{n} {n} GPU-{n} {143155 - 514}" for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "setting", "clients"),
+    [
+        ((6, 1), (13, 0), 0, 16),
+        ((7, 0), (12, 4), 0, 48),
+        ((9, 0), (13, 0), 0, 48),
+        ((9, 0), (13, 1), 0, 60),
+        ((9, 0), (13, 1), 24, 24),
+    ],
+)
+def test_how_many_clients_a_gpu_takes(
+    capability: tuple[int, int], cuda: tuple[int, int], setting: int, clients: int
+) -> None:
+    gpu = replace(H200, compute_capability=capability, cuda_version=cuda)
+    plan = make_plan(ask(), SiteConfig(gpus_clients_max=setting), (gpu,))
+    assert values(plan, "clients_per_gpu") == [str(clients)]
 
 
 def test_gpus_stand_in_the_daemons_order_whatever_slurm_says() -> None:
     """The daemon ignores the order of its list (O19)."""
     plan = make_plan(ask(), DEFAULTS, GPUS[::-1])
-    assert [value for key, value in plan.verdict("/p", "/l").settings if key == "gpu"] == ["0 0 GPU-0", "1 1 GPU-1"]
+    assert [value.split()[:3] for value in values(plan, "gpu")] == [["0", "0", "GPU-0"], ["1", "1", "GPU-1"]]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +109,8 @@ def test_the_mode_is_left_alone_where_the_site_says_so(config: SiteConfig) -> No
 
 def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
     config = SiteConfig(limits_thread_percentage_default=50.0, limits_memory_default="4G")
-    assert make_plan(ask(), config, GPUS).limits == Limits(50.0, 4 * GIB)
-    assert make_plan(ask(), DEFAULTS, GPUS).limits == Limits(100.0, None)
+    assert make_plan(ask(), config, GPUS).daemons[0].limits == Limits(50.0, 4 * GIB)
+    assert make_plan(ask(), DEFAULTS, GPUS).daemons[0].limits == Limits(100.0, None)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +126,9 @@ def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
         (ask(25.0, 145 * MIB), DEFAULTS, "about 145 MiB"),
         (ask(memory=9 * GIB), SiteConfig(limits_memory_max="8G"), "--mps-mem=9G: this site allows at most 8G"),
         (ask(memory=GIB), SiteConfig(limits_memory_min="2G"), "--mps-mem=1G: this site allows 2G and more"),
+        (by_gpu((0, GIB), (2, GIB)), DEFAULTS, "a limit for GPU 2, but this job has 2 GPUs on this node, 0 to 1"),
+        (by_gpu((0, 4 * GIB), (1, 64 * MIB)), DEFAULTS, "--mps-mem=1:64M is less than a CUDA context costs"),
+        (by_gpu((1, 150 * GIB)), DEFAULTS, "--mps-mem=1:150G is more than GPU-1 has"),
     ],
 )
 def test_refusals_say_the_number(request_: JobRequest, config: SiteConfig, message: str) -> None:
@@ -72,8 +137,9 @@ def test_refusals_say_the_number(request_: JobRequest, config: SiteConfig, messa
 
 
 def test_a_limit_just_above_what_a_context_costs_is_taken() -> None:
-    assert make_plan(ask(25.0, 146 * MIB), DEFAULTS, GPUS).limits.memory_bytes == 146 * MIB
-    assert make_plan(ask(memory=1 * MIB), SiteConfig(limits_memory_context_mib=0), GPUS).limits.memory_bytes == MIB
+    assert make_plan(ask(25.0, 146 * MIB), DEFAULTS, GPUS).daemons[0].limits.memory_bytes == 146 * MIB
+    any_limit = SiteConfig(limits_memory_context_mib=0)
+    assert make_plan(ask(memory=1 * MIB), any_limit, GPUS).daemons[0].limits.memory_bytes == MIB
 
 
 def test_a_job_without_gpu_is_told_how_to_get_one() -> None:

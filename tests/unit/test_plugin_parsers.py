@@ -18,7 +18,7 @@ from slurm_mps.node.gpus import Gpu
 from slurm_mps.plan import make_plan
 from slurm_mps.request import JobRequest
 from slurm_mps.state import Verdict, refused
-from slurm_mps.units import MIB, parse_memory, parse_thread_percentage
+from slurm_mps.units import MIB, parse_memory, parse_memory_by_gpu, parse_thread_percentage
 from slurm_mps.wordfile import encode
 
 if TYPE_CHECKING:
@@ -29,21 +29,47 @@ NONE, READY, REFUSED = range(3)
 JOB = 4711
 
 
+class CDaemon(ctypes.Structure):
+    """spank/verdict.h's struct verdict_daemon."""
+
+    _fields_ = (
+        ("pipe_directory", ctypes.c_char * 104),
+        ("log_directory", ctypes.c_char * 104),
+        ("mib", ctypes.c_uint64),
+    )
+
+
+class CGpu(ctypes.Structure):
+    """spank/verdict.h's struct verdict_gpu."""
+
+    _fields_ = (
+        ("slurm_index", ctypes.c_uint),
+        ("minor", ctypes.c_uint),
+        ("mib_for_clients", ctypes.c_uint64),
+        ("uuid", ctypes.c_char * 48),
+    )
+
+
 class CVerdict(ctypes.Structure):
-    """The beginning of spank/verdict.h's struct verdict."""
+    """spank/verdict.h's struct verdict."""
 
     _fields_ = (
         ("status", ctypes.c_int),
         ("message", ctypes.c_char * 512),
-        ("pipe_directory", ctypes.c_char * 104),
-        ("log_directory", ctypes.c_char * 104),
-        ("thread_percentage", ctypes.c_char * 8),
-        ("memory_limit", ctypes.c_char * 24),
+        ("threads_tenths", ctypes.c_uint),
+        ("threads_tenths_min", ctypes.c_uint),
+        ("mib_min", ctypes.c_uint64),
         ("context_mib", ctypes.c_uint64),
+        ("clients_per_gpu", ctypes.c_uint),
         ("priority", ctypes.c_int),
+        ("auto_threads", ctypes.c_bool),
+        ("auto_memory", ctypes.c_bool),
         ("ordinals", ctypes.c_bool),
+        ("per_gpu", ctypes.c_bool),
+        ("daemon_count", ctypes.c_uint),
         ("gpu_count", ctypes.c_uint),
-        ("room", ctypes.c_char * 8192),
+        ("daemons", CDaemon * 64),
+        ("gpus", CGpu * 64),
     )
 
 
@@ -59,7 +85,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plugin(state: Path) -> ctypes.CDLL:
     """The plugin's own readers, without Slurm."""
     library = state / "readers.so"
-    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c", "limits.c")]
+    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c", "limits.c", "rollcall.c")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", f'-DSTATE_DIRECTORY="{state}"']
     subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", library, *sources], check=True)
     return ctypes.CDLL(str(library))
@@ -78,6 +104,32 @@ def test_both_sides_take_and_refuse_the_same_percentages(plugin: ctypes.CDLL, te
     assert plugin.threads_tenths(text.encode()) == tenths
 
 
+class CMemOption(ctypes.Structure):
+    """spank/options.h's struct mem_option."""
+
+    _fields_ = (("automatic", ctypes.c_bool), ("by_gpu", ctypes.c_bool), ("mib", ctypes.c_uint64 * 64))
+
+
+LISTS = st.lists(st.from_regex(r"[0-9]{1,2}:[1-9][0-9]{0,2}[MGTmg]", fullmatch=True), min_size=1).map(",".join)
+
+
+@given(text=LISTS | st.text(alphabet="0123:,GMa", max_size=14) | st.sampled_from(["0:8G,1:4G", "0:8G,0:4G", "63:1G"]))
+def test_both_sides_take_and_refuse_the_same_lists_with_the_same_words(plugin: ctypes.CDLL, text: str) -> None:
+    plugin.mem_option.restype = ctypes.c_char_p
+    option = CMemOption()
+    problem = plugin.mem_option(text.encode(), ctypes.byref(option))
+    if ":" not in text:
+        assert not option.by_gpu
+        return
+    try:
+        limits = dict(parse_memory_by_gpu(text))
+    except RequestError as error:
+        assert (problem or b"").decode() == str(error)  # noqa: PT017 - both sides say so, or neither
+    else:
+        assert problem is None
+        assert {gpu: mib * MIB for gpu, mib in enumerate(option.mib) if mib} == limits
+
+
 @given(text=NEAR_MISSES | st.text(alphabet=st.characters(min_codepoint=1, exclude_categories=["Cs"])))
 def test_both_sides_take_and_refuse_the_same_sizes(plugin: ctypes.CDLL, text: str) -> None:
     plugin.mem_mib.restype = ctypes.c_uint64
@@ -88,16 +140,32 @@ def test_both_sides_take_and_refuse_the_same_sizes(plugin: ctypes.CDLL, text: st
     assert plugin.mem_mib(text.encode()) == mib
 
 
+PIPE = "/run/slurm-mps/jobs/4711"
 SETTINGS = (
-    ("pipe_directory", "/run/slurm-mps/jobs/4711/pipe"),
-    ("log_directory", "/run/slurm-mps/jobs/4711/log"),
+    ("daemon", f"{PIPE}/pipe /var/log/slurm-mps/4711 8G"),
     ("thread_percentage", "12.5"),
-    ("memory_limit", "8G"),
+    ("clients_per_gpu", "48"),
+    ("thread_percentage_min", "1"),
+    ("memory_min", "1M"),
     ("context_mib", "514"),
     ("visible_devices", "uuid"),
-    ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c"),
-    ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317"),
+    ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c 142641"),
+    ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 142641"),
 )
+
+
+def settings(**changes: str | list[str] | None) -> tuple[tuple[str, str], ...]:
+    """SETTINGS with other values; None leaves a key out."""
+    kept = [(key, value) for key, value in SETTINGS if key not in changes]
+    added = [(key, [value] if isinstance(value, str) else value or []) for key, value in changes.items()]
+    return (*((key, value) for key, values in added for value in values), *kept)
+
+
+def verdict_file(**changes: str | list[str] | None) -> bytes:
+    return encode("verdict", 1, Verdict("ready", settings=settings(**changes)).lines())
+
+
+PER_GPU = [f"{PIPE}/gpu-0 /var/log/slurm-mps/4711/gpu-0 8G", f"{PIPE}/gpu-1 /var/log/slurm-mps/4711/gpu-1 4G"]
 
 
 def read(plugin: ctypes.CDLL, state: Path, data: bytes | None) -> CVerdict:
@@ -115,10 +183,36 @@ def read(plugin: ctypes.CDLL, state: Path, data: bytes | None) -> CVerdict:
 def test_the_plugin_reads_what_the_prolog_writes(plugin: ctypes.CDLL, state: Path) -> None:
     verdict = read(plugin, state, encode("verdict", 1, Verdict("ready", settings=SETTINGS).lines()))
     assert verdict.status == READY
-    assert verdict.pipe_directory == b"/run/slurm-mps/jobs/4711/pipe"
-    assert verdict.thread_percentage == b"12.5"
-    assert verdict.memory_limit == b"8G"
-    assert verdict.gpu_count == 2
+    assert verdict.daemons[0].pipe_directory == b"/run/slurm-mps/jobs/4711/pipe"
+    assert verdict.daemons[0].log_directory == b"/var/log/slurm-mps/4711"
+    assert (verdict.threads_tenths, verdict.daemons[0].mib, verdict.clients_per_gpu) == (125, 8192, 48)
+    assert (verdict.daemon_count, verdict.gpu_count, verdict.gpus[1].mib_for_clients) == (1, 2, 142641)
+
+
+def test_the_plugin_reads_a_daemon_for_each_gpu(plugin: ctypes.CDLL, state: Path) -> None:
+    verdict = read(plugin, state, verdict_file(daemons="per-gpu", daemon=PER_GPU))
+    assert verdict.status == READY
+    assert [daemon.mib for daemon in verdict.daemons[:2]] == [8192, 4096]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"daemon": PER_GPU},
+        {"daemons": "per-gpu"},
+        {"daemons": "per-gpu", "daemon": [*PER_GPU, PER_GPU[0]]},
+        {"daemon": f"{PIPE}/pipe /var/log/slurm-mps/4711"},
+        {"daemon": f"{PIPE}/pipe /var/log/slurm-mps/4711 8X"},
+        {"daemon": f"{PIPE}/pipe /var/log/slurm-mps/4711 8G more"},
+        {"daemon": f"/{'x' * 104} /log -"},
+        {"auto": "everything"},
+        {"gpu": "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c"},
+    ],
+)
+def test_a_verdict_whose_parts_do_not_fit_together_is_a_refusal(
+    plugin: ctypes.CDLL, state: Path, changes: dict[str, str | list[str]]
+) -> None:
+    assert read(plugin, state, verdict_file(**changes)).status == REFUSED
 
 
 def test_a_refusal_brings_its_message(plugin: ctypes.CDLL, state: Path) -> None:
@@ -142,10 +236,9 @@ def test_a_verdict_cut_short_is_a_refusal_never_a_job_that_did_not_ask(
     assert b"cannot be understood" in verdict.message
 
 
-@pytest.mark.parametrize("without", range(3))
-def test_a_ready_verdict_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, without: int) -> None:
-    settings = SETTINGS[:without] + SETTINGS[without + 1 :]
-    assert read(plugin, state, encode("verdict", 1, Verdict("ready", settings=settings).lines())).status == REFUSED
+@pytest.mark.parametrize("without", ["daemon", "thread_percentage", "clients_per_gpu", "gpu"])
+def test_a_ready_verdict_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, without: str) -> None:
+    assert read(plugin, state, verdict_file(**{without: None})).status == REFUSED
 
 
 @given(
@@ -211,6 +304,7 @@ def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None, *, ordinals
         ("GPU-51000000-fc4b-2381-c253-bcc185995317", [1]),
         (None, []),
         ("", []),
+        ("NoDevFiles", []),
         ("7", None),
         ("GPU-5", None),
         ("2x", None),
@@ -231,25 +325,38 @@ def test_a_tasks_gpus_by_the_daemons_ordinals(
     assert task_gpus(plugin, state, visible, ordinals=True) == expected
 
 
+@pytest.mark.parametrize("visible", ["2", "3"])
+def test_with_a_daemon_for_each_gpu_every_ordinal_is_the_first(plugin: ctypes.CDLL, state: Path, visible: str) -> None:
+    verdict, task = read(plugin, state, verdict_file(daemons="per-gpu", daemon=PER_GPU)), CTaskGpus()
+    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    assert (task.count, task.ordinals[0]) == (1, 0)
+
+
 class CLimits(ctypes.Structure):
     """spank/limits.h's struct limits."""
 
     _fields_ = (
         ("threads_tenths", ctypes.c_uint),
-        ("memory_mib", ctypes.c_uint64),
-        ("daemon_mib", ctypes.c_uint64),
+        ("divide_threads", ctypes.c_bool),
+        ("divide_memory", ctypes.c_bool),
         ("priority", ctypes.c_int),
+        ("ranks", ctypes.c_uint),
+        ("mib", ctypes.c_uint64 * 64),
     )
 
 
-def of_step(
-    plugin: ctypes.CDLL, state: Path, threads: str = "", mem: str = "", priority: str = "", job: bytes = WHOLE
-) -> CLimits | str:
+class CStepOptions(ctypes.Structure):
+    """spank/limits.h's struct step_options."""
+
+    _fields_ = tuple((name, ctypes.c_char_p) for name in ("daemons", "threads", "mem", "priority"))
+
+
+def of_step(plugin: ctypes.CDLL, state: Path, *, job: bytes = WHOLE, **given: str) -> CLimits | str:
     """The limits of a step of a job with 12.5 % and 8G, or why it is refused."""
     verdict, limits, message = read(plugin, state, job), CLimits(), ctypes.create_string_buffer(512)
     plugin.limits_of_step.restype = ctypes.c_bool
-    options = threads.encode(), mem.encode(), priority.encode()
-    arguments = ctypes.byref(verdict), *options, ctypes.byref(limits), message, 512
+    options = CStepOptions(*(given.get(name, "").encode() for name in ("daemons", "threads", "mem", "priority")))
+    arguments = ctypes.byref(verdict), ctypes.byref(options), ctypes.byref(limits), message, 512
     return limits if plugin.limits_of_step(*arguments) else message.value.decode()
 
 
@@ -266,9 +373,9 @@ def of_step(
 def test_a_step_keeps_or_lowers_the_jobs_limits(
     plugin: ctypes.CDLL, state: Path, threads: str, mem: str, tenths: int, mib: int
 ) -> None:
-    limits = of_step(plugin, state, threads, mem)
+    limits = of_step(plugin, state, threads=threads, mem=mem)
     assert isinstance(limits, CLimits)
-    assert (limits.threads_tenths, limits.memory_mib) == (tenths, mib)
+    assert (limits.threads_tenths, list(limits.mib[:2])) == (tenths, [mib, mib])
 
 
 @pytest.mark.parametrize(
@@ -282,10 +389,200 @@ def test_a_step_keeps_or_lowers_the_jobs_limits(
 def test_a_step_that_asks_for_what_it_cannot_have_is_told_both_numbers(
     plugin: ctypes.CDLL, state: Path, threads: str, mem: str, said: str
 ) -> None:
-    assert of_step(plugin, state, threads, mem) == said
+    assert of_step(plugin, state, threads=threads, mem=mem) == said
+
+
+SPLIT = verdict_file(daemons="per-gpu", daemon=PER_GPU)
+
+
+def test_a_step_lowers_each_gpu_for_itself(plugin: ctypes.CDLL, state: Path) -> None:
+    limits = of_step(plugin, state, mem="1:1G", job=SPLIT)
+    assert isinstance(limits, CLimits)
+    assert list(limits.mib[:2]) == [8192, 1024]
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "said"),
+    [
+        (SPLIT, {"mem": "0:1G,1:5G"}, "--mps-mem=1:5G is more than the job has (4G); a step can only lower it"),
+        (SPLIT, {"mem": "5G"}, "--mps-mem=5G is more than the job has (4G); a step can only lower it"),
+        (SPLIT, {"mem": "2:1G"}, "--mps-mem has a limit for GPU 2, but this job has 2 on this node, counted from 0"),
+        (
+            WHOLE,
+            {"mem": "0:1G"},
+            "--mps-mem=0:1G needs a job with --mps=per-gpu: one control daemon cannot tell its GPUs apart",
+        ),
+        (
+            WHOLE,
+            {"daemons": "per-gpu"},
+            "--mps=per-gpu: the job has --mps=per-node, and its control daemons are started with the job",
+        ),
+        (
+            SPLIT,
+            {"daemons": "per-node"},
+            "--mps=per-node: the job has --mps=per-gpu, and its control daemons are started with the job",
+        ),
+    ],
+)
+def test_a_step_cannot_have_what_only_a_job_can(
+    plugin: ctypes.CDLL, state: Path, job: bytes, options: dict[str, str], said: str
+) -> None:
+    assert of_step(plugin, state, job=job, **options) == said
+
+
+AUTO = verdict_file(auto=["threads", "memory"], thread_percentage="100", daemon=f"{PIPE}/pipe /var/log/x -")
+
+
+def divide(
+    plugin: ctypes.CDLL, state: Path, ranks: list[int], visible: str = "2,3", *, job: bytes = AUTO, **given: str
+) -> tuple[int, list[int]] | str:
+    """Tenths of a percent and MiB for each GPU of a task, with so many ranks on the job's GPUs; or the refusal."""
+    limits = of_step(plugin, state, job=job, **given)
+    assert isinstance(limits, CLimits), limits
+    verdict, task, message = read(plugin, state, job), CTaskGpus(), ctypes.create_string_buffer(512)
+    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    counted = (ctypes.c_uint * 64)(*ranks)
+    plugin.limits_divide.restype = ctypes.c_bool
+    arguments = ctypes.byref(verdict), ctypes.byref(task), counted, ctypes.byref(limits), message, 512
+    if not plugin.limits_divide(*arguments):
+        return message.value.decode()
+    return limits.threads_tenths, list(limits.mib[:2])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "visible", "expected"),
+    [
+        ([1, 1], "2,3", (1000, [142641, 142641])),
+        ([4, 4], "2,3", (250, [35660, 35660])),
+        ([3, 1], "2", (333, [47547, 0])),
+        ([3, 1], "3", (1000, [0, 142641])),
+        ([48, 0], "2", (20, [2971, 0])),
+    ],
+)
+def test_auto_divides_by_the_ranks_on_the_tasks_own_gpus(
+    plugin: ctypes.CDLL, state: Path, ranks: list[int], visible: str, expected: tuple[int, list[int]]
+) -> None:
+    assert divide(plugin, state, ranks, visible) == expected
+
+
+def test_auto_never_gives_more_than_the_job_has(plugin: ctypes.CDLL, state: Path) -> None:
+    assert divide(plugin, state, [2, 2], job=WHOLE, threads="auto", mem="auto") == (125, [8192, 8192])
+    assert divide(plugin, state, [20, 20], job=WHOLE, threads="auto", mem="auto") == (50, [7132, 7132])
+
+
+def test_a_steps_own_number_replaces_the_jobs_auto(plugin: ctypes.CDLL, state: Path) -> None:
+    assert divide(plugin, state, [4, 4], threads="50", mem="8G") == (500, [8192, 8192])
+
+
+@given(ranks=st.lists(st.integers(1, 48), min_size=2, max_size=2))
+def test_what_auto_gives_all_ranks_of_a_gpu_is_there(plugin: ctypes.CDLL, state: Path, ranks: list[int]) -> None:
+    result = divide(plugin, state, ranks)
+    assert not isinstance(result, str)
+    for count, mib in zip(ranks, result[1], strict=True):
+        assert count * mib <= 142641 < count * (mib + 1)
+    assert max(ranks) * result[0] <= 1000
+
+
+SMALL = "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 2000"
+
+
+@pytest.mark.parametrize(
+    ("job", "ranks", "said"),
+    [
+        (
+            WHOLE,
+            [49, 1],
+            (
+                "49 tasks of this step share a GPU, and an MPS server takes 48 clients there; "
+                "start fewer on this node, or give the job more GPUs"
+            ),
+        ),
+        (
+            verdict_file(auto="threads", thread_percentage_min="5"),
+            [21, 1],
+            (
+                "--mps-threads=auto: 21 tasks of this step share a GPU, which is 4.7 % of its threads for each; "
+                "this site allows 5 and more"
+            ),
+        ),
+        (
+            verdict_file(auto="memory", thread_percentage="100", gpu=[SETTINGS[-2][1], SMALL]),
+            [1, 4],
+            (
+                "--mps-mem=auto: 4 tasks of this step share a GPU, which is 500M of its memory for each; "
+                "they need at least 514M"
+            ),
+        ),
+        (
+            verdict_file(auto="memory", memory_min="8G"),
+            [20, 20],
+            (
+                "--mps-mem=auto: 20 tasks of this step share a GPU, which is 7132M of its memory for each; "
+                "they need at least 8G"
+            ),
+        ),
+    ],
+)
+def test_too_many_ranks_are_refused_with_the_numbers_and_the_same_for_every_task(
+    plugin: ctypes.CDLL, state: Path, job: bytes, ranks: list[int], said: str
+) -> None:
+    assert divide(plugin, state, ranks, "2", job=job) == said
+    assert divide(plugin, state, ranks, "3", job=job) == said
+
+
+def answer_in_processes(plugin: ctypes.CDLL, state: Path, visible: list[str], tasks: int) -> list[list[int] | None]:
+    """Fork a process for each task, as slurmstepd does, and have them answer; None for one that gave up."""
+    verdict, answers = read(plugin, state, AUTO), []
+    plugin.rollcall_new.restype = ctypes.c_void_p
+    plugin.rollcall_answer.restype = ctypes.c_bool
+    rollcall = ctypes.c_void_p(plugin.rollcall_new())
+    for value in visible:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            task, ranks = CTaskGpus(), (ctypes.c_uint * 64)()
+            plugin.task_gpus(ctypes.byref(verdict), value.encode(), ctypes.byref(task))
+            there = plugin.rollcall_answer(rollcall, ctypes.byref(verdict), ctypes.byref(task), tasks, ranks)
+            os.write(writing, bytes(ranks[:2]) if there else b"x")
+            os._exit(0)
+        os.close(writing)
+        answers.append(reading)
+    return [None if (said := os.read(fd, 2)) == b"x" else list(said) for fd in answers]
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"),
+    [
+        (["2", "3"], [1, 1]),
+        (["2", "2", "2", "3"], [3, 1]),
+        (["2,3"] * 4, [2, 2]),
+        (["2,3"] * 5, [3, 3]),
+        (["2,3", "2,3", "3"], [1, 2]),
+        (["", "2"], [1, 0]),
+    ],
+)
+def test_tasks_count_one_another_by_gpu(plugin: ctypes.CDLL, state: Path, visible: list[str], ranks: list[int]) -> None:
+    assert answer_in_processes(plugin, state, visible, len(visible)) == [ranks] * len(visible)
+
+
+def test_a_task_that_never_comes_is_not_waited_for_without_end(plugin: ctypes.CDLL, state: Path) -> None:
+    assert answer_in_processes(plugin, state, ["2", "3"], 3) == [None, None]
 
 
 A, B = (value.split()[2] for key, value in SETTINGS if key == "gpu")
+
+
+def memory_value(
+    plugin: ctypes.CDLL, state: Path, own: str | None, visible: str = "2,3", *, job: bytes = WHOLE, **given: str
+) -> str | None:
+    """The memory variable of a task whose user has set `own`; None when there is none to set."""
+    limits, verdict, task = of_step(plugin, state, job=job, **given), read(plugin, state, job), CTaskGpus()
+    assert isinstance(limits, CLimits)
+    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    out = ctypes.create_string_buffer(4096)
+    plugin.limits_memory_value.restype = ctypes.c_bool
+    arguments = ctypes.byref(verdict), ctypes.byref(limits), ctypes.byref(task)
+    value = plugin.limits_memory_value(*arguments, own.encode() if own is not None else None, out, 4096)
+    return out.value.decode() if value else None
 
 
 @pytest.mark.parametrize(
@@ -307,28 +604,35 @@ A, B = (value.split()[2] for key, value in SETTINGS if key == "gpu")
     ],
 )
 def test_the_memory_variable_is_one_that_the_driver_can_use(
-    plugin: ctypes.CDLL, own: str | None, expected: str
+    plugin: ctypes.CDLL, state: Path, own: str | None, expected: str
 ) -> None:
     """One bad entry removes the limit of every device (O12)."""
-    limits, out = CLimits(1000, 8192, 8192), ctypes.create_string_buffer(4096)
-    plugin.limits_memory_value.restype = ctypes.c_bool
-    given = own.encode() if own is not None else None
-    assert plugin.limits_memory_value(ctypes.byref(limits), f"{A},{B}".encode(), given, out, 4096)
-    assert out.value.decode() == expected
+    assert memory_value(plugin, state, own) == expected
 
 
-def test_a_steps_lower_limit_names_every_device(plugin: ctypes.CDLL) -> None:
+def test_a_steps_lower_limit_names_every_device(plugin: ctypes.CDLL, state: Path) -> None:
     """The daemon gives each of them more."""
-    limits, out = CLimits(1000, 2048, 8192), ctypes.create_string_buffer(4096)
-    plugin.limits_memory_value(ctypes.byref(limits), f"{A},{B}".encode(), None, out, 4096)
-    assert out.value == b"0=2048M,1=2048M"
+    assert memory_value(plugin, state, None, mem="2G") == "0=2048M,1=2048M"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("2", "0=8192M"), ("3", "0=4096M")])
+def test_a_task_of_a_gpu_with_its_own_daemon_has_that_gpus_limit(
+    plugin: ctypes.CDLL, state: Path, visible: str, expected: str
+) -> None:
+    assert memory_value(plugin, state, None, visible, job=SPLIT) == expected
+
+
+def test_a_task_without_a_gpu_has_a_limit_all_the_same(plugin: ctypes.CDLL, state: Path) -> None:
+    assert memory_value(plugin, state, "junk", "") == "0=8192M"
+
+
+def test_without_a_limit_the_users_own_is_left_alone(plugin: ctypes.CDLL, state: Path) -> None:
+    assert memory_value(plugin, state, "0=1G", job=verdict_file(daemon=f"{PIPE}/pipe /var/log/x -")) is None
 
 
 @given(own=st.text(alphabet="0123456789=,.GMT-x", max_size=40))
-def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, own: str) -> None:
-    limits, out = CLimits(1000, 8192, 8192), ctypes.create_string_buffer(4096)
-    plugin.limits_memory_value(ctypes.byref(limits), f"{A},{B}".encode(), own.encode(), out, 4096)
-    entries = dict(entry.split("=") for entry in out.value.decode().split(","))
+def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, state: Path, own: str) -> None:
+    entries = dict(entry.split("=") for entry in (memory_value(plugin, state, own) or "").split(","))
     assert entries.keys() in ({"0"}, {"0", "1"})
     assert all(size.endswith("M") and 1 <= int(size[:-1]) <= 8192 for size in entries.values())
 
@@ -339,12 +643,12 @@ def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, own: str)
 def test_the_thread_variable_keeps_a_lower_value_of_the_users(
     plugin: ctypes.CDLL, own: str | None, expected: str
 ) -> None:
-    limits, out = CLimits(250, 0), ctypes.create_string_buffer(64)
+    limits, out = CLimits(250), ctypes.create_string_buffer(64)
     plugin.limits_threads_value(ctypes.byref(limits), own.encode() if own is not None else None, out, 64)
     assert out.value.decode() == expected
 
 
-LOW = encode("verdict", 1, Verdict("ready", settings=(*SETTINGS, ("client_priority", "1"))).lines())
+LOW = verdict_file(client_priority="1")
 
 
 @pytest.mark.parametrize(
@@ -367,10 +671,8 @@ def test_a_step_cannot_raise_the_jobs_priority(plugin: ctypes.CDLL, state: Path)
 @pytest.mark.parametrize("tenths", [1, 10, 125, 250, 333, 500, 1000])
 def test_both_sides_reckon_the_same_cost_of_a_context(plugin: ctypes.CDLL, state: Path, tenths: int) -> None:
     """A job's limit is judged by the prolog, a step's by the plugin."""
-    job = (("thread_percentage", f"{tenths // 10}.{tenths % 10}"), ("memory_limit", "8G"), ("context_mib", "514"))
-    settings = tuple((key, value) for key, value in SETTINGS if key not in dict(job))
-    verdict = encode("verdict", 1, Verdict("ready", settings=(*job, *settings)).lines())
-    gpu = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200")
+    verdict = verdict_file(thread_percentage=f"{tenths // 10}.{tenths % 10}")
+    gpu = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200", 143155 * MIB, (9, 0), (13, 0))
     for mib in range(1, 600):
         request = JobRequest(JOB, 1, 0, ("0",), tenths / 10, mib * MIB)
         try:

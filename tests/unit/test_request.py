@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.request import JobRequest, read_request
+from slurm_mps.request import PER_GPU, PER_NODE, JobRequest, read_request
 from slurm_mps.units import GIB
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "2,3"}
@@ -14,6 +14,35 @@ SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,
 def test_a_full_request() -> None:
     request = read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_THREADS": "12.5", "SPANK_MPS_MEM": "8G"})
     assert request == JobRequest(4711, 20001, 0, ("2", "3"), 12.5, 8 * GIB)
+
+
+@pytest.mark.parametrize(("text", "daemons"), [("1", PER_NODE), ("per-node", PER_NODE), ("per-gpu", PER_GPU)])
+def test_how_many_daemons(text: str, daemons: str) -> None:
+    assert read_request({**SLURM, "SPANK_MPS": text}).daemons == daemons
+
+
+@pytest.mark.parametrize("text", ["", "0", "per-rank", "per-gpu\n"])
+def test_any_other_number_of_daemons_is_the_users_mistake(text: str) -> None:
+    with pytest.raises(RequestError, match=r"--mps=.*expected per-node or per-gpu"):
+        read_request({**SLURM, "SPANK_MPS": text})
+
+
+def test_a_limit_for_each_gpu() -> None:
+    request = read_request({**SLURM, "SPANK_MPS": "per-gpu", "SPANK_MPS_MEM": "0:8G,1:4G"})
+    assert request.memory_by_gpu == ((0, 8 * GIB), (1, 4 * GIB))
+    assert request.memory_limit_bytes is None
+
+
+def test_a_limit_for_each_gpu_needs_a_daemon_for_each() -> None:
+    """One daemon applies its limits by the client's ordinal (O13)."""
+    with pytest.raises(RequestError, match="cannot tell its GPUs apart; ask for --mps=per-gpu"):
+        read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_MEM": "0:8G,1:4G"})
+
+
+def test_auto_is_no_number_yet() -> None:
+    request = read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_THREADS": "auto", "SPANK_MPS_MEM": "auto"})
+    assert (request.auto_threads, request.auto_memory) == (True, True)
+    assert (request.thread_percentage, request.memory_limit_bytes) == (None, None)
 
 
 @pytest.mark.parametrize(("text", "priority"), [("normal", 0), ("low", 1)])
@@ -51,7 +80,7 @@ def test_a_bad_percentage_is_the_users_mistake_and_says_the_option(value: str) -
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("value", ["8X", "-1G", "1.5G", "0", "8G\nquit", ""])
+@pytest.mark.parametrize("value", ["8X", "-1G", "1.5G", "0", "8G\nquit", "", "AUTO", "0:8G,"])
 def test_a_bad_size_is_the_users_mistake_and_says_the_option(value: str) -> None:
     with pytest.raises(RequestError, match="--mps-mem="):
         read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_MEM": value})
@@ -79,7 +108,12 @@ def test_a_gpu_slurm_cannot_mean_is_the_nodes_fault() -> None:
         read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0;reboot"})
 
 
-@given(st.dictionaries(st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM"]), st.text(), min_size=1))
+ANY = (
+    st.text() | st.sampled_from(["1", "per-gpu", "auto", "8G", "0:8G,1:4G"]) | st.text(alphabet="0123:,GM", max_size=9)
+)
+
+
+@given(st.dictionaries(st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM"]), ANY, min_size=1))
 def test_any_text_gives_a_request_within_bounds_or_one_clean_refusal(values: dict[str, str]) -> None:
     try:
         request = read_request({**SLURM, **values})
@@ -88,3 +122,5 @@ def test_any_text_gives_a_request_within_bounds_or_one_clean_refusal(values: dic
     else:
         assert request.thread_percentage is None or 0.1 <= request.thread_percentage <= 100
         assert request.memory_limit_bytes is None or request.memory_limit_bytes % 2**20 == 0
+        assert all(gpu < 64 and limit % 2**20 == 0 for gpu, limit in request.memory_by_gpu)
+        assert not request.memory_by_gpu or request.daemons == PER_GPU

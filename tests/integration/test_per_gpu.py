@@ -1,0 +1,188 @@
+"""--mps=per-gpu: one control daemon for each of a job's GPUs, each with its own directories, limits and fate."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.gpunode import asked
+
+if TYPE_CHECKING:
+    from tests.harness.gpunode import GpuNode
+    from tests.harness.site import Site
+
+CLIENT = "simulated-gpus client"
+PER_GPU = {**asked(), "SPANK_MPS": "per-gpu"}
+LINE = re.compile(r"uuid=(\S+) sms=(\d+) free=(\d+) total=\d+ mps=(\S+)")
+
+
+def clients(output: str) -> list[tuple[str, str, str, str]]:
+    """UUID, SMs, free MiB and server of each client that said so."""
+    return sorted(LINE.findall(output))
+
+
+def test_each_task_is_a_client_of_its_own_gpus_daemon_with_that_gpus_limit(any_site: Site) -> None:
+    options = ["-wn1", "-n4", "--ntasks-per-gpu=2", "--mps=per-gpu", "--mps-threads=25", "--mps-mem=0:8G,1:4G"]
+    result = any_site.cluster.srun(*options, *CLIENT.split(), "--hold", "1").check()
+    first, second = (gpu["uuid"] for gpu in any_site.gpus("n1")[:2])
+    found = clients(result.stdout)
+    assert sorted((uuid, free) for uuid, _, free, _ in found) == sorted([(first, "8047")] * 2 + [(second, "3951")] * 2)
+    servers = {uuid: {server for one, _, _, server in found if one == uuid} for uuid in (first, second)}
+    assert all(len(one) == 1 for one in servers.values())
+    assert servers[first] != servers[second]
+
+
+@pytest.mark.parametrize("visible", ["uuid", "ordinal"])
+def test_every_task_sees_one_device(any_site: Site, visible: str) -> None:
+    """The daemon has no other: as an ordinal it is 0 in each (O18)."""
+    any_site.configure(f'[gpus]\nclient_visible_devices = "{visible}"\n')
+    show = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES; {CLIENT}"]
+    result = any_site.cluster.srun("-wn1", "-n2", "--gpus-per-task=1", "--mps=per-gpu", *show).check()
+    uuids = [gpu["uuid"] for gpu in any_site.gpus("n1")[:2]]
+    assert sorted(uuid for uuid, *_ in clients(result.stdout)) == sorted(uuids)
+    seen = sorted(line for line in result.stdout.splitlines() if "sms=" not in line)
+    assert seen == (["0", "0"] if visible == "ordinal" else sorted(uuids))
+
+
+def test_a_task_with_several_gpus_is_refused_with_the_reason(any_site: Site) -> None:
+    result = any_site.cluster.srun("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", "echo", "ran")
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+    said = [line for line in result.stderr.splitlines() if "error: mps: " in line]
+    assert len(said) == 1
+    assert "with --mps=per-gpu a task can use one GPU, and it has 2; bind each to its own" in said[0]
+
+
+def test_the_script_of_a_job_with_several_gpus_sees_none_and_its_steps_do(any_site: Site) -> None:
+    script = f"echo script $CUDA_VISIBLE_DEVICES\n{CLIENT}\nsrun -n2 --gpus-per-task=1 {CLIENT}\n"
+    job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
+    any_site.cluster.wait(job)
+    output = any_site.cluster.output(job)
+    assert "mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun" in output
+    assert "script NoDevFiles" in output
+    assert "FAILED init 100" in output
+    assert len(clients(output)) == 2
+    assert len({uuid for uuid, *_ in clients(output)}) == 2
+
+
+def test_the_script_of_a_job_with_one_gpu_has_it(site: Site) -> None:
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps=per-gpu", script=CLIENT)
+    assert site.cluster.wait(job).state == "COMPLETED"
+    assert clients(site.cluster.output(job))
+
+
+def test_a_fault_on_one_gpu_leaves_the_other_alone(site: Site) -> None:
+    """One daemon for both would have had one server for both."""
+    client = f"if [ $SLURM_LOCALID = 0 ]; then {CLIENT} --work 1 --fault; else {CLIENT} --work 2; fi"
+    options = ["-wn1", "-n2", "--gpus-per-task=1", "--mps=per-gpu", "--kill-on-bad-exit=0", "--no-kill"]
+    result = site.cluster.srun(*options, "sh", "-c", client)
+    assert len(clients(result.stdout)) == 2
+    assert result.stdout.count("FAILED") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--gres=gpu:2", "--mps-mem=0:8G,1:4G"],
+            "--mps-mem=0:8G,1:4G: one control daemon cannot tell its GPUs apart; ask for --mps=per-gpu",
+        ),
+        (["--gres=gpu:2", "--mps=per-gpu", "--mps-mem=0:8G,0:4G"], "--mps-mem=0:8G,0:4G: it names a GPU twice"),
+        (["--gres=gpu:2", "--mps=per-rank"], "--mps=per-rank: expected per-node or per-gpu"),
+        (
+            ["--gres=gpu:1", "--mps=per-gpu", "--mps-mem=1:8G"],
+            "--mps-mem has a limit for GPU 1, but this job has one GPU on this node, which is 0",
+        ),
+        (
+            ["--gres=gpu:2", "--mps=per-gpu", "--mps-mem=0:8G,7:4G"],
+            "--mps-mem has a limit for GPU 7, but this job has 2 GPUs on this node, 0 to 1",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(site: Site, options: list[str], said: str) -> None:
+    result = site.cluster.srun("-wn1", *options, "echo", "ran")
+    assert result.returncode != 0
+    assert "ran" not in result.stdout
+    assert said in result.stderr
+    assert result.stderr.count("error: mps: ") == 1
+
+
+def test_a_step_cannot_change_the_number_of_daemons(site: Site) -> None:
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script="srun --mps=per-gpu echo ran\n")
+    assert site.cluster.wait(job).state == "FAILED"
+    output = site.cluster.output(job)
+    assert "--mps=per-gpu: the job has --mps=per-node, and its control daemons are started with the job" in output
+    assert "ran" not in output.splitlines()
+
+
+def test_a_step_lowers_the_limit_of_one_gpu(site: Site) -> None:
+    script = f"srun -n2 --gpus-per-task=1 --mps-mem=1:1G {CLIENT}\n"
+    options = ["-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", "--mps-threads=25", "--mps-mem=0:8G,1:4G"]
+    job = site.cluster.sbatch(*options, script=script)
+    assert site.cluster.wait(job).state == "COMPLETED"
+    first, second = (gpu["uuid"] for gpu in site.gpus("n1")[:2])
+    found = {uuid: free for uuid, _, free, _ in clients(site.cluster.output(job))}
+    assert found == {first: "8047", second: "879"}
+
+
+def test_the_daemons_have_directories_and_logs_of_their_own(gpu_node: GpuNode) -> None:
+    gpu_node.prolog(4711, **PER_GPU).check()
+    try:
+        names = gpu_node.run("ls", "/run/slurm-mps/jobs/4711").stdout.split()
+        logs = gpu_node.run("find", "/var/log/slurm-mps/4711", "-name", "control.log").stdout.split()
+        assert len([p for p in gpu_node.mps_processes() if p.uid == 0]) == 2
+    finally:
+        gpu_node.epilog(4711).check()
+    assert names == ["config", "gpu-0", "gpu-1", "journal", "verdict"]
+    assert sorted(logs) == [f"/var/log/slurm-mps/4711/gpu-{n}/control.log" for n in (0, 1)]
+    kept = gpu_node.run("find", "/var/log/slurm-mps/4711", "-name", "control.log").stdout.split()
+    assert sorted(kept) == sorted(logs)
+
+
+def test_the_daemons_start_side_by_side(gpu_node: GpuNode) -> None:
+    """Four daemons that take a second each are up in not much more than one."""
+    gpu_node.fault("daemon.start=slow:1000")
+    started = time.monotonic()
+    gpu_node.prolog(4711, gpus="0,1,2,3", **PER_GPU).check()
+    took = time.monotonic() - started
+    gpu_node.fault()
+    gpu_node.epilog(4711).check()
+    assert 1.0 <= took < 2.0
+
+
+def test_one_daemon_that_does_not_start_leaves_none(gpu_node: GpuNode) -> None:
+    """What was up is undone with it; the node fixture sees that nothing is left."""
+    gpu_node.fault("daemon.start=exit:7")
+    result = gpu_node.prolog(4711, **PER_GPU)
+    assert result.returncode == 1
+    assert "-d ended with status 7" in result.stderr
+    assert not gpu_node.mps_processes()
+    gpu_node.epilog(4711).check()
+
+
+def test_daemons_that_are_stuck_are_ended_side_by_side(gpu_node: GpuNode) -> None:
+    """None answers quit; the epilog has to end inside its deadline all the same."""
+    gpu_node.prolog(4711, gpus="0,1,2,3", **PER_GPU).check()
+    gpu_node.fault("command.quit=hang")
+    started = time.monotonic()
+    gpu_node.epilog(4711).check()
+    took = time.monotonic() - started
+    assert took < 6
+    assert not gpu_node.mps_processes()
+
+
+def test_a_prolog_run_again_keeps_all_daemons_or_begins_anew(gpu_node: GpuNode) -> None:
+    gpu_node.prolog(4711, **PER_GPU).check()
+    before = sorted(process.pid for process in gpu_node.mps_processes())
+    gpu_node.prolog(4711, **PER_GPU).check()
+    again = sorted(process.pid for process in gpu_node.mps_processes())
+    pid = gpu_node.machine.read("/run/slurm-mps/jobs/4711/gpu-1/nvidia-cuda-mps-control.pid").strip()
+    gpu_node.run("kill", "-9", pid).check()
+    gpu_node.prolog(4711, **PER_GPU).check()
+    anew = {process.pid for process in gpu_node.mps_processes()}
+    gpu_node.epilog(4711).check()
+    assert set(before) <= set(again)
+    assert not anew & set(before)
