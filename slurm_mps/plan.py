@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from .config import SiteConfig, memory_bytes
 from .errors import NodeError, RequestError
 from .node.control import Limits
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 # A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
 # 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
 _CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
+#: What the plugin runs to see whether a server takes clients.
+_PROBE = f"{sys.executable} {os.path.dirname(os.path.abspath(__file__))}/probe.py"
 _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
 
 
@@ -63,6 +68,7 @@ class Plan:
             ("thread_percentage_min", format_thread_percentage(self.config.limits_thread_percentage_min)),
             ("memory_min", self.config.limits_memory_min),
             ("context_mib", str(self.config.limits_memory_context_mib)),
+            ("probe", _PROBE),
             ("clients_per_gpu", str(self.clients_per_gpu)),
             ("visible_devices", self.config.gpus_client_visible_devices),
         ]

@@ -7,6 +7,7 @@
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read
+        suspect              0600  a task ended badly since the server was last seen well (the plugin's)
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
@@ -182,7 +183,7 @@ class NodeState:
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
-        for name in ("verdict", "config"):
+        for name in ("verdict", "config", "suspect"):
             journal.directory.unlink(name)
         journal.directory.unlink("journal", temporary_only=True)
         strangers = [name for name in journal.directory.names() if name != "journal"]

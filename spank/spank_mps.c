@@ -25,6 +25,7 @@
 #include "limits.h"
 #include "options.h"
 #include "rollcall.h"
+#include "suspect.h"
 #include "verdict.h"
 
 SPANK_PLUGIN(mps, 1)
@@ -43,6 +44,9 @@ static struct {
 static struct {
 	bool known;
 	bool failed;
+	uint32_t job_id;
+	bool suspect;           /* a task of an earlier step ended badly, at this time */
+	struct timespec since;
 	struct verdict verdict;
 	struct limits limits;
 	struct rollcall *rollcall;
@@ -208,6 +212,13 @@ static void fail_step(uint32_t job_id, const char *message)
 	slurm_error("mps: job %u: %s", job_id, message);
 }
 
+/* After a task that ended badly the server may look well and fail the next program, which is not to be the user's. */
+static bool is_well(uint32_t job_id)
+{
+	step.suspect = suspect_marked(job_id, &step.since);
+	return !step.suspect || suspect_is_well(&step.verdict);
+}
+
 /* Find out where this step stands, and if it cannot run say so, once for all its tasks on this node. */
 static void judge_step(spank_t sp)
 {
@@ -223,6 +234,7 @@ static void judge_step(spank_t sp)
 			fail_step(job_id, "slurmstepd does not tell the job's id");
 		return;
 	}
+	step.job_id = job_id;
 	verdict_read(job_id, &step.verdict);
 	if (step.verdict.status == VERDICT_READY &&
 	    !limits_of_step(&step.verdict, &options_given, &step.limits, message, sizeof(message)))
@@ -231,6 +243,9 @@ static void judge_step(spank_t sp)
 		fail_step(job_id, step.verdict.message);
 	else if (step.verdict.status == VERDICT_READY && !verdict_daemons_answer(&step.verdict))
 		fail_step(job_id, "its MPS control daemon on this node does not answer");
+	else if (step.verdict.status == VERDICT_READY && !is_well(job_id))
+		fail_step(job_id, "its MPS server on this node takes no programs: one that an earlier step's fault has hit, or "
+				  "that hangs, is still there; end it, or the job");
 	else if (step.verdict.status == VERDICT_NONE && job_asked(sp))
 		fail_step(job_id, "MPS was asked for, but no prolog set it up on this node: give --mps to sbatch, salloc "
 				  "or the srun that makes the job; if you did, tell your admin that slurm-mps is not "
@@ -447,4 +462,30 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	if (!step.failed && rollcall_first(step.rollcall))
 		slurm_error("mps: this task cannot start: %s", problem);
 	_exit(EXIT_FAILURE);
+}
+
+/* As root, when the tasks are forked: the server was found well, and the next step need not look again. */
+int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
+{
+	(void)sp;
+	(void)ac;
+	(void)av;
+	if (step.suspect && !step.failed)
+		suspect_clear(step.job_id, &step.since);
+	step.suspect = false;
+	return ESPANK_SUCCESS;
+}
+
+/* As root, before srun learns that a task has ended. */
+int slurm_spank_task_exit(spank_t sp, int ac, char **av)
+{
+	int status = 0;
+
+	(void)ac;
+	(void)av;
+	if (spank_context() != S_CTX_REMOTE || step.failed || step.verdict.status != VERDICT_READY)
+		return ESPANK_SUCCESS;
+	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) == ESPANK_SUCCESS && status)
+		suspect_mark(step.job_id);
+	return ESPANK_SUCCESS;
 }

@@ -73,6 +73,16 @@ static bool take_gpu(struct verdict *verdict, const char *value)
 		      &gpu->mib_for_clients) == 4;
 }
 
+/* "<python> <script>" */
+static bool take_probe(struct verdict *verdict, char *value)
+{
+	const char *python = next_word(&value, VERDICT_PROGRAM_MAX);
+	const char *script = next_word(&value, VERDICT_PROGRAM_MAX);
+
+	return python && script && !value && take(verdict->python, sizeof(verdict->python), python) &&
+	       take(verdict->probe, sizeof(verdict->probe), script);
+}
+
 static bool take_auto(struct verdict *verdict, const char *value)
 {
 	if (!strcmp(value, "threads"))
@@ -123,6 +133,8 @@ static bool take_line(struct verdict *verdict, char *line)
 		return sscanf(value, "%5" SCNu64, &verdict->context_mib) == 1;
 	if (!strcmp(line, "clients_per_gpu"))
 		return sscanf(value, "%4u", &verdict->clients_per_gpu) == 1;
+	if (!strcmp(line, "probe"))
+		return take_probe(verdict, value);
 	if (!strcmp(line, "auto"))
 		return take_auto(verdict, value);
 	if (!strcmp(line, "client_priority")) {
@@ -143,7 +155,7 @@ static bool is_complete(const struct verdict *verdict)
 	if (verdict->status == VERDICT_REFUSED)
 		return verdict->message[0];
 	return verdict->status == VERDICT_READY && verdict->threads_tenths && verdict->clients_per_gpu &&
-	       verdict->gpu_count && verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1);
+	       verdict->gpu_count && verdict->probe[0] && verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1);
 }
 
 /* First line "slurm-mps verdict 1", last line "end ..."; between them one key and value a line. */

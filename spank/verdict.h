@@ -12,6 +12,7 @@
 
 #define VERDICT_MESSAGE_MAX 512
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
+#define VERDICT_PROGRAM_MAX 256
 
 enum verdict_status {
 	VERDICT_NONE,    /* the prolog left nothing: the job did not ask, or no prolog ran */
@@ -36,6 +37,7 @@ struct verdict_daemon {
 struct verdict {
 	enum verdict_status status;
 	char message[VERDICT_MESSAGE_MAX];
+	char python[VERDICT_PROGRAM_MAX], probe[VERDICT_PROGRAM_MAX]; /* what finds out whether a server is well */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */

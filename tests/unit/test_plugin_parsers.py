@@ -56,6 +56,8 @@ class CVerdict(ctypes.Structure):
     _fields_ = (
         ("status", ctypes.c_int),
         ("message", ctypes.c_char * 512),
+        ("python", ctypes.c_char * 256),
+        ("probe", ctypes.c_char * 256),
         ("threads_tenths", ctypes.c_uint),
         ("threads_tenths_min", ctypes.c_uint),
         ("mib_min", ctypes.c_uint64),
@@ -145,6 +147,7 @@ SETTINGS = (
     ("daemon", f"{PIPE}/pipe /var/log/slurm-mps/4711 8G"),
     ("thread_percentage", "12.5"),
     ("clients_per_gpu", "48"),
+    ("probe", "/opt/slurm-mps/bin/python3 /opt/slurm-mps/probe.py"),
     ("thread_percentage_min", "1"),
     ("memory_min", "1M"),
     ("context_mib", "514"),
@@ -236,7 +239,7 @@ def test_a_verdict_cut_short_is_a_refusal_never_a_job_that_did_not_ask(
     assert b"cannot be understood" in verdict.message
 
 
-@pytest.mark.parametrize("without", ["daemon", "thread_percentage", "clients_per_gpu", "gpu"])
+@pytest.mark.parametrize("without", ["daemon", "thread_percentage", "clients_per_gpu", "probe", "gpu"])
 def test_a_ready_verdict_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, without: str) -> None:
     assert read(plugin, state, verdict_file(**{without: None})).status == REFUSED
 

@@ -1,0 +1,124 @@
+"""The step after one that was cancelled or faulted works: a server that a killed client left is made good first."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from tests.harness.cluster import Job
+    from tests.harness.site import Site
+
+CLIENT = "simulated-gpus client"
+GOOD = re.compile(r"uuid=\S+ sms=\d+ free=\d+ total=\d+ mps=\d+")
+
+
+def start(site: Site, script: str, *options: str) -> Job:
+    job = site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}")
+    site.cluster.until("the job's script", lambda: "started" in site.cluster.output(job) or None, 20)
+    return job
+
+
+def waits(site: Site, job: Job, text: str) -> None:
+    site.cluster.until(f"{text!r} in the output", lambda: text in site.cluster.output(job) or None, 20)
+
+
+def after(site: Site, job: Job) -> str:
+    """What the job's script said after the word `next`."""
+    site.cluster.wait(job)
+    return site.cluster.output(job).partition("next\n")[2]
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
+def test_a_cancelled_step_does_not_poison_the_next(any_site: Site, options: list[str]) -> None:
+    """It was killed inside a kernel: without the cure the next client on its GPU fails with 719 (O46)."""
+    script = f"srun -n2 --gpus-per-task=1 {CLIENT} --spin\necho next\nsrun -n2 --gpus-per-task=1 {CLIENT}\n"
+    job = start(any_site, script, "-n2", "--gres=gpu:2", *options)
+    any_site.cluster.until("both clients", lambda: any_site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    any_site.machine.run(["scancel", f"{job}.0"], user="alice").check()
+    said = after(any_site, job)
+    assert len(GOOD.findall(said)) == 2, any_site.cluster.output(job)
+    assert "FAILED" not in said
+
+
+def test_a_step_after_a_fault_waits_for_its_victims_to_leave(site: Site) -> None:
+    """The server is in FAULT until then and takes nobody (O34)."""
+    script = (
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --hold 3 &\nsleep 1\n"
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --fault\necho next\n"
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT}\nwait\n"
+    )
+    job = start(site, script, "-n4", "--gres=gpu:1", "--mps")
+    said = after(site, job)
+    assert GOOD.search(said), site.cluster.output(job)
+
+
+def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: Site) -> None:
+    script = "srun -n1 false\necho next\nsrun -n4 echo ran\n"
+    site.fault("n1", "server.start=hang")
+    job = start(site, script, "-n4", "--gres=gpu:1", "--mps")
+    said = after(site, job)
+    site.fault("n1")
+    assert "ran" not in said.splitlines()
+    messages = [line for line in said.splitlines() if "error: mps: " in line]
+    assert len(messages) == 1
+    assert "its MPS server on this node takes no programs" in messages[0]
+
+
+def test_only_a_task_that_ended_badly_leaves_a_mark_and_the_next_good_step_takes_it_away(site: Site) -> None:
+    mark = f"{STATE_DIRECTORY}/jobs/*/suspect"
+    job = start(
+        site,
+        "srun true; touch good; while [ -e good ]; do sleep 0.1; done\n"
+        "srun false; touch bad; while [ -e bad ]; do sleep 0.1; done\n"
+        "srun true; touch cured; while [ -e cured ]; do sleep 0.1; done\n",
+        "--gres=gpu:1",
+        "--mps",
+    )
+    seen = {}
+    for stage in ("good", "bad", "cured"):
+        flag = site.machine.path(f"/home/alice/{stage}")
+        site.cluster.until(stage, lambda flag=flag: flag.exists() or None, 20)  # type: ignore[misc]
+        seen[stage] = site.node("n1", "sh", "-c", f"ls -l {mark}").stdout.split()[:3]
+        flag.unlink()
+    site.cluster.wait(job)
+    assert seen["good"] == []
+    assert seen["bad"][0].startswith("-rw-------")
+    assert seen["bad"][2] == "root"
+    assert seen["cured"] == []
+
+
+def test_a_job_without_mps_leaves_no_mark(site: Site) -> None:
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", script="srun false")
+    site.cluster.wait(job)
+    assert site.state_files("n1") == []
+
+
+def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site) -> None:
+    """Its program is root's and its environment made from nothing; here it only tells what it is."""
+    site.machine.write(
+        "/opt/tell.py",
+        "import os\n"
+        "status = open('/proc/self/status').read()\n"
+        "ids = [line.split()[1:] for line in status.splitlines() if line[:4] in ('Uid:', 'Gid:')]\n"
+        "fds = sorted(os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if n != '3')\n"
+        "open('/home/alice/told', 'w').write(repr((ids, sorted(os.environ), set(fds))))\n",
+    )
+    script = "srun false\necho next\nsrun env LD_PRELOAD=/home/alice/x.so PYTHONPATH=/home/alice true\n"
+    job = start(site, "while [ ! -e go ]; do sleep 0.1; done\n" + script, "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    lines = verdict.read_text().splitlines()
+    changed = [f"{line.rpartition(' ')[0]} /opt/tell.py" if line.startswith("probe ") else line for line in lines]
+    verdict.write_text("\n".join(changed) + "\n")
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    ids, environment, descriptors = eval(site.machine.read("/home/alice/told"))  # our own file
+    for name in ("go", "told"):
+        site.machine.path(f"/home/alice/{name}").unlink()
+    assert ids == [["20001"] * 4, ["20001"] * 4]
+    assert set(environment) - {"LC_CTYPE"} == {"PATH", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"}
+    assert descriptors == {"/dev/null"}
