@@ -52,6 +52,10 @@ test: build
 bench: build
 	@$(DEV_PYTHON) -m tests.bench $(BENCH)
 
+# Many nodes and many jobs; SCALE="--nodes 64 --jobs 500" is what it does unless told otherwise.
+scale: build
+	@$(DEV_PYTHON) -m tests.scale $(SCALE)
+
 # A cluster of simulated nodes with slurm-mps installed, to try things in.
 shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
@@ -77,4 +81,4 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test bench scale shell install install-hooks clean
