@@ -5,7 +5,7 @@ input says, a line each, and answers each with the CUDA error it got, 0 for none
 
 ``allocate MIB``, ``synchronize``; ``work`` synchronizes until that fails, for at most ten seconds, as a rank would;
 ``fault``, ``trap``, ``spin``: a kernel with an illegal address, one that traps, an endless one, which is announced by a
-0 of its own. ONLY the simulated libcuda.so.1 has an entry point for these; for a real card each needs a kernel here.
+0 of its own, on the last device. The simulated libcuda.so.1 has entry points for these, a real one runs KERNELS.
 
 A number as argument makes that many such programs, forked before any of them touches CUDA.
 """
@@ -20,6 +20,36 @@ import time
 
 MULTIPROCESSOR_COUNT, COMPUTE_MODE = 16, 20  # CUdevice_attribute
 ILLEGAL_ADDRESS, TRAP = 0, 1  # enum sim_fault_kind
+IS_SIMULATED = "simSpin"
+
+#: What the driver compiles for the card at hand; `spin` reads a word that nobody ever writes.
+KERNELS = b"""
+.version 6.0
+.target sm_50
+.address_size 64
+.visible .entry fault() {
+    .reg .u64 %address;
+    mov.u64 %address, 64;
+    st.global.u32 [%address], 1;
+    ret;
+}
+.visible .entry trap() {
+    trap;
+    ret;
+}
+.visible .entry spin(.param .u64 word) {
+    .reg .u64 %address;
+    .reg .u32 %value;
+    .reg .pred %again;
+    ld.param.u64 %address, [word];
+    cvta.to.global.u64 %address, %address;
+AGAIN:
+    ld.volatile.global.u32 %value, [%address];
+    setp.eq.u32 %again, %value, 0;
+    @%again bra AGAIN;
+    ret;
+}
+"""
 
 
 class CudaError(Exception):
@@ -76,6 +106,28 @@ def work() -> int:
     return error
 
 
+def launch(name: str) -> None:
+    """Start a kernel of KERNELS on the current device."""
+    module, kernel, word = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint64()
+    call("cuModuleLoadData", ctypes.byref(module), KERNELS)
+    call("cuModuleGetFunction", ctypes.byref(kernel), module, name.encode())
+    call("cuMemAlloc_v2", ctypes.byref(word), ctypes.c_size_t(4096))
+    call("cuMemsetD32_v2", word, 0, ctypes.c_size_t(1024))
+    arguments = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(word), ctypes.c_void_p))
+    call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, None, arguments if name == "spin" else None, None)
+
+
+def misbehave(how: str) -> int:
+    simulated = hasattr(cuda, IS_SIMULATED)
+    if not simulated:
+        launch(how)
+    if how == "spin":
+        os.write(1, b"0\n")
+    if not simulated:
+        return int(cuda.cuCtxSynchronize())
+    return int(cuda.simSpin() if how == "spin" else cuda.simFault({"fault": ILLEGAL_ADDRESS, "trap": TRAP}[how]))
+
+
 def obey(word: str, size_mib: str) -> int:
     if word == "allocate":
         pointer = ctypes.c_void_p()
@@ -84,10 +136,7 @@ def obey(word: str, size_mib: str) -> int:
         return int(cuda.cuCtxSynchronize())
     if word == "work":
         return work()
-    if word == "spin":
-        os.write(1, b"0\n")
-        return int(cuda.simSpin())
-    return int(cuda.simFault({"fault": ILLEGAL_ADDRESS, "trap": TRAP}[word]))
+    return misbehave(word)
 
 
 def main() -> None:

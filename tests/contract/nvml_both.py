@@ -33,6 +33,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "minor": pynvml.nvmlDeviceGetMinorNumber,
     "memory_bytes": lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle).total,
     "name": pynvml.nvmlDeviceGetName,
+    "free_bytes": lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle).free,
+    "compute_capability": pynvml.nvmlDeviceGetCudaComputeCapability,
+    "cuda_version": lambda _: divmod(pynvml.nvmlSystemGetCudaDriverVersion_v2() // 10, 100),
 }
 
 

@@ -35,7 +35,9 @@ print(gpus.resolve("0").uuid)
 
 
 @pytest.mark.parametrize("by", ["index", "uuid"])
-@pytest.mark.parametrize("field", ["uuid", "index", "minor", "memory_bytes", "name"])
+@pytest.mark.parametrize(
+    "field", ["uuid", "index", "minor", "memory_bytes", "name", "free_bytes", "compute_capability", "cuda_version"]
+)
 def test_what_a_gpu_is(driver: Driver, field: str, by: str) -> None:
     for index, uuid in enumerate(driver.uuids):
         ours, pynvmls = driver.place.ask_nvml("ask", str(index) if by == "index" else uuid, field)
@@ -81,6 +83,7 @@ def test_an_unknown_uuid(driver: Driver, question: str) -> None:
     assert pynvmls == {"number": 6, "words": "Not Found"}
 
 
+@pytest.mark.usefixtures("compute_modes")
 def test_an_ordinary_user_sets_no_compute_mode(driver: Driver) -> None:
     (found, _) = driver.place.ask_nvml("mode", driver.uuids[0])
     ours, pynvmls = driver.place.ask_nvml("set-mode", driver.uuids[0], str(found["value"]), user=driver.user)
@@ -99,6 +102,8 @@ def test_an_ordinary_user_sets_no_compute_mode(driver: Driver) -> None:
         ("nvmlDeviceGetIndex", "ask 0 index"),
         ("nvmlDeviceGetMinorNumber", "ask 0 minor"),
         ("nvmlDeviceGetName", "ask 0 name"),
+        ("nvmlDeviceGetCudaComputeCapability", "ask 0 compute_capability"),
+        ("nvmlSystemGetCudaDriverVersion_v2", "ask 0 cuda_version"),
         ("nvmlDeviceGetComputeMode", "mode {uuid}"),
         ("nvmlDeviceSetComputeMode", "set-mode {uuid} 0"),
     ],
@@ -106,7 +111,7 @@ def test_an_ordinary_user_sets_no_compute_mode(driver: Driver) -> None:
 def test_an_error_of_any_function(
     driver: Driver, simulator: Machine, function: str, question: str, number: int
 ) -> None:
-    key = function.removeprefix("nvmlDevice").removesuffix("_v2")
+    key = function.removeprefix("nvmlDevice").removeprefix("nvmlSystem").removesuffix("_v2")
     simulator.run(["simulated-gpus", "fault", f"nvml.{key}={number}"]).check()
     ours, pynvmls = driver.place.ask_nvml(*question.format(uuid=driver.uuids[0]).split())
     assert ours == {"function": function, **pynvmls}
