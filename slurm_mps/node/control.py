@@ -197,6 +197,7 @@ class ControlDaemon:
 
     def _end_by_signals(self, ours: list[ProcessIdentity], server_uid: int, patience: Patience) -> None:
         left = self._left(ours, server_uid)
+        end = 0.0
         for number in (processes.SIGTERM, processes.SIGKILL):
             for process in left:
                 processes.signal_process(process, number)
@@ -207,7 +208,17 @@ class ControlDaemon:
             left = self._left(ours, server_uid)  # a daemon on its way out may just have started a server
             if not left:
                 return
-        pids = ", ".join(str(process.pid) for process in left)
+        late = [process for process in left if process not in ours]
+        for process in late:
+            processes.signal_process(process, processes.SIGKILL)
+        for process in late:
+            processes.wait_ended(process, max(0.0, end - monotonic()))
+        ours += late
+        # The job's user can start what looks like a server faster than it is killed. Without the daemon it is none.
+        stuck = [process for process in ours if processes.identify(process.pid) == process]
+        if not stuck:
+            return
+        pids = ", ".join(str(process.pid) for process in stuck)
         raise NodeError(
             f"MPS processes {pids} of {self.pipe_directory} are still there after quit, SIGTERM and SIGKILL",
             hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",

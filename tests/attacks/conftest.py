@@ -1,0 +1,56 @@
+"""Who is attacked: the product, or a build of it with a wall taken down."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.attacks.weakened import weaken
+from tests.harness.gpunode import GpuNode
+from tests.harness.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def walls_down() -> tuple[str, ...]:
+    """Which walls are not there; @attack gives this one to a test."""
+    raise NotImplementedError
+
+
+@pytest.fixture
+def node(walls_down: tuple[str, ...], request: pytest.FixtureRequest) -> Iterator[GpuNode]:
+    """A GPU node with this build: for the product the shared one, on which nothing may be left; else one to spoil."""
+    if not walls_down:
+        product: GpuNode = request.getfixturevalue("gpu_node")
+        yield product
+        return
+    with GpuNode(gpus=4) as own:
+        weaken(own.machine, walls_down)
+        yield own
+
+
+@pytest.fixture
+def cluster(walls_down: tuple[str, ...], request: pytest.FixtureRequest) -> Iterator[Site]:
+    """The same, with Slurm."""
+    if not walls_down:
+        product: Site = request.getfixturevalue("site")
+        yield product
+        return
+    with Site(nodes=1) as own:
+        weaken(own.machine, walls_down)
+        yield own
+
+
+@pytest.fixture(scope="session")
+def stay(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A library that makes any program stay and do nothing (stay.c)."""
+    target = tmp_path_factory.mktemp("stay") / "stay.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", target, HERE / "stay.c"], check=True)
+    return target.read_bytes()

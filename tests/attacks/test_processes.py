@@ -1,0 +1,144 @@
+"""Whose process is it: forged pid files, forged processes, a daemon that its user keeps busy, stopped and dead ones."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.attacks.processes import started, until
+from tests.attacks.weakened import attack
+from tests.harness.gpunode import asked
+from tests.harness.machine import USERS
+
+if TYPE_CHECKING:
+    from tests.harness.gpunode import GpuNode
+
+SHORT = "[deadlines]\nquit = 0.5\nsignal = 0.5\n"
+BUSY = 'exec sh -c "sleep 60 | nvidia-cuda-mps-control"'
+STORM = """
+import os, sys
+program, pipe, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+environment = {"LD_PRELOAD": "/home/alice/stay.so", "CUDA_MPS_PIPE_DIRECTORY": pipe}
+while True:
+    for _ in range(count):
+        if os.fork() == 0:
+            os.execve(program, [program], environment)
+    count = 1
+    os.wait()
+"""
+SILENT = """
+import socket, sys, time
+held = []
+for _ in range(900):
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.setblocking(False)
+    try:
+        one.connect(sys.argv[1])
+    except OSError:
+        break
+    held.append(one)
+time.sleep(60)
+"""
+SERVER = "/usr/bin/nvidia-cuda-mps-server"
+
+
+def programs(node: GpuNode, comm: str, user: str, count: int = 1) -> list[int]:
+    """The pids of at least so many processes of this name that a user has made to stay."""
+
+    def look() -> list[int] | None:
+        found = []
+        for process in node.machine.processes():
+            if process.comm == comm[:15] and sleeps(node, process.pid):
+                status = node.machine.read(f"/proc/{process.pid}/status")
+                if f"\nUid:\t{USERS[user]}\t" in status:
+                    found.append(process.pid)
+        return found if len(found) >= count else None
+
+    return until(f"{user} has {count} {comm}", look)
+
+
+def sleeps(node: GpuNode, pid: int) -> bool:
+    """Whether a process waits in pause(2) or nanosleep(2)."""
+    try:
+        return node.machine.read(f"/proc/{pid}/wchan") in ("do_sys_pause", "__do_sys_pause", "hrtimer_nanosleep")
+    except OSError:
+        return False
+
+
+def wait_busy(node: GpuNode) -> None:
+    """Wait until the daemon of job 4711 listens to somebody, and so to nobody else (O40)."""
+
+    def look() -> bool:
+        log = node.machine.read("/var/log/slurm-mps/4711/control.log")
+        return log.count("NEW UI") > log.count("UI closed")
+
+    until("the daemon is busy", lambda: look() or None)
+
+
+@pytest.fixture
+def forger(node: GpuNode, stay: bytes) -> GpuNode:
+    """A node whose alice can have any program stay and do nothing."""
+    place = node.machine.path("/home/alice/stay.so")
+    place.write_bytes(stay)
+    place.chmod(0o755)
+    node.configure(SHORT)
+    return node
+
+
+@attack("only what survives SIGKILL is a fault")
+def test_a_storm_of_forged_servers_does_not_drain_the_node(forger: GpuNode, works: bool) -> None:
+    """A process outside the job keeps the daemon from hearing quit and starts a 'server' for each that is killed."""
+    forger.prolog(4711, user="alice", **asked("25")).check()
+    pipe = forger.pipe_directory(4711)
+    with (
+        started(forger, "sh", "-c", BUSY, user="alice", CUDA_MPS_PIPE_DIRECTORY=pipe),
+        started(forger, "/usr/bin/python3", "-c", STORM, SERVER, pipe, "5", user="alice"),
+    ):
+        wait_busy(forger)
+        programs(forger, "nvidia-cuda-mps-server", "alice", 5)
+        drained = forger.epilog(4711).returncode != 0
+    forger.epilog(4711)
+    assert drained is works
+
+
+@attack("a pid proves nothing", even_without="the pid file is root's alone to write")
+def test_a_forged_pid_file_ends_nobody(node: GpuNode, works: bool) -> None:
+    """The daemon leaves its pid file writable by all (O37); the job's user names a process of root's in it."""
+    node.configure(SHORT)
+    node.prolog(4711, user="alice").check()
+    victim = node.start("sleep", "60")
+    place = f"{node.pipe_directory(4711)}/nvidia-cuda-mps-control.pid"
+    node.run("sh", "-c", f"echo {node.machine.pid_inside(victim)} >{place}", user="alice")
+    node.epilog(4711)
+    ended = victim.poll() is not None
+    node.machine.signal(victim, signal.SIGKILL)
+    victim.wait(5)
+    assert ended is works
+
+
+@pytest.mark.parametrize("how", ["busy", "silent", "stopped", "killed"])
+@attack("signals follow where asking fails")
+def test_a_user_who_disturbs_daemon_and_server_does_not_drain_the_node(node: GpuNode, how: str, works: bool) -> None:
+    """Whatever the job's user does to the server and the sockets, the epilog ends all of it, in its time."""
+    node.configure(SHORT)
+    node.prolog(4711, user="alice").check()
+    pipe = node.pipe_directory(4711)
+    server = until("the server", lambda: next((p.pid for p in node.mps_processes() if p.uid), None))
+    disturb = {
+        "busy": BUSY,
+        "silent": f"exec python3 -c '{SILENT}' {pipe}/control",
+        "stopped": f"kill -STOP {server}; {BUSY}",
+        "killed": f"kill -9 {server}; {BUSY}",
+    }[how]
+    with started(node, "sh", "-c", disturb, user="alice", CUDA_MPS_PIPE_DIRECTORY=pipe) as child:
+        if how == "silent":
+            until("its connections", lambda: sleeps(node, node.machine.pid_inside(child)) or None)
+            node.fault("command.quit=hang")  # a real daemon waits for the silent one to speak
+        else:
+            wait_busy(node)
+        drained = node.epilog(4711).returncode != 0
+    node.fault()
+    node.epilog(4711)
+    assert drained is works

@@ -1,0 +1,272 @@
+"""Builds with a wall taken down, to show of each attack that it would work there.
+
+A wall is named for what is no longer done when it is down. ``@attack("links are not followed")`` runs a test against
+the product and against a build without that wall; with ``even_without=`` also against one in which an outer wall has
+fallen already and this one alone must hold. The test states ``assert what_the_attacker_got is works``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.cluster import REPOSITORY
+from tests.harness.gpunode import EPILOG, PROLOG
+from tests.harness.site import PLUGIN_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.harness.machine import Machine
+
+WEAK_PACKAGE = "/srv/weakened/slurm_mps"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One place in one file; `old` must be there exactly once, or the wall has moved and the table must follow it."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, text: str) -> str:
+        if text.count(self.old) != 1:
+            raise AssertionError(f"{self.file} has {text.count(self.old)} times, not once: {self.old}")
+        return text.replace(self.old, self.new)
+
+
+FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
+STEPS, STATE, UNITS, LOGS = "slurm_mps/steps.py", "slurm_mps/state.py", "slurm_mps/units.py", "slurm_mps/node/logs.py"
+HOOK, HOOKS, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/hooks.py", "slurm_mps/lifecycle.py"
+PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
+
+WALLS: dict[str, tuple[Change, ...]] = {
+    # ------------------------------------------------------------------------------------------------------- files
+    "links are not followed": (
+        Change(
+            FILES,
+            "_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW",
+            "_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY",
+        ),
+    ),
+    "what was checked is what is used": (
+        Change(
+            FILES,
+            "            fd = os.open(_check_name(name), _DIRECTORY, dir_fd=self.fd)\n",
+            "            if stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode):\n"
+            "                raise OSError(40, '')\n"
+            "            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)\n",
+        ),
+    ),
+    "the pipe directory is root's alone to write": (
+        Change(
+            STEPS,
+            'site.journal.directory.make("pipe", 0o755).close()',
+            'pipe = site.journal.directory.make("pipe", 0o755)\n'
+            '        __import__("os").fchmod(pipe.fd, 0o1777)\n'
+            "        pipe.close()",
+        ),
+    ),
+    "removal follows nothing": (
+        Change(
+            FILES,
+            "_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW",
+            "_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY",
+        ),
+        Change(
+            FILES,
+            "if stat.S_ISDIR(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):",
+            "if stat.S_ISDIR(os.stat(entry, dir_fd=fd).st_mode):",
+        ),
+    ),
+    "removal is bounded": (Change(FILES, "        if budget[0] < 0 or depth == 0:", "        if False:"),),
+    "the user may only read": (
+        Change(FILES, "(_ACL_USER, 5, uid)", "(_ACL_USER, 7, uid)"),
+        Change(FILES, "(_ACL_MASK, 5, _ACL_NO_ID)", "(_ACL_MASK, 7, _ACL_NO_ID)"),
+        Change(FILES, "    return status.st_uid == 0 and not status.st_mode & others", "    return True"),
+    ),
+    "only root's plain file is read": (
+        Change(
+            FILES,
+            "os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)",
+            "os.open(_check_name(name), os.O_RDONLY, dir_fd=self.fd)",
+        ),
+        Change(
+            FILES,
+            "if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == 0):",
+            "if False:",
+        ),
+    ),
+    "nobody else may enter": (Change(FILES, "(_ACL_OTHER, 0, _ACL_NO_ID)", "(_ACL_OTHER, 5, _ACL_NO_ID)"),),
+    "jobs cannot be listed": (Change(STATE, 'self.root.make("jobs", 0o711)', 'self.root.make("jobs", 0o755)'),),
+    # ------------------------------------------------------------------------------------ environment, descriptors
+    "the hook's Python is isolated": (Change(PROLOG_SCRIPT, 'exec "$python" -I -S ', 'exec "$python" '),),
+    "the package comes last on the path": (Change(HOOK, "sys.path.append(", "sys.path.insert(0, "),),
+    "a child's environment is made from nothing": (
+        Change(PROCESSES, "                dict(environment),\n", "                {**os.environ, **environment},\n"),
+    ),
+    "a child has no other descriptor": (
+        Change(PROCESSES, "actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in inherited]", "_ = inherited"),
+    ),
+    # ------------------------------------------------------------------------------------------------ user's text
+    "a priority is one of two words": (
+        Change(UNITS, "    if text not in _PRIORITIES:", "    if False:"),
+        Change(UNITS, "    return _PRIORITIES.index(text)", "    return text"),
+    ),
+    "a command is of plain characters": (Change(CONTROL, "if not _GRAMMAR.issuperset(line):", "if False:"),),
+    "a size is a number": (
+        Change(UNITS, '    raise RequestError(f"expected {MEMORY_EXPECTED}")', "    return 8 * GIB"),
+        Change(
+            CONTROL,
+            "            size = format_memory(limits.memory_bytes)",
+            '            size = processes.os.environ["SPANK_MPS_MEM"]',
+        ),
+    ),
+    "what was set is read back": (Change(CONTROL, "        if answer != expected:", "        if False:"),),
+    "user's text is made printable": (
+        Change(
+            UNITS, '    shown = "".join(c if " " <= c <= "~" else "?" for c in text[: limit + 1])', "    return text"
+        ),
+    ),
+    "a verdict's value is one line": (
+        Change(STATE, '    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]', "    return text"),
+    ),
+    "a user's mistake is not the node's fault": (
+        Change(HOOKS, "return self._refuse(str(error))", "return self._node_fault(str(error))"),
+    ),
+    # --------------------------------------------------------------------------------------------------- processes
+    "the pid file is root's alone to write": (Change(STEPS, "            site.daemon.protect(pipe)\n", ""),),
+    "a pid proves nothing": (
+        Change(
+            CONTROL,
+            "return process if process and self._is_ours(process.pid, DAEMON_PROGRAM, (0,)) else None",
+            "return process",
+        ),
+    ),
+    "only what survives SIGKILL is a fault": (
+        Change(
+            CONTROL,
+            "        stuck = [process for process in ours if processes.identify(process.pid) == process]\n",
+            "        stuck = left\n",
+        ),
+    ),
+    "signals follow where asking fails": (
+        Change(
+            CONTROL,
+            "        self._end_by_signals(ours, server_uid, patience)\n",
+            '        raise NodeError("it does not quit")\n',
+        ),
+    ),
+    # ------------------------------------------------------------------------------------------------------- order
+    "a GPU's ledger is locked": (
+        Change(
+            STEPS,
+            "    def apply(self, site: JobSite) -> None:\n"
+            "        site.state.lock_ledgers(site.seconds(site.config.deadlines_command))\n",
+            "    def apply(self, site: JobSite) -> None:\n",
+        ),
+    ),
+    "a ledger is read and written at once": (
+        Change(
+            STEPS,
+            "        others = [job for job in entry.holders if job != job_id]\n",
+            '        __import__("time").sleep(0.3)\n        others = [job for job in entry.holders if job != job_id]\n',
+        ),
+    ),
+    "the undo is on disk first": (Change(LIFECYCLE, "journal.note(undo.line())", "journal.undo.append(undo.line())"),),
+    # ------------------------------------------------------------------------------------------------------ plugin
+    "a task's memory limit is one that the driver can use": (
+        Change(
+            "spank/spank_mps.c",
+            "	if (limits_memory_value(&step.limits, uuids, visible, value, sizeof(value)) &&\n",
+            "	if (false &&\n",
+        ),
+    ),
+    "a value is copied whole or not at all": (
+        Change("spank/verdict.c", "	if (!length || length >= size)\n", "	(void)size;\n	if (!length)\n"),
+    ),
+    "the daemon must be root's": (
+        Change("spank/verdict.c", "connects(fd, &address) && root_listens(fd)", "(root_listens(fd) || 1)"),
+    ),
+}
+
+#: Not walls of their own: they widen a race, so that losing it does not hang on luck.
+WIDENED = {"a ledger is read and written at once"}
+
+
+def attack(wall: str, *, even_without: str = "") -> pytest.MarkDecorator:
+    """Run a test against the product and without `wall`; give it `works`: whether the attack is to succeed.
+
+    even_without: a wall further out, which is then down in a third run where the attack must still fail, and in the
+    one where it is to succeed.
+    """
+    outer = (even_without,) if even_without else ()
+    cases = [pytest.param((), False, id="product")]
+    if outer:
+        cases.append(pytest.param(outer, False, id="breached"))
+    cases.append(pytest.param((*outer, wall), True, id="weakened"))
+    return pytest.mark.parametrize(("walls_down", "works"), cases)
+
+
+def changes(walls: Sequence[str]) -> dict[str, list[Change]]:
+    """The changes of some walls by file, none twice."""
+    found: dict[str, list[Change]] = {}
+    for wall in walls:
+        for change in WALLS[wall]:
+            here = found.setdefault(change.file, [])
+            if change not in here:
+                here.append(change)
+    return found
+
+
+def patched(name: str, of_file: Sequence[Change], text: str) -> str:
+    for change in of_file:
+        text = change.apply(text)
+    return text or name
+
+
+def weaken(machine: Machine, walls: Sequence[str]) -> None:
+    """Take walls down in a machine that has the product installed. Nothing outside the machine changes."""
+    by_file = changes(walls)
+    package = {name: of_file for name, of_file in by_file.items() if name.startswith("slurm_mps/")}
+    if package:
+        _weaken_package(machine, package)
+    if PROLOG_SCRIPT in by_file:
+        text = machine.read(PROLOG)
+        machine.write(PROLOG, patched(PROLOG, by_file[PROLOG_SCRIPT], text), mode=0o755)
+    plugin = {name: of_file for name, of_file in by_file.items() if name.startswith("spank/")}
+    if plugin:
+        with tempfile.TemporaryDirectory() as build:
+            library = build_plugin(Path(build), plugin)
+            machine.path(f"{PLUGIN_DIRECTORY}/.weakened").write_bytes(library.read_bytes())
+        machine.run(["mv", f"{PLUGIN_DIRECTORY}/.weakened", f"{PLUGIN_DIRECTORY}/spank_mps.so"]).check()
+
+
+def _weaken_package(machine: Machine, by_file: dict[str, list[Change]]) -> None:
+    """Copy the installed package, change the copy, and have the scripts run that one."""
+    installed = next(line for line in machine.read(PROLOG).splitlines() if line.startswith("package="))[8:]
+    machine.run(["sh", "-ec", f"mkdir -p {WEAK_PACKAGE}; cp -r {installed}/. {WEAK_PACKAGE}"]).check()
+    for name, of_file in by_file.items():
+        place = f"{WEAK_PACKAGE}/{name.partition('/')[2]}"
+        machine.write(place, patched(name, of_file, machine.read(place)))
+    machine.run(["find", WEAK_PACKAGE, "-name", "__pycache__", "-prune", "-exec", "rm", "-r", "{}", ";"]).check()
+    for script in (PROLOG, EPILOG):
+        machine.run(["sed", "-i", f"s|^package=.*|package={WEAK_PACKAGE}|", script]).check()
+
+
+def build_plugin(build: Path, by_file: dict[str, list[Change]] | None = None, *make: str) -> Path:
+    """Build the plugin below `build`, with changes if there are any."""
+    source = build / "spank"
+    copytree(REPOSITORY / "spank", source, dirs_exist_ok=True)
+    for name, of_file in (by_file or {}).items():
+        place = build / name
+        place.write_text(patched(name, of_file, place.read_text()))
+    subprocess.run(["make", "-s", "-C", source, f"BUILD={build}", *make], check=True)
+    return build / "spank_mps.so"
