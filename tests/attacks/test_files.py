@@ -1,0 +1,169 @@
+"""What root makes, opens and removes: links, races, second names, fifos, forged files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.attacks.processes import started
+from tests.attacks.weakened import attack
+from tests.harness.gpunode import asked
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.gpunode import GpuNode
+
+JOB, LOGS = f"{STATE_DIRECTORY}/jobs/4711", "/var/log/slurm-mps/4711"
+PRECIOUS = "/run/precious"  # on the file system of the state: removal leaves others alone in any case
+SECRET = "the secret\n"
+IN_TMP = '[paths]\nlogs = "/tmp/mps-logs"\n'
+SWAP = """
+import ctypes, os
+os.mkdir("/tmp/mps-logs", 0o755)
+os.symlink("/run/precious", "/tmp/other")
+libc = ctypes.CDLL(None)
+exchange = 316, -100, b"/tmp/mps-logs", -100, b"/tmp/other", 2
+while True:
+    libc.syscall(*exchange)
+"""
+
+
+def shell(node: GpuNode, command: str, user: str = "alice") -> bool:
+    """Whether a user's shell command succeeded."""
+    return node.run("sh", "-ec", command, user=user).returncode == 0
+
+
+@pytest.fixture
+def precious(node: GpuNode) -> Iterator[GpuNode]:
+    """A node with something of root's to lose, at a place that has a job's name."""
+    node.run("sh", "-ec", f"mkdir -p {PRECIOUS}/4711; touch {PRECIOUS}/4711/kept").check()
+    yield node
+    node.run("rm", "-r", PRECIOUS).check()
+
+
+def is_lost(node: GpuNode) -> bool:
+    return not node.machine.path(f"{PRECIOUS}/4711/kept").exists()
+
+
+@attack("links are not followed")
+def test_a_link_where_the_logs_are_to_go(precious: GpuNode, works: bool) -> None:
+    """A site keeps logs in a directory that all may write; a user is there first and leads root elsewhere."""
+    precious.configure(IN_TMP)
+    assert shell(precious, f"ln -s {PRECIOUS} /tmp/mps-logs")
+    precious.prolog(4711).check()
+    precious.epilog(4711).check()
+    precious.run("rm", "/tmp/mps-logs").check()
+    assert is_lost(precious) is works
+
+
+@attack("what was checked is what is used")
+def test_a_link_that_comes_and_goes_where_the_logs_are_to_go(precious: GpuNode, works: bool) -> None:
+    """The same, but the link is exchanged with a directory as fast as it goes, also between look and use."""
+    precious.configure(IN_TMP)
+    with started(precious, "/usr/bin/python3", "-c", SWAP, user="alice"):
+        for _ in range(100 if works else 12):
+            precious.prolog(4711).check()
+            precious.epilog(4711).check()
+            if is_lost(precious):
+                break
+    precious.run("rm", "-r", "/tmp/mps-logs", "/tmp/other").check()
+    assert is_lost(precious) is works
+
+
+@attack("removal follows nothing", even_without="the pipe directory is root's alone to write")
+def test_a_link_in_what_root_removes(precious: GpuNode, works: bool) -> None:
+    """A user plants a link in the job's directory and waits for the epilog to remove what it leads to."""
+    precious.prolog(4711).check()
+    shell(precious, f"ln -s {PRECIOUS}/4711 {JOB}/pipe/planted")
+    precious.epilog(4711)
+    assert is_lost(precious) is works
+
+
+@attack("removal is bounded", even_without="the pipe directory is root's alone to write")
+def test_a_tree_of_any_size_in_what_root_removes(node: GpuNode, works: bool) -> None:
+    """A user plants a tree that takes root more time to remove than a hook has; root does not begin to."""
+    node.prolog(4711).check()
+    shell(node, f"cd {JOB}/pipe; mkdir deep; cd deep; for n in 1 2 3 4 5 6 7 8 9 10; do mkdir d; cd d; done")
+    planted = node.run("find", f"{JOB}/pipe/deep", "-type", "d").stdout.count("\n")
+    walked = node.epilog(4711).returncode == 0 and planted > 10
+    assert walked is works
+
+
+@attack("only root's plain file is read", even_without="the user may only read")
+def test_a_secret_in_a_logs_place(node: GpuNode, works: bool) -> None:
+    """A user puts a link to root's file where root cuts and keeps a log for that user to read (CVE-2016-10030)."""
+    node.configure("[logs]\nmax_kib = 1\n")
+    node.machine.write("/root/secret", SECRET * 200, mode=0o600)
+    node.prolog(4711).check()
+    shell(node, f"cd {LOGS}; mv server.log away; ln -s /root/secret server.log")
+    node.epilog(4711)
+    read = SECRET in node.run("cat", f"{LOGS}/server.log", user="alice").stdout
+    assert read is works
+
+
+@attack("only root's plain file is read", even_without="the user may only read")
+def test_a_fifo_in_a_logs_place(node: GpuNode, works: bool) -> None:
+    """Opening a fifo that nobody writes waits for ever; an epilog that is ended by its watch drains the node."""
+    node.configure("[deadlines]\nepilog = 1.0\n")
+    node.prolog(4711).check()
+    shell(node, f"cd {LOGS}; mv server.log away; mkfifo server.log")
+    drained = node.epilog(4711).returncode != 0
+    node.run("rm", "-f", f"{LOGS}/server.log").check()
+    node.epilog(4711)
+    assert drained is works
+
+
+FORGE = """
+import os, sys
+from binascii import crc32
+job, gpu = sys.argv[1:]
+boot = open("/proc/sys/kernel/random/boot_id").read().strip()
+text = f"slurm-mps journal 1\\njob id=4712 uid=20002 restart=0 boot={boot} ready=yes\\nundo release_gpu gpu={gpu}\\n"
+os.rename(f"{job}/journal", f"{job}/away")
+with open(f"{job}/journal", "w") as file:
+    file.write(text + f"end {crc32(text.encode()):08x}\\n")
+os.chmod(f"{job}/journal", 0o600)
+"""
+
+
+@attack("only root's plain file is read", even_without="the user may only read")
+def test_a_forged_journal(node: GpuNode, works: bool) -> None:
+    """A user writes a whole journal that says: undo what bob's job has done to bob's GPU."""
+    node.prolog(4711, user="alice", gpus="0").check()
+    node.prolog(4712, user="bob", gpus="2").check()
+    (gpu,) = node.run("grep", "-l", "holder 4712", "-r", f"{STATE_DIRECTORY}/gpus").check().stdout.split()
+    node.run("/usr/bin/python3", "-c", FORGE, JOB, gpu.rpartition("/")[2], user="alice")
+    node.epilog(4711)
+    opened = node.compute_modes()[2] == 0
+    node.epilog(4712)
+    assert opened is works
+
+
+@attack("nobody else may enter")
+def test_another_user_as_a_client(node: GpuNode, works: bool) -> None:
+    """A foreign client has an idle server replaced by one of its own (O22): bob's gets in, or not."""
+    node.prolog(4711, user="alice", **asked("25")).check()
+    said = node.client(4711, user="bob").stdout
+    node.epilog(4711)
+    assert (" sms=32 " in said) is works
+
+
+@attack("nobody else may enter")
+def test_another_user_reads_verdict_and_logs(node: GpuNode, works: bool) -> None:
+    """What alice's job has, who its clients are and what they did wrong is no business of bob's."""
+    node.prolog(4711, user="alice").check()
+    read = shell(node, f"cat {JOB}/verdict", "bob") or shell(node, f"cat {LOGS}/control.log", "bob")
+    node.epilog(4711)
+    assert read is works
+
+
+@attack("jobs cannot be listed")
+def test_a_user_lists_the_jobs_of_others(node: GpuNode, works: bool) -> None:
+    """Slurm has PrivateData; a directory of job ids would undo it."""
+    node.prolog(4711, user="alice").check()
+    listed = node.run("ls", f"{STATE_DIRECTORY}/jobs", user="bob").stdout.split()
+    node.epilog(4711)
+    assert (listed == ["4711"]) is works
