@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .errors import NodeError
 from .record import record
-from .units import parse_memory
+from .units import parse_memory, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,11 @@ def from_lines(lines: Iterable[str]) -> SiteConfig:
     """Read the compiled form back, also one that another version wrote for a job that still runs.
 
     What that version did not know has its default; what this one does not know is left out.
+    Raises: NodeError when a setting is of another kind.
     """
     known = vars(DEFAULTS)
     pairs = (line.partition("=")[::2] for line in lines)
-    return SiteConfig(**{field: type(known[field])(text) for field, text in pairs if field in known})
+    try:
+        return SiteConfig(**{field: type(known[field])(text) for field, text in pairs if field in known})
+    except ValueError as error:
+        raise NodeError(f"the compiled configuration: {printable(str(error), 100)}") from None

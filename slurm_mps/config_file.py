@@ -106,6 +106,8 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
         document = tomllib.loads(text.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
+    except (RecursionError, ValueError):
+        raise ConfigError([f"{path}: holds what no configuration needs"]) from None
     problems = [f"{name}: {value} is no number" for name, value in _settings(document) if _is_nowhere(value)]
     problems += _schema_problems(document)
     if not problems:

@@ -202,9 +202,12 @@ class NodeState:
         if known.get("boot") != self.boot_id:
             return LedgerEntry()
         jobs = set(self.job_ids())
-        holders = (int(line.removeprefix("holder ")) for line in lines if line.startswith("holder "))
         mode = known.get("mode_found")
-        return LedgerEntry(tuple(job for job in holders if job in jobs), None if mode is None else int(mode))
+        try:
+            holders = [int(line.removeprefix("holder ")) for line in lines if line.startswith("holder ")]
+            return LedgerEntry(tuple(job for job in holders if job in jobs), None if mode is None else int(mode))
+        except ValueError:
+            raise DamagedFileError(f"the ledger of {uuid} does not name its holders") from None
 
     def write_ledger(self, uuid: str, entry: LedgerEntry) -> None:
         """Put a GPU's ledger on disk; without holders and nothing to put back there is none."""

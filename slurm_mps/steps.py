@@ -350,8 +350,8 @@ def read_undo(line: str) -> Undo:
     Raises: DamagedFileError when it is none.
     """
     kind, *words = line.split(" ")
-    if kind == "release_gpu":
-        return ReleaseGpu(**fields(words))
+    if kind == "release_gpu" and (found := fields(words)).keys() == {"gpu"}:
+        return ReleaseGpu(found["gpu"])
     if kind == "remove_directories" and not words:
         return RemoveDirectories()
     if kind == "quit_daemons":

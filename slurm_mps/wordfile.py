@@ -90,8 +90,10 @@ def decode(data: bytes, kind: str, version: int) -> list[str]:
     """
     body, _, end = data.rpartition(b"end ")
     header = data.partition(b"\n")[0].decode("ascii", "replace").split(" ")
-    if len(header) == 3 and header[:2] == [_MAGIC, kind] and header[2].isdigit() and int(header[2]) > version:
-        raise NewerFileError(f"{kind} version {header[2]} is newer than version {version}")
-    if header != [_MAGIC, kind, str(version)] or end != f"{crc32(body):08x}\n".encode() or not body.endswith(b"\n"):
+    number = header[2] if len(header) == 3 and header[:2] == [_MAGIC, kind] else ""
+    if number.isdigit() and len(number) < 10 and int(number) > version:
+        raise NewerFileError(f"{kind} version {number} is newer than version {version}")
+    whole = body.isascii() and body.endswith(b"\n") and end == f"{crc32(body):08x}\n".encode()
+    if number != str(version) or not whole:
         raise DamagedFileError(f"not a whole {kind} of version {version}")
     return body.decode("ascii").splitlines()[1:]
