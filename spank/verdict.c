@@ -70,7 +70,7 @@ static bool take_gpu(struct verdict *verdict, const char *value)
 		return false;
 	gpu = &verdict->gpus[verdict->gpu_count++];
 	return sscanf(value, "%9u %9u %47s %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
-		      &gpu->mib_for_clients) == 4;
+		      &gpu->mib_for_clients) == 4 && !strchr(gpu->uuid, ',');
 }
 
 /* "<python> <script>" */

@@ -1,0 +1,116 @@
+"""The plugin's C under AddressSanitizer and UBSan: its parsers by libFuzzer, and all of it in a real slurmstepd."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from shutil import copytree
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.attacks.weakened import attack, build_plugin, changes
+from tests.harness.cluster import REPOSITORY, TERMINAL_STATES
+from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent / "plugin"
+SECONDS = 5
+PARSERS = ("options.c", "limits.c", "devices.c")
+SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
+
+
+@pytest.fixture
+def fuzzer(tmp_path: Path, walls_down: tuple[str, ...]) -> Path:
+    """The harness, built of the plugin's sources as they are or with a wall taken down."""
+    source = copytree(REPOSITORY / "spank", tmp_path / "spank")
+    for name, of_file in changes(walls_down).items():
+        for change in of_file:
+            place = tmp_path / name
+            place.write_text(change.apply(place.read_text()))
+    sources = [HERE / "fuzz.c", *(source / name for name in PARSERS)]
+    flags = [*SANITIZERS.split(), "-fsanitize=fuzzer,address,undefined", "-std=c11", "-D_GNU_SOURCE", f"-I{source}"]
+    subprocess.run(["clang", *flags, "-o", tmp_path / "fuzz", *sources], check=True)
+    copytree(HERE / "corpus", tmp_path / "corpus")
+    return tmp_path / "fuzz"
+
+
+@attack("a value is copied whole or not at all")
+def test_no_input_breaks_the_parsers(fuzzer: Path, works: bool) -> None:
+    """Bounded in time; `fuzz -jobs=...` with the same corpus goes on for as long as one likes."""
+    options = [f"-max_total_time={SECONDS}", "-max_len=16384", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
+    done = subprocess.run(
+        [fuzzer, *options, "corpus"], cwd=fuzzer.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    broken = done.returncode != 0
+    assert broken is works, done.stderr[-3000:]
+    assert (" cov: " in done.stderr) is not broken
+
+
+@pytest.fixture
+def sanitized(tmp_path: Path, walls_down: tuple[str, ...]) -> Iterator[Site]:
+    """A site whose slurmstepd has the sanitizers' library loaded first, as a sanitized plugin needs it."""
+    flags = f"{SANITIZERS} -fsanitize=address,undefined"
+    make = ("CC=gcc", f"CFLAGS={flags}", "HARDENING=")
+    plugin = build_plugin(tmp_path, changes(walls_down), *make).read_bytes()
+    with Site(nodes=1) as site:
+        machine = site.machine
+        machine.path(f"{PLUGIN_DIRECTORY}/.sanitized").write_bytes(plugin)
+        machine.run(["mv", f"{PLUGIN_DIRECTORY}/.sanitized", f"{PLUGIN_DIRECTORY}/spank_mps.so"]).check()
+        real = machine.run(["readlink", "-f", "/usr/sbin/slurmstepd"]).check().stdout.strip()
+        environment = " ".join(f"{name}={value}" for name, value in sanitizer_environment().items())
+        machine.run(["rm", "/usr/sbin/slurmstepd"]).check()
+        machine.write("/usr/sbin/slurmstepd", f'#!/bin/sh\nexec env {environment} {real} "$@"\n', mode=0o755)
+        yield site
+
+
+def sanitizer_environment() -> dict[str, str]:
+    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    path = Path(library.stdout.strip()).resolve()
+    return {"LD_PRELOAD": str(path), "ASAN_OPTIONS": "detect_leaks=0:log_path=/tmp/sanitizer"}
+
+
+def reports(site: Site) -> str:
+    """What the sanitizers said, on the node and where the job was submitted."""
+    show = ["sh", "-c", "cat /tmp/sanitizer.* 2>/dev/null; true"]
+    return site.machine.run(show).stdout + site.node("n1", *show).stdout
+
+
+@attack("a value is copied whole or not at all")
+def test_a_sanitized_plugin_in_slurmstepd(sanitized: Site, works: bool) -> None:
+    """A job from submission to its tasks, and then a step that finds a verdict with a value longer than any room."""
+    script = """
+    srun --overlap /usr/bin/env -u LD_PRELOAD /usr/bin/simulated-gpus client
+    touch ready; while ! [ -e go ]; do sleep 0.05; done
+    srun --overlap echo it ran
+    """
+    options = ("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", "--mps-priority=low", "--export=NONE")
+    job = sanitized.cluster.sbatch(*options, script=with_sanitizer(script), env=sanitizer_environment())
+    machine = sanitized.machine
+    sanitized.cluster.until("the first step", lambda: machine.path("/home/alice/ready").exists() or None, 30)
+    healthy = reports(sanitized)
+    place = f"{STATE_DIRECTORY}/jobs/{job}/verdict"
+    verdict = machine.read(place, node="n1")
+    end = verdict.rindex("end ")
+    machine.write(place, f"{verdict[:end]}message {'x' * 12000}\n{verdict[end:]}", node="n1")
+    machine.write("/home/alice/go", "")
+
+    def look() -> bool | None:
+        if "global-buffer-overflow" in reports(sanitized):
+            return True
+        return False if sanitized.cluster.job_info(job).state in TERMINAL_STATES else None
+
+    overflowed = sanitized.cluster.until("a report, or the job's end", look, 30)
+    output = sanitized.cluster.output(job)
+    assert healthy == ""
+    assert " sms=32 free=8047 " in output
+    assert overflowed is works
+    assert works or "the prolog's verdict on this node cannot be understood" in output
+
+
+def with_sanitizer(script: str) -> str:
+    """The job's own srun loads the plugin, too."""
+    exports = "\n".join(f"export {name}={value}" for name, value in sanitizer_environment().items())
+    return f"{exports}\n{script}"
