@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -47,55 +46,3 @@ def test_hooks_are_posix_sh_and_short() -> None:
         assert text.startswith("#!/bin/sh\n")
         assert len(text.splitlines()) <= 10
         subprocess.run(["shellcheck", "--shell=sh", ROOT / name], check=True)
-
-
-PRIVILEGED = [
-    name
-    for name in git_files("slurm_mps/*.py", "slurm_mps/node/*.py")
-    if not name.endswith("/cuda.py") and "/verify/" not in name
-]
-EFFECTS = {
-    *("open", "mkdir", "makedirs", "unlink", "remove", "rmdir", "rename", "replace", "truncate", "link", "symlink"),
-    *("chmod", "fchmod", "chown", "lchown", "fchown", "setxattr", "mkfifo", "mknod", "removedirs", "renames"),
-    *("system", "popen", "kill", "killpg", "posix_spawn", "posix_spawnp", "execv", "execve", "fork"),
-}
-DOORS = {
-    "slurm_mps/node/files.py": {"open", "mkdir", "unlink", "rmdir", "rename", "setxattr", "fchmod"},
-    "slurm_mps/node/processes.py": {"posix_spawn", "killpg"},
-}
-NEVER_IMPORTED = {"subprocess", "shutil", "tempfile", "pathlib", "glob", "pickle", "socket", "multiprocessing"}
-
-
-def effects(tree: ast.AST) -> set[str]:
-    """The names of os functions that change something, called anywhere in the code."""
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    names = {
-        f.attr for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "os"
-    }
-    return names & EFFECTS
-
-
-def imports(tree: ast.AST) -> set[str]:
-    """The top-level names of all imported modules."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").partition(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("name", PRIVILEGED)
-def test_effects_go_through_one_door(name: str) -> None:
-    """Files are changed in node/files.py alone, processes started and ended in node/processes.py alone."""
-    tree = ast.parse((ROOT / name).read_text())
-    assert effects(tree) <= DOORS.get(name, set())
-    allowed = {"socket"} if name == "slurm_mps/node/messages.py" else set()
-    assert imports(tree) & NEVER_IMPORTED <= allowed
-
-
-def test_the_lint_sees_an_effect() -> None:
-    bad = ast.parse("import os, shutil\ndef f():\n    os.chmod('/x', 0o777)\n    import pickle")
-    assert effects(bad) == {"chmod"}
-    assert imports(bad) & NEVER_IMPORTED == {"shutil", "pickle"}
