@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
+CONFIG = "/etc/slurm/mps.toml"
 
 
 @pytest.fixture
@@ -26,13 +27,18 @@ def walls_down() -> tuple[str, ...]:
 
 @pytest.fixture
 def node(walls_down: tuple[str, ...], request: pytest.FixtureRequest) -> Iterator[GpuNode]:
-    """A GPU node with this build: for the product the shared one, on which nothing may be left; else one to spoil."""
+    """A GPU node with this build: for the product the shared one, on which nothing may be left; else one to spoil.
+
+    Without a configuration file, which would have to be compiled for each test.
+    """
     if not walls_down:
         product: GpuNode = request.getfixturevalue("gpu_node")
+        product.machine.path(CONFIG).unlink()
         yield product
         return
     with GpuNode(gpus=4) as own:
         weaken(own.machine, walls_down)
+        own.machine.path(CONFIG).unlink()
         yield own
 
 
@@ -46,6 +52,8 @@ def cluster(walls_down: tuple[str, ...], request: pytest.FixtureRequest) -> Iter
     with Site(nodes=1) as own:
         weaken(own.machine, walls_down)
         yield own
+        own.machine.run(["scancel", "--user=alice"])
+        own.cluster.wait_idle()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.attacks.processes import started
+from tests.attacks.processes import started, until
 from tests.attacks.weakened import attack
 from tests.harness.gpunode import asked
 from tests.harness.site import STATE_DIRECTORY
@@ -64,7 +64,7 @@ def test_a_link_that_comes_and_goes_where_the_logs_are_to_go(precious: GpuNode, 
     """The same, but the link is exchanged with a directory as fast as it goes, also between look and use."""
     precious.configure(IN_TMP)
     with started(precious, "/usr/bin/python3", "-c", SWAP, user="alice"):
-        for _ in range(100 if works else 12):
+        for _ in range(100 if works else 8):
             precious.prolog(4711).check()
             precious.epilog(4711).check()
             if is_lost(precious):
@@ -92,6 +92,18 @@ def test_a_tree_of_any_size_in_what_root_removes(node: GpuNode, works: bool) -> 
     assert walked is works
 
 
+def test_a_mount_in_what_root_removes(gpu_node: GpuNode) -> None:
+    """A user mounts something over the pipe directory in a namespace of their own; root's is another, and goes."""
+    gpu_node.prolog(4711).check()
+    mount = f"mount --bind /home/alice {JOB}/pipe && touch /home/alice/mounted && exec sleep 60"
+    with started(gpu_node, "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, user="alice"):
+        mounted = gpu_node.machine.path("/home/alice/mounted")
+        until("the mount", lambda: mounted.exists() or None)
+        result = gpu_node.epilog(4711)
+    mounted.unlink()
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @attack("only root's plain file is read", even_without="the user may only read")
 def test_a_secret_in_a_logs_place(node: GpuNode, works: bool) -> None:
     """A user puts a link to root's file where root cuts and keeps a log for that user to read (CVE-2016-10030)."""
@@ -107,7 +119,7 @@ def test_a_secret_in_a_logs_place(node: GpuNode, works: bool) -> None:
 @attack("only root's plain file is read", even_without="the user may only read")
 def test_a_fifo_in_a_logs_place(node: GpuNode, works: bool) -> None:
     """Opening a fifo that nobody writes waits for ever; an epilog that is ended by its watch drains the node."""
-    node.configure("[deadlines]\nepilog = 1.0\n")
+    node.configure("[deadlines]\nepilog = 0.6\n")
     node.prolog(4711).check()
     shell(node, f"cd {LOGS}; mv server.log away; mkfifo server.log")
     drained = node.epilog(4711).returncode != 0

@@ -15,7 +15,7 @@ from tests.harness.machine import USERS
 if TYPE_CHECKING:
     from tests.harness.gpunode import GpuNode
 
-SHORT = "[deadlines]\nquit = 0.5\nsignal = 0.5\n"
+SHORT = "[deadlines]\nquit = 0.3\nsignal = 0.3\n"
 BUSY = 'exec sh -c "sleep 60 | nvidia-cuda-mps-control"'
 STORM = """
 import os, sys
@@ -94,10 +94,10 @@ def test_a_storm_of_forged_servers_does_not_drain_the_node(forger: GpuNode, work
     pipe = forger.pipe_directory(4711)
     with (
         started(forger, "sh", "-c", BUSY, user="alice", CUDA_MPS_PIPE_DIRECTORY=pipe),
-        started(forger, "/usr/bin/python3", "-c", STORM, SERVER, pipe, "5", user="alice"),
+        started(forger, "/usr/bin/python3", "-c", STORM, SERVER, pipe, "40", user="alice"),
     ):
         wait_busy(forger)
-        programs(forger, "nvidia-cuda-mps-server", "alice", 5)
+        programs(forger, "nvidia-cuda-mps-server", "alice", 40)
         drained = forger.epilog(4711).returncode != 0
     forger.epilog(4711)
     assert drained is works
@@ -118,7 +118,15 @@ def test_a_forged_pid_file_ends_nobody(node: GpuNode, works: bool) -> None:
     assert ended is works
 
 
-@pytest.mark.parametrize("how", ["busy", "silent", "stopped", "killed"])
+DISTURB = {
+    "busy": BUSY,
+    "silent": f"exec python3 -c '{SILENT}' $CUDA_MPS_PIPE_DIRECTORY/control",
+    "stopped": f"kill -STOP $SERVER; {BUSY}",
+    "killed": f"kill -9 $SERVER; {BUSY}",
+}
+
+
+@pytest.mark.parametrize("how", DISTURB)
 @attack("signals follow where asking fails")
 def test_a_user_who_disturbs_daemon_and_server_does_not_drain_the_node(node: GpuNode, how: str, works: bool) -> None:
     """Whatever the job's user does to the server and the sockets, the epilog ends all of it, in its time."""
@@ -126,13 +134,8 @@ def test_a_user_who_disturbs_daemon_and_server_does_not_drain_the_node(node: Gpu
     node.prolog(4711, user="alice").check()
     pipe = node.pipe_directory(4711)
     server = until("the server", lambda: next((p.pid for p in node.mps_processes() if p.uid), None))
-    disturb = {
-        "busy": BUSY,
-        "silent": f"exec python3 -c '{SILENT}' {pipe}/control",
-        "stopped": f"kill -STOP {server}; {BUSY}",
-        "killed": f"kill -9 {server}; {BUSY}",
-    }[how]
-    with started(node, "sh", "-c", disturb, user="alice", CUDA_MPS_PIPE_DIRECTORY=pipe) as child:
+    given = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "SERVER": str(server)}
+    with started(node, "sh", "-c", DISTURB[how], user="alice", **given) as child:
         if how == "silent":
             until("its connections", lambda: sleeps(node, node.machine.pid_inside(child)) or None)
             node.fault("command.quit=hang")  # a real daemon waits for the silent one to speak

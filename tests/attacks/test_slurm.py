@@ -103,28 +103,39 @@ def test_a_job_that_lifts_its_limit_by_a_variable(cluster: Site, works: bool) ->
     assert (free > 8192) is works
 
 
+def too_long(site: Site, plugin: bytes) -> dict[str, str]:
+    """One variable over 128 KiB, more than execve(2) takes."""
+    return past_the_plugin(site, plugin, names={"X": "9" * (128 * 1024 - len("FREE_X=") - 1)})
+
+
+def test_a_request_that_no_prolog_can_be_given_drains_the_node(site: Site, free_spank: bytes) -> None:
+    """Slurm takes a prolog that cannot be started for one that failed; so it is on any site that has one."""
+    result = submit(site, too_long(site, free_spank), "--export=NONE", "--no-requeue")
+    assert result.returncode == 0
+
+    def drained() -> list[str] | None:
+        return [name for name, state in site.cluster.node_states().items() if state.drained] or None
+
+    (node,) = site.cluster.until("a drained node", drained, 20)
+    site.cluster.wait_idle()
+    site.cluster.resume(node)
+
+
+class GuardedSite(Site):
+    """A site whose controller refuses such a request."""
+
+    def configure(self, text: str) -> None:
+        super().configure(text)
+        self.machine.write("/etc/slurm/job_submit.lua", (SAMPLES / "job_submit.lua").read_text())
+
+
 def test_a_request_that_no_prolog_can_be_given_is_refused_by_the_controller(free_spank: bytes) -> None:
-    """Over 128 KiB, execve(2) fails for every prolog there is, and Slurm drains the node; etc/job_submit.lua helps.
-
-    Without it, as the first half shows, that is so on any site with a prolog, whatever that does.
-    """
-    with Site(nodes=1) as site:
-        long = past_the_plugin(site, free_spank, names={"X": "9" * (128 * 1024 - len("FREE_X=") - 1)})
-        many = past_the_plugin(site, free_spank, names={f"X{number}": "y" * 4000 for number in range(20)})
-        fine = past_the_plugin(site, free_spank, names={"X": "9" * 4000})
-        site.machine.write("/etc/slurm/prolog.d/10-slurm-mps.sh", "#!/bin/sh\n", mode=0o755)
-        assert submit(site, long, "--export=NONE", "--no-requeue").returncode == 0
-        site.cluster.until("n1 drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
+    """With etc/job_submit.lua: one variable that is too long, or many that are together; others are let through."""
+    with GuardedSite(nodes=1, extra_slurm_conf="JobSubmitPlugins=lua") as site:
+        refused = submit(site, too_long(site, free_spank), "--export=NONE")
+        many = submit(site, past_the_plugin(site, free_spank, names={f"X{n}": "y" * 4000 for n in range(20)}))
+        fine = submit(site, past_the_plugin(site, free_spank, names={"X": "9" * 4000}))
         site.cluster.wait_idle()
-        site.cluster.resume("n1")
-
-        site.machine.write("/etc/slurm/job_submit.lua", (SAMPLES / "job_submit.lua").read_text())
-        conf = site.machine.read("/etc/slurm/slurm.conf")
-        site.machine.write("/etc/slurm/slurm.conf", f"JobSubmitPlugins=lua\n{conf}")
-        site.cluster.stop_daemon("slurmctld")
-        site.cluster.start_controller()
-        refused = submit(site, long, "--export=NONE")
         assert "the variables that plugins send along with this job are too long" in refused.stderr
-        assert [submit(site, env).returncode for env in (long, many, fine)] == [1, 1, 0]
-        site.cluster.wait_idle()
+        assert (refused.returncode, many.returncode, fine.returncode) == (1, 1, 0)
         assert not site.cluster.node_states()["n1"].drained

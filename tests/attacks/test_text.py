@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from tests.attacks.weakened import WEAK_PACKAGE, attack
 from tests.harness.gpunode import PROLOG, asked, job_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.harness.gpunode import GpuNode
 
 TRAP = "import os\nopen('/tmp/trapped', 'w').close()\n"
@@ -101,3 +107,35 @@ def test_a_descriptor_of_slurmds_in_the_daemon(node: GpuNode, works: bool) -> No
     held = node.run("readlink", f"/proc/{daemon_pid(node)}/fd/9").stdout
     node.epilog(4711)
     assert (held == "/root/secret\n") is works
+
+
+VALUES = st.one_of(
+    st.binary(max_size=200).map(lambda data: data.replace(b"\0", b"").decode("utf-8", "surrogateescape")),
+    st.text(alphabet="0123456789.MGT-+ \n;$`\x1b", max_size=12),
+    st.builds(lambda text, times: text * times, st.sampled_from(["9", "A", "\n", "é"]), st.integers(1, 60_000)),
+    st.sampled_from(["25", "100", "8G", "600M", "low"]),
+)
+NAMES = st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY", "SPANK_MPS_MORE"])
+
+
+@pytest.fixture
+def asked_often(gpu_node: GpuNode) -> Iterator[GpuNode]:
+    """A node whose last job is taken down when the test is over."""
+    yield gpu_node
+    gpu_node.epilog(4711).check()
+
+
+@given(values=st.dictionaries(NAMES, VALUES, min_size=1))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_sent_the_node_is_well(asked_often: GpuNode, values: dict[str, str]) -> None:
+    """Straight to the prolog, past Slurm and the plugin: exit 0, no message, and a verdict of whole printable lines.
+
+    Each finds what the one before left, as after a requeue whose epilog never came.
+    """
+    result = asked_often.run(PROLOG, env={**job_environment(4711, gpus="0"), **values})
+    verdict = asked_often.verdict(4711)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert verdict["status"] in ("ready", "refused")
+    assert verdict.keys() <= {"status", "message"} or verdict["pipe_directory"] == asked_often.pipe_directory(4711)
+    assert all(value.isascii() and value.isprintable() and len(value) <= 480 for value in verdict.values())
+    assert not asked_often.machine.path("/tmp/owned").exists()

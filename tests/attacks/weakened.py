@@ -192,9 +192,6 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a value is copied whole or not at all": (
         Change("spank/verdict.c", "	if (!length || length >= size)\n", "	(void)size;\n	if (!length)\n"),
     ),
-    "the daemon must be root's": (
-        Change("spank/verdict.c", "connects(fd, &address) && root_listens(fd)", "(root_listens(fd) || 1)"),
-    ),
 }
 
 #: Not walls of their own: they widen a race, so that losing it does not hang on luck.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent / "plugin"
-SECONDS = 5
+SECONDS = 2
 PARSERS = ("options.c", "limits.c", "devices.c")
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
 
