@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         def apply(self, site: JobSite) -> None: ...
 
 
+_LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
+
 #: The pipe directory of the one daemon that serves all of a job's GPUs.
 WHOLE_JOB = "pipe"
 
@@ -241,7 +243,8 @@ class StartDaemons:
 
 def _start(one: JobDaemon, site: JobSite) -> None:
     daemon = site.daemon(one.name)
-    daemon.start(one.gpus, site.seconds(site.config.deadlines_daemon_start))
+    log_limit_bytes = _LOG_GROWS_TO * site.config.logs_max_kib * 1024
+    daemon.start(one.gpus, site.seconds(site.config.deadlines_daemon_start), log_limit_bytes)
     with site.journal.directory.subdirectory(one.name) as pipe:
         daemon.protect(pipe)
         if daemon.process(pipe) is None:

@@ -71,15 +71,17 @@ class ControlDaemon:
             "CUDA_MPS_LOG_DIRECTORY": self.log_directory,
         }
 
-    def start(self, gpu_uuids: Sequence[str], timeout_seconds: float) -> None:
+    def start(self, gpu_uuids: Sequence[str], timeout_seconds: float, log_limit_bytes: int) -> None:
         """Start the daemon in the background on exactly these GPUs.
 
+        Its logs stop growing at `log_limit_bytes`, which it does not mind (O49): each connection is two lines of them,
+        and the job's user can make a hundred thousand a second.
         Raises: NodeError when the program says no; whether it says yes and starts nothing (O5) shows in process().
         """
         if len(self.pipe_directory) > PIPE_DIRECTORY_MAX:
             raise NodeError(f"{self.pipe_directory} is too long for the control daemon's sockets")
         environment = {**self._environment, "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
-        outcome = processes.run([self.program, "-d"], environment, timeout_seconds)
+        outcome = processes.run([self.program, "-d"], environment, timeout_seconds, file_limit_bytes=log_limit_bytes)
         if outcome.status:
             said = printable((outcome.errors or outcome.output).strip() or "no message", 200)
             raise NodeError(f"{self.program} -d ended with status {outcome.status}: {said}")

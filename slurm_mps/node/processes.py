@@ -11,7 +11,9 @@ Promises:
 
 from __future__ import annotations
 
+import _thread
 import os
+import resource
 import select
 from time import monotonic
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
 _OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
+_SIGXFSZ = 25
+_limiting = _thread.allocate_lock()  # a limit is the whole process's until its child is there
 _SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # all that can be given a default again
 
 
@@ -69,13 +73,20 @@ def _pipes(program: str) -> list[tuple[int, int]]:
 class _Child:
     """A started program, its pipes, and the poll over them and its end."""
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], text: bytes) -> None:
+    def __init__(
+        self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
+    ) -> None:
         inherited = _inheritable(argv[0])
         (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
         actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams]
         actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in inherited]
+        signals = [number for number in _SIGNALS if file_limit_bytes is None or number != _SIGXFSZ]
+        _limiting.acquire()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
+            if file_limit_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, limits[1]))
             self.pid = os.posix_spawn(
                 argv[0],
                 list(argv),
@@ -83,13 +94,15 @@ class _Child:
                 file_actions=actions,
                 setpgroup=0,
                 setsigmask=(),
-                setsigdef=_SIGNALS,
+                setsigdef=signals,
             )
         except OSError as error:
             for fd in (self._input, self._output, self._errors):
                 os.close(fd)
             raise NodeError(f"{argv[0]}: {os.strerror(error.errno or 0)}") from None
         finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            _limiting.release()
             for fd, _ in streams:
                 os.close(fd)
         try:
@@ -172,13 +185,21 @@ def _ended(pidfd: int, timeout_seconds: float) -> bool:
     return bool(poll.poll(max(0, int(timeout_seconds * 1000))))
 
 
-def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: float, text: str = "") -> Outcome:
+def run(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    timeout_seconds: float,
+    text: str = "",
+    file_limit_bytes: int | None = None,
+) -> Outcome:
     """Run a program to its end with `text` on its standard input.
 
+    No file that it or what it leaves behind writes becomes longer than `file_limit_bytes`; a write beyond that fails
+    (SIGXFSZ is ignored, as Python does).
     Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
     be started.
     """
-    child = _Child(argv, environment, text.encode("utf-8", "surrogateescape"))
+    child = _Child(argv, environment, text.encode("utf-8", "surrogateescape"), file_limit_bytes)
     try:
         outcome = child.communicate(monotonic() + timeout_seconds)
         if outcome is None:

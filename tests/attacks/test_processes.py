@@ -145,3 +145,25 @@ def test_a_user_who_disturbs_daemon_and_server_does_not_drain_the_node(node: Gpu
     node.fault()
     node.epilog(4711)
     assert drained is works
+
+
+FLOOD = """
+import socket, sys
+for _ in range(3000):
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.connect(sys.argv[1])
+    one.close()
+"""
+
+
+@attack("logs are bounded while the job runs")
+def test_a_flood_of_connections_does_not_fill_the_disk(node: GpuNode, works: bool) -> None:
+    """Each connection is two lines of root's log; daemon and server go on when there is no more room for any."""
+    node.configure("[logs]\nmax_kib = 1\n")
+    node.prolog(4711, user="alice", **asked("25")).check()
+    node.run("/usr/bin/python3", "-c", FLOOD, f"{node.pipe_directory(4711)}/control", user="alice").check()
+    size = node.machine.path("/var/log/slurm-mps/4711/control.log").stat().st_size
+    served = node.client(4711).stdout
+    node.epilog(4711).check()
+    assert " sms=32 " in served
+    assert (size > 16 * 1024) is works

@@ -164,6 +164,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
             '        raise NodeError("it does not quit")\n',
         ),
     ),
+    "logs are bounded while the job runs": (Change(CONTROL, ", file_limit_bytes=log_limit_bytes", ""),),
     # ------------------------------------------------------------------------------------------------------- order
     "a GPU's ledger is locked": (
         Change(

@@ -195,7 +195,18 @@ def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
     gpu_node.prolog(4712).check()  # compiles the site configuration, which is not every job's
     gpu_node.epilog(4712).check()
     allowed = imported(gpu_node, "-c", "import os") | {"__future__", "_thread", "encodings.ascii", "errno", "types"}
-    allowed |= {"binascii", "fcntl", "select", "time", "struct", "_struct", "ctypes", "_ctypes", "ctypes._endian"}
+    allowed |= {
+        "binascii",
+        "fcntl",
+        "select",
+        "resource",
+        "time",
+        "struct",
+        "_struct",
+        "ctypes",
+        "_ctypes",
+        "ctypes._endian",
+    }
     prolog, epilog = imported(gpu_node, HOOK, "prolog"), imported(gpu_node, HOOK, "epilog")
     assert {"slurm_mps.steps", "slurm_mps.node.gpus"} <= prolog & epilog
     assert sorted(name for name in (prolog | epilog) - allowed if name.partition(".")[0] != "slurm_mps") == []

@@ -19,7 +19,7 @@ FILES, PROCESSES = "slurm_mps/node/files.py", "slurm_mps/node/processes.py"
 #: Modules that work by path, start programs through a shell, or run what they read.
 NEVER_IMPORTED = frozenset(
     {"subprocess", "shutil", "tempfile", "pathlib", "glob", "fileinput", "pickle", "marshal", "shelve", "socketserver"}
-    | {"multiprocessing", "importlib", "runpy", "logging", "urllib", "http", "pty", "resource", "distutils", "zipfile"}
+    | {"multiprocessing", "importlib", "runpy", "logging", "urllib", "http", "pty", "distutils", "zipfile"}
 )
 #: Functions of os that change something or look something up by path, and where each may be called.
 EFFECTS = frozenset(

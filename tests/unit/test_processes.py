@@ -97,6 +97,15 @@ def test_a_child_has_no_signal_ignored() -> None:
     assert [number for number in (signal.SIGPIPE, signal.SIGXFSZ) if ignored >> (number - 1) & 1] == []
 
 
+def test_a_childs_files_can_be_bounded(tmp_path: Path) -> None:
+    """A write beyond the bound fails and ends nobody; whoever started the child, and the next one, have no bound."""
+    grow = f"head -c 9000 /dev/zero >{tmp_path}/file; echo $?"
+    bounded = run([SH, "-c", grow], {"PATH": "/usr/bin:/bin"}, 5, file_limit_bytes=4096)
+    assert (bounded.output, (tmp_path / "file").stat().st_size) == ("1\n", 4096)
+    assert sh(grow) == (0, "0\n", "")
+    (tmp_path / "own").write_bytes(b"x" * 9000)
+
+
 @pytest.mark.parametrize("program", ["/nonexistent", "/etc/hostname", "/"])
 def test_a_program_that_cannot_run_is_named(program: str) -> None:
     """A missing or unfit program is the node's fault, by name, and costs no descriptor."""
