@@ -18,6 +18,7 @@ from .steps import (
     HoldGpu,
     JobDaemon,
     MakeDirectories,
+    ReadLedgers,
     SetLimits,
     StartDaemons,
     StartServers,
@@ -207,6 +208,7 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         request=request,
         config=config,
         steps=(
+            ReadLedgers(uuids),
             *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
             MakeDirectories(names),
             StartDaemons(daemons),

@@ -7,12 +7,14 @@ to do when it runs again, and when its step never came to apply.
 from __future__ import annotations
 
 import _thread
-from time import monotonic
+from time import monotonic, sleep
 
 from .errors import DeadlineError, MpsError, NodeError, RequestError
 from .node import logs
 from .node.control import ControlDaemon, Limits, Patience
+from .node.gpus import EXCLUSIVE_PROCESS
 from .node.messages import tell_admin
+from .node.processes import describe
 from .record import record, replace
 from .wordfile import DamagedFileError, fields, with_fields
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
+_LEAVING_SECONDS, _LEAVING_POLL_SECONDS = 0.5, 0.05
 
 #: The pipe directory of the one daemon that serves all of a job's GPUs.
 WHOLE_JOB = "pipe"
@@ -130,10 +133,25 @@ def side_by_side(act: Callable[[T], None], things: Sequence[T]) -> None:
 
 
 @record
+class ReadLedgers:
+    """See that what is kept of the GPUs can be read, before anything is changed that could not be undone without it."""
+
+    gpus: tuple[str, ...]
+
+    def look(self) -> None:
+        return None
+
+    def apply(self, site: JobSite) -> None:
+        for gpu in self.gpus:
+            site.state.read_ledger(gpu)
+
+
+@record
 class HoldGpu:
     """Hold a GPU for the job, in compute mode `mode` (None: the mode is left alone).
 
-    The first holder's find is kept in the GPU's ledger; the last holder to leave puts it back.
+    The first holder's find is kept in the GPU's ledger; the last holder to leave puts it back. A GPU that is to be
+    exclusive must be free of processes: what is there although nobody holds it was left behind.
     """
 
     gpu: str
@@ -158,12 +176,25 @@ class HoldGpu:
             raise RequestError(
                 f"{self.gpu} is held by MPS job {others[0]}", hint="this site does not share a GPU between MPS jobs"
             )
+        if not others and self.mode == EXCLUSIVE_PROCESS:
+            self._see_it_free(site)
         found = entry.mode_found
         if found is None and self.mode is not None:
             found = site.gpus.compute_mode(self.gpu)
         site.state.write_ledger(self.gpu, replace(entry, holders=(*others, job_id), mode_found=found))
         if self.mode is not None and site.gpus.compute_mode(self.gpu) != self.mode:
             site.gpus.set_compute_mode(self.gpu, self.mode)
+
+    def _see_it_free(self, site: JobSite) -> None:
+        end = monotonic() + _LEAVING_SECONDS
+        while there := site.gpus.processes(self.gpu):
+            if monotonic() > end:
+                raise NodeError(
+                    f"{self.gpu}: in use by process {', '.join(map(describe, there[:4]))}, though Slurm has just given "
+                    "it to this job",
+                    hint="end what was left there",
+                )
+            sleep(_LEAVING_POLL_SECONDS)
 
 
 @record

@@ -1,6 +1,6 @@
 """The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
 
-A binding of the eleven functions that prolog and epilog need. Everything off the job's path uses the maintained
+A binding of the twelve functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
 its other work, and would have root run third-party code for every job (docs/decisions/0003).
 
@@ -23,10 +23,21 @@ if TYPE_CHECKING:
 _LIBRARY = "libnvidia-ml.so.1"
 _UUID_BYTES = 96
 _NAME_BYTES = 96
+_PROCESSES_MAX = 256
+_NOT_SUPPORTED = 3
 
 #: nvmlComputeMode_t
 COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
 EXCLUSIVE_PROCESS = 3
+
+
+class _Process(ctypes.Structure):  # nvmlProcessInfo_t, of NVML's third form (O60)
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("memory", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
 
 
 class _Memory(ctypes.Structure):
@@ -160,6 +171,20 @@ class Gpus:
     def compute_mode(self, uuid: str) -> int:
         """The compute mode a GPU is in, a key of COMPUTE_MODES."""
         return self._number("nvmlDeviceGetComputeMode", uuid, self._handle(uuid))
+
+    def processes(self, uuid: str) -> tuple[int, ...]:
+        """The processes that have a context on a GPU; none where the driver does not tell."""
+        library, handle = self._library(), self._handle(uuid)
+        function = "nvmlDeviceGetComputeRunningProcesses_v3"
+        if not hasattr(library, function):  # a driver older than r510
+            return ()
+        count, rows = ctypes.c_uint(_PROCESSES_MAX), (_Process * _PROCESSES_MAX)()
+        status = getattr(library, function)(handle, ctypes.byref(count), rows)
+        if status == _NOT_SUPPORTED:
+            return ()
+        if status:
+            raise NodeError(f"{uuid}: {function}: {_describe(library, status)}")
+        return tuple(row.pid for row in rows[: count.value])
 
     def set_compute_mode(self, uuid: str, mode: int) -> None:
         """Put a GPU into a compute mode and read it back.

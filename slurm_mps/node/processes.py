@@ -19,6 +19,7 @@ from time import monotonic
 
 from ..errors import DeadlineError, NodeError
 from ..record import record
+from ..units import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,6 +227,16 @@ def identify(pid: int) -> ProcessIdentity | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in (b"Z", b"X") else ProcessIdentity(pid, int(rest[18]))
+
+
+def describe(pid: int) -> str:
+    """A process in words, as far as it tells: ``4711 (python3 of uid 20001)``."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            name = printable(file.read(64).decode("utf-8", "replace").strip())
+        return f"{pid} ({name} of uid {os.stat(f'/proc/{pid}').st_uid})"
+    except OSError:
+        return f"{pid}"
 
 
 def children(process: ProcessIdentity) -> list[ProcessIdentity]:

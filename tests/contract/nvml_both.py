@@ -1,7 +1,7 @@
 """Put one question to NVML twice, through slurm_mps's own binding and through the maintained pynvml.
 
-Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.gpus.Gpu``, ``mode UUID``, ``set-mode UUID MODE``, or
-``set-ours UUID MODE``, where ours sets the mode and pynvml only reads what it is now.
+Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.gpus.Gpu``, ``mode UUID``, ``processes UUID``,
+``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads what it is now.
 Prints a line of JSON, [ours, pynvml's]; each is {"value": …} or {"number": …, "words": …} of an NVML error, ours with
 the "function" that it names. With MINORS_FROM=N in the environment the first GPU's minor number reads N, and so on: on
 many nodes, the simulated ones among them, it is the index, and nobody would see one taken for the other.
@@ -63,6 +63,8 @@ def ours(question: str, name: str, detail: str) -> Answer:
     try:
         if question == "ask":
             return {"value": getattr(gpus.resolve(name), detail)}
+        if question == "processes":
+            return {"value": sorted(gpus.processes(name))}
         if question in ("set-mode", "set-ours"):
             gpus.set_compute_mode(name, int(detail))
         return {"value": gpus.compute_mode(name)}
@@ -82,6 +84,8 @@ def pynvmls(question: str, name: str, detail: str) -> Answer:
             handle = pynvml.nvmlDeviceGetHandleByUUID(name)
         if question == "ask":
             return {"value": FIELDS[detail](handle)}
+        if question == "processes":
+            return {"value": sorted(one.pid for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))}
         if question == "set-mode":
             pynvml.nvmlDeviceSetComputeMode(handle, int(detail))
         return {"value": pynvml.nvmlDeviceGetComputeMode(handle)}

@@ -52,11 +52,17 @@ def missing_directory(driver: Driver) -> Daemon:
     return daemon
 
 
+def nowhere(driver: Driver) -> Daemon:
+    daemon = driver.directories()
+    daemon.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/dev/null"
+    return daemon
+
+
 def closed_directory(driver: Driver) -> Daemon:
     return driver.daemon(user=driver.other_user, mode=0o700)
 
 
-@pytest.mark.parametrize("make", [no_daemon, killed_daemon, missing_directory, closed_directory])
+@pytest.mark.parametrize("make", [no_daemon, killed_daemon, missing_directory, nowhere, closed_directory])
 def test_o21_a_program_that_finds_no_daemon_runs_without_mps(
     driver: Driver, card: Device, make: Callable[[Driver], Daemon]
 ) -> None:

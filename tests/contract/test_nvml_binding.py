@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .driver import sees
+
 if TYPE_CHECKING:
     from tests.harness.machine import Machine
 
@@ -52,6 +54,22 @@ def test_a_minor_number_is_no_index(driver: Driver) -> None:
     assert minor == pynvmls
     assert index == {"value": 0}
     assert minor["value"] >= 10
+
+
+def test_o60_who_is_on_a_gpu(driver: Driver) -> None:
+    """Programs without MPS, and a server with its clients."""
+    gpu = driver.uuids[0]
+    assert driver.place.ask_nvml("processes", gpu)[0]["value"] == []
+    alone = [driver.directories().client(sees(gpu)) for _ in range(2)]
+    assert [client.report.failed for client in alone] == ["", ""]
+    ours, pynvmls = driver.place.ask_nvml("processes", gpu)
+    assert ours == pynvmls == {"value": sorted(client.pid for client in alone)}
+    for client in alone:
+        client.leave()
+    assert driver.place.ask_nvml("processes", gpu)[0]["value"] == []
+    daemon = driver.daemon(sees(gpu))
+    server = daemon.start_server()
+    assert driver.place.ask_nvml("processes", gpu) == [{"value": [server]}] * 2
 
 
 @pytest.mark.parametrize("mode", [DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS])
@@ -106,12 +124,13 @@ def test_an_ordinary_user_sets_no_compute_mode(driver: Driver) -> None:
         ("nvmlSystemGetCudaDriverVersion_v2", "ask 0 cuda_version"),
         ("nvmlDeviceGetComputeMode", "mode {uuid}"),
         ("nvmlDeviceSetComputeMode", "set-mode {uuid} 0"),
+        ("nvmlDeviceGetComputeRunningProcesses_v3", "processes {uuid}"),
     ],
 )
 def test_an_error_of_any_function(
     driver: Driver, simulator: Machine, function: str, question: str, number: int
 ) -> None:
-    key = function.removeprefix("nvmlDevice").removeprefix("nvmlSystem").removesuffix("_v2")
+    key = function.removeprefix("nvmlDevice").removeprefix("nvmlSystem").removesuffix("_v2").removesuffix("_v3")
     simulator.run(["simulated-gpus", "fault", f"nvml.{key}={number}"]).check()
     ours, pynvmls = driver.place.ask_nvml(*question.format(uuid=driver.uuids[0]).split())
     assert ours == {"function": function, **pynvmls}

@@ -10,7 +10,16 @@ from slurm_mps.plan import Plan, make_plan
 from slurm_mps.record import replace
 from slurm_mps.request import PER_GPU, JobRequest
 from slurm_mps.state import Verdict
-from slurm_mps.steps import AdmitUser, HoldGpu, JobDaemon, MakeDirectories, SetLimits, StartDaemons, StartServers
+from slurm_mps.steps import (
+    AdmitUser,
+    HoldGpu,
+    JobDaemon,
+    MakeDirectories,
+    ReadLedgers,
+    SetLimits,
+    StartDaemons,
+    StartServers,
+)
 from slurm_mps.units import GIB, MIB
 
 H200 = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200", 143155 * MIB, (9, 0), (13, 0))
@@ -39,6 +48,7 @@ def values(plan: Plan, key: str) -> list[str]:
 def test_the_steps_in_order() -> None:
     one = (JobDaemon("pipe", ("GPU-0", "GPU-1"), Limits(25.0, 8 * GIB)),)
     assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).steps == (
+        ReadLedgers(("GPU-0", "GPU-1")),
         HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
         MakeDirectories(("pipe",)),
