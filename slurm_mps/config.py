@@ -40,12 +40,12 @@ class SiteConfig:
     limits_memory_context_mib: int = 514
     paths_control_program: str = "/usr/bin/nvidia-cuda-mps-control"
     paths_logs: str = "/var/log/slurm-mps"
-    deadlines_prolog: float = 8.0
-    deadlines_epilog: float = 8.0
+    deadlines_prolog: float = 7.5
+    deadlines_epilog: float = 30.0
     deadlines_daemon_start: float = 4.0
     deadlines_command: float = 3.0
     deadlines_quit: float = 3.0
-    deadlines_signal: float = 1.5
+    deadlines_signal: float = 4.0
     logs_keep: str = "always"
     logs_max_kib: int = 1024
     logs_max_jobs: int = 500

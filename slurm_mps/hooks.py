@@ -34,7 +34,7 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 _WATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 0.5
-_BRING_UP_SHARE, _UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the watch ends the process
+_BRING_UP_SHARE, _UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the process is over
 
 
 def _compile_config(text: bytes, timeout_seconds: float) -> SiteConfig:
@@ -94,7 +94,7 @@ class _Watch:
         return self._started + share * self._seconds
 
     def _wait(self) -> None:
-        while (left := self.at(1.0) - monotonic()) > 0:
+        while (left := self._until_last_words()) > 0:
             sleep(min(left, _WATCH_SECONDS))
         status = [1]
         done = _thread.allocate_lock()
@@ -103,6 +103,10 @@ class _Watch:
         def last_words() -> None:
             status[0] = self._give_up(f"not done after {self._seconds:g} s; the NVIDIA driver may hang")
             done.release()
+    def _until_last_words(self) -> float:
+        reserved = min(_LAST_WORDS_SECONDS, (1 - _UNDO_SHARE) * self._seconds)
+        return self.at(1.0) - reserved - monotonic()
+
 
         _thread.start_new_thread(last_words, ())
         done.acquire(timeout=_LAST_WORDS_SECONDS)
