@@ -1,7 +1,8 @@
 """What slurmd calls: the prolog and the epilog of a job.
 
 Whose fault a failure is decides how it ends. The user's: the prolog succeeds, the verdict is a refusal, the job's
-tasks fail with its message. The node's: the site's policy. Ours (a bug): as the node's, with the traceback in the log.
+tasks fail with its message. The node's: the site's policy (docs/decisions/0006). Ours (a bug): as the node's, with the
+traceback in the log. What an epilog cannot put back drains the node.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import _thread
 import os
 import sys
-from time import monotonic, sleep
+from time import monotonic, sleep, strftime
 
 from . import __version__
 from .config import DEFAULTS, ConfigError, SiteConfig, from_lines
 from .errors import MpsError, NodeError, RequestError
 from .lifecycle import bring_up, is_up, take_down
-from .node import processes
+from .node import logs, processes
 from .node.files import open_trusted
-from .node.messages import tell_admin
+from .node.messages import one_line, tell_admin
 from .plan import make_plan
 from .record import replace
 from .request import read_request, slurm_number
-from .state import Journal, NodeState, refused
+from .state import STATE_DIRECTORY, Journal, NodeState, Verdict, refused, without
 from .steps import JobSite
 
 TYPE_CHECKING = False
@@ -50,10 +51,11 @@ def _compile_config(text: bytes, timeout_seconds: float) -> SiteConfig:
     return from_lines(outcome.output.splitlines())
 
 
-def load_config(state: NodeState, timeout_seconds: float) -> SiteConfig:
+def load_config(state: NodeState | None, timeout_seconds: float) -> SiteConfig:
     """The site configuration: defaults without a file, else the compiled one, made anew when the file has changed.
 
     The directory may be a link, as sites like to have it: what root's links in root's directories lead to is checked.
+    Where the compiled form cannot be kept it is made each time: what is wrong with the state is said by others.
     Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
     """
     try:
@@ -61,13 +63,21 @@ def load_config(state: NodeState, timeout_seconds: float) -> SiteConfig:
             status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
             place = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
             stamp = f"{__version__}:{place}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-            config = state.read_compiled_config(stamp)
+            config = state.read_compiled_config(stamp) if state else None
             if config is None:
                 config = _compile_config(directory.read(CONFIG_NAME), timeout_seconds)
-                state.write_compiled_config(stamp, config)
+                _keep_compiled(state, stamp, config)
             return config
     except FileNotFoundError:
         return DEFAULTS
+
+
+def _keep_compiled(state: NodeState | None, stamp: str, config: SiteConfig) -> None:
+    try:
+        if state:
+            state.write_compiled_config(stamp, config)
+    except NodeError:
+        pass  # full, or another prolog was at the same thing at the same time
 
 
 class _Watch:
@@ -93,6 +103,10 @@ class _Watch:
         """The monotonic time at which this share of the whole time is over."""
         return self._started + share * self._seconds
 
+    def _until_last_words(self) -> float:
+        reserved = min(_LAST_WORDS_SECONDS, (1 - _UNDO_SHARE) * self._seconds)
+        return self.at(1.0) - reserved - monotonic()
+
     def _wait(self) -> None:
         while (left := self._until_last_words()) > 0:
             sleep(min(left, _WATCH_SECONDS))
@@ -103,10 +117,6 @@ class _Watch:
         def last_words() -> None:
             status[0] = self._give_up(f"not done after {self._seconds:g} s; the NVIDIA driver may hang")
             done.release()
-    def _until_last_words(self) -> float:
-        reserved = min(_LAST_WORDS_SECONDS, (1 - _UNDO_SHARE) * self._seconds)
-        return self.at(1.0) - reserved - monotonic()
-
 
         _thread.start_new_thread(last_words, ())
         done.acquire(timeout=_LAST_WORDS_SECONDS)
@@ -123,6 +133,7 @@ class _Prolog:
         self._config = DEFAULTS
         self._state: NodeState | None = None
         self._journal: Journal | None = None
+        self._job_id: int | None = None
         self._who = "prolog"
 
     def run(self) -> int:
@@ -139,12 +150,10 @@ class _Prolog:
             return self._node_fault(f"a bug in slurm-mps: {traceback.format_exc()}")
 
     def _run(self) -> None:
-        job_id = slurm_number(self._environment, "SLURM_JOB_ID")
+        self._job_id = job_id = slurm_number(self._environment, "SLURM_JOB_ID")
         self._who = f"job {job_id}"
-        self._state = state = NodeState()
+        state = self._open_state()
         state.lock_job(job_id, self._watch.left)
-        self._config = load_config(state, self._watch.left)
-        self._watch.set(self._config.deadlines_prolog)
         restart_count = slurm_number(self._environment, "SLURM_JOB_RESTART_COUNT", default=0)
         left = state.open_journal(job_id)
         if left:
@@ -160,6 +169,24 @@ class _Prolog:
         gpus = tuple(site.gpus.resolve(name) for name in request.gpus)
         bring_up(make_plan(request, self._config, gpus), site)
 
+    def _open_state(self) -> NodeState:
+        """Open the state directory and read the configuration, which says what comes of a fault of either."""
+        try:
+            self._state = NodeState()
+        except NodeError:
+            self._configure()
+            raise
+        self._configure()
+        return self._state
+
+    def _configure(self) -> None:
+        try:
+            self._config = load_config(self._state, self._watch.left)
+        except NodeError:
+            self._config = (self._state and self._state.read_compiled_config()) or DEFAULTS
+            raise
+        self._watch.set(self._config.deadlines_prolog)
+
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
         return JobSite(state, journal, self._gpus, config, self._watch.at(_BRING_UP_SHARE), self._watch.at(_UNDO_SHARE))
 
@@ -168,19 +195,20 @@ class _Prolog:
         if self._journal is None:
             return self._node_fault(message)
         try:
-            self._journal.admit_user()
-            self._journal.write_verdict(refused(message))
+            self._tell_tasks(refused(message))
         except NodeError as error:
             return self._node_fault(f"{message}; and the verdict cannot be written: {error}")
         return 0
 
     def _node_fault(self, message: str) -> int:
-        """Tell the admin, then do as the site wants: fail the job here, or have Slurm drain the node."""
-        tell_admin(f"{self._who}: {message}")
+        """Tell the admin, then do as the site wants: fail the job here, let it run, or have Slurm drain the node."""
+        tell_fault(self._state, f"{self._who}: {message}")
+        policy = self._config.policy_node_fault
         try:
-            if self._config.policy_node_fault == "fail_job" and self._journal:
-                self._journal.admit_user()
-                self._journal.write_verdict(refused(f"this node cannot give it MPS: {message}"))
+            if policy != "drain" and self._job_id is not None:
+                # What could not be undone is in the way of a job that runs: a wrong compute mode, a daemon on its GPU.
+                runs = policy == "run_without_mps" and not (self._journal and self._journal.undo)
+                self._tell_tasks((without if runs else refused)(f"this node cannot give it MPS: {message}"))
                 return 0
             if self._state and self._journal and not self._journal.undo:
                 self._state.remove_journal(self._journal)  # the job goes elsewhere, its epilog may never come here
@@ -188,14 +216,41 @@ class _Prolog:
             tell_admin(f"{self._who}: {error}")
         return 1
 
+    def _tell_tasks(self, verdict: Verdict) -> None:
+        """Leave a verdict where the plugin looks for it: with the job's state or, where none could be made, its logs.
+
+        Raises: NodeError when the job's tasks would not be told.
+        """
+        job_id = self._job_id or 0
+        try:
+            if self._journal:
+                self._journal.tell_tasks(verdict)
+                return
+        except NodeError as error:
+            tell_admin(f"{self._who}: {error}")
+        elsewhere = f"{STATE_DIRECTORY}/jobs/{job_id}"
+        if not self._journal and os.path.lexists(elsewhere):
+            raise NodeError(f"{elsewhere} is there already, and may belong to a daemon that runs")
+        jobs = self._state.job_ids() if self._state else []
+        logs.leave_verdict(job_id, verdict.encode(), self._config, jobs)
+
+
+def tell_fault(state: NodeState | None, message: str) -> None:
+    """Tell the admin, and whoever looks later: the health check, which gives a drained node its reason."""
+    tell_admin(message)
+    try:
+        if state:
+            state.write_last_fault(f"{strftime('%Y-%m-%dT%H:%M:%S')} {one_line(message)}\n")
+    except NodeError:
+        pass  # it has been told
+
 
 def prolog(environment: Mapping[str, str], gpus: Gpus) -> int:
     """Bring up the job's MPS. Returns slurmd's answer: 0, or 1 to have the node drained and the job requeued."""
     return _Prolog(environment, gpus).run()
 
 
-def _epilog(job_id: int, watch: _Watch, gpus: Gpus) -> None:
-    state = NodeState()
+def _epilog(state: NodeState, job_id: int, watch: _Watch, gpus: Gpus) -> None:
     state.lock_job(job_id, watch.left)
     journal = state.open_journal(job_id)
     if journal is None:
@@ -212,20 +267,22 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
     Returns: 0; 1 when something is left, so that Slurm drains the node rather than give it to the next job.
     """
     who = "epilog"
-    watch = _Watch(DEFAULTS.deadlines_epilog, lambda message: _report(who, message))
+    state: NodeState | None = None
+
+    def report(message: str) -> int:
+        tell_fault(state, f"{who}: {message}")
+        return 1
+
+    watch = _Watch(DEFAULTS.deadlines_epilog, report)
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
-        _epilog(job_id, watch, gpus)
+        state = NodeState()
+        _epilog(state, job_id, watch, gpus)
         return 0
     except MpsError as error:
-        return _report(who, str(error))
+        return report(str(error))
     except Exception:
         import traceback
 
-        return _report(who, f"a bug in slurm-mps: {traceback.format_exc()}")
-
-
-def _report(who: str, message: str) -> int:
-    tell_admin(f"{who}: {message}")
-    return 1
+        return report(f"a bug in slurm-mps: {traceback.format_exc()}")

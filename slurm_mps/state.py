@@ -3,10 +3,11 @@
     /run/slurm-mps/          root 0711
       lock                   locks by number: a job's id, 0 for the ledgers
       config                 the compiled site configuration
+      last-fault             what the last prolog or epilog that failed had to say
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
-        verdict              0644  what the job's tasks read
+        verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
         suspect              0600  a task ended badly since the server was last seen well (the plugin's)
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
@@ -31,7 +32,10 @@ _LEDGER_LOCK = 0
 
 @record
 class Verdict:
-    """What the prolog decided, for the plugin in the job's tasks: ``ready`` with ``settings``, or a refusal."""
+    """What the prolog decided, for the plugin in the job's tasks.
+
+    ``ready`` with ``settings``; ``refused``: they fail with the message; ``without``: they run without MPS and say so.
+    """
 
     status: str
     message: str = ""
@@ -41,6 +45,10 @@ class Verdict:
         message = (("message", self.message),) if self.message else ()
         return [f"{key} {_one_line(value)}" for key, value in (("status", self.status), *message, *self.settings)]
 
+    def encode(self) -> bytes:
+        """The file that the plugin reads."""
+        return encode("verdict", VERSION, self.lines())
+
 
 def _one_line(text: str) -> str:
     """A verdict's values are read to the end of the line; no message may start a line of its own."""
@@ -49,6 +57,10 @@ def _one_line(text: str) -> str:
 
 def refused(message: str) -> Verdict:
     return Verdict("refused", message)
+
+
+def without(message: str) -> Verdict:
+    return Verdict("without", message)
 
 
 @record
@@ -93,7 +105,22 @@ class Journal:
         self.directory.grant_user(self.uid)
 
     def write_verdict(self, verdict: Verdict) -> None:
-        self.directory.write("verdict", encode("verdict", VERSION, verdict.lines()), mode=0o644)
+        self.directory.write("verdict", verdict.encode(), mode=0o644)
+
+    def tell_tasks(self, verdict: Verdict) -> None:
+        """Leave the verdict of a job without MPS; with no daemon here, all may enter where the file system has no ACLs.
+
+        Raises: NodeError; then there is no verdict at all.
+        """
+        try:
+            try:
+                self.admit_user()
+            except NodeError:
+                self.directory.open_to_all()
+            self.write_verdict(verdict)
+        except NodeError:
+            self.directory.unlink("verdict")
+            raise
 
     def write_config(self, config: SiteConfig) -> None:
         self.directory.write("config", encode("config", VERSION, to_lines(config)))
@@ -218,13 +245,16 @@ class NodeState:
         lines = [f"boot {self.boot_id}", *mode, *(f"holder {job}" for job in entry.holders)]
         self._gpus.write(uuid, encode("ledger", VERSION, lines))
 
-    def read_compiled_config(self, stamp: str) -> SiteConfig | None:
-        """The compiled site configuration, if it was made of the file that `stamp` describes."""
+    def read_compiled_config(self, stamp: str = "") -> SiteConfig | None:
+        """The compiled site configuration, if it was made of the file that `stamp` describes; without one, the last."""
         try:
             first, *lines = decode(self.root.read("config"), "config", VERSION)
-            return from_lines(lines) if first == stamp else None
+            return from_lines(lines) if stamp in ("", first) else None
         except (FileNotFoundError, NodeError, ValueError):
             return None  # made anew from the file, which is what counts
 
     def write_compiled_config(self, stamp: str, config: SiteConfig) -> None:
         self.root.write("config", encode("config", VERSION, [stamp, *to_lines(config)]))
+
+    def write_last_fault(self, text: str) -> None:
+        self.root.write("last-fault", text.encode("utf-8", "replace"))

@@ -7,9 +7,10 @@
  *
  * Promises:
  *  - A value that does not parse is refused where the user typed it; no job is queued.
- *  - A task of a job that asked for MPS starts with its control daemon's address and limits, or does not start.
+ *  - A task of a job that asked for MPS starts with its control daemon's address and limits, or does not start; or,
+ *    where the site wants it so when the node cannot do its part, without MPS, which is said.
  *  - Nothing here fails in a hook that drains a node (init, init_post_opt and user_init in slurmstepd do).
- *  - A job that did not ask costs one failed open(2) per step.
+ *  - A job that did not ask costs two failed open(2) per step.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -54,6 +55,12 @@ static struct {
 
 /* As many UUIDs as a verdict holds, with commas; no other variable that is read or set here is as long. */
 #define VALUE_MAX (GPUS_MAX * sizeof(((struct verdict_gpu *)0)->uuid))
+
+/* In a task that runs without MPS: why. Programs and `slurm-mps verify` may look. */
+#define NODE_FAULT "SLURM_MPS_NODE_FAULT"
+
+/* No control daemon can be there; where the variable is not set the driver looks in /tmp/nvidia-mps (O61). */
+#define NO_PIPE_DIRECTORY "/dev/null"
 
 /* More clients than these on a GPU must be content with two connections each. */
 #define CLIENTS_OF_ANY_KIND 48
@@ -156,6 +163,7 @@ static void forget_another_jobs_request(void)
 	if (!allocates && (spank_context() != S_CTX_LOCAL || in_a_job))
 		return;
 	unset("SLURM_SPANK_MPS", carried, sizeof(carried) / sizeof(carried[0]));
+	(void)unsetenv(NODE_FAULT);
 	if (in_a_job)
 		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_mps", given, sizeof(given) / sizeof(given[0]));
 }
@@ -241,6 +249,9 @@ static void judge_step(spank_t sp)
 		fail_step(job_id, message);
 	else if (step.verdict.status == VERDICT_REFUSED)
 		fail_step(job_id, step.verdict.message);
+	else if (step.verdict.status == VERDICT_WITHOUT)
+		slurm_error("mps: job %u: RUNS WITHOUT MPS on this node, with no limits, as this site wants it: %s", job_id,
+			    step.verdict.message);
 	else if (step.verdict.status == VERDICT_READY && !verdict_daemons_answer(&step.verdict))
 		fail_step(job_id, "its MPS control daemon on this node does not answer");
 	else if (step.verdict.status == VERDICT_READY && !is_well(job_id))
@@ -438,10 +449,43 @@ static bool prepare_task(spank_t sp, char *problem, size_t size)
 	if (!find_gpus(sp, &task, problem, size))
 		return false;
 	hidden = step.verdict.per_gpu && !task.count && is_script(sp);
+	(void)spank_unsetenv(sp, NODE_FAULT); /* of a script on another node */
 	if (set_visible(sp, &task, hidden) && set_limits(sp, &task) && set_daemon(sp, &task))
 		return true;
 	(void)snprintf(problem, size, "the environment cannot be set");
 	return false;
+}
+
+/* The program runs without MPS: no daemon of anybody's is to be found, and no variable promises what does not hold. */
+static bool prepare_task_without(spank_t sp, char *problem, size_t size)
+{
+	static const char *const names[] = { "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_CLIENT_PRIORITY" };
+	const struct limit_variable *const limits[] = { &threads_variable, &memory_variable };
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		(void)spank_unsetenv(sp, names[i]);
+	for (size_t i = 0; i < sizeof(limits) / sizeof(limits[0]); i++) {
+		(void)spank_unsetenv(sp, limits[i]->name);
+		(void)spank_unsetenv(sp, limits[i]->mark);
+	}
+	if (set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", NO_PIPE_DIRECTORY) &&
+	    set_variable(sp, NODE_FAULT, step.verdict.message))
+		return true;
+	(void)snprintf(problem, size, "the environment cannot be set");
+	return false;
+}
+
+/* Returns: false with `problem` filled when the task cannot start. */
+static bool prepare(spank_t sp, char *problem, size_t size)
+{
+	switch (step.verdict.status) {
+	case VERDICT_READY:
+		return prepare_task(sp, problem, size);
+	case VERDICT_WITHOUT:
+		return prepare_task_without(sp, problem, size);
+	default:
+		return true;
+	}
 }
 
 /*
@@ -455,9 +499,7 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	(void)ac;
 	(void)av;
 	judge_step(sp);
-	if (!step.failed && step.verdict.status != VERDICT_READY)
-		return ESPANK_SUCCESS;
-	if (!step.failed && prepare_task(sp, problem, sizeof(problem)))
+	if (!step.failed && prepare(sp, problem, sizeof(problem)))
 		return ESPANK_SUCCESS;
 	if (!step.failed && rollcall_first(step.rollcall))
 		slurm_error("mps: this task cannot start: %s", problem);

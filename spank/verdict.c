@@ -15,6 +15,9 @@
 #ifndef STATE_DIRECTORY
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
+#ifndef FALLBACK_DIRECTORY
+#define FALLBACK_DIRECTORY "/var/log/slurm-mps" /* slurm_mps/node/logs.py */
+#endif
 #define VERDICT_SIZE_MAX 32768
 #define CONNECT_TRIES 20
 #define CONNECT_PAUSE_MS 50
@@ -100,6 +103,8 @@ static bool take_status(struct verdict *verdict, const char *value)
 		verdict->status = VERDICT_READY;
 	else if (!strcmp(value, "refused"))
 		verdict->status = VERDICT_REFUSED;
+	else if (!strcmp(value, "without"))
+		verdict->status = VERDICT_WITHOUT;
 	else
 		return false;
 	return true;
@@ -152,7 +157,7 @@ static bool take_line(struct verdict *verdict, char *line)
 
 static bool is_complete(const struct verdict *verdict)
 {
-	if (verdict->status == VERDICT_REFUSED)
+	if (verdict->status == VERDICT_REFUSED || verdict->status == VERDICT_WITHOUT)
 		return verdict->message[0];
 	return verdict->status == VERDICT_READY && verdict->threads_tenths && verdict->clients_per_gpu &&
 	       verdict->gpu_count && verdict->probe[0] && verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1);
@@ -201,18 +206,33 @@ static ssize_t read_whole(int fd, char *text, size_t size)
 	return -1; /* longer than any verdict is */
 }
 
+/* The file that holds the verdict; -1 when there is none, with `unreadable` set when there is, but not for us. */
+static int open_verdict(uint32_t job_id, bool *unreadable)
+{
+	const int flags = O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
+	char path[sizeof(STATE_DIRECTORY) + sizeof(FALLBACK_DIRECTORY) + 32];
+	int fd;
+
+	(void)snprintf(path, sizeof(path), STATE_DIRECTORY "/jobs/%u/verdict", job_id);
+	fd = open(path, flags);
+	*unreadable = fd < 0 && errno != ENOENT && errno != ENOTDIR;
+	if (fd >= 0 || *unreadable)
+		return fd;
+	(void)snprintf(path, sizeof(path), FALLBACK_DIRECTORY "/%u/verdict", job_id);
+	return open(path, flags);
+}
+
 void verdict_read(uint32_t job_id, struct verdict *verdict)
 {
-	char path[128];
 	char text[VERDICT_SIZE_MAX + 1];
+	bool unreadable;
 	ssize_t length;
 	int fd;
 
 	memset(verdict, 0, sizeof(*verdict));
-	(void)snprintf(path, sizeof(path), STATE_DIRECTORY "/jobs/%u/verdict", job_id);
-	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	fd = open_verdict(job_id, &unreadable);
 	if (fd < 0) {
-		if (errno != ENOENT && errno != ENOTDIR)
+		if (unreadable)
 			refuse(verdict, "the prolog's verdict on this node cannot be read");
 		return;
 	}

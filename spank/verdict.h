@@ -1,5 +1,6 @@
 /*
- * What the prolog decided about this job on this node, as it left it in /run/slurm-mps/jobs/<job>/verdict.
+ * What the prolog decided about this job on this node, as it left it in /run/slurm-mps/jobs/<job>/verdict, or, where
+ * the node could keep nothing of the job there, in /var/log/slurm-mps/<job>/verdict.
  * Only root can write there; the job's user can read (the directory's ACL).
  */
 #ifndef SLURM_MPS_VERDICT_H
@@ -18,6 +19,7 @@ enum verdict_status {
 	VERDICT_NONE,    /* the prolog left nothing: the job did not ask, or no prolog ran */
 	VERDICT_READY,   /* the job has its control daemon */
 	VERDICT_REFUSED, /* it has not, and `message` says why */
+	VERDICT_WITHOUT, /* it runs without MPS, and `message` says why */
 };
 
 struct verdict_gpu {

@@ -231,6 +231,13 @@ class Directory:
                 raise NodeError(f"{self.path}: the file system has no POSIX ACLs", hint="mount it with them") from None
             raise NodeError(f"{self.path}: cannot let uid {uid} in: {os.strerror(error.errno or 0)}") from None
 
+    def open_to_all(self) -> None:
+        """Let everybody enter this directory, and nobody list it."""
+        try:
+            os.fchmod(self.fd, 0o711)
+        except OSError as error:
+            raise NodeError(f"{self.path}: cannot let users in: {os.strerror(error.errno or 0)}") from None
+
 
 def _remove_tree(parent_fd: int, name: str, device: int, budget: list[int], depth: int) -> None:
     fd = os.open(name, _DIRECTORY, dir_fd=parent_fd)

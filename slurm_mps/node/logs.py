@@ -3,6 +3,7 @@
 /var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
   <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
     gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own
+    verdict                  0644, in a directory 0711: of a job without MPS that could not be told so in /run
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..config import SiteConfig
 
 _LOGS = ("control.log", "server.log")
+_VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin knows this one (spank/verdict.c)
 
 
 def _attempt(job_id: int, what: str, work: Callable[[], None]) -> bool:
@@ -46,6 +48,18 @@ def make(job_id: int, uid: int, parts: Sequence[str], config: SiteConfig) -> boo
                 own.grant_user(uid)
 
     return _attempt(job_id, f"written below {config.paths_logs}", work)
+
+
+def leave_verdict(job_id: int, verdict: bytes, config: SiteConfig, jobs: Collection[int]) -> None:
+    """Leave the verdict of a job of which nothing is in the state directory; it goes when its logs would go.
+
+    Raises: NodeError.
+    """
+    with make_trusted(_VERDICTS, 0o711, group_is_trusted=True) as logs:
+        logs.remove_tree(str(job_id))
+        with logs.make(str(job_id), 0o711) as own:
+            own.write("verdict", verdict, mode=0o644)
+        _prune(logs, config.logs_max_jobs, (*jobs, job_id))
 
 
 def _prune(logs: Directory, keep_jobs: int, running: Collection[int]) -> None:

@@ -30,8 +30,13 @@ def _log(line: str) -> None:
         pass
 
 
+def one_line(message: str) -> str:
+    """A message in which no control character can forge a second line."""
+    return "".join(c if c.isprintable() else "?" for c in message)[:_LINE_MAX]
+
+
 def tell_admin(message: str) -> None:
-    """Write one line to syslog (identifier ``slurm-mps``) and to stderr; control characters cannot forge a second."""
-    line = "".join(c if c.isprintable() else "?" for c in message)[:_LINE_MAX]
+    """Write one line to syslog (identifier ``slurm-mps``) and to stderr."""
+    line = one_line(message)
     _write(2, f"slurm-mps: {line}\n".encode("utf-8", "replace"))
     _log(line)

@@ -110,6 +110,8 @@ def _without_mps(found: Findings) -> list[str]:
 
 def _why_without(rank: Report, daemon: DaemonAnswer | None) -> str:
     directory = printable(rank.pipe_directory, 120)
+    if rank.node_fault and rank.pipe_problem:
+        return f"{printable(rank.node_fault, 300)}; this site then lets a job run without"
     if rank.pipe_problem:
         asked = "" if rank.asked else "; this job did not ask for MPS (--mps)"
         return f"{printable(rank.pipe_problem, 200)}{asked}"

@@ -63,6 +63,7 @@ def look(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> 
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
         job_threads=given("SLURM_SPANK_MPS_THREADS"),
         job_memory=given("SLURM_SPANK_MPS_MEM"),
+        node_fault=given("SLURM_MPS_NODE_FAULT"),
         cpu_numa=cpu_numa(os.sched_getaffinity(0), _NODES),
         **vars(gpu),
     )

@@ -34,7 +34,10 @@ _SIZE = re.compile(r"\d{1,12}[MG]")
 
 @record
 class Report:
-    """What one rank has and was given; "" and 0 where there is nothing. ``visible`` are GPU UUIDs, with commas."""
+    """What one rank has and was given; "" and 0 where there is nothing. ``visible`` are GPU UUIDs, with commas.
+
+    node_fault: why its node runs the job without MPS, where the site wants it so.
+    """
 
     rank: int
     host: str
@@ -57,6 +60,7 @@ class Report:
     total_bytes: int
     cpu_numa: str
     gpu_numa: str
+    node_fault: str = ""
 
 
 @record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from slurm_mps.errors import RequestError
 from slurm_mps.node.gpus import Gpu
 from slurm_mps.plan import make_plan
 from slurm_mps.request import JobRequest
-from slurm_mps.state import Verdict, refused
+from slurm_mps.state import Verdict, refused, without
 from slurm_mps.units import MIB, parse_memory, parse_memory_by_gpu, parse_thread_percentage
 from slurm_mps.wordfile import encode
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPANK = Path(__file__).parents[2] / "spank"
-NONE, READY, REFUSED = range(3)
+NONE, READY, REFUSED, WITHOUT = range(4)
 JOB = 4711
 
 
@@ -89,6 +90,7 @@ def plugin(state: Path) -> ctypes.CDLL:
     library = state / "readers.so"
     sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c", "limits.c", "rollcall.c")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", f'-DSTATE_DIRECTORY="{state}"']
+    flags.append(f'-DFALLBACK_DIRECTORY="{state}/logs"')
     subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", library, *sources], check=True)
     return ctypes.CDLL(str(library))
 
@@ -221,6 +223,27 @@ def test_a_verdict_whose_parts_do_not_fit_together_is_a_refusal(
 def test_a_refusal_brings_its_message(plugin: ctypes.CDLL, state: Path) -> None:
     verdict = read(plugin, state, encode("verdict", 1, refused("no\nGPU \x1b[2J").lines()))
     assert (verdict.status, verdict.message) == (REFUSED, b"no?GPU ?[2J")
+
+
+def test_a_job_that_runs_without_mps_is_told_why(plugin: ctypes.CDLL, state: Path) -> None:
+    verdict = read(plugin, state, without("no daemon").encode())
+    assert (verdict.status, verdict.message) == (WITHOUT, b"no daemon")
+
+
+def test_a_verdict_among_the_logs_counts_where_there_is_no_other(plugin: ctypes.CDLL, state: Path) -> None:
+    """The prolog leaves it there when it can leave nothing in /run; what is there from an earlier run says nothing."""
+    place = state / f"logs/{JOB}"
+    place.mkdir(parents=True)
+    (place / "verdict").write_bytes(refused("no room").encode())
+    (place / "verdict").chmod(0o644)
+    ready = read(plugin, state, WHOLE)
+    told = read(plugin, state, None)
+    (place / "verdict").chmod(0o666)
+    forged = read(plugin, state, None)
+    shutil.rmtree(place)
+    assert ready.status == READY
+    assert (told.status, told.message) == (REFUSED, b"no room")
+    assert b"cannot be understood" in forged.message
 
 
 def test_no_verdict_is_none(plugin: ctypes.CDLL, state: Path) -> None:

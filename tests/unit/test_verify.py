@@ -103,6 +103,17 @@ def test_a_wrong_pipe_directory_is_the_reason() -> None:
     assert found[0] == "ranks 1-2 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/x? does not exist"
 
 
+def test_a_fault_of_the_node_is_the_reason() -> None:
+    """Where a site lets jobs run without MPS no variable is wrong; what another node's fault left is no reason."""
+    reason = {"pipe_problem": "CUDA_MPS_PIPE_DIRECTORY=/dev/null does not exist", "pipe_directory": "/dev/null"}
+    faulty = {**reason, "node_fault": "no daemon\x1b here"}
+    found = problems(findings(*four((1, faulty), (2, {"node_fault": "stale"})), clients={100: 7, 103: 7}))
+    assert found[:2] == [
+        "rank 1 runs without MPS: no daemon? here; this site then lets a job run without",
+        f"rank 2 runs without MPS: the control daemon of {PIPE} lists no such client",
+    ]
+
+
 def test_a_job_that_did_not_ask_is_told() -> None:
     """The commonest reason of all."""
     bare = {"pipe_problem": "CUDA_MPS_PIPE_DIRECTORY is not set", "asked": False, "threads": "", "job_threads": ""}
