@@ -82,7 +82,8 @@ class Plan:
         if self.request.auto_memory:
             settings.append(("auto", "memory"))
         settings += [
-            ("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid} {_for_clients(gpu, self.config)}") for gpu in self.gpus
+            ("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid} {_for_clients(gpu, self.config)} {gpu.memory_bytes // MIB}")
+            for gpu in self.gpus
         ]
         return Verdict("ready", settings=tuple(settings))
 

@@ -8,7 +8,7 @@
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
-        suspect              0600  a task ended badly since the server was last seen well (the plugin's)
+        suspect-<n>          0600  a task with the job's n-th GPU ended badly since its server was seen well (plugin's)
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
@@ -210,8 +210,11 @@ class NodeState:
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
-        for name in ("verdict", "config", "suspect"):
+        for name in ("verdict", "config"):
             journal.directory.unlink(name)
+        for name in journal.directory.names():
+            if name.startswith("suspect-"):
+                journal.directory.unlink(name)
         journal.directory.unlink("journal", temporary_only=True)
         strangers = [name for name in journal.directory.names() if name != "journal"]
         if strangers:

@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 /* EPERM is the device cgroup's answer; every other failure says nothing about who the GPU belongs to. */
-static bool may_open(const struct verdict_gpu *gpu)
+bool device_may_open(const struct verdict_gpu *gpu)
 {
 	char path[32];
 	int fd;
@@ -26,7 +26,7 @@ static void find_openable(const struct verdict *verdict, struct task_gpus *open)
 {
 	open->count = 0;
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
-		if (may_open(&verdict->gpus[i])) {
+		if (device_may_open(&verdict->gpus[i])) {
 			open->ordinals[open->count] = verdict->per_gpu ? 0 : open->count;
 			open->gpus[open->count++] = &verdict->gpus[i];
 		}
@@ -62,12 +62,16 @@ static bool take_named(const struct task_gpus *open, const char *name, size_t le
 	return false;
 }
 
-bool task_gpus(const struct verdict *verdict, const char *visible, struct task_gpus *task)
+bool task_gpus(const struct verdict *verdict, const char *visible, bool has_gpus, struct task_gpus *task)
 {
 	struct task_gpus open;
 
 	task->count = 0;
 	find_openable(verdict, &open);
+	if (!visible && has_gpus) {
+		*task = open;
+		return true;
+	}
 	if (!visible || !*visible || !strcmp(visible, NO_DEVICES) || !open.count)
 		return true; /* a step without GPUs, such as srun --gres=none */
 	if (entries(visible) >= open.count) {

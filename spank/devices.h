@@ -16,17 +16,21 @@ struct task_gpus {
 /* What Slurm, and the plugin, write into CUDA_VISIBLE_DEVICES of a task that has no GPU. */
 #define NO_DEVICES "NoDevFiles"
 
+/* Whether the device cgroup lets this process open a GPU. */
+bool device_may_open(const struct verdict_gpu *gpu);
+
 /*
  * Find a task's GPUs.
  *
- * `visible` is the task's own CUDA_VISIBLE_DEVICES (NULL: not set). Slurm writes indices there that count all GPUs
+ * `visible` is the task's own CUDA_VISIBLE_DEVICES (NULL: not set), `has_gpus` whether Slurm says that its step has GPUs
+ * here: with --gpu-bind=none it does, and the variable is not set. Slurm writes indices there that count all GPUs
  * of the node, or with ConstrainDevices=yes only those that the task may open, so that two tasks bound to different
  * GPUs both read "0". The kernel knows: a GPU outside the task's device cgroup gives EPERM.
  *
  * Returns: true with `task` filled, of count 0 when the task has no GPU; false when `visible` names a GPU that the
  * job does not have.
  */
-bool task_gpus(const struct verdict *verdict, const char *visible, struct task_gpus *task);
+bool task_gpus(const struct verdict *verdict, const char *visible, bool has_gpus, struct task_gpus *task);
 
 /* Write the GPUs as CUDA_VISIBLE_DEVICES takes them, comma separated: UUIDs, or the client's ordinals. */
 void task_gpus_list(const struct task_gpus *task, bool ordinals, char *out, size_t size);

@@ -2,6 +2,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 
 /* A context costs 22 of 514 parts of its whole cost at 0 % of the threads, and the rest in proportion (O15). */
 static uint64_t context_mib(const struct verdict *verdict, unsigned int tenths)
@@ -47,6 +48,11 @@ static bool lower_threads(const struct verdict *verdict, const char *asked, stru
 
 	limits->divide_threads = *asked ? is_auto(asked) : verdict->auto_threads;
 	limits->threads_tenths = verdict->threads_tenths;
+	if (tenths && tenths < verdict->threads_tenths_min) {
+		write_percentage(verdict->threads_tenths_min, has, sizeof(has));
+		(void)snprintf(message, size, "--mps-threads=%s: this site allows %s and more", asked, has);
+		return false;
+	}
 	if (tenths > verdict->threads_tenths) {
 		write_percentage(verdict->threads_tenths, has, sizeof(has));
 		(void)snprintf(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it", asked,
@@ -66,11 +72,21 @@ static bool lower_memory_of(const struct verdict *verdict, unsigned int gpu, uin
 	char asked[24], has[24];
 
 	write_mib(mib, asked, sizeof(asked));
-	write_mib(job, has, sizeof(has));
 	limits->mib[gpu] = mib ? mib : job;
 	if (job && mib > job) {
+		write_mib(job, has, sizeof(has));
 		(void)snprintf(message, size, "--mps-mem=%s%s is more than the job has (%s); a step can only lower it", word,
 			       asked, has);
+		return false;
+	}
+	if (mib > verdict->gpus[gpu].mib) {
+		write_mib(verdict->gpus[gpu].mib, has, sizeof(has));
+		(void)snprintf(message, size, "--mps-mem=%s%s is more than %s has (%s)", word, asked, verdict->gpus[gpu].uuid, has);
+		return false;
+	}
+	if (mib && mib < verdict->mib_min) {
+		write_mib(verdict->mib_min, has, sizeof(has));
+		(void)snprintf(message, size, "--mps-mem=%s%s: this site allows %s and more", word, asked, has);
 		return false;
 	}
 	if (mib && mib <= context_mib(verdict, limits->threads_tenths)) {
@@ -91,7 +107,6 @@ static bool lower_memory(const struct verdict *verdict, const char *asked, struc
 
 	if (mem_option(asked, &mem))
 		return true; /* it was refused where it was given */
-	limits->divide_memory = *asked ? mem.automatic : verdict->auto_memory;
 	if (mem.by_gpu && !verdict->per_gpu) {
 		(void)snprintf(message, size, "--mps-mem=%s needs a job with --mps=per-gpu: one control daemon cannot tell its "
 					      "GPUs apart", asked);
@@ -100,12 +115,13 @@ static bool lower_memory(const struct verdict *verdict, const char *asked, struc
 	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++) {
 		if (mem.by_gpu)
 			(void)snprintf(word, sizeof(word), "%u:", gpu);
+		limits->divide_memory[gpu] = mem.automatic || (!mem.mib[gpu] && verdict->auto_memory);
 		if (gpu < verdict->gpu_count &&
 		    !lower_memory_of(verdict, gpu, mem.mib[gpu], word, limits, message, size))
 			return false;
 		if (gpu >= verdict->gpu_count && mem.by_gpu && mem.mib[gpu]) {
-			(void)snprintf(message, size, "--mps-mem has a limit for GPU %u, but this job has %u on this node, counted "
-						      "from 0", gpu, verdict->gpu_count);
+			(void)snprintf(message, size, "--mps-mem has a limit for GPU %u, but this job's GPUs on this node are 0 to "
+						      "%u", gpu, verdict->gpu_count - 1);
 			return false;
 		}
 	}
@@ -129,15 +145,26 @@ bool limits_of_step(const struct verdict *verdict, const struct step_options *op
 	       lower_memory(verdict, options->mem, limits, message, size);
 }
 
+bool limits_divide_memory(const struct limits *limits)
+{
+	bool any = false;
+
+	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++)
+		any |= limits->divide_memory[gpu];
+	return any;
+}
+
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
 {
-	return limits->divide_threads || limits->divide_memory || tasks > verdict->clients_per_gpu;
+	return limits->divide_threads || limits_divide_memory(limits) || tasks > verdict->clients_per_gpu ||
+	       tasks > CLIENTS_OF_ANY_KIND;
 }
 
 /* The least that any GPU's ranks get must do, so that all tasks of the step come to the same opinion. */
-static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int ranks, uint64_t mib,
+static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int gpu, unsigned int ranks,
 		      char *message, size_t size)
 {
+	uint64_t mib = verdict->gpus[gpu].mib_for_clients / ranks;
 	unsigned int tenths = limits->divide_threads ? 1000 / ranks : 1000;
 	uint64_t context;
 	char least[24];
@@ -157,7 +184,7 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 	if (tenths > limits->threads_tenths)
 		tenths = limits->threads_tenths;
 	context = context_mib(verdict, tenths);
-	if (limits->divide_memory && (mib <= context || mib < verdict->mib_min)) {
+	if (limits->divide_memory[gpu] && (mib <= context || mib < verdict->mib_min)) {
 		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
 		(void)snprintf(message, size, "--mps-mem=auto: %u tasks of this step share a GPU, which is %lluM of its memory for "
 					      "each; they need at least %s", ranks, (unsigned long long)mib, least);
@@ -171,8 +198,7 @@ bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, 
 {
 	limits->ranks = 1;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
-		if (ranks[gpu] && !is_enough(verdict, limits, ranks[gpu], verdict->gpus[gpu].mib_for_clients / ranks[gpu],
-					     message, size))
+		if (ranks[gpu] && !is_enough(verdict, limits, gpu, ranks[gpu], message, size))
 			return false;
 	for (unsigned int i = 0; i < task->count; i++) {
 		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
@@ -180,7 +206,7 @@ bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, 
 
 		if (ranks[gpu] > limits->ranks)
 			limits->ranks = ranks[gpu];
-		if (limits->divide_memory && (!limits->mib[gpu] || share < limits->mib[gpu]))
+		if (limits->divide_memory[gpu] && (!limits->mib[gpu] || share < limits->mib[gpu]))
 			limits->mib[gpu] = share;
 	}
 	if (limits->divide_threads && 1000 / limits->ranks < limits->threads_tenths)
@@ -188,9 +214,21 @@ bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, 
 	return true;
 }
 
+/* A percentage of the user's own may have more decimals than an option; they are cut off, which lowers it. */
+static unsigned int users_tenths(const char *own)
+{
+	char cut[8];
+	const char *point = own ? strchr(own, '.') : NULL;
+
+	if (!point || strspn(point + 1, "0123456789") != strlen(point + 1) || (size_t)(point - own) + 3 > sizeof(cut))
+		return threads_tenths(own);
+	(void)snprintf(cut, sizeof(cut), "%.*s", (int)(point - own) + 2, own);
+	return threads_tenths(cut);
+}
+
 void limits_threads_value(const struct limits *limits, const char *own, char *out, size_t size)
 {
-	unsigned int tenths = threads_tenths(own);
+	unsigned int tenths = users_tenths(own);
 
 	if (!tenths || tenths > limits->threads_tenths)
 		tenths = limits->threads_tenths;
@@ -213,7 +251,19 @@ static int find_device(const struct task_gpus *task, const char *name, size_t le
 	return -1;
 }
 
-/* Take one "device=size" of the user's list; false when the driver could not use it. */
+/* A size as the driver reads it, which may end in B or iB (O3). */
+static uint64_t users_mib(char *size)
+{
+	size_t length = strlen(size);
+
+	if (length > 2 && !strcasecmp(size + length - 2, "iB"))
+		size[length - 2] = '\0';
+	else if (length > 2 && !strcasecmp(size + length - 1, "B"))
+		size[length - 1] = '\0';
+	return mem_mib(size);
+}
+
+/* Take one "device=size" of the user's list; false when the driver could not read it. */
 static bool lower_one(const char *entry, size_t length, const struct task_gpus *task, uint64_t mib[])
 {
 	const char *equals = memchr(entry, '=', length);
@@ -229,11 +279,11 @@ static bool lower_one(const char *entry, size_t length, const struct task_gpus *
 		return false;
 	memcpy(size, equals + 1, size_length);
 	size[size_length] = '\0';
-	own = mem_mib(size);
+	own = users_mib(size);
 	device = find_device(task, entry, (size_t)(equals - entry));
-	if (!own || device < 0)
+	if (!own)
 		return false;
-	if (!mib[device] || own < mib[device])
+	if (device >= 0 && (!mib[device] || own < mib[device]))
 		mib[device] = own;
 	return true;
 }

@@ -18,9 +18,13 @@ struct step_options {
 	const char *priority;
 };
 
+/* More clients than these on a GPU must be content with two connections each (M5). */
+#define CLIENTS_OF_ANY_KIND 48
+
 struct limits {
 	unsigned int threads_tenths;               /* of a percent */
-	bool divide_threads, divide_memory;        /* limits_divide() is still to come */
+	bool divide_threads;                       /* limits_divide() is still to come */
+	bool divide_memory[GPUS_MAX];              /* the same, by the verdict's GPU */
 	int priority;                              /* 0 normal, 1 low */
 	unsigned int ranks;                        /* that share the task's GPU, where limits_divide() was needed */
 	uint64_t mib[GPUS_MAX];                    /* by the verdict's GPU; 0: no limit */
@@ -34,6 +38,9 @@ struct limits {
  */
 bool limits_of_step(const struct verdict *verdict, const struct step_options *options, struct limits *limits,
 		    char *message, size_t size);
+
+/* Whether the memory of any GPU is to be divided. */
+bool limits_divide_memory(const struct limits *limits);
 
 /* Whether the number of ranks on each GPU must be known for a step with so many tasks on this node. */
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);
@@ -56,7 +63,8 @@ void limits_threads_value(const struct limits *limits, const char *own, char *ou
  * The value of CUDA_MPS_PINNED_DEVICE_MEM_LIMIT for a task with these GPUs, such as "0=8192M". It names no more devices
  * than have less than their daemon gives them: a program that then narrows its CUDA_VISIBLE_DEVICES would lose every
  * limit over a device that it does not see (O12). A limit of the user's own (NULL: none) counts where it is lower; one
- * that the driver could not use, and which would lift the limit altogether (O12), is left out whole.
+ * that the driver could not read, and which would lift the limit altogether (O12), is left out whole, and so is a part
+ * that names a device which the task does not have.
  * Returns: false when there is no limit to state and the user's own is left as it is.
  */
 bool limits_memory_value(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,

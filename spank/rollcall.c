@@ -11,7 +11,7 @@
 
 struct rollcall {
 	atomic_uint answered;
-	atomic_flag spoken;
+	atomic_bool spoken;
 	atomic_ullong parts[GPUS_MAX];
 };
 
@@ -29,7 +29,7 @@ bool rollcall_answer(struct rollcall *rollcall, const struct verdict *verdict, c
 		return false;
 	for (unsigned int i = 0; i < task->count; i++)
 		(void)atomic_fetch_add(&rollcall->parts[task->gpus[i] - verdict->gpus],
-				       (WHOLE + task->count - 1) / task->count);
+				       WHOLE / task->count);
 	(void)atomic_fetch_add(&rollcall->answered, 1);
 	for (int tries = 0; atomic_load(&rollcall->answered) < tasks; tries++) {
 		if (tries == WAIT_TRIES)
@@ -43,5 +43,10 @@ bool rollcall_answer(struct rollcall *rollcall, const struct verdict *verdict, c
 
 bool rollcall_first(struct rollcall *rollcall)
 {
-	return !rollcall || !atomic_flag_test_and_set(&rollcall->spoken);
+	return !rollcall || !atomic_exchange(&rollcall->spoken, true);
+}
+
+bool rollcall_failed(struct rollcall *rollcall)
+{
+	return rollcall && atomic_load(&rollcall->spoken);
 }

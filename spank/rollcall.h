@@ -25,4 +25,7 @@ bool rollcall_answer(struct rollcall *rollcall, const struct verdict *verdict, c
 /* Whether this task is the first to ask; of tasks that fail for the same reason one says so. NULL: each is. */
 bool rollcall_first(struct rollcall *rollcall);
 
+/* Whether any task asked that: not the program ended badly, it was never started. */
+bool rollcall_failed(struct rollcall *rollcall);
+
 #endif

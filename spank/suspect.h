@@ -8,20 +8,24 @@
 
 #include "verdict.h"
 
-/* Note, as root, that a task of the job ended badly. */
-void suspect_mark(uint32_t job_id);
+/* What is known of each of the verdict's GPUs. */
+struct suspicion {
+	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so it was tried */
+	bool unwell[GPUS_MAX]; /* and its server takes no programs */
+	struct timespec since[GPUS_MAX];
+};
 
-/* Whether one did since the mark was last taken away. Returns: true with the mark's time. */
-bool suspect_marked(uint32_t job_id, struct timespec *when);
-
-/* Take the mark away, as root, unless it was renewed since `when`. */
-void suspect_clear(uint32_t job_id, const struct timespec *when);
+/* Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. */
+void suspect_mark(uint32_t job_id, const struct verdict *verdict);
 
 /*
- * Have a program of each control daemon, as the job's user (which this process is in effect), make a context on each
- * of its GPUs, which cures what can be cured; takes five seconds at most.
- * Returns: whether all of them could.
+ * Find out about the GPUs that this process may open and that were noted: for each control daemon a program, run as the
+ * job's user (which this process is in effect), makes a context on them, which cures what can be cured. Takes five
+ * seconds at most.
  */
-bool suspect_is_well(const struct verdict *verdict);
+void suspect_look(uint32_t job_id, const struct verdict *verdict, struct suspicion *suspicion);
+
+/* Take away, as root, the notes of GPUs that were found well, unless they were renewed meanwhile. */
+void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct suspicion *suspicion);
 
 #endif

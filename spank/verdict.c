@@ -12,9 +12,6 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#ifndef STATE_DIRECTORY
-#define STATE_DIRECTORY "/run/slurm-mps"
-#endif
 #ifndef FALLBACK_DIRECTORY
 #define FALLBACK_DIRECTORY "/var/log/slurm-mps" /* slurm_mps/node/logs.py */
 #endif
@@ -64,7 +61,7 @@ static bool take_daemon(struct verdict *verdict, char *value)
 	       (daemon->mib || !strcmp(limit, "-"));
 }
 
-/* "<slurm index> <minor> <uuid> <MiB for clients>" */
+/* "<slurm index> <minor> <uuid> <MiB for clients> <MiB in all>" */
 static bool take_gpu(struct verdict *verdict, const char *value)
 {
 	struct verdict_gpu *gpu;
@@ -72,8 +69,9 @@ static bool take_gpu(struct verdict *verdict, const char *value)
 	if (verdict->gpu_count == GPUS_MAX)
 		return false;
 	gpu = &verdict->gpus[verdict->gpu_count++];
-	return sscanf(value, "%9u %9u %47s %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
-		      &gpu->mib_for_clients) == 4 && !strchr(gpu->uuid, ',');
+	return sscanf(value, "%9u %9u %47s %9" SCNu64 " %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
+		      &gpu->mib_for_clients, &gpu->mib) == 5 &&
+	       !strchr(gpu->uuid, ',');
 }
 
 /* "<python> <script>" */
@@ -206,33 +204,16 @@ static ssize_t read_whole(int fd, char *text, size_t size)
 	return -1; /* longer than any verdict is */
 }
 
-/* The file that holds the verdict; -1 when there is none, with `unreadable` set when there is, but not for us. */
-static int open_verdict(uint32_t job_id, bool *unreadable)
-{
-	const int flags = O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
-	char path[sizeof(STATE_DIRECTORY) + sizeof(FALLBACK_DIRECTORY) + 32];
-	int fd;
-
-	(void)snprintf(path, sizeof(path), STATE_DIRECTORY "/jobs/%u/verdict", job_id);
-	fd = open(path, flags);
-	*unreadable = fd < 0 && errno != ENOENT && errno != ENOTDIR;
-	if (fd >= 0 || *unreadable)
-		return fd;
-	(void)snprintf(path, sizeof(path), FALLBACK_DIRECTORY "/%u/verdict", job_id);
-	return open(path, flags);
-}
-
-void verdict_read(uint32_t job_id, struct verdict *verdict)
+static void read_verdict(const char *path, struct verdict *verdict)
 {
 	char text[VERDICT_SIZE_MAX + 1];
-	bool unreadable;
 	ssize_t length;
 	int fd;
 
 	memset(verdict, 0, sizeof(*verdict));
-	fd = open_verdict(job_id, &unreadable);
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
 	if (fd < 0) {
-		if (unreadable)
+		if (errno != ENOENT && errno != ENOTDIR)
 			refuse(verdict, "the prolog's verdict on this node cannot be read");
 		return;
 	}
@@ -243,6 +224,22 @@ void verdict_read(uint32_t job_id, struct verdict *verdict)
 	if (length < 0 || !parse(verdict, text))
 		refuse(verdict, "the prolog's verdict on this node cannot be understood; "
 				"are spank_mps.so and the prolog of the same version?");
+}
+
+void verdict_read(uint32_t job_id, struct verdict *verdict)
+{
+	char path[128];
+
+	(void)snprintf(path, sizeof(path), STATE_DIRECTORY "/jobs/%u/verdict", job_id);
+	read_verdict(path, verdict);
+}
+
+void verdict_read_elsewhere(uint32_t job_id, struct verdict *verdict)
+{
+	char path[128];
+
+	(void)snprintf(path, sizeof(path), FALLBACK_DIRECTORY "/%u/verdict", job_id);
+	read_verdict(path, verdict);
 }
 
 const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, const struct verdict_gpu *gpu)
@@ -272,7 +269,7 @@ static bool connects(int fd, const struct sockaddr_un *address)
 	return false;
 }
 
-static bool daemon_answers(const struct verdict_daemon *daemon)
+bool verdict_daemon_answers(const struct verdict_daemon *daemon)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int length = snprintf(address.sun_path, sizeof(address.sun_path), "%s/control", daemon->pipe_directory);
@@ -287,12 +284,4 @@ static bool daemon_answers(const struct verdict_daemon *daemon)
 	answers = connects(fd, &address) && root_listens(fd);
 	(void)close(fd);
 	return answers;
-}
-
-bool verdict_daemons_answer(const struct verdict *verdict)
-{
-	for (unsigned int i = 0; i < verdict->daemon_count; i++)
-		if (!daemon_answers(&verdict->daemons[i]))
-			return false;
-	return true;
 }

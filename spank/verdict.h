@@ -11,6 +11,10 @@
 
 #include "options.h"
 
+#ifndef STATE_DIRECTORY
+#define STATE_DIRECTORY "/run/slurm-mps"
+#endif
+
 #define VERDICT_MESSAGE_MAX 512
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
 #define VERDICT_PROGRAM_MAX 256
@@ -26,6 +30,7 @@ struct verdict_gpu {
 	unsigned int slurm_index; /* what Slurm calls it in SLURM_JOB_GPUS and CUDA_VISIBLE_DEVICES */
 	unsigned int minor;       /* its device node is /dev/nvidia<minor> */
 	uint64_t mib_for_clients; /* how much of its memory they can share out */
+	uint64_t mib;             /* all of it */
 	char uuid[48];
 };
 
@@ -64,7 +69,13 @@ const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, co
  */
 void verdict_read(uint32_t job_id, struct verdict *verdict);
 
-/* Whether root's control daemons take connections in all the verdict's pipe directories; waits a second for each. */
-bool verdict_daemons_answer(const struct verdict *verdict);
+/*
+ * The same of a job of which nothing is in the state directory, because that is what is broken. For jobs that asked:
+ * this place outlives the boot.
+ */
+void verdict_read_elsewhere(uint32_t job_id, struct verdict *verdict);
+
+/* Whether root's control daemon takes connections in its pipe directory; waits a second at most. */
+bool verdict_daemon_answers(const struct verdict_daemon *daemon);
 
 #endif

@@ -55,6 +55,7 @@ def problems(found: Findings) -> list[str]:
         *_silent_daemons(found),
         *_errors(found),
         *_without_mps(found),
+        *_of_another_job(found),
         *_apart(found),
         *_piled_up(found),
         *_over_threads(found),
@@ -106,6 +107,14 @@ def _without_mps(found: Findings) -> list[str]:
         return f"{_ranks(ranks)} {'runs' if len(ranks) == 1 else 'run'} without MPS: {why}"
 
     return _grouped(found.ranks, words, sentence)
+
+
+def _of_another_job(found: Findings) -> list[str]:
+    return _grouped(
+        found.ranks,
+        lambda rank: rank.other_job and f"told to use the control daemon of job {printable(rank.other_job)}",
+        lambda ranks, words: f"{_ranks(ranks)} {'was' if len(ranks) == 1 else 'were'} {words}: the environment is its",
+    )
 
 
 def _why_without(rank: Report, daemon: DaemonAnswer | None) -> str:
@@ -177,7 +186,7 @@ def _daemon_gpus(found: Findings, rank: Report) -> tuple[str, ...]:
 
 def thread_limit(rank: Report, daemon: DaemonAnswer | None) -> float | None:
     """The lowest percentage that the rank's environment, its job or the control daemon sets; None for no limit."""
-    texts = (rank.threads, rank.job_threads, daemon.threads if daemon else "")
+    texts = (rank.threads, rank.set_threads, rank.job_threads, daemon.threads if daemon else "")
     return min(filter(None, map(_percentage, texts)), default=None)
 
 
@@ -194,12 +203,21 @@ def _over_threads(found: Findings) -> list[str]:
         limit, total = thread_limit(rank, found.daemon(rank)), found.cards.get(rank.gpu, 0)
         if limit is None or not total or rank.multiprocessors <= max(SMALLEST_PART, total * limit / 100):
             return ""
-        return f"{rank.multiprocessors} of {total} SMs although limited to {limit:g} %: {_why_over(found, rank)}"
+        variable = _lost("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", rank.threads, rank.set_threads)
+        why = _why_over(found, rank, variable)
+        return f"{rank.multiprocessors} of {total} SMs although limited to {limit:g} %: {why}"
 
     return _grouped(found.ranks, words, lambda ranks, text: f"{_ranks(ranks)} {_have(ranks)} {text}")
 
 
-def _why_over(found: Findings, rank: Report) -> str:
+def _lost(name: str, value: str, was_set: str) -> str:
+    """A variable that something took from the program, or changed, after the plugin had set it; empty for none."""
+    return f"{name}={printable(was_set, 60)}" if was_set and value != was_set else ""
+
+
+def _why_over(found: Findings, rank: Report, lost: str) -> str:
+    if found.server(rank) and lost:
+        return f"the step's {lost} was changed or taken away before the program started"
     if found.server(rank):
         return "the server does not keep to it; it may be older than the limit"
     return "without MPS no limit holds"
@@ -223,12 +241,22 @@ def own_memory_limit(rank: Report) -> int | None:
     return limit
 
 
+def _set_memory_limit(rank: Report) -> int | None:
+    """What the plugin set for the rank's device, in bytes; None where it set nothing."""
+    sizes = dict(entry.partition("=")[::2] for entry in rank.set_memory.split(","))
+    try:
+        return parse_memory(sizes.get(str(rank.ordinal), ""))
+    except RequestError:
+        return None
+
+
 def memory_limit(rank: Report, daemon: DaemonAnswer | None) -> int | None:
     """The lowest memory limit of environment, job and control daemon, in bytes; None for no limit."""
     try:
         limits = [own_memory_limit(rank)]
     except ValueError:
         limits = []
+    limits.append(_set_memory_limit(rank))
     for text in (rank.job_memory, daemon.memory.get(rank.ordinal, "") if daemon else ""):
         try:
             limits.append(parse_memory(text))
@@ -259,7 +287,8 @@ def _memory_words(found: Findings, rank: Report) -> str:
         return f"no memory limit{asked}: the driver cannot use CUDA_MPS_PINNED_DEVICE_MEM_LIMIT={shown}"
     if limit is None or rank.free_bytes <= limit:
         return ""
-    return f"too much memory{asked}: {_why_over(found, rank)}"
+    variable = _lost("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", rank.memory, rank.set_memory)
+    return f"too much memory{asked}: {_why_over(found, rank, variable)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- words

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 (the driver's own, for a process without the variable)
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _NODES = "/sys/devices/system/node"
+_JOBS = "/run/slurm-mps/jobs"
 
 
 @record
@@ -61,6 +62,9 @@ def look(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> 
         step_gpus=step_gpus(environment),
         threads=given("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
+        set_threads=given("SLURM_MPS_ACTIVE_THREAD_PERCENTAGE"),
+        set_memory=given("SLURM_MPS_PINNED_DEVICE_MEM_LIMIT"),
+        other_job=other_job(directory, environment.get("SLURM_JOB_ID", "")),
         job_threads=given("SLURM_SPANK_MPS_THREADS"),
         job_memory=given("SLURM_SPANK_MPS_MEM"),
         node_fault=given("SLURM_MPS_NODE_FAULT"),
@@ -141,6 +145,13 @@ def pipe_problem(directory: str) -> str:
     except OSError:
         reason = "has no control daemon" if os.path.isdir(directory) else "does not exist"
     return f"CUDA_MPS_PIPE_DIRECTORY={directory} {reason}" if directory else "CUDA_MPS_PIPE_DIRECTORY is not set"
+
+
+def other_job(directory: str, job_id: str) -> str:
+    """The job whose pipe directory this is, if it is not this one's; empty for any other directory."""
+    place = directory.removeprefix(f"{_JOBS}/")
+    owner = place.partition("/")[0]
+    return owner[:TEXT_MAX] if place != directory and job_id and owner != job_id else ""
 
 
 def ask_daemon(directory: str, environment: Mapping[str, str], timeout_seconds: float) -> DaemonAnswer:

@@ -36,7 +36,8 @@ _SIZE = re.compile(r"\d{1,12}[MG]")
 class Report:
     """What one rank has and was given; "" and 0 where there is nothing. ``visible`` are GPU UUIDs, with commas.
 
-    node_fault: why its node runs the job without MPS, where the site wants it so.
+    node_fault: why its node runs the job without MPS, where the site wants it so. set_threads, set_memory: what the
+    plugin put into threads and memory, where that was no wish of the user's. other_job: whose daemon it was told.
     """
 
     rank: int
@@ -61,6 +62,9 @@ class Report:
     cpu_numa: str
     gpu_numa: str
     node_fault: str = ""
+    set_threads: str = ""
+    set_memory: str = ""
+    other_job: str = ""
 
 
 @record

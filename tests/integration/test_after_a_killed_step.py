@@ -70,7 +70,7 @@ def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: 
 
 
 def test_only_a_task_that_ended_badly_leaves_a_mark_and_the_next_good_step_takes_it_away(site: Site) -> None:
-    mark = f"{STATE_DIRECTORY}/jobs/*/suspect"
+    mark = f"{STATE_DIRECTORY}/jobs/*/suspect-0"
     job = start(
         site,
         "srun true; touch good; while [ -e good ]; do sleep 0.1; done\n"
@@ -120,5 +120,45 @@ def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site)
     for name in ("go", "told"):
         site.machine.path(f"/home/alice/{name}").unlink()
     assert ids == [["20001"] * 4, ["20001"] * 4]
-    assert set(environment) - {"LC_CTYPE"} == {"PATH", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"}
+    assert set(environment) - {"LC_CTYPE"} == {
+        "PATH",
+        "CUDA_MPS_PIPE_DIRECTORY",
+        "CUDA_MPS_LOG_DIRECTORY",
+        "CUDA_VISIBLE_DEVICES",
+    }
     assert descriptors == {"/dev/null"}
+
+
+def test_a_step_that_the_plugin_refused_leaves_no_mark(any_site: Site) -> None:
+    """Its programs never ran, so that nothing is to be suspected of the server."""
+    script = "srun -n1 echo ran\necho next\nls /run/slurm-mps/jobs/$SLURM_JOB_ID\nsrun -n1 --gres=gpu:1 " + CLIENT
+    job = start(any_site, script, "-n2", "--gres=gpu:2", "--mps=per-gpu")
+    said = after(any_site, job)
+    assert "suspect" not in said
+    assert GOOD.search(said), any_site.cluster.output(job)
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
+def test_a_step_of_one_gpu_after_a_bad_one_looks_at_its_own_only(any_site: Site, options: list[str]) -> None:
+    """With devices confined it can open no other, and says nothing about it."""
+    script = f"srun -n1 --gres=gpu:1 false\necho next\nsrun -n1 --gres=gpu:1 {CLIENT}\nsrun -n1 --gres=none echo ran"
+    job = start(any_site, script, "-n2", "--gres=gpu:2", *options)
+    said = after(any_site, job)
+    assert GOOD.search(said), any_site.cluster.output(job)
+    assert "ran" in said.splitlines()
+
+
+def test_a_step_on_one_gpu_does_not_absolve_the_other(any_site: Site) -> None:
+    """The step on the last GPU is killed in a kernel, one on the first runs, and then one on the last again."""
+    one = "srun -n1 --exact --gres=gpu:1"
+    script = (
+        f"{one} sh -c 'touch busy; while [ -e busy ]; do sleep 0.1; done' &\n"
+        "while [ ! -e busy ]; do sleep 0.1; done\n"
+        f"timeout -s TERM 2 {one} {CLIENT} --spin\nrm busy\nwait\n"
+        f"{one} sh -c '{CLIENT}; touch first; while [ ! -e done ]; do sleep 0.1; done' &\n"
+        f"while [ ! -e first ]; do sleep 0.1; done\necho next\n{one} {CLIENT}\ntouch done\nwait\nrm -f first done\n"
+    )
+    job = start(any_site, script, "-n3", "--gres=gpu:2", "--mps")
+    said = after(any_site, job)
+    assert GOOD.search(said), any_site.cluster.output(job)
+    assert "FAILED" not in said

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.site import Site
+
 if TYPE_CHECKING:
     from tests.harness.machine import Result
-    from tests.harness.site import Site
 
 # Every task stays until all have their context: what is shared is shared at once.
 CLIENT = "simulated-gpus client --hold 1"
@@ -62,6 +63,23 @@ def test_bound_ranks_divide_their_own_gpu_however_unevenly_they_are_bound(any_si
     lines = any_site.cluster.srun("-wn1", *options, "sh", "-c", show).check().stdout.splitlines()
     first, second = (gpu["uuid"] for gpu in any_site.gpus("n1")[:2])
     assert sorted(lines) == sorted([f"{first} 33.3"] * 3 + [f"{second} 100"])
+
+
+@pytest.mark.parametrize("bind", [["--gpu-bind=none"], ["--gpu-bind=none", "--gpus-per-task=1"]])
+def test_ranks_that_slurm_does_not_bind_divide_all_they_may_open(any_site: Site, bind: list[str]) -> None:
+    """Slurm then leaves CUDA_VISIBLE_DEVICES unset, as it does for a step without GPUs."""
+    gres = [] if "--gpus-per-task=1" in bind else ["--gres=gpu:2"]
+    tasks = "-n4" if gres else "-n2"
+    result = srun(any_site, tasks, *gres, *bind, *AUTO).check()
+    ranks = 2 if gres else 1
+    assert sms(result.stdout) == [132 // ranks] * int(tasks[2:])
+    assert {int(free) for free in re.findall(r"free=(\d+)", result.stdout)} <= set(range(FOR_CLIENTS // ranks))
+
+
+def test_ranks_that_slurm_does_not_bind_cannot_pile_up_on_one_gpus_daemon(any_site: Site) -> None:
+    result = srun(any_site, "-n2", "--gres=gpu:2", "--gpu-bind=none", "--mps=per-gpu", command="echo ran")
+    assert "ran" not in result.stdout
+    assert "with --mps=per-gpu a task can use one GPU, and it has 2" in result.stderr
 
 
 def test_each_step_divides_for_itself(site: Site) -> None:
@@ -126,6 +144,14 @@ def test_as_many_ranks_as_two_gpus_take_start(any_site: Site) -> None:
     any_site.configure("[gpus]\nclients_max = 3\n")
     result = srun(any_site, "-n6", "--ntasks-per-gpu=3", "--mps").check()
     assert result.stdout.count("mps=") == 6
+
+
+def test_55_ranks_on_a_gpu_of_a_driver_that_takes_60() -> None:
+    """Each must be content with two connections, or the last seven fail with 808 (M5)."""
+    with Site(nodes=1, gpus_per_node=1, cpus_per_node=64) as site:
+        site.node("n1", "simulated-gpus", "create", "1", "--cuda-version", "13.1").check()
+        result = site.cluster.srun("-n55", "--gres=gpu:1", "--mps", "simulated-gpus", "client", "--hold", "2").check()
+        assert result.stdout.count("mps=") == 55
 
 
 def test_too_little_memory_for_each_is_refused_with_the_numbers(site: Site) -> None:

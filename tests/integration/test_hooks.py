@@ -80,8 +80,8 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
         f"probe {PYTHON} {PACKAGE}/probe.py",
         "clients_per_gpu 48",
         "visible_devices uuid",
-        f"gpu 1 1 {gpus[1]} 142641",
-        f"gpu 3 3 {gpus[3]} 142641",
+        f"gpu 1 1 {gpus[1]} 142641 143771",
+        f"gpu 3 3 {gpus[3]} 142641 143771",
     ]
     gpu_node.epilog(4711).check()
 

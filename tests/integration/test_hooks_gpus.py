@@ -17,7 +17,7 @@ def uuids(node: GpuNode) -> list[str]:
 
 def gpu_lines(node: GpuNode, job_id: int = 4711) -> list[str]:
     lines = node.machine.read(f"{STATE_DIRECTORY}/jobs/{job_id}/verdict").splitlines()
-    return [line.removeprefix("gpu ").rpartition(" ")[0] for line in lines if line.startswith("gpu ")]
+    return [line.removeprefix("gpu ").rsplit(" ", 2)[0] for line in lines if line.startswith("gpu ")]
 
 
 def daemons_gpus(node: GpuNode, job_id: int = 4711) -> list[str]:

@@ -74,13 +74,41 @@ def test_the_script_of_a_job_with_one_gpu_has_it(site: Site) -> None:
     assert clients(site.cluster.output(job))
 
 
-def test_a_fault_on_one_gpu_leaves_the_other_alone(site: Site) -> None:
-    """One daemon for both would have had one server for both."""
-    client = f"if [ $SLURM_LOCALID = 0 ]; then {CLIENT} --work 1 --fault; else {CLIENT} --work 2; fi"
-    options = ["-wn1", "-n2", "--gpus-per-task=1", "--mps=per-gpu", "--kill-on-bad-exit=0", "--no-kill"]
-    result = site.cluster.srun(*options, "sh", "-c", client)
-    assert len(clients(result.stdout)) == 2
-    assert result.stdout.count("FAILED") == 1
+KILL_OWN_SERVER = """
+simulated-gpus client --work 3 > $SLURM_LOCALID.out &
+until grep -q mps= $SLURM_LOCALID.out; do sleep 0.1; done
+[ $SLURM_LOCALID = 1 ] || { until grep -q mps= 1.out; do sleep 0.1; done; kill -9 $(sed 's/.*mps=//' 0.out); }
+wait; cat $SLURM_LOCALID.out; rm $SLURM_LOCALID.out
+"""
+
+
+def test_a_server_that_dies_on_one_gpu_leaves_the_other_alone(site: Site) -> None:
+    """One daemon for both has one server for both."""
+    options = ["-wn1", "-n2", "--gpus-per-task=1", "--kill-on-bad-exit=0"]
+    split = site.cluster.srun(*options, "--mps=per-gpu", "sh", "-c", KILL_OWN_SERVER)
+    shared = site.cluster.srun(*options, "--mps=per-node", "sh", "-c", KILL_OWN_SERVER)
+    assert len(clients(split.stdout)) == len(clients(shared.stdout)) == 2
+    assert split.stdout.count("FAILED") == 1
+    assert shared.stdout.count("FAILED") == 2
+
+
+def test_a_daemon_that_dies_on_one_gpu_keeps_no_step_from_the_other(any_site: Site) -> None:
+    script = (
+        "echo started; while [ ! -e go ]; do sleep 0.1; done\n"
+        f"srun -n2 --gpus-per-task=1 --kill-on-bad-exit=0 {CLIENT}\necho next\nsrun -n1 --gres=gpu:1 {CLIENT}\n"
+    )
+    job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
+    any_site.cluster.until_output(job, "started")
+    pid_file = f"/run/slurm-mps/jobs/{job}/gpu-1/nvidia-cuda-mps-control.pid"
+    any_site.node("n1", "sh", "-c", f"kill -9 $(cat {pid_file})").check()
+    any_site.machine.write("/home/alice/go", "")
+    any_site.cluster.wait(job)
+    any_site.machine.path("/home/alice/go").unlink()
+    both, _, one = any_site.cluster.output(job).partition("next\n")
+    second = any_site.gpus("n1")[1]["uuid"]
+    assert len(clients(both)) == 1
+    assert f"its MPS control daemon on this node does not answer ({second})" in both
+    assert len(clients(one)) == 1
 
 
 @pytest.mark.parametrize(

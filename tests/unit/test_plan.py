@@ -82,7 +82,7 @@ def test_auto_leaves_the_daemon_at_the_sites_most_and_tells_the_plugin_what_ther
     plan = make_plan(replace(ask(), auto_threads=True, auto_memory=True), config, GPUS)
     assert plan.daemons[0].limits == Limits(80.0, None)
     assert values(plan, "auto") == ["threads", "memory"]
-    assert values(plan, "gpu") == [f"{n} {n} GPU-{n} {143155 - 514}" for n in range(2)]
+    assert values(plan, "gpu") == [f"{n} {n} GPU-{n} {143155 - 514} 143771" for n in range(2)]
 
 
 @pytest.mark.parametrize(

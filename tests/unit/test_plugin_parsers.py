@@ -47,6 +47,7 @@ class CGpu(ctypes.Structure):
         ("slurm_index", ctypes.c_uint),
         ("minor", ctypes.c_uint),
         ("mib_for_clients", ctypes.c_uint64),
+        ("mib", ctypes.c_uint64),
         ("uuid", ctypes.c_char * 48),
     )
 
@@ -154,9 +155,12 @@ SETTINGS = (
     ("memory_min", "1M"),
     ("context_mib", "514"),
     ("visible_devices", "uuid"),
-    ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c 142641"),
-    ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 142641"),
+    ("gpu", "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c 142641 143771"),
+    ("gpu", "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 142641 143771"),
 )
+
+
+A, B = (value.split()[2] for key, value in SETTINGS if key == "gpu")
 
 
 def settings(**changes: str | list[str] | None) -> tuple[tuple[str, str], ...]:
@@ -230,18 +234,17 @@ def test_a_job_that_runs_without_mps_is_told_why(plugin: ctypes.CDLL, state: Pat
     assert (verdict.status, verdict.message) == (WITHOUT, b"no daemon")
 
 
-def test_a_verdict_among_the_logs_counts_where_there_is_no_other(plugin: ctypes.CDLL, state: Path) -> None:
-    """The prolog leaves it there when it can leave nothing in /run; what is there from an earlier run says nothing."""
+def test_a_verdict_among_the_logs_is_read_like_any_other(plugin: ctypes.CDLL, state: Path) -> None:
+    """The prolog leaves it there when it can leave nothing in /run."""
     place = state / f"logs/{JOB}"
     place.mkdir(parents=True)
     (place / "verdict").write_bytes(refused("no room").encode())
     (place / "verdict").chmod(0o644)
-    ready = read(plugin, state, WHOLE)
-    told = read(plugin, state, None)
+    told, forged = CVerdict(), CVerdict()
+    plugin.verdict_read_elsewhere(JOB, ctypes.byref(told))
     (place / "verdict").chmod(0o666)
-    forged = read(plugin, state, None)
+    plugin.verdict_read_elsewhere(JOB, ctypes.byref(forged))
     shutil.rmtree(place)
-    assert ready.status == READY
     assert (told.status, told.message) == (REFUSED, b"no room")
     assert b"cannot be understood" in forged.message
 
@@ -308,12 +311,21 @@ class CTaskGpus(ctypes.Structure):
     _fields_ = (("count", ctypes.c_uint), ("gpus", ctypes.c_void_p * 64), ("ordinals", ctypes.c_uint * 64))
 
 
-def task_gpus(plugin: ctypes.CDLL, state: Path, visible: str | None, *, ordinals: bool = False) -> str | None:
-    """What a task with this CUDA_VISIBLE_DEVICES gets; its GPUs 2 and 3 have no device nodes here, so all may open."""
-    verdict, task = read(plugin, state, WHOLE), CTaskGpus()
+def find_gpus(
+    plugin: ctypes.CDLL, verdict: CVerdict, visible: str | None, task: CTaskGpus, *, has_gpus: bool = False
+) -> bool:
     plugin.task_gpus.restype = ctypes.c_bool
     given = visible.encode() if visible is not None else None
-    if not plugin.task_gpus(ctypes.byref(verdict), given, ctypes.byref(task)):
+    found: bool = plugin.task_gpus(ctypes.byref(verdict), given, ctypes.c_bool(has_gpus), ctypes.byref(task))
+    return found
+
+
+def task_gpus(
+    plugin: ctypes.CDLL, state: Path, visible: str | None, *, ordinals: bool = False, has_gpus: bool = False
+) -> str | None:
+    """What a task with this CUDA_VISIBLE_DEVICES gets; its GPUs 2 and 3 have no device nodes here, so all may open."""
+    verdict, task = read(plugin, state, WHOLE), CTaskGpus()
+    if not find_gpus(plugin, verdict, visible, task, has_gpus=has_gpus):
         return None
     out = ctypes.create_string_buffer(4096)
     plugin.task_gpus_list(ctypes.byref(task), ctypes.c_bool(ordinals), out, 4096)
@@ -344,6 +356,11 @@ def test_a_tasks_gpus_by_uuid(
     assert task_gpus(plugin, state, visible) == wanted
 
 
+def test_a_task_that_slurm_does_not_bind_has_all_gpus_of_its_step(plugin: ctypes.CDLL, state: Path) -> None:
+    """With --gpu-bind=none the variable is not set, as it is not in a step without GPUs."""
+    assert task_gpus(plugin, state, None, has_gpus=True) == f"{A},{B}"
+
+
 @pytest.mark.parametrize(("visible", "expected"), [("2,3", "0,1"), ("3", "1"), ("2", "0"), (None, "")])
 def test_a_tasks_gpus_by_the_daemons_ordinals(
     plugin: ctypes.CDLL, state: Path, visible: str | None, expected: str
@@ -354,7 +371,7 @@ def test_a_tasks_gpus_by_the_daemons_ordinals(
 @pytest.mark.parametrize("visible", ["2", "3"])
 def test_with_a_daemon_for_each_gpu_every_ordinal_is_the_first(plugin: ctypes.CDLL, state: Path, visible: str) -> None:
     verdict, task = read(plugin, state, verdict_file(daemons="per-gpu", daemon=PER_GPU)), CTaskGpus()
-    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    assert find_gpus(plugin, verdict, visible, task)
     assert (task.count, task.ordinals[0]) == (1, 0)
 
 
@@ -364,7 +381,7 @@ class CLimits(ctypes.Structure):
     _fields_ = (
         ("threads_tenths", ctypes.c_uint),
         ("divide_threads", ctypes.c_bool),
-        ("divide_memory", ctypes.c_bool),
+        ("divide_memory", ctypes.c_bool * 64),
         ("priority", ctypes.c_int),
         ("ranks", ctypes.c_uint),
         ("mib", ctypes.c_uint64 * 64),
@@ -432,7 +449,7 @@ def test_a_step_lowers_each_gpu_for_itself(plugin: ctypes.CDLL, state: Path) -> 
     [
         (SPLIT, {"mem": "0:1G,1:5G"}, "--mps-mem=1:5G is more than the job has (4G); a step can only lower it"),
         (SPLIT, {"mem": "5G"}, "--mps-mem=5G is more than the job has (4G); a step can only lower it"),
-        (SPLIT, {"mem": "2:1G"}, "--mps-mem has a limit for GPU 2, but this job has 2 on this node, counted from 0"),
+        (SPLIT, {"mem": "2:1G"}, "--mps-mem has a limit for GPU 2, but this job's GPUs on this node are 0 to 1"),
         (
             WHOLE,
             {"mem": "0:1G"},
@@ -466,7 +483,7 @@ def divide(
     limits = of_step(plugin, state, job=job, **given)
     assert isinstance(limits, CLimits), limits
     verdict, task, message = read(plugin, state, job), CTaskGpus(), ctypes.create_string_buffer(512)
-    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    assert find_gpus(plugin, verdict, visible, task)
     counted = (ctypes.c_uint * 64)(*ranks)
     plugin.limits_divide.restype = ctypes.c_bool
     arguments = ctypes.byref(verdict), ctypes.byref(task), counted, ctypes.byref(limits), message, 512
@@ -496,6 +513,37 @@ def test_auto_never_gives_more_than_the_job_has(plugin: ctypes.CDLL, state: Path
     assert divide(plugin, state, [20, 20], job=WHOLE, threads="auto", mem="auto") == (50, [7132, 7132])
 
 
+def test_a_steps_list_leaves_the_jobs_auto_to_the_gpus_that_it_does_not_name(plugin: ctypes.CDLL, state: Path) -> None:
+    split = [line.replace(" 8G", " -").replace(" 4G", " -") for line in PER_GPU]
+    job = verdict_file(daemons="per-gpu", daemon=split, auto="memory", thread_percentage="100")
+    assert divide(plugin, state, [4, 4], "2", job=job, mem="1:4G") == (1000, [35660, 4096])
+    assert divide(plugin, state, [4, 4], "3", job=job, mem="1:4G") == (1000, [0, 4096])
+
+
+def test_more_ranks_than_any_driver_takes_without_a_word_are_counted(plugin: ctypes.CDLL, state: Path) -> None:
+    """60 clients fit only with CUDA_DEVICE_MAX_CONNECTIONS=2, which the plugin sets for more than 48 (M5)."""
+    verdict = read(plugin, state, verdict_file(clients_per_gpu="60"))
+    limits = of_step(plugin, state)
+    assert isinstance(limits, CLimits)
+    plugin.limits_need_ranks.restype = ctypes.c_bool
+    needed = {n: plugin.limits_need_ranks(ctypes.byref(verdict), ctypes.byref(limits), n) for n in (48, 49, 61)}
+    assert needed == {48: False, 49: True, 61: True}
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "said"),
+    [
+        (AUTO, {"mem": "200G"}, "--mps-mem=200G is more than GPU-51000000-99a9-0495-d04f-b3afe1238f4c has (143771M)"),
+        (verdict_file(memory_min="4G"), {"mem": "1G"}, "--mps-mem=1G: this site allows 4G and more"),
+        (verdict_file(thread_percentage_min="10"), {"threads": "5"}, "--mps-threads=5: this site allows 10 and more"),
+    ],
+)
+def test_a_step_is_held_to_what_a_job_is_held_to(
+    plugin: ctypes.CDLL, state: Path, job: bytes, options: dict[str, str], said: str
+) -> None:
+    assert of_step(plugin, state, job=job, **options) == said
+
+
 def test_a_steps_own_number_replaces_the_jobs_auto(plugin: ctypes.CDLL, state: Path) -> None:
     assert divide(plugin, state, [4, 4], threads="50", mem="8G") == (500, [8192, 8192])
 
@@ -509,7 +557,7 @@ def test_what_auto_gives_all_ranks_of_a_gpu_is_there(plugin: ctypes.CDLL, state:
     assert max(ranks) * result[0] <= 1000
 
 
-SMALL = "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 2000"
+SMALL = "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 2000 2500"
 
 
 @pytest.mark.parametrize(
@@ -566,7 +614,7 @@ def answer_in_processes(plugin: ctypes.CDLL, state: Path, visible: list[str], ta
         reading, writing = os.pipe()
         if os.fork() == 0:
             task, ranks = CTaskGpus(), (ctypes.c_uint * 64)()
-            plugin.task_gpus(ctypes.byref(verdict), value.encode(), ctypes.byref(task))
+            find_gpus(plugin, verdict, value, task)
             there = plugin.rollcall_answer(rollcall, ctypes.byref(verdict), ctypes.byref(task), tasks, ranks)
             os.write(writing, bytes(ranks[:2]) if there else b"x")
             os._exit(0)
@@ -594,16 +642,13 @@ def test_a_task_that_never_comes_is_not_waited_for_without_end(plugin: ctypes.CD
     assert answer_in_processes(plugin, state, ["2", "3"], 3) == [None, None]
 
 
-A, B = (value.split()[2] for key, value in SETTINGS if key == "gpu")
-
-
 def memory_value(
     plugin: ctypes.CDLL, state: Path, own: str | None, visible: str = "2,3", *, job: bytes = WHOLE, **given: str
 ) -> str | None:
     """The memory variable of a task whose user has set `own`; None when there is none to set."""
     limits, verdict, task = of_step(plugin, state, job=job, **given), read(plugin, state, job), CTaskGpus()
     assert isinstance(limits, CLimits)
-    assert plugin.task_gpus(ctypes.byref(verdict), visible.encode(), ctypes.byref(task))
+    assert find_gpus(plugin, verdict, visible, task)
     out = ctypes.create_string_buffer(4096)
     plugin.limits_memory_value.restype = ctypes.c_bool
     arguments = ctypes.byref(verdict), ctypes.byref(limits), ctypes.byref(task)
@@ -622,7 +667,9 @@ def memory_value(
         ("0=20G", "0=8192M"),
         ("junk", "0=8192M"),
         ("2=1G", "0=8192M"),
-        ("0=2G,7=1G", "0=8192M"),
+        ("0=2G,7=1G", "0=2048M"),
+        ("0=1GB,1=512MiB", "0=1024M,1=512M"),
+        ("0=GB", "0=8192M"),
         ("0=1.5G", "0=8192M"),
         ("GPU-other=1G", "0=8192M"),
         ("0=2G,", "0=2048M"),
@@ -664,7 +711,19 @@ def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, state: Pa
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"), [(None, "25"), ("10", "10"), ("2.5", "2.5"), ("50", "25"), ("0", "25"), ("junk", "25")]
+    ("own", "expected"),
+    [
+        (None, "25"),
+        ("10", "10"),
+        ("2.5", "2.5"),
+        ("12.55", "12.5"),
+        ("25.01", "25"),
+        ("50", "25"),
+        ("0", "25"),
+        ("junk", "25"),
+        ("1.5x", "25"),
+        ("0.05", "25"),
+    ],
 )
 def test_the_thread_variable_keeps_a_lower_value_of_the_users(
     plugin: ctypes.CDLL, own: str | None, expected: str

@@ -446,3 +446,47 @@ def test_a_taken_place_is_passed_by() -> None:
         other.join(5)
         root.close()
     assert heard == [1]
+
+
+@pytest.mark.parametrize("lost", ["", "100"])
+def test_a_steps_own_limit_that_the_program_lost(lost: str) -> None:
+    """auto and a step's lower limits stand nowhere but in the program's environment."""
+    changed = {"threads": lost, "set_threads": "25", "job_threads": "auto", "multiprocessors": 132}
+    found = findings(*four((2, changed)), threads="100.0")
+    assert problems(found) == [
+        (
+            "rank 2 has 132 of 132 SMs although limited to 25 %: the step's CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=25 "
+            "was changed or taken away before the program started"
+        )
+    ]
+
+
+@pytest.mark.parametrize("lost", ["", "0=100G"])
+def test_a_steps_own_memory_limit_that_the_program_lost(lost: str) -> None:
+    changed = {"memory": lost, "set_memory": "0=8192M", "job_memory": "auto", "free_bytes": 70 * GIB}
+    found = findings(*four((2, changed)), memory={})
+    assert problems(found) == [
+        (
+            "rank 2 has too much memory although limited to 8 GiB: the step's CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=0=8192M "
+            "was changed or taken away before the program started; 70 GiB are free"
+        )
+    ]
+
+
+def test_ranks_that_were_told_another_jobs_daemon() -> None:
+    assert problems(findings(*four((1, {"other_job": "12"}), (3, {"other_job": "12"})))) == [
+        "ranks 1,3 were told to use the control daemon of job 12: the environment is its"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("directory", "job", "owner"),
+    [
+        ("/run/slurm-mps/jobs/12/pipe", "13", "12"),
+        ("/run/slurm-mps/jobs/13/gpu-0", "13", ""),
+        ("/tmp/nvidia-mps", "13", ""),
+        ("/run/slurm-mps/jobs/12/pipe", "", ""),
+    ],
+)
+def test_whose_daemon_it_is(directory: str, job: str, owner: str) -> None:
+    assert look.other_job(directory, job) == owner

@@ -1,0 +1,24 @@
+/* What slurmstepd found out about a step before it forked the step's tasks, who inherit it. */
+#ifndef SLURM_MPS_STEP_H
+#define SLURM_MPS_STEP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "limits.h"
+#include "rollcall.h"
+#include "suspect.h"
+#include "verdict.h"
+
+struct step {
+	bool known;
+	bool failed;                          /* and it has been said why */
+	uint32_t job_id;
+	struct verdict verdict;
+	struct limits limits;
+	struct rollcall *rollcall;
+	struct suspicion suspicion;
+	const char *trouble[GPUS_MAX];        /* why no task can use a GPU; NULL: it can */
+};
+
+#endif

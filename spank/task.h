@@ -1,0 +1,26 @@
+/* A task's environment: which GPUs its program sees, under which limits, and where its control daemon is. */
+#ifndef SLURM_MPS_TASK_H
+#define SLURM_MPS_TASK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include <stdint.h>
+#include <slurm/spank.h>
+
+#include "step.h"
+
+/*
+ * Put a task's environment in place, as the job's verdict wants it; waits two seconds at most for the step's other
+ * tasks, where they share a GPU whose parts are to be reckoned.
+ * Returns: false with `problem` filled when the task cannot start.
+ */
+bool task_prepare(spank_t sp, struct step *step, char *problem, size_t size);
+
+/* Of a job that did not ask: take away what it has of the job that it was submitted from. */
+void task_forget_other_job(spank_t sp);
+
+/* The same in the environment of this process, in the programs that submit jobs. */
+void task_forget_this_job(void);
+
+#endif
