@@ -35,7 +35,7 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 _WATCH_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 0.5
-_BRING_UP_SHARE, _UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the process is over
+_BRING_UP_SHARE, UNDO_SHARE = 0.6, 0.9  # of a hook's deadline; after the whole of it the process is over
 
 
 def _compile_config(text: bytes, timeout_seconds: float) -> SiteConfig:
@@ -80,7 +80,7 @@ def _keep_compiled(state: NodeState | None, stamp: str, config: SiteConfig) -> N
         pass  # full, or another prolog was at the same thing at the same time
 
 
-class _Watch:
+class Watch:
     """Ends this process when its time is over, even if it hangs where no other deadline reaches: in the driver, in a
     write that nobody reads. Counts from the start of the hook; the site's deadline may come later than the default.
     """
@@ -94,6 +94,11 @@ class _Watch:
     def set(self, seconds: float) -> None:
         self._seconds = seconds
 
+    def restart(self, seconds: float) -> None:
+        """Give the next piece of work a time of its own."""
+        self._started = monotonic()
+        self._seconds = seconds
+
     @property
     def left(self) -> float:
         """Seconds until what is brought up must be so."""
@@ -104,7 +109,7 @@ class _Watch:
         return self._started + share * self._seconds
 
     def _until_last_words(self) -> float:
-        reserved = min(_LAST_WORDS_SECONDS, (1 - _UNDO_SHARE) * self._seconds)
+        reserved = min(_LAST_WORDS_SECONDS, (1 - UNDO_SHARE) * self._seconds)
         return self.at(1.0) - reserved - monotonic()
 
     def _wait(self) -> None:
@@ -128,7 +133,7 @@ class _Prolog:
 
     def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
         self._environment = environment
-        self._watch = _Watch(DEFAULTS.deadlines_prolog, self._node_fault)
+        self._watch = Watch(DEFAULTS.deadlines_prolog, self._node_fault)
         self._gpus = gpus
         self._config = DEFAULTS
         self._state: NodeState | None = None
@@ -162,7 +167,8 @@ class _Prolog:
                 return
             take_down(replace(old, deadline=old.undo_deadline))
         uid = slurm_number(self._environment, "SLURM_JOB_UID")
-        self._journal = journal = state.begin_journal(job_id, uid, restart_count)
+        node = self._environment.get("SLURMD_NODENAME", "")
+        self._journal = journal = state.begin_journal(job_id, uid, restart_count, node)
         request = read_request(self._environment)
         journal.write_config(self._config)
         site = self._site(state, journal, self._config)
@@ -188,7 +194,7 @@ class _Prolog:
         self._watch.set(self._config.deadlines_prolog)
 
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
-        return JobSite(state, journal, self._gpus, config, self._watch.at(_BRING_UP_SHARE), self._watch.at(_UNDO_SHARE))
+        return JobSite(state, journal, self._gpus, config, self._watch.at(_BRING_UP_SHARE), self._watch.at(UNDO_SHARE))
 
     def _refuse(self, message: str) -> int:
         """The job's tasks fail with the message; the node has nothing to do with it."""
@@ -250,14 +256,14 @@ def prolog(environment: Mapping[str, str], gpus: Gpus) -> int:
     return _Prolog(environment, gpus).run()
 
 
-def _epilog(state: NodeState, job_id: int, watch: _Watch, gpus: Gpus) -> None:
+def _epilog(state: NodeState, job_id: int, watch: Watch, gpus: Gpus) -> None:
     state.lock_job(job_id, watch.left)
     journal = state.open_journal(job_id)
     if journal is None:
         return
     config = journal.read_config() or DEFAULTS
     watch.set(config.deadlines_epilog)
-    end = watch.at(_UNDO_SHARE)
+    end = watch.at(UNDO_SHARE)
     take_down(JobSite(state, journal, gpus, config, end, end))
 
 
@@ -273,7 +279,7 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
         tell_fault(state, f"{who}: {message}")
         return 1
 
-    watch = _Watch(DEFAULTS.deadlines_epilog, report)
+    watch = Watch(DEFAULTS.deadlines_epilog, report)
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"

@@ -21,13 +21,14 @@ from __future__ import annotations
 from .config import SiteConfig, from_lines, to_lines
 from .errors import NodeError
 from .node import processes
-from .node.files import Directory, LockFile, make_trusted
+from .node.files import Directory, LockFile, make_trusted, open_trusted, whole_name
 from .record import record
 from .wordfile import DamagedFileError, decode, encode, fields, with_fields
 
 STATE_DIRECTORY = "/run/slurm-mps"
 VERSION = 1
 _LEDGER_LOCK = 0
+_SKELETON = ("jobs", "gpus", "lock")
 
 
 @record
@@ -74,12 +75,15 @@ class LedgerEntry:
 class Journal:
     """One job's way on this node: who it is, and the lines that undo what was done for it."""
 
-    def __init__(self, directory: Directory, job_id: int, uid: int, restart_count: int, boot_id: str) -> None:
+    def __init__(
+        self, directory: Directory, job_id: int, uid: int, restart_count: int, boot_id: str, node: str = ""
+    ) -> None:
         self.directory = directory
         self.job_id = job_id
         self.uid = uid
         self.restart_count = restart_count
         self.boot_id = boot_id
+        self.node = node  #: what Slurm calls this node
         self.undo: list[str] = []
         self.ready = False
 
@@ -90,6 +94,7 @@ class Journal:
             "uid": str(self.uid),
             "restart": str(self.restart_count),
             "boot": self.boot_id,
+            "node": self.node,
             "ready": "yes" if self.ready else "no",
         }
         lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
@@ -138,7 +143,8 @@ def _read_journal(directory: Directory) -> Journal:
     try:
         name, *words = lines[0].split(" ")
         who = fields(words)
-        journal = Journal(directory, int(who["id"]), int(who["uid"]), int(who["restart"]), who["boot"])
+        job_id, uid, restart_count = (int(who[key]) for key in ("id", "uid", "restart"))
+        journal = Journal(directory, job_id, uid, restart_count, who["boot"], who.get("node", ""))
         journal.ready = who["ready"] == "yes"
     except (IndexError, KeyError, ValueError):
         raise DamagedFileError(f"{directory.path}/journal does not name its job") from None
@@ -150,10 +156,15 @@ def _read_journal(directory: Directory) -> Journal:
 
 
 class NodeState:
-    """The state directory, open; made when it is not there yet, as on the first job after a boot."""
+    """The state directory, open; made when it is not there yet, as on the first job after a boot.
 
-    def __init__(self, path: str = STATE_DIRECTORY) -> None:
-        self.root = make_trusted(path, 0o711)
+    With `make` false nothing is made. Raises: FileNotFoundError then.
+    """
+
+    def __init__(self, path: str = STATE_DIRECTORY, *, make: bool = True) -> None:
+        self.root = make_trusted(path, 0o711) if make else open_trusted(path)
+        if not make and not all(map(self.root.exists, _SKELETON)):
+            raise NodeError(f"{path} is not whole; the next job, or reconcile, makes what is missing")
         self._jobs = self.root.make("jobs", 0o711)
         self._gpus = self.root.make("gpus", 0o700)
         self._locks = LockFile(self.root)
@@ -167,6 +178,9 @@ class NodeState:
         """Keep every other prolog and epilog of this job out until this process ends."""
         self._locks.acquire(job_id, timeout_seconds)
 
+    def unlock_job(self, job_id: int) -> None:
+        self._locks.release(job_id)
+
     def lock_ledgers(self, timeout_seconds: float) -> None:
         self._locks.acquire(_LEDGER_LOCK, timeout_seconds)
 
@@ -177,11 +191,36 @@ class NodeState:
         """Jobs that something is kept of."""
         return sorted(int(name) for name in self._jobs.names() if name.isdigit())
 
+    def drop_cut_short(self) -> None:
+        """Remove what a write of the compiled configuration left; the caller has the ledgers' lock, as writers do."""
+        self.root.unlink("config", temporary_only=True)
+
+    def strangers(self) -> list[str]:
+        """The paths of what no slurm-mps of this version puts where they are."""
+        root = [name for name in self.root.names() if whole_name(name) not in (*_SKELETON, "config")]
+        jobs = [name for name in self._jobs.names() if not name.isdigit()]
+        return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
+
     def open_journal(self, job_id: int) -> Journal | None:
         """A job's journal; None when nothing was begun for it (what a crash left before the first note is removed).
 
         Raises: DamagedFileError, NewerFileError (the state is kept as it is), NodeError.
         """
+        journal = self.look_at_journal(job_id)
+        if journal is None:
+            self._jobs.remove_tree(str(job_id))
+        return journal
+
+    def stamp(self, job_id: int) -> tuple[int, int]:
+        """Tells a job's journal as it is now from every later one; (0, 0) where there is none."""
+        try:
+            with self._jobs.subdirectory(str(job_id)) as directory:
+                return directory.stamp("journal")
+        except FileNotFoundError:
+            return (0, 0)
+
+    def look_at_journal(self, job_id: int) -> Journal | None:
+        """The same, and nothing is removed."""
         try:
             directory = self._jobs.subdirectory(str(job_id))
         except FileNotFoundError:
@@ -190,13 +229,15 @@ class NodeState:
             return _read_journal(directory)
         except FileNotFoundError:
             directory.close()
-            self._jobs.remove_tree(str(job_id))
             return None
+        except NodeError:
+            directory.close()
+            raise
 
-    def begin_journal(self, job_id: int, uid: int, restart_count: int) -> Journal:
+    def begin_journal(self, job_id: int, uid: int, restart_count: int, node: str = "") -> Journal:
         """Make a job's directory, root's alone for now, and note it."""
         directory = self._jobs.make(str(job_id), 0o700)
-        journal = Journal(directory, job_id, uid, restart_count, self.boot_id)
+        journal = Journal(directory, job_id, uid, restart_count, self.boot_id, node)
         try:
             journal.write()
         except NodeError:
@@ -224,20 +265,29 @@ class NodeState:
 
     def read_ledger(self, uuid: str) -> LedgerEntry:
         """Who holds a GPU. Holders that are no jobs of this boot any more do not count."""
+        entry, boot_id = self.read_ledger_as_written(uuid)
+        if boot_id != self.boot_id:
+            return LedgerEntry()
+        jobs = set(self.job_ids())
+        return LedgerEntry(tuple(job for job in entry.holders if job in jobs), entry.mode_found)
+
+    def read_ledger_as_written(self, uuid: str) -> tuple[LedgerEntry, str]:
+        """What a GPU's ledger says, and the boot it says it of; nothing of no boot where there is none."""
         try:
             lines = decode(self._gpus.read(uuid), "ledger", VERSION)
         except FileNotFoundError:
-            return LedgerEntry()
+            return LedgerEntry(), ""
         known = dict(line.partition(" ")[::2] for line in lines if not line.startswith("holder "))
-        if known.get("boot") != self.boot_id:
-            return LedgerEntry()
-        jobs = set(self.job_ids())
         mode = known.get("mode_found")
         try:
-            holders = [int(line.removeprefix("holder ")) for line in lines if line.startswith("holder ")]
-            return LedgerEntry(tuple(job for job in holders if job in jobs), None if mode is None else int(mode))
+            holders = tuple(int(line.removeprefix("holder ")) for line in lines if line.startswith("holder "))
+            return LedgerEntry(holders, None if mode is None else int(mode)), known.get("boot", "")
         except ValueError:
             raise DamagedFileError(f"the ledger of {uuid} does not name its holders") from None
+
+    def ledgers(self) -> list[str]:
+        """The GPUs that a ledger is kept of, or that a write of one was begun for."""
+        return sorted({whole_name(name) for name in self._gpus.names()})
 
     def write_ledger(self, uuid: str, entry: LedgerEntry) -> None:
         """Put a GPU's ledger on disk; without holders and nothing to put back there is none."""

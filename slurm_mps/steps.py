@@ -20,7 +20,7 @@ from .wordfile import DamagedFileError, fields, with_fields
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import Protocol, TypeVar
 
     from .config import SiteConfig
@@ -209,15 +209,20 @@ class ReleaseGpu:
     def undo(self, site: JobSite) -> None:
         site.state.lock_ledgers(site.seconds(site.config.deadlines_command))
         try:
-            entry = site.state.read_ledger(self.gpu)
-            left = tuple(job for job in entry.holders if job != site.journal.job_id)
-            if not left and entry.mode_found is not None:
-                if site.gpus.compute_mode(self.gpu) != entry.mode_found:
-                    site.gpus.set_compute_mode(self.gpu, entry.mode_found)
-                entry = replace(entry, mode_found=None)
-            site.state.write_ledger(self.gpu, replace(entry, holders=left))
+            let_go(self.gpu, (site.journal.job_id,), site.state, site.gpus)
         finally:
             site.state.unlock_ledgers()
+
+
+def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> None:
+    """Take jobs, and whoever has no journal any more, out of a GPU's ledger, whose lock the caller has."""
+    entry = state.read_ledger(gpu)
+    left = tuple(job for job in entry.holders if job not in jobs)
+    if not left and entry.mode_found is not None:
+        if gpus.compute_mode(gpu) != entry.mode_found:
+            gpus.set_compute_mode(gpu, entry.mode_found)
+        entry = replace(entry, mode_found=None)
+    state.write_ledger(gpu, replace(entry, holders=left))
 
 
 @record

@@ -1,7 +1,7 @@
 """``slurm-mps``: what users and admins type. The place that prints and exits; libraries below it never do.
 
-Exit status: 0 fine, 1 a problem was found, 2 usage. What a command needs is imported when it runs: 64 ranks of a step
-run one of them at once.
+Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root. What a command needs is
+imported when it runs: 64 ranks of a step run one of them at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import verify
+from slurm_mps.cli import reconcile, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     show = config.add_parser("schema", help="print the JSON Schema of the file")
     show.set_defaults(run=_config_schema)
     verify.add_parser(commands)
+    reconcile.add_parser(commands)
     return parser
 
 

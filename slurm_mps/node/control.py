@@ -56,6 +56,29 @@ class Patience:
 
 
 @record
+class Stray:
+    """A control daemon or server, found by its pipe directory alone: its user, and the GPUs that it was started on."""
+
+    process: ProcessIdentity
+    uid: int
+    pipe_directory: str
+    gpus: tuple[str, ...]
+
+
+def find_below(directory: str, place: str) -> list[Stray]:
+    """Every control daemon of root's, and every server, with a pipe directory below `directory`, which need not be
+    there any more; `place`, which it is in, tells this node from others (see processes.find_programs).
+    """
+    found = []
+    for one in processes.find_programs((DAEMON_PROGRAM, SERVER_PROGRAM), place):
+        pipe = one.environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
+        if pipe.startswith(f"{directory}/") and (one.program == SERVER_PROGRAM or one.uid == 0):
+            gpus = one.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            found.append(Stray(one.process, one.uid, pipe, tuple(gpus)))
+    return found
+
+
+@record
 class ControlDaemon:
     """One control daemon, known by its pipe directory. It may or may not be running."""
 
@@ -173,6 +196,13 @@ class ControlDaemon:
             if process and ours and processes.identify(pid) == process:
                 found.append(process)
         return found
+
+    def end(self, server_uid: int, patience: Patience) -> None:
+        """End whatever of this daemon is still there, without asking; its directory need not be there.
+
+        Raises: NodeError that names what is still there after all that.
+        """
+        self._end_by_signals([], server_uid, patience)
 
     def quit(self, pipe: Directory | None, server_uid: int, patience: Patience) -> None:
         """End the daemon and its servers: ask, then use signals, each with a time of its own.

@@ -51,6 +51,11 @@ def _temporary(name: str) -> str:
     return f".{_check_name(name)}.new"
 
 
+def whole_name(name: str) -> str:
+    """The file that an entry is, or is a write() of that was cut short."""
+    return name[1:-4] if name.startswith(".") and name.endswith(".new") else name
+
+
 def _only_root_writes(status: os.stat_result, *, group_is_trusted: bool = False) -> bool:
     """Whether nobody but root, and where that is trusted the group, can change this; a sticky directory is safe too."""
     if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
@@ -113,6 +118,14 @@ class Directory:
         finally:
             os.umask(old_umask)
         return self.subdirectory(name)
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Tells a file from the one that a later write() puts in its place; (0, 0) where there is none."""
+        try:
+            status = os.stat(_check_name(name), dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return (0, 0)
+        return (status.st_ino, status.st_ctime_ns)
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))

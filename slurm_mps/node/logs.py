@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from ..errors import NodeError
-from .files import Directory, make_trusted
+from .files import Directory, make_trusted, open_trusted
 from .messages import tell_admin
 
 TYPE_CHECKING = False
@@ -79,6 +79,33 @@ def _cut(own: Directory, limit_bytes: int) -> None:
         elif name.startswith("gpu-"):
             with own.subdirectory(name) as part:
                 _cut(part, limit_bytes)
+
+
+def untidy(config: SiteConfig, jobs: Collection[int]) -> list[int]:
+    """Jobs that are over whose logs are not as keep() leaves them: a reboot ended them, or the site changed its mind.
+
+    Raises: NodeError when the directory cannot be looked at.
+    """
+    try:
+        with open_trusted(config.paths_logs, group_is_trusted=True) as logs:
+            over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in jobs)
+            if config.logs_keep == "never":
+                return over
+            extra = len(over) - config.logs_max_jobs
+            limit = config.logs_max_kib * 1024
+            return [job for number, job in enumerate(over) if number < extra or _is_long(logs, str(job), limit)]
+    except FileNotFoundError:
+        return []
+
+
+def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
+    """Whether a log in this directory, or in one of the directories in it, is longer than _cut() leaves it."""
+    with parent.subdirectory(name) as own:
+        return any(
+            (name in _LOGS and len(own.read_tail(name, limit_bytes + 1)) > limit_bytes)
+            or (name.startswith("gpu-") and _is_long(own, name, limit_bytes))
+            for name in own.names()
+        )
 
 
 def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
-_OUTPUT_LIMIT_BYTES = 65536
+OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
 _SIGXFSZ = 25
 _limiting = _thread.allocate_lock()  # a limit is the whole process's until its child is there
@@ -161,7 +161,7 @@ class _Child:
         if fd == self._end:
             return False
         chunk = os.read(fd, 4096)
-        if len(collected[fd]) < _OUTPUT_LIMIT_BYTES:
+        if len(collected[fd]) < OUTPUT_LIMIT_BYTES:
             collected[fd] += chunk
         return bool(chunk)
 
@@ -249,9 +249,18 @@ def children(process: ProcessIdentity) -> list[ProcessIdentity]:
 def _proc_bytes(pid: int, name: str) -> bytes:
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read(_OUTPUT_LIMIT_BYTES)
+            return file.read(OUTPUT_LIMIT_BYTES)
     except OSError:
         return b""
+
+
+def roots_command_line(pid: int) -> str:
+    """What a process of root's calls itself, with blanks between the words; empty for any other's."""
+    try:
+        uid = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return ""
+    return "" if uid else _proc_bytes(pid, "cmdline").replace(b"\0", b" ").decode("utf-8", "replace")
 
 
 def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], variable: str) -> bool:
@@ -260,14 +269,52 @@ def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], va
     The program must be root's file, so that a user's own of the same name does not pass; a user who runs the real one
     with such an environment has made it a process of that job.
     """
+    name, uid = _program(pid)
+    return name in program_names and uid in uids and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
+
+
+def _program(pid: int) -> tuple[str, int]:
+    """The name of the program of root's that a process runs, and its user; no name where there is none."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
         owner = os.stat(f"/proc/{pid}/exe").st_uid
         uid = os.stat(f"/proc/{pid}").st_uid
     except OSError:
+        return "", -1
+    return ("" if owner else program), uid
+
+
+@record
+class Running:
+    """A process that runs one of root's programs: the program's name, its user, its environment when it started."""
+
+    process: ProcessIdentity
+    program: str
+    uid: int
+    environment: dict[str, str]
+
+
+def find_programs(names: Sequence[str], place: str) -> Iterator[Running]:
+    """Every process that runs one of root's programs of these names and sees the directory `place` that we see.
+
+    Those of another container, or of another node on this machine, have a directory of their own of that name.
+    """
+    for pid in pids():
+        process = identify(pid)
+        name, uid = _program(pid)
+        if process and name in names and _sees(pid, place):
+            text = _proc_bytes(pid, "environ").decode("utf-8", "surrogateescape")
+            environment = dict(word.partition("=")[::2] for word in text.split("\0"))
+            if identify(pid) == process:
+                yield Running(process, name, uid, environment)
+
+
+def _sees(pid: int, place: str) -> bool:
+    try:
+        theirs, ours = os.stat(f"/proc/{pid}/root{place}"), os.stat(place)
+    except OSError:
         return False
-    named = program in program_names and owner == 0 and uid in uids
-    return named and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
+    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def pids() -> Iterator[int]:

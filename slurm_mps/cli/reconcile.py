@@ -1,0 +1,79 @@
+"""``slurm-mps reconcile``: repair what jobs that are over left on this node."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from slurm_mps.reconcile import Finding
+
+NOT_HERE, NOT_ROOT = 3, 4
+_START_SECONDS = 60.0
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "reconcile",
+        help="on a compute node, as root: repair what jobs that are over left",
+        description="Takes down what is left of jobs that are over, of an earlier boot or by what Slurm says; safe at "
+        "any time. Exit status: 0 fine or repaired, 1 a problem is left, 2 usage, 3 no slurm-mps here, 4 not root.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
+    parser.add_argument("--json", action="store_true", help="print a report for programs")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Repair this node and print what was found. Returns the exit status."""
+    if os.geteuid() != 0:
+        print("slurm-mps: reconcile changes what belongs to root; run it as root", file=sys.stderr)
+        return NOT_ROOT
+    from slurm_mps.errors import MpsError
+    from slurm_mps.hooks import Watch
+    from slurm_mps.node.gpus import Gpus
+    from slurm_mps.reconcile import LEFT, Finding, Reconciler
+
+    os.umask(0o022)
+    os.chdir("/")
+    findings: list[Finding] = []
+
+    def give_up(message: str) -> int:
+        findings.append(Finding("this node", LEFT, message))
+        return _print(findings, options)
+
+    watch = Watch(_START_SECONDS, give_up)
+    reconciler = Reconciler(os.environ, Gpus(), watch, findings.append, dry_run=options.dry_run)
+    try:
+        if not reconciler.run():
+            print("slurm-mps: nothing of slurm-mps is on this node", file=sys.stderr)
+            return NOT_HERE
+    except MpsError as error:
+        findings.append(Finding("this node", LEFT, str(error)))
+    return _print(findings, options)
+
+
+def _print(findings: list[Finding], options: argparse.Namespace) -> int:
+    """The findings, without the jobs that are merely not over; as a report for programs all of them."""
+    from slurm_mps.reconcile import KEPT, LEFT
+
+    status = int(any(finding.outcome == LEFT for finding in findings))
+    if options.json:
+        report = {"dry_run": options.dry_run, "status": status, "findings": [vars(finding) for finding in findings]}
+        print(json.dumps(report), flush=True)
+        return status
+    shown = [finding for finding in findings if finding.outcome != KEPT]
+    width = max((len(finding.thing) for finding in shown), default=0)
+    for finding in shown:
+        print(f"{finding.thing:{width}}  {finding.outcome:12}  {finding.why}", flush=True)
+    if not shown:
+        print("nothing is left of jobs that are over", flush=True)
+    for finding in findings:
+        if finding.outcome == KEPT:
+            print(f"slurm-mps: {finding.thing} is not over: {finding.why}", file=sys.stderr)
+    return status

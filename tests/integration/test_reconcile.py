@@ -1,0 +1,414 @@
+"""``slurm-mps reconcile``: what it repairs, what it leaves, and that it leaves what is not over or not ours."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.gpunode import PROLOG, asked, job_environment
+from tests.harness.site import STATE_DIRECTORY
+from tests.torture.node import COMMAND, REAL_BOOT_ID, MistreatedNode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.site import Site
+
+UNIT = Path(__file__).parents[2] / "etc/slurm-mps-reconcile.service"
+LOGS = "/var/log/slurm-mps"
+SHORT = "[deadlines]\nepilog = 1\nquit = 0.3\nsignal = 0.3\n"
+UNKNOWN: dict[int, str] = {}
+
+
+@pytest.fixture(scope="module")
+def shared_node() -> Iterator[MistreatedNode]:
+    with MistreatedNode() as node:
+        node.prolog(1).check()
+        node.epilog(1).check()
+        yield node
+
+
+@pytest.fixture
+def node(shared_node: MistreatedNode) -> Iterator[MistreatedNode]:
+    """A node whose Slurm knows no job. Whatever the test did, it must be as before once it is over."""
+    before = shared_node.snapshot()
+    shared_node.slurm_says(UNKNOWN)
+    yield shared_node
+    shared_node.fault()
+    shared_node.configure("")
+    shared_node.run("sh", "-c", f"while umount {REAL_BOOT_ID} 2>/dev/null; do :; done; rm -rf {LOGS}")
+    after = shared_node.snapshot()
+    shared_node.clean()
+    shared_node.kill(*shared_node.mps_processes())
+    shared_node.set_compute_modes(0, 0, 0, 0)
+    assert after == before
+
+
+def uuid(node: MistreatedNode, index: int) -> str:
+    return node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()[index]
+
+
+def crash(node: MistreatedNode, job_id: int = 4711, **spank: str) -> None:
+    """A job whose processes and whose epilog were killed: all but the MPS processes is left."""
+    node.prolog(job_id, gpus="0,1", **(spank or asked("25", "8G"))).check()
+    node.kill(*node.mps_processes())
+
+
+# ------------------------------------------------------------------------------------------------- which job is over
+
+
+@pytest.mark.parametrize("kind", ["per-node", "per-gpu"])
+def test_a_job_of_an_earlier_boot_is_taken_down_and_nobody_is_asked(node: MistreatedNode, kind: str) -> None:
+    """Its processes and modes went with the boot; journal, ledgers and what its log has too much go now."""
+    node.slurm_says(None)
+    node.prolog(4711, SPANK_MPS=kind).check()
+    node.machine.path(f"{LOGS}/4711/server.log").write_bytes(b"x" * 3 * 1024**2)
+    node.reboot(2)
+    assert node.findings() == {"job 4711": "repaired"}
+    assert not node.asked()
+    assert (node.files(), node.compute_modes()) == ([], [2, 0, 0, 0]), "the new boot's mode is not the old ledger's"
+    assert node.machine.path(f"{LOGS}/4711/server.log").stat().st_size == 1024**2
+    node.set_compute_modes(0)
+
+
+def test_a_job_that_slurm_does_not_know_any_more_is_taken_down(node: MistreatedNode) -> None:
+    """Daemon, server, directories, compute modes: as its own epilog would have left it."""
+    node.set_compute_modes(0, 2)
+    node.prolog(4711).check()
+    node.prolog(4712, gpus="2").check()
+    node.slurm_says({4712: "RUNNING|N/A|n1"})
+    assert node.findings() == {"job 4711": "repaired", "job 4712": "kept"}
+    assert node.compute_modes() == [0, 2, 3, 0]
+    assert " sms=132 " in node.client(4712).stdout
+    node.epilog(4712).check()
+    node.set_compute_modes(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ("RUNNING|N/A|n[1-2]", "kept"),
+        ("COMPLETING|1|n1", "repaired"),
+        ("COMPLETING|NONE|n1", "kept"),
+        ("COMPLETING|NONE|n2", "repaired"),
+        ("RUNNING|N/A|n[2-3]", "repaired"),
+        ("PENDING|NONE|", "repaired"),
+    ],
+)
+def test_what_slurm_says_decides(node: MistreatedNode, said: str, outcome: str) -> None:
+    """A job that is here is left alone, whatever else it is; one that is elsewhere, or waits again, is over here."""
+    crash(node)
+    node.slurm_says({4711: said})
+    assert node.findings() == {"job 4711": outcome}
+    assert (node.files() == []) == (outcome == "repaired")
+    node.epilog(4711).check()
+
+
+@pytest.mark.parametrize("said", ["fails", "nonsense", "is not whole"])
+def test_a_slurm_that_does_not_answer_leaves_the_job(node: MistreatedNode, said: str) -> None:
+    """Nothing is guessed, nothing changed: the job is named, with Slurm's own words, and the status is 1."""
+    node.prolog(4711).check()
+    before = node.tree()
+    if said == "fails":
+        node.slurm_says(None)
+    else:
+        text = "echo nonsense" if said == "nonsense" else "yes '1|FAILED|1|n1' | head -c 100000"
+        node.machine.write("/usr/local/bin/squeue", f"#!/bin/sh\n{text}\n", mode=0o755)
+    result = node.reconcile()
+    assert result.returncode == 1
+    assert "job 4711  left          Slurm does not say whether it is over: " in result.stdout
+    assert node.tree() == before
+    node.epilog(4711).check()
+
+
+def test_a_step_on_this_node_is_enough(node: MistreatedNode) -> None:
+    """Where a slurmstepd of the job runs nobody asks Slurm; only root's word counts for it."""
+    node.slurm_says(None)
+    node.prolog(4711).check()
+    title = ["bash", "-c", "exec -a 'slurmstepd: [4711.batch]' sleep 60"]
+    for user, status, outcome in (("root", 0, "kept"), ("alice", 1, "left")):
+        step = node.start(*title, user=user)
+        while not any(process.comm == "sleep" for process in node.machine.processes()):
+            assert step.poll() is None
+        assert node.findings(status=status) == {"job 4711": outcome}
+        assert node.asked() == (user == "alice")
+        node.machine.signal(step, signal.SIGKILL)
+        step.wait(5)
+    node.epilog(4711).check()
+
+
+def test_a_job_that_comes_back_while_slurm_is_asked_is_left(node: MistreatedNode) -> None:
+    """What Slurm said is of the run before: the new one has a journal of its own, and keeps its daemon."""
+    crash(node)
+    again = {**job_environment(4711, gpus="0"), **asked("50"), "SLURM_JOB_RESTART_COUNT": "1"}
+    node.slurm_says(UNKNOWN, before=" ".join(["env", *(f"{name}={value}" for name, value in again.items()), PROLOG]))
+    assert node.findings() == {"job 4711": "kept"}
+    assert " sms=66 " in node.client(4711).check().stdout
+    node.epilog(4711).check()
+
+
+def test_a_job_whose_hook_is_at_work_is_left_to_it(node: MistreatedNode) -> None:
+    """A busy lock is a prolog or epilog; the other jobs are repaired all the same."""
+    crash(node, 4712)
+    node.fault("daemon.start=hang")
+    node.configure("[deadlines]\nprolog = 20\ndaemon_start = 10\n")
+    prolog = node.start(PROLOG, env=job_environment(4711, gpus="3", **asked()))
+    while not any(process.comm.startswith("nvidia-cuda-mps") for process in node.machine.processes()):
+        assert prolog.poll() is None
+    assert node.findings() == {"job 4711": "busy", "job 4712": "repaired"}
+    node.machine.signal(prolog, signal.SIGKILL)
+    prolog.wait(5)
+    assert node.findings() == {"job 4711": "repaired"}
+
+
+# ------------------------------------------------------------------------------------------ what has no journal
+
+
+def test_a_gpu_whose_holder_is_gone_gets_back_its_mode(node: MistreatedNode) -> None:
+    """A ledger entry of a job without a journal holds nothing; a job that shares the GPU keeps it as it is."""
+    node.set_compute_modes(2, 2)
+    crash(node)
+    node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
+    assert node.findings() == {uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
+    assert (node.files(), node.compute_modes()) == ([], [2, 2, 0, 0])
+    crash(node)
+    node.configure('[gpus]\nsharing = "share"\n')
+    node.prolog(4712, gpus="0").check()
+    node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
+    node.slurm_says({4712: "RUNNING|N/A|n1"})
+    assert node.findings() == {"job 4712": "kept", uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
+    assert node.compute_modes() == [3, 2, 0, 0]
+    assert "holder 4711" not in node.machine.read(f"{STATE_DIRECTORY}/gpus/{uuid(node, 0)}")
+    node.epilog(4712).check()
+    assert node.compute_modes()[0] == 2
+    node.set_compute_modes(0, 0)
+
+
+def test_a_ledger_that_describes_nothing_is_removed(node: MistreatedNode) -> None:
+    """One of an earlier boot, and a write that was cut short; neither says anything about the modes of now."""
+    crash(node)
+    node.reboot()
+    node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
+    node.machine.path(f"{STATE_DIRECTORY}/gpus/.{uuid(node, 3)}.new").touch(mode=0o600)
+    assert node.findings() == {uuid(node, index): "repaired" for index in (0, 1, 3)}
+    assert node.files() == []
+
+
+def test_a_directory_without_a_journal_is_removed_unasked(node: MistreatedNode) -> None:
+    """A prolog that died before its first note changed nothing."""
+    node.slurm_says(None)
+    node.run("sh", "-c", f"umask 077; mkdir {STATE_DIRECTORY}/jobs/4711; >{STATE_DIRECTORY}/jobs/4711/.journal.new")
+    assert node.findings() == {"job 4711": "repaired"}
+    assert (node.files(), node.asked()) == ([], False)
+
+
+@pytest.mark.parametrize("kind", ["per-node", "per-gpu"])
+@pytest.mark.parametrize("removed", [STATE_DIRECTORY, f"{STATE_DIRECTORY}/jobs/4711", "journal"])
+def test_processes_without_a_state_are_ended_when_their_job_is_over(
+    node: MistreatedNode, kind: str, removed: str
+) -> None:
+    """Somebody removed the state by hand. While the job runs it is named, status 1; then its processes go, and a GPU
+    whose ledger is lost is named and left."""
+    node.prolog(4711, SPANK_MPS=kind).check()
+    pids = {process.pid for process in node.mps_processes()}
+    path = f"{STATE_DIRECTORY}/jobs/4711/journal" if removed == "journal" else removed
+    node.run("rm", "-r", path).check()
+    node.slurm_says({4711: "RUNNING|N/A|n1"})
+    assert node.findings(status=1)["job 4711"] == "left"
+    assert ({process.pid for process in node.mps_processes()}, node.compute_modes()) == (pids, [3, 3, 0, 0])
+    node.slurm_says(UNKNOWN)
+    lost = removed == STATE_DIRECTORY
+    gpus = {uuid(node, index): "left" if lost else "repaired" for index in (0, 1)}
+    assert node.findings(status=int(lost)) == {"job 4711": "repaired", **gpus}
+    assert (node.mps_processes(), node.files()) == ([], [])
+    assert node.compute_modes() == ([3, 3, 0, 0] if lost else [0, 0, 0, 0])
+    node.set_compute_modes(0, 0)
+    assert node.findings() == {}
+
+
+def test_processes_of_another_node_of_this_machine_are_not_ours(node: MistreatedNode) -> None:
+    """Their pipe directory is of the same name, but in a /run of their own (containers, simulated nodes)."""
+    node.machine.add_node("n2")
+    run = node.machine.run
+    run(["simulated-gpus", "create", "1"], node="n2").check()
+    environment = job_environment(4713, gpus="0", **asked())
+    run([PROLOG], env=environment, node="n2").check()
+    assert node.findings() == {}
+    assert len(node.mps_processes()) == 2
+    run(["/etc/slurm/epilog.d/95-slurm-mps.sh"], env=environment, node="n2").check()
+    assert node.mps_processes() == []
+
+
+def test_what_is_not_ours_is_named_and_left(node: MistreatedNode) -> None:
+    """Strange files, a journal that is damaged, one that is newer: named with the path, status 1; the rest goes on."""
+    crash(node, 4711)
+    node.prolog(4712, gpus="2").check()
+    node.prolog(4713, gpus="3").check()
+    strange = [f"{STATE_DIRECTORY}/notes", f"{STATE_DIRECTORY}/jobs/notes"]
+    for path in (*strange, f"{STATE_DIRECTORY}/jobs/4712/notes"):
+        node.machine.write(path, "do not remove\n")
+    journal = node.machine.path(f"{STATE_DIRECTORY}/jobs/4713/journal")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-20])
+    found = node.findings(status=1)
+    assert found == {"job 4711": "repaired", "job 4712": "left", "job 4713": "left", **dict.fromkeys(strange, "left")}
+    assert all(node.machine.read(path) == "do not remove\n" for path in strange)
+    assert "jobs/4712 holds 'notes', which slurm-mps did not put there" in node.reconcile().stdout
+    journal.write_bytes(whole)
+    node.run("rm", *strange, f"{STATE_DIRECTORY}/jobs/4712/notes").check()
+    assert node.findings() == {"job 4712": "repaired", "job 4713": "repaired"}
+
+
+# ---------------------------------------------------------------------------------------------------------- the logs
+
+
+def test_logs_that_a_reboot_left_long_are_cut(node: MistreatedNode) -> None:
+    """With the state on a tmpfs nothing but the logs outlives a boot; those of jobs that run are theirs."""
+    node.configure("[logs]\nmax_kib = 16\nmax_jobs = 2\n")
+    node.prolog(4711, SPANK_MPS="per-gpu").check()
+    node.slurm_says({4711: "RUNNING|N/A|n1"})
+    for place in ("10", "11", "12/gpu-0", "4711/gpu-0"):
+        node.machine.write(f"{LOGS}/{place}/server.log", "x" * 50_000)
+    wanted = {"job 4711": "kept", "logs of job 10": "repaired", "logs of job 11": "repaired"}
+    assert node.findings("--dry-run") == {
+        name: outcome.replace("repaired", "would repair")
+        for name, outcome in {**wanted, "logs of job 12": "repaired"}.items()
+    }
+    assert node.findings() == {**wanted, "logs of job 12": "repaired"}
+    sizes = node.run("find", LOGS, "-name", "server.log", "-size", "+8k", "-printf", "%P %s\n").stdout.split("\n")
+    assert sorted(sizes)[1:] == ["11/server.log 16384", "12/gpu-0/server.log 16384", "4711/gpu-0/server.log 50000"]
+    node.configure('[logs]\nkeep = "never"\n')
+    assert node.findings() == {"job 4711": "kept", "logs of job 11": "repaired", "logs of job 12": "repaired"}
+    assert node.run("ls", LOGS).stdout.split() == ["4711"]
+    node.epilog(4711).check()
+
+
+def test_a_wrong_configuration_is_said_and_stops_nothing(node: MistreatedNode) -> None:
+    """Jobs carry the one they were brought up with."""
+    crash(node)
+    node.configure("[logs]\nmax_kib = 0\n")
+    assert node.findings(status=1) == {"/etc/slurm/mps.toml": "left", "job 4711": "repaired"}
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(node: MistreatedNode) -> None:
+    """One of each kind of damage: afterwards all is as before, and the real run repairs exactly what was named."""
+    crash(node, 4711)
+    node.run("mv", f"{STATE_DIRECTORY}/gpus", "/run/kept").check()
+    node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
+    node.prolog(4712, gpus="2").check()
+    node.prolog(4713, gpus="3").check()
+    node.run("sh", "-c", f"mv /run/kept/* {STATE_DIRECTORY}/gpus; rmdir /run/kept; cd {STATE_DIRECTORY}/jobs; "
+             "rm 4713/journal; mkdir -m 700 4714").check()  # fmt: skip
+    node.machine.write(f"{LOGS}/12/server.log", "x" * 2_000_000)
+    before = node.tree(), node.snapshot()
+    would = node.findings("--dry-run")
+    assert (node.tree(), node.snapshot()) == before
+    done = node.findings()
+    assert set(would.values()) == {"would repair"}
+    assert set(done.values()) == {"repaired"}
+    assert set(done) == {*would, uuid(node, 3)}, "the ledger of 4713 shows only when its directory is gone"
+    assert set(would) == {uuid(node, 0), uuid(node, 1), *(f"job {job}" for job in (4712, 4713, 4714)), "logs of job 12"}
+    node.run("rm", "-r", STATE_DIRECTORY).check()
+    assert node.reconcile("--dry-run").returncode == 3
+    assert not node.machine.path(STATE_DIRECTORY).exists()
+
+
+def test_a_driver_that_hangs_ends_it(node: MistreatedNode) -> None:
+    """Inside NVML no deadline reaches: it says what it did so far and what hangs, with status 1."""
+    node.configure(SHORT)
+    crash(node)
+    node.run("sh", "-c", f"umask 077; mkdir {STATE_DIRECTORY}/jobs/1").check()
+    node.fault("nvml.init=hang")
+    start = monotonic()
+    assert node.findings(status=1) == {"job 1": "repaired", "this node": "left"}
+    assert monotonic() - start < 4
+    node.fault()
+    assert node.findings() == {"job 4711": "repaired"}
+
+
+def test_its_exit_status_and_streams(node: MistreatedNode) -> None:
+    """0 with a line on stdout when all is well; 2 usage, 3 where slurm-mps never was, 4 for anybody but root."""
+    result = node.reconcile()
+    assert (result.returncode, result.stdout) == (0, "nothing is left of jobs that are over\n")
+    assert node.reconcile("--nonsense").returncode == 2
+    result = node.run(COMMAND, "reconcile", user="alice")
+    assert (result.returncode, result.stdout) == (4, "")
+    assert "run it as root" in result.stderr
+    node.run("rm", "-r", STATE_DIRECTORY).check()
+    result = node.reconcile("--json")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "nothing of slurm-mps is on this node" in result.stderr
+    node.prolog(4711).check()
+    node.slurm_says({4711: "RUNNING|N/A|n1"})
+    result = node.reconcile()
+    assert result.stderr == "slurm-mps: job 4711 is not over: to Slurm it is RUNNING\n"
+    report = json.loads(node.reconcile("--json", "--dry-run").stdout)
+    why = "to Slurm it is RUNNING"
+    assert report == {
+        "dry_run": True,
+        "status": 0,
+        "findings": [{"thing": "job 4711", "outcome": "kept", "why": why}],
+    }
+    node.epilog(4711).check()
+
+
+def test_the_unit_runs_it_at_boot_before_slurmd() -> None:
+    """systemd finds nothing wrong with the sample unit but that the program is not installed here."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[method-assign,assignment]
+    unit.read(UNIT)
+    assert unit["Service"]["ExecStart"] == "/opt/slurm-mps/bin/slurm-mps reconcile"
+    assert "slurmd.service" in unit["Unit"]["Before"].split()
+    assert unit["Service"]["SuccessExitStatus"] == "3"
+
+
+# ---------------------------------------------------------------------------------------------------- on a real Slurm
+
+
+def test_real_jobs_are_known_for_what_they_are(site: Site) -> None:
+    """One with a step, one that salloc holds without any, one that waits again with the same id, and one over."""
+    start = ["-wn1", "--gres=gpu:1", "--mps"]
+    running = site.cluster.sbatch(*start, script="sleep 60\n")
+    site.cluster.wait_running(running)
+    holding = site.machine.popen(
+        ["salloc", "-Q", *start, "sleep", "60"], user="alice", cwd="/home/alice", stderr=subprocess.DEVNULL
+    )
+    site.cluster.until("both are up", lambda: len(site.mps_processes()) == 4 or None, 20)
+    assert re.search(
+        r"^job .* node=n1 ", site.machine.read(f"{STATE_DIRECTORY}/jobs/{running}/journal", node="n1"), re.MULTILINE
+    )
+    found = reconcile(site)
+    assert found == {f"job {running}": "kept", f"job {int(str(running)) + 1}": "kept"}
+    site.fault("n1", "nvml.SetComputeMode=4")
+    site.machine.run(["scontrol", "requeuehold", str(running)]).check()
+    site.cluster.scancel(site.cluster.sbatch(script="true"))
+    site.machine.signal(holding, signal.SIGTERM)
+    site.cluster.until("n1 is drained", lambda: site.cluster.node_states()["n1"].drained or None, 30)
+    site.cluster.until(
+        "no epilog is at work",
+        lambda: "COMPLETING" not in site.machine.run(["squeue", "-h", "-tall", "-o%T"]).stdout or None,
+        30,
+    )
+    assert set(reconcile(site, 1).values()) == {"left"}
+    site.fault("n1")
+    assert set(reconcile(site).values()) == {"repaired"}
+    assert site.state_files("n1") == []
+    site.cluster.scancel(running)
+    site.cluster.resume("n1")
+
+
+def reconcile(site: Site, status: int = 0) -> dict[str, str]:
+    result = site.node("n1", COMMAND, "reconcile", "--json")
+    assert result.returncode == status, f"{result.stdout}{result.stderr}"
+    return {finding["thing"]: finding["outcome"] for finding in json.loads(result.stdout)["findings"]}

@@ -1,0 +1,75 @@
+"""A simulated GPU node to be mistreated: its Slurm says what it is told to, it reboots, and it can be repaired."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from tests.harness.gpunode import GpuNode
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from tests.harness.machine import Process, Result
+
+COMMAND = "/opt/slurm-mps/bin/slurm-mps"
+SQUEUE, ASKED = "/usr/local/bin/squeue", "/run/squeue.asked"
+BOOT_ID, REAL_BOOT_ID = "/run/boot-id", "/proc/sys/kernel/random/boot_id"
+
+
+class MistreatedNode(GpuNode):
+    """A GpuNode with a stand-in for Slurm's controller, which has no job until it is told of one."""
+
+    def __init__(self, *, gpus: int = 4) -> None:
+        super().__init__(gpus=gpus)
+        self._boots = 0
+        self.slurm_jobs: dict[int, str] = {}
+
+    def slurm_says(self, jobs: dict[int, str] | None, *, before: str = "true") -> None:
+        """Have squeue know these jobs, each with ``state|end|nodes``, or fail for None; `before` runs first."""
+        lines = [f"{job}|{rest}" for job, rest in (jobs or {}).items()]
+        said = f"printf '%s\\n' {shlex.join(lines)}" if lines else "true"
+        failed = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+        text = f'#!/bin/sh\necho "$*" >>{ASKED}\n{before} >/dev/null\n{failed if jobs is None else said}\n'
+        self.machine.write(SQUEUE, text, mode=0o755)
+        self.machine.path(ASKED).unlink(missing_ok=True)
+
+    def asked(self) -> bool:
+        """Whether anybody asked Slurm since it was told what to say."""
+        return self.machine.path(ASKED).exists()
+
+    def reconcile(self, *options: str) -> Result:
+        return self.run(COMMAND, "reconcile", *options)
+
+    def findings(self, *options: str, status: int = 0) -> dict[str, str]:
+        """What reconcile found, by thing; it must end with this status."""
+        result = self.reconcile("--json", *options)
+        assert result.returncode == status, f"{result.stdout}{result.stderr}"
+        report: dict[str, Any] = json.loads(result.stdout)
+        assert report["status"] == status
+        return {finding["thing"]: finding["outcome"] for finding in report["findings"]}
+
+    def reboot(self, *modes: int) -> None:
+        """End all of MPS, lose the compute modes, and be another boot; the state directory outlives it, the worst case.
+
+        `modes` are what the node's own scripts then set, from the first GPU on.
+        """
+        self.kill(*self.mps_processes())
+        count = len(self.compute_modes())
+        self.set_compute_modes(*modes, *[0] * (count - len(modes)))
+        self._boots += 1
+        self.machine.write(f"{BOOT_ID}.{self._boots}", f"00000000-0000-4000-8000-{self._boots:012}\n")
+        self.run("mount", "--bind", f"{BOOT_ID}.{self._boots}", REAL_BOOT_ID).check()
+
+    def kill(self, *processes: Process) -> None:
+        """SIGKILL, and wait until they are gone."""
+        if processes:
+            self.run("kill", "-9", *(str(process.pid) for process in processes))
+        while {process.pid for process in processes} & {process.pid for process in self.machine.processes()}:
+            pass
+
+    def tree(self) -> str:
+        """Everything of slurm-mps on the node, with content: to see that nothing changed."""
+        places = f"{STATE_DIRECTORY} /var/log/slurm-mps"
+        show = f"find {places} -printf '%p %m %U %s %T@\\n' | sort; find {places} -type f | sort | xargs -r cat"
+        return self.run("sh", "-c", show).stdout
