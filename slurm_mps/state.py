@@ -191,10 +191,6 @@ class NodeState:
         """Jobs that something is kept of."""
         return sorted(int(name) for name in self._jobs.names() if name.isdigit())
 
-    def drop_cut_short(self) -> None:
-        """Remove what a write of the compiled configuration left; the caller has the ledgers' lock, as writers do."""
-        self.root.unlink("config", temporary_only=True)
-
     def strangers(self) -> list[str]:
         """The paths of what no slurm-mps of this version puts where they are."""
         root = [name for name in self.root.names() if whole_name(name) not in (*_SKELETON, "config")]

@@ -1,14 +1,13 @@
 """A hook that dies or fails anywhere: what it changed is on disk before it is changed, so the next one puts it back.
 
-The points are found, not listed: a small library in front of libc counts the calls by which a hook changes something,
-and at the one asked for kills the process or makes the call fail.
+The points are found, not listed: a small library in front of libc (tests/torture/strike.c) counts the calls by which a
+hook changes something, and at the one asked for kills the process or makes the call fail.
 """
 
 from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import pytest
 
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY
+from tests.torture.strike import LIBRARY, LOG, build_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,101 +24,6 @@ if TYPE_CHECKING:
 
     from tests.harness.machine import Result
 
-#: STRIKE_ON names the calls that count; all are noted in STRIKE_LOG. At number STRIKE_AT (and, with STRIKE_STAYS, at
-#: every later one) the call fails with error STRIKE_ERROR, or the process is killed where there is none.
-STRIKE_SOURCE = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <spawn.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/xattr.h>
-#include <unistd.h>
-
-static int number(const char *name) { const char *text = getenv(name); return text ? atoi(text) : 0; }
-
-static int strike(const char *call)
-{
-    static int count;
-    const char *on = getenv("STRIKE_ON"), *log = getenv("STRIKE_LOG");
-    if (!on || !strstr(on, call))
-        return 0;
-    count++;
-    int fd = log ? open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
-    if (fd >= 0) {
-        syscall(SYS_write, fd, call, strlen(call));
-        syscall(SYS_write, fd, "\n", 1);
-        close(fd);
-    }
-    int at = number("STRIKE_AT"), error = number("STRIKE_ERROR");
-    if (!at || count < at || (count > at && !number("STRIKE_STAYS")))
-        return 0;
-    if (!error)
-        kill(getpid(), SIGKILL);
-    return error;
-}
-
-static int is_there(int dir, const char *path)
-{
-    struct stat about;
-    return fstatat(dir, path, &about, AT_SYMLINK_NOFOLLOW) == 0;
-}
-
-#define IN_FRONT(type, name, parameters, arguments, changes, failed) \
-    type name parameters \
-    { \
-        static type(*real) parameters; \
-        if (!real) \
-            *(void **)&real = dlsym(RTLD_NEXT, #name); \
-        int error = changes ? strike(#name) : 0; \
-        if (error) { \
-            errno = error; \
-            return failed; \
-        } \
-        return real arguments; \
-    }
-
-IN_FRONT(int, mkdirat, (int dir, const char *path, mode_t mode), (dir, path, mode), !is_there(dir, path), -1)
-IN_FRONT(int, unlinkat, (int dir, const char *path, int flags), (dir, path, flags), is_there(dir, path), -1)
-IN_FRONT(int, renameat, (int from, const char *old, int to, const char *new), (from, old, to, new), 1, -1)
-IN_FRONT(int, fsetxattr, (int fd, const char *name, const void *value, size_t size, int flags),
-         (fd, name, value, size, flags), 1, -1)
-IN_FRONT(int, posix_spawn, (pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions,
-         const posix_spawnattr_t *attributes, char *const *argv, char *const *envp),
-         (pid, path, actions, attributes, argv, envp), 1, error)
-
-/* Only files of the hook's own: neither its standard streams nor the pipes to a child. */
-ssize_t write(int fd, const void *bytes, size_t size)
-{
-    struct stat about;
-    int error = fd > 2 && fstat(fd, &about) == 0 && S_ISREG(about.st_mode) ? strike("write") : 0;
-    if (!error)
-        return syscall(SYS_write, fd, bytes, size);
-    errno = error;
-    return -1;
-}
-
-/* The first wait for each child: it has been started, and is not done. */
-int poll(struct pollfd *fds, nfds_t count, int timeout)
-{
-    static int (*real)(struct pollfd *, nfds_t, int);
-    static int last;
-    if (!real)
-        *(void **)&real = dlsym(RTLD_NEXT, "poll");
-    if (count == 3 && fds[0].fd != last) {
-        last = fds[0].fd;
-        strike("poll");
-    }
-    return real(fds, count, timeout);
-}
-"""
-LIBRARY, LOG = "/run/strike.so", "/run/strike.log"
 BRINGS_UP = "mkdirat renameat fsetxattr posix_spawn poll"
 TAKES_DOWN = "unlinkat renameat posix_spawn poll"
 NEEDS_ROOM = "mkdirat renameat fsetxattr write"
@@ -150,12 +55,7 @@ class StruckNode:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("strike")
-    (directory / "strike.c").write_text(STRIKE_SOURCE)
-    built = directory / "strike.so"
-    command = ["gcc", "-shared", "-fPIC", "-Wall", "-o", str(built), str(directory / "strike.c"), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return built
+    return build_library(tmp_path_factory.mktemp("strike"))
 
 
 @pytest.fixture

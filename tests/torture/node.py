@@ -68,6 +68,13 @@ class MistreatedNode(GpuNode):
         while {process.pid for process in processes} & {process.pid for process in self.machine.processes()}:
             pass
 
+    def environment_of(self, process: Process) -> str:
+        """The environment that a process was started with; empty when it is gone."""
+        try:
+            return self.machine.path(f"/proc/{process.pid}/environ").read_text(errors="replace")
+        except OSError:
+            return ""
+
     def tree(self) -> str:
         """Everything of slurm-mps on the node, with content: to see that nothing changed."""
         places = f"{STATE_DIRECTORY} /var/log/slurm-mps"

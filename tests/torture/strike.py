@@ -1,0 +1,178 @@
+"""The kill matrix: every hook, struck at every call by which it changes something, and then repaired in each way.
+
+Scenarios say what is struck, faults how, repairs who comes next. Whatever the combination, the node is then as before.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
+from tests.harness.site import STATE_DIRECTORY
+
+from .node import COMMAND, MistreatedNode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.harness.machine import Result
+
+LIBRARY, LOG = "/run/strike.so", "/run/strike.log"
+CAN_FAIL = "mkdirat unlinkat renameat fsetxattr fchmod fsync write posix_spawn openat"
+CHANGES = f"{CAN_FAIL} killpg pidfd_send_signal"
+CAN_DIE = f"{CHANGES} poll"  # in the first wait for a child, too: started, and not done
+FAULTS = {"SIGKILL": 0, **{name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EMFILE", "EACCES")}}
+JOB, ANOTHER, A_THIRD = 4711, 4712, 4713
+KINDS = ("per-node", "per-gpu")
+
+
+def build_library(directory: Path) -> Path:
+    """Compile the library that strikes."""
+    built = directory / "strike.so"
+    source = Path(__file__).with_name("strike.c")
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(built), str(source), "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return built
+
+
+class StruckNode(MistreatedNode):
+    """A node with the library in it, and something to put back: GPU 0 is found PROHIBITED."""
+
+    def __init__(self, library: Path, *, gpus: int = 4) -> None:
+        super().__init__(gpus=gpus)
+        self._library = library
+
+    def prepare(self) -> None:
+        shutil.copy(self._library, self.machine.path(LIBRARY))
+        self.set_compute_modes(2)
+        self.configure("[deadlines]\nquit = 0.5\nsignal = 0.5\n")
+        self.slurm_says({})
+        self.prolog(1).check()  # makes the state directory and compiles the configuration
+        self.epilog(1).check()
+        self.before = self.snapshot()
+
+    def struck(self, argv: tuple[str, ...], environment: dict[str, str], on: str, **settings: int) -> Result:
+        self.machine.path(LOG).unlink(missing_ok=True)
+        words = [f"LD_PRELOAD={LIBRARY}", f"STRIKE_LOG={LOG}", f"STRIKE_ON={on}"]
+        words += [f"STRIKE_{name.upper()}={value}" for name, value in settings.items()]
+        return self.run("env", *words, *argv, env=environment)
+
+    def noted(self) -> list[str]:
+        """The calls that counted in the last run, in order."""
+        log = self.machine.path(LOG)
+        return log.read_text().split() if log.exists() else []
+
+    def left(self) -> str:
+        """What is not as before; empty when all is."""
+        now = self.snapshot()
+        root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {"config", "gpus", "jobs", "lock"}
+        return "" if now == self.before and not root else f"{now} {sorted(root)}"
+
+    def reset(self) -> None:
+        """Make it as before by force, so that one failure is not the next one's."""
+        self.kill(*self.mps_processes())
+        self.run("sh", "-c", f"rm -rf {STATE_DIRECTORY}/jobs/* {STATE_DIRECTORY}/gpus/* {STATE_DIRECTORY}/.*.new")
+        self.set_compute_modes(2, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that is run to be struck, what was before it, and who may come after it."""
+
+    name: str
+    prepare: Callable[[StruckNode], None]
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+    repairs: tuple[str, ...]
+
+    def calls(self, node: StruckNode, on: str) -> list[str]:
+        """What an undisturbed run calls, in order."""
+        self.prepare(node)
+        node.struck(self.argv, self.environment, on).check()
+        found = node.noted()
+        repair(node, "epilog", self)
+        assert not node.left(), self.name
+        return found
+
+
+def environment_of(job: int, kind: str, gpus: str = "0,1") -> dict[str, str]:
+    return job_environment(job, gpus=gpus, **{**asked("25", "8G"), "SPANK_MPS": kind})
+
+
+def scenarios() -> Iterator[Scenario]:
+    """Prolog, epilog and reconcile, of a job with one daemon and of one with a daemon for each of its two GPUs."""
+    for kind in KINDS:
+        environment = environment_of(JOB, kind)
+
+        def nothing(_node: StruckNode) -> None:
+            pass
+
+        def new_configuration(node: StruckNode) -> None:
+            node.configure(node.machine.read("/etc/slurm/mps.toml"))  # compiled again
+
+        def a_job(node: StruckNode, environment: dict[str, str] = environment) -> None:
+            node.run(PROLOG, env=environment).check()
+
+        def wreckage(node: StruckNode, kind: str = kind) -> None:
+            """A whole job, a ledger without a job, processes without a journal, a log that is too long."""
+            for job, gpus in ((JOB, "0,1"), (ANOTHER, "2"), (A_THIRD, "3")):
+                node.run(PROLOG, env=environment_of(job, kind, gpus)).check()
+            of_another = [p for p in node.mps_processes() if f"/{ANOTHER}/" in node.environment_of(p)]
+            node.kill(*of_another)
+            jobs = f"{STATE_DIRECTORY}/jobs"
+            node.run("rm", "-r", f"{jobs}/{ANOTHER}", f"{jobs}/{A_THIRD}/journal").check()
+            node.machine.write("/var/log/slurm-mps/3/server.log", "x" * 1_100_000)
+
+        yield Scenario(f"prolog {kind}", nothing, (PROLOG,), environment, ("epilog", "reconcile", "prolog"))
+        if kind == "per-node":
+            first = "prolog after a change of mps.toml"
+            yield Scenario(first, new_configuration, (PROLOG,), environment, ("reconcile", "prolog"))
+        yield Scenario(f"epilog {kind}", a_job, (EPILOG,), environment, ("epilog", "reconcile", "prolog"))
+        yield Scenario(f"reconcile {kind}", wreckage, (COMMAND, "reconcile"), {}, ("reconcile",))
+
+
+def repair(node: StruckNode, how: str, scenario: Scenario) -> list[str]:
+    """Have the next one come. Returns what it did wrong; a hook that fails now would drain the node for nothing."""
+    wrong = []
+    if how == "reconcile":
+        result = node.reconcile()
+        if result.returncode:
+            wrong.append(f"reconcile: {result.returncode} {result.stdout}{result.stderr}")
+        return wrong
+    environment = scenario.environment or job_environment(JOB)
+    if how == "prolog":
+        result = node.run(PROLOG, env=environment)
+        if result.returncode or result.stderr or node.verdict(JOB).get("status") != "ready":
+            wrong.append(f"drained by prolog: {result.returncode} {result.stderr} {node.verdict(JOB)}")
+    result = node.run(EPILOG, env=environment)
+    if result.returncode or result.stderr:
+        wrong.append(f"drained by epilog: {result.returncode} {result.stderr}")
+    return wrong
+
+
+def strike(node: StruckNode, scenario: Scenario, fault: str, at: int, how: str) -> list[str]:
+    """One point of the matrix. Returns everything that was wrong with it."""
+    scenario.prepare(node)
+    on = CAN_FAIL if FAULTS[fault] else CAN_DIE
+    result = node.struck(scenario.argv, scenario.environment, on, at=at, error=FAULTS[fault])
+    calls = node.noted()
+    where = f"{scenario.name}: {fault} at {at}, {calls[at - 1] if at <= len(calls) else 'not reached'}, then {how}"
+    wrong = []
+    if fault == "SIGKILL" and at <= len(calls) and result.returncode != -signal.SIGKILL:
+        wrong.append(f"ended with {result.returncode}")
+    if "Traceback" in result.stderr or "a bug" in result.stderr or "a bug" in result.stdout:
+        wrong.append(f"a bug: {result.stderr}{result.stdout}")
+    if result.returncode == 0 and PROLOG in scenario.argv and node.verdict(JOB).get("status") != "ready":
+        wrong.append(f"exit 0, and the verdict {node.verdict(JOB)}")
+    wrong += repair(node, how, scenario)
+    if left := node.left():
+        wrong.append(f"left: {left}")
+    if wrong:
+        node.reset()
+    return [f"{where}: {what}" for what in wrong]

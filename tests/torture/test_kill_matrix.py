@@ -1,0 +1,82 @@
+"""Prolog, epilog and reconcile, struck at every call that changes something (docs/decisions/0005)."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.gpunode import EPILOG, PROLOG
+from tests.harness.site import PYTHON, STATE_DIRECTORY
+
+from .strike import CAN_DIE, CAN_FAIL, CHANGES, FAULTS, LIBRARY, LOG, Scenario, StruckNode, scenarios, strike
+from .strike import build_library as build
+from .trace import changes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TRACE = "/run/trace"
+HOOK = "/opt/slurm-mps/lib/python3.11/site-packages/slurm_mps/hook.py"
+SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
+
+
+@pytest.fixture(scope="module")
+def struck_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StruckNode]:
+    library: Path = build(tmp_path_factory.mktemp("strike"))
+    with StruckNode(library) as node:
+        node.prepare()
+        yield node
+
+
+#: One of so many points; `make torture` strikes at all of them.
+EVERY = {"prolog per-gpu": 10, "epilog per-gpu": 6, "reconcile per-gpu": 11, "prolog after a change of mps.toml": 40}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_wherever_it_is_struck_the_next_one_leaves_the_node_as_before(struck_node: StruckNode, name: str) -> None:
+    """Killed, or without room, descriptors, rights or a disk: no hook of the same job or reconcile fails after it."""
+    scenario = SCENARIOS[name]
+    wrong = []
+    for number, fault in enumerate(FAULTS):
+        calls = scenario.calls(struck_node, CAN_FAIL if FAULTS[fault] else CAN_DIE)
+        step = EVERY[name] * (3 if FAULTS[fault] else 1)
+        for at in range(1 + number, len(calls) + 1, step):
+            wrong += strike(struck_node, scenario, fault, at, scenario.repairs[at % len(scenario.repairs)])
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["prolog per-gpu", "epilog per-gpu", "reconcile per-gpu"])
+def test_no_change_bypasses_the_library(struck_node: StruckNode, name: str) -> None:
+    """By strace's word, each system call by which a hook changes something is one that can be struck at."""
+    scenario = SCENARIOS[name]
+    if name.startswith("prolog"):
+        struck_node.run("rm", "-r", STATE_DIRECTORY).check()  # the first one makes more
+    scenario.prepare(struck_node)
+    struck_node.machine.path(LOG).unlink(missing_ok=True)
+    result = struck_node.run(*traced(scenario), env=scenario.environment)
+    counted = Counter(struck_node.noted())
+    assert (result.returncode, result.stderr) == (0, "")
+    there = () if name.startswith("prolog") else ("lock",)
+    seen, unknown = changes(struck_node.machine.read(TRACE), LOG, there)
+    struck_node.run(EPILOG, env=scenario.environment or SCENARIOS["epilog per-gpu"].environment).check()
+    assert unknown == []
+    assert seen == counted
+    assert sum(seen.values()) > 20
+
+
+def traced(scenario: Scenario) -> list[str]:
+    """The command line that runs it under strace, which follows its threads and leaves its children alone."""
+    hooks = {PROLOG: [PYTHON, "-I", "-S", HOOK, "prolog"], EPILOG: [PYTHON, "-I", "-S", HOOK, "epilog"]}
+    argv = hooks.get(scenario.argv[0], list(scenario.argv))
+    given = {"LD_PRELOAD": LIBRARY, "STRIKE_LOG": LOG, "STRIKE_ON": CHANGES}
+    strace = ["strace", "-f", "-b", "execve", "-qqq", "-y", "-s", "64", "-o", TRACE, "-e", "signal=none"]
+    return [*strace, *(word for name, value in given.items() for word in ("-E", f"{name}={value}")), *argv]
+
+
+def test_strace_is_there() -> None:
+    """A missing tool is an error here: `make test` installs it."""
+    assert shutil.which("strace")
