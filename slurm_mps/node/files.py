@@ -176,6 +176,8 @@ class Directory:
             return
         try:
             os.fchmod(fd, 0o644)
+        except OSError as error:
+            raise self._fault(name, error) from None
         finally:
             os.close(fd)
 

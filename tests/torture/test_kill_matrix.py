@@ -49,6 +49,17 @@ def test_wherever_it_is_struck_the_next_one_leaves_the_node_as_before(struck_nod
     assert wrong == []
 
 
+def test_a_daemons_file_that_cannot_be_protected_is_a_fault_of_the_node(struck_node: StruckNode) -> None:
+    """Said with the file and the system's words, and the daemon is ended; it was told as a bug in slurm-mps."""
+    on = "posix_spawn fchmod"
+    scenario = SCENARIOS["prolog per-node"]
+    at = scenario.calls(struck_node, on).index("posix_spawn") + 2
+    result = struck_node.struck(scenario.argv, scenario.environment, on, at=at, error=FAULTS["EIO"])
+    assert result.returncode == 1
+    assert "/pipe/nvidia-cuda-mps-control.pid: Input/output error" in result.stderr
+    assert struck_node.left() == ""
+
+
 @pytest.mark.parametrize("name", ["prolog per-gpu", "epilog per-gpu", "reconcile per-gpu"])
 def test_no_change_bypasses_the_library(struck_node: StruckNode, name: str) -> None:
     """By strace's word, each system call by which a hook changes something is one that can be struck at."""
