@@ -66,18 +66,24 @@ def load_config(state: NodeState | None, timeout_seconds: float) -> SiteConfig:
             config = state.read_compiled_config(stamp) if state else None
             if config is None:
                 config = _compile_config(directory.read(CONFIG_NAME), timeout_seconds)
-                _keep_compiled(state, stamp, config)
+                _keep_config(state, stamp, config, timeout_seconds)
             return config
     except FileNotFoundError:
         return DEFAULTS
 
 
-def _keep_compiled(state: NodeState | None, stamp: str, config: SiteConfig) -> None:
+def _keep_config(state: NodeState | None, stamp: str, config: SiteConfig, timeout_seconds: float) -> None:
+    """Under a lock of all jobs: several that start after a change write the same file. What cannot be kept is no loss."""
+    if state is None:
+        return
     try:
-        if state:
+        state.lock_ledgers(timeout_seconds)
+        try:
             state.write_compiled_config(stamp, config)
+        finally:
+            state.unlock_ledgers()
     except NodeError:
-        pass  # full, or another prolog was at the same thing at the same time
+        pass
 
 
 class Watch:

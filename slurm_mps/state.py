@@ -1,7 +1,7 @@
 """What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
 
     /run/slurm-mps/          root 0711
-      lock                   locks by number: a job's id, 0 for the ledgers
+      lock                   locks by number: a job's id, 0 for what all share: ledgers, config
       config                 the compiled site configuration
       last-fault             what the last prolog or epilog that failed had to say
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x

@@ -75,6 +75,14 @@ class MistreatedNode(GpuNode):
         except OSError:
             return ""
 
+    def control_daemons(self) -> list[tuple[Process, str]]:
+        """Each with its pipe directory; neither what one has just forked nor the program that commands one."""
+        roots = [p for p in self.mps_processes() if p.uid == 0 and "-d" in p.cmdline]
+        pids = {p.pid for p in roots}
+        found = [(p, self.environment_of(p).split("\0")) for p in roots if p.ppid not in pids]
+        name = "CUDA_MPS_PIPE_DIRECTORY="
+        return [(p, word.removeprefix(name)) for p, words in found for word in words if word.startswith(name)]
+
     def tree(self) -> str:
         """Everything of slurm-mps on the node, with content: to see that nothing changed."""
         places = f"{STATE_DIRECTORY} /var/log/slurm-mps"
