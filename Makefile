@@ -56,6 +56,10 @@ bench: build
 scale: build
 	@$(DEV_PYTHON) -m tests.scale $(SCALE)
 
+# Prolog, epilog and reconcile killed at every change and at random, in every order; ten minutes unless told otherwise.
+torture: build
+	@$(DEV_PYTHON) -m tests.torture $(TORTURE)
+
 # A cluster of simulated nodes with slurm-mps installed, to try things in.
 shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
@@ -81,4 +85,4 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test bench scale torture shell install install-hooks clean

@@ -73,7 +73,7 @@ def load_config(state: NodeState | None, timeout_seconds: float) -> SiteConfig:
 
 
 def _keep_config(state: NodeState | None, stamp: str, config: SiteConfig, timeout_seconds: float) -> None:
-    """Under a lock of all jobs: several that start after a change write the same file. What cannot be kept is no loss."""
+    """Under a lock of all jobs: several that start after a change write the same file. It may also not be kept."""
     if state is None:
         return
     try:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
@@ -69,10 +70,16 @@ class StruckNode(MistreatedNode):
         return log.read_text().split() if log.exists() else []
 
     def left(self) -> str:
-        """What is not as before; empty when all is."""
-        now = self.snapshot()
-        root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {"config", "gpus", "jobs", "lock"}
-        return "" if now == self.before and not root else f"{now} {sorted(root)}"
+        """What is not as before, once a program that commanded a daemon has seen it go; empty when all is as before."""
+        end = monotonic() + 2
+        while True:
+            now = self.snapshot()
+            root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {"config", "gpus", "jobs", "lock"}
+            if now == self.before and not root:
+                return ""
+            if monotonic() > end:
+                return f"{now} {sorted(root)}"
+            sleep(0.02)
 
     def reset(self) -> None:
         """Make it as before by force, so that one failure is not the next one's."""
