@@ -55,10 +55,10 @@ def test_o3_sizes_it_reads_and_misreads(driver: Driver) -> None:
 
 
 def test_o4_a_limit_that_was_never_set(driver: Driver) -> None:
-    """Before any was set it says so; then it prints nothing for a device without one, and a UUID is not its ordinal."""
+    """Before any was set it says so or nothing (O62); then nothing for a device without one; a UUID is no ordinal."""
     daemon = driver.daemon()
     query = "get_default_device_pinned_mem_limit"
-    assert daemon.ask(f"{query} 0") == "No default pinned memory limit set for the device!"
+    assert daemon.ask(f"{query} 0") in ("No default pinned memory limit set for the device!", "")
     daemon.ask(f"set_default_device_pinned_mem_limit {driver.uuids[0]} 8G")
     assert daemon.ask(f"{query} {driver.uuids[0]}") == "8G"
     assert daemon.ask(f"{query} 0") == ""
