@@ -173,7 +173,13 @@ def ask_daemon(directory: str, environment: Mapping[str, str], timeout_seconds: 
 
 
 def step_gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs the step has on this node, as Slurm tells this task; 0 when it does not."""
+    """How many GPUs the step has on this node, as Slurm tells this task; 0 when it does not.
+
+    The lists of a bound task name its own only.
+    """
+    count = environment.get("SLURM_GPUS_ON_NODE", "")
+    if count.isascii() and count.isdecimal():
+        return int(count[:4])
     listed = environment.get("SLURM_STEP_GPUS") or environment.get("SLURM_JOB_GPUS", "")
     return len([name for name in listed.split(",") if name])
 

@@ -208,6 +208,24 @@ def test_piled_up_ranks_are_caught(any_site: Site) -> None:
     )
 
 
+@pytest.mark.parametrize(("bind", "exit_code"), [("map_gpu:0", 1), ("map_gpu:0,1", 0)])
+def test_ranks_that_a_binding_piled_up_are_caught(any_site: Site, bind: str, exit_code: int) -> None:
+    """Slurm's lists name a bound task's own GPU only."""
+    options = ["-wn1", "-n4", "--gres=gpu:2", f"--gpu-bind={bind}", *ASKED]
+    result = any_site.cluster.srun(*options, *VERIFY.split(), "--json")
+    first = any_site.gpus("n1")[0]["uuid"]
+    said = f"all 4 ranks of n1 are on {first}, although the step has 2 GPUs there"
+    assert result.returncode == exit_code
+    assert (said in result.stdout) == bool(exit_code)
+
+
+def test_four_ranks_on_the_only_gpu_of_their_step_are_no_pile(any_site: Site) -> None:
+    script = f"srun -n4 --gres=gpu:1 {VERIFY}\n"
+    job = any_site.cluster.sbatch("-wn1", "-n4", "--gres=gpu:2", *ASKED, script=script)
+    assert any_site.cluster.wait(job).state == "COMPLETED"
+    assert "4 ranks, all clients" in any_site.cluster.output(job)
+
+
 def test_a_rank_that_never_reports_is_named(site: Site) -> None:
     """One task hangs; the others are not held up for longer than was said."""
     script = f"srun -n3 sh -c 'test $SLURM_PROCID = 1 && sleep 5; exec {VERIFY} --timeout 2 --json 2>&1'"
