@@ -193,7 +193,7 @@ class NodeState:
 
     def strangers(self) -> list[str]:
         """The paths of what no slurm-mps of this version puts where they are."""
-        root = [name for name in self.root.names() if whole_name(name) not in (*_SKELETON, "config")]
+        root = [name for name in self.root.names() if whole_name(name) not in (*_SKELETON, "config", "last-fault")]
         jobs = [name for name in self._jobs.names() if not name.isdigit()]
         return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
 
@@ -222,7 +222,10 @@ class NodeState:
         except FileNotFoundError:
             return None
         try:
-            return _read_journal(directory)
+            journal = _read_journal(directory)
+            if journal.job_id != job_id:
+                raise DamagedFileError(f"{directory.path}/journal is of job {journal.job_id}")
+            return journal
         except FileNotFoundError:
             directory.close()
             return None

@@ -267,6 +267,15 @@ def test_what_is_not_ours_is_named_and_left(node: MistreatedNode) -> None:
     assert node.findings() == {"job 4712": "repaired", "job 4713": "repaired"}
 
 
+def test_the_last_fault_is_ours(node: MistreatedNode) -> None:
+    """The prolog leaves it for the health check, for good."""
+    node.fault("nvml.init=9")
+    assert node.prolog(4711).returncode == 1
+    node.fault()
+    assert node.machine.path(f"{STATE_DIRECTORY}/last-fault").exists()
+    assert node.findings() == {}
+
+
 # ---------------------------------------------------------------------------------------------------------- the logs
 
 

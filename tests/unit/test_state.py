@@ -135,6 +135,7 @@ WHO = "job id=4711 uid=20001 restart=0 boot=b ready=no"
         [],
         ["job"],
         ["job id=4711"],
+        [WHO.replace("id=4711", "id=4712")],
         [WHO.replace("id=4711", "id=many")],
         [WHO.replace(" ready=no", "")],
         [WHO, "redo quit_daemon"],
