@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Repair this node and print what was found. Returns the exit status."""
+    """Repair this node and print what was found. Returns the exit status where there was nothing to look at."""
     if os.geteuid() != 0:
         print("slurm-mps: reconcile changes what belongs to root; run it as root", file=sys.stderr)
         return NOT_ROOT
@@ -51,11 +51,13 @@ def run(options: argparse.Namespace) -> int:
     reconciler = Reconciler(os.environ, Gpus(), watch, findings.append, dry_run=options.dry_run)
     try:
         if not reconciler.run():
-            print("slurm-mps: nothing of slurm-mps is on this node", file=sys.stderr)
-            return NOT_HERE
+            print("slurm-mps: nothing of slurm-mps is on this node", file=sys.stderr, flush=True)
+            os._exit(NOT_HERE)
     except MpsError as error:
         findings.append(Finding("this node", LEFT, str(error)))
-    return _print(findings, options)
+    status = _print(findings, options)
+    sys.stderr.flush()
+    os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
 
 
 def _print(findings: list[Finding], options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -344,6 +345,37 @@ def test_a_driver_that_hangs_ends_it(node: MistreatedNode) -> None:
     assert monotonic() - start < 4
     node.fault()
     assert node.findings() == {"job 4711": "repaired"}
+
+
+#: Each thread starts late, as on a busy machine, and the process takes its time to go away.
+LATE_THREADS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+struct start { void *(*run)(void *); void *with; };
+static void *late(void *start) { usleep(600000); return ((struct start *)start)->run(((struct start *)start)->with); }
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *with)
+{
+    int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) = dlsym(RTLD_NEXT, "pthread_create");
+    struct start *start = malloc(sizeof(*start));
+    start->run = run;
+    start->with = with;
+    return real(thread, attributes, late, start);
+}
+__attribute__((destructor)) static void linger(void) { usleep(800000); }
+"""
+
+
+def test_its_watch_does_not_outlive_the_interpreter(node: MistreatedNode, tmp_path: Path) -> None:
+    """A thread that began to run while Python was taken down crashed it: all was done, and the status a signal's."""
+    command = ["gcc", "-shared", "-fPIC", "-o", str(tmp_path / "late.so"), "-xc", "-", "-ldl"]
+    subprocess.run(command, input=LATE_THREADS, text=True, check=True, timeout=60)
+    shutil.copy(tmp_path / "late.so", node.machine.path("/run/late.so"))
+    freed_is_overwritten = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"
+    result = node.run("env", "LD_PRELOAD=/run/late.so", freed_is_overwritten, COMMAND, "reconcile")
+    assert (result.returncode, result.stdout) == (0, "nothing is left of jobs that are over\n")
 
 
 def test_its_exit_status_and_streams(node: MistreatedNode) -> None:
