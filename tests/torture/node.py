@@ -44,7 +44,7 @@ class MistreatedNode(GpuNode):
     def findings(self, *options: str, status: int = 0) -> dict[str, str]:
         """What reconcile found, by thing; it must end with this status."""
         result = self.reconcile("--json", *options)
-        assert result.returncode == status, f"{result.stdout}{result.stderr}"
+        assert result.returncode == status, f"exit {result.returncode}: {result.stdout}{result.stderr}"
         report: dict[str, Any] = json.loads(result.stdout)
         assert report["status"] == status
         return {finding["thing"]: finding["outcome"] for finding in report["findings"]}
