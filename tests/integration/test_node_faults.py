@@ -505,6 +505,7 @@ def test_logs_and_verdicts_have_a_bound_in_total(gpu_node: GpuNode) -> None:
     """However many jobs there were, well or not: so many jobs, and of each so much for each of its daemons."""
     bound = '[logs]\nmax_kib = 1\nmax_jobs = 3\n[policy]\nnode_fault = "fail_job"\n'
     gpu_node.configure(bound)
+    gpu_node.run("rm", "-rf", "/var/log/slurm-mps").check()  # other tests' jobs, whatever their ids
     for job in range(5001, 5006):
         gpu_node.prolog(job, SPANK_MPS="per-gpu").check()
         for gpu in (0, 1):
