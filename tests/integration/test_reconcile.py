@@ -57,6 +57,13 @@ def uuid(node: MistreatedNode, index: int) -> str:
     return node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()[index]
 
 
+def settle(node: MistreatedNode, *jobs: int) -> None:
+    """Wait until the jobs' servers are up: they write to their logs until then."""
+    for job in jobs:
+        server = node.control(job, "get_server_list").stdout.strip()
+        assert node.control(job, f"get_server_status {server}").stdout == "ACTIVE\n"
+
+
 def crash(node: MistreatedNode, job_id: int = 4711, **spank: str) -> None:
     """A job whose processes and whose epilog were killed: all but the MPS processes is left."""
     node.prolog(job_id, gpus="0,1", **(spank or asked("25", "8G"))).check()
@@ -117,6 +124,7 @@ def test_what_slurm_says_decides(node: MistreatedNode, said: str, outcome: str) 
 def test_a_slurm_that_does_not_answer_leaves_the_job(node: MistreatedNode, said: str) -> None:
     """Nothing is guessed, nothing changed: the job is named, with Slurm's own words, and the status is 1."""
     node.prolog(4711).check()
+    settle(node, 4711)
     before = node.tree()
     if said == "fails":
         node.slurm_says(None)
@@ -321,6 +329,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(node: MistreatedN
     node.run("sh", "-c", f"mv /run/kept/* {STATE_DIRECTORY}/gpus; rmdir /run/kept; cd {STATE_DIRECTORY}/jobs; "
              "rm 4713/journal; mkdir -m 700 4714").check()  # fmt: skip
     node.machine.write(f"{LOGS}/12/server.log", "x" * 2_000_000)
+    settle(node, 4712, 4713)
     before = node.tree(), node.snapshot()
     would = node.findings("--dry-run")
     assert (node.tree(), node.snapshot()) == before

@@ -74,7 +74,13 @@ class StruckNode(MistreatedNode):
         end = monotonic() + 2
         while True:
             now = self.snapshot()
-            root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {"config", "gpus", "jobs", "lock"}
+            root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {
+                "config",
+                "gpus",
+                "jobs",
+                "last-fault",
+                "lock",
+            }
             if now == self.before and not root:
                 return ""
             if monotonic() > end:
