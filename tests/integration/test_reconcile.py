@@ -46,7 +46,7 @@ def node(shared_node: MistreatedNode) -> Iterator[MistreatedNode]:
     shared_node.fault()
     shared_node.configure("")
     shared_node.run("sh", "-c", f"while umount {REAL_BOOT_ID} 2>/dev/null; do :; done; rm -rf {LOGS}")
-    after = shared_node.snapshot()
+    after = shared_node.settled(before)
     shared_node.clean()
     shared_node.kill(*shared_node.mps_processes())
     shared_node.set_compute_modes(0, 0, 0, 0)
@@ -227,12 +227,12 @@ def test_processes_without_a_state_are_ended_when_their_job_is_over(
     """Somebody removed the state by hand. While the job runs it is named, status 1; then its processes go, and a GPU
     whose ledger is lost is named and left."""
     node.prolog(4711, SPANK_MPS=kind).check()
-    pids = {process.pid for process in node.mps_processes()}
+    daemons = node.control_daemons()
     path = f"{STATE_DIRECTORY}/jobs/4711/journal" if removed == "journal" else removed
     node.run("rm", "-r", path).check()
     node.slurm_says({4711: "RUNNING|N/A|n1"})
     assert node.findings(status=1)["job 4711"] == "left"
-    assert ({process.pid for process in node.mps_processes()}, node.compute_modes()) == (pids, [3, 3, 0, 0])
+    assert (node.control_daemons(), node.compute_modes()) == (daemons, [3, 3, 0, 0])
     node.slurm_says(UNKNOWN)
     lost = removed == STATE_DIRECTORY
     gpus = {uuid(node, index): "left" if lost else "repaired" for index in (0, 1)}
@@ -330,9 +330,10 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(node: MistreatedN
              "rm 4713/journal; mkdir -m 700 4714").check()  # fmt: skip
     node.machine.write(f"{LOGS}/12/server.log", "x" * 2_000_000)
     settle(node, 4712, 4713)
-    before = node.tree(), node.snapshot()
+    node.configure("# new\n")
+    before = node.tree(), node.compute_modes(), node.control_daemons()
     would = node.findings("--dry-run")
-    assert (node.tree(), node.snapshot()) == before
+    assert (node.tree(), node.compute_modes(), node.control_daemons()) == before
     done = node.findings()
     assert set(would.values()) == {"would repair"}
     assert set(done.values()) == {"repaired"}

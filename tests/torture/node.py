@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from tests.harness.gpunode import GpuNode
 from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
+    from tests.harness.gpunode import NodeSnapshot
     from tests.harness.machine import Process, Result
 
 COMMAND = "/opt/slurm-mps/bin/slurm-mps"
@@ -83,8 +85,22 @@ class MistreatedNode(GpuNode):
         name = "CUDA_MPS_PIPE_DIRECTORY="
         return [(p, word.removeprefix(name)) for p, words in found for word in words if word.startswith(name)]
 
+    def mps_processes(self) -> list[Process]:
+        """As ever, without those that have ended and are about to be reaped."""
+        return [process for process in super().mps_processes() if process.cmdline]
+
+    def settled(self, before: NodeSnapshot) -> NodeSnapshot:
+        """The node as it is, once what has ended is reaped, if it is then as before."""
+        end = monotonic() + 2
+        while (now := self.snapshot()) != before and monotonic() < end:
+            sleep(0.02)
+        return now
+
     def tree(self) -> str:
-        """Everything of slurm-mps on the node, with content: to see that nothing changed."""
+        """Everything of slurm-mps on the node, with content: to see that nothing changed. Not what is the daemons' own,
+        who write when they like: their pipe directories, and the logs of the jobs 47xx.
+        """
         places = f"{STATE_DIRECTORY} /var/log/slurm-mps"
-        show = f"find {places} -printf '%p %m %U %s %T@\\n' | sort; find {places} -type f | sort | xargs -r cat"
-        return self.run("sh", "-c", show).stdout
+        prune = r"\( -name 'pipe' -o -name 'gpu-*' -o -path '*/log/slurm-mps/47*' \) -prune -o"
+        show = f"find {places} {prune} -printf '%p %m %U %s %T@\\n'; find {places} {prune} -type f -exec cat {{}} +"
+        return self.run("sh", "-c", f"{{ {show}; }} | sort").stdout

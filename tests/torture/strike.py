@@ -11,7 +11,6 @@ import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
@@ -71,21 +70,10 @@ class StruckNode(MistreatedNode):
 
     def left(self) -> str:
         """What is not as before, once a program that commanded a daemon has seen it go; empty when all is as before."""
-        end = monotonic() + 2
-        while True:
-            now = self.snapshot()
-            root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - {
-                "config",
-                "gpus",
-                "jobs",
-                "last-fault",
-                "lock",
-            }
-            if now == self.before and not root:
-                return ""
-            if monotonic() > end:
-                return f"{now} {sorted(root)}"
-            sleep(0.02)
+        now = self.settled(self.before)
+        ours = {"config", "gpus", "jobs", "last-fault", "lock"}
+        root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - ours
+        return "" if now == self.before and not root else f"{now} {sorted(root)}"
 
     def reset(self) -> None:
         """Make it as before by force, so that one failure is not the next one's."""

@@ -37,7 +37,7 @@ def node(big_node: MistreatedNode) -> Iterator[MistreatedNode]:
     before = big_node.snapshot()
     yield big_node
     big_node.fault()
-    after = big_node.snapshot()
+    after = big_node.settled(before)
     big_node.kill(*big_node.mps_processes())
     big_node.run("rm", "-rf", STATE_DIRECTORY)
     big_node.set_compute_modes(*before.compute_modes)

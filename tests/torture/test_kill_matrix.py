@@ -33,7 +33,7 @@ def struck_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StruckNode
 
 
 #: One of so many points; `make torture` strikes at all of them.
-EVERY = {"prolog per-gpu": 12, "epilog per-gpu": 8, "reconcile per-gpu": 15, "prolog after a change of mps.toml": 60}
+EVERY = {"prolog per-gpu": 14, "epilog per-gpu": 8, "reconcile per-gpu": 20, "prolog after a change of mps.toml": 60}
 
 
 @pytest.mark.parametrize("name", EVERY)
