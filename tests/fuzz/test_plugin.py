@@ -40,7 +40,7 @@ def fuzzer(tmp_path: Path, walls_down: tuple[str, ...]) -> Path:
 @attack("a value is copied whole or not at all")
 def test_no_input_breaks_the_parsers(fuzzer: Path, works: bool) -> None:
     """Bounded in time; `fuzz -jobs=...` with the same corpus goes on for as long as one likes."""
-    options = [f"-max_total_time={SECONDS}", "-max_len=16384", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
+    options = [f"-max_total_time={SECONDS}", "-max_len=40000", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
     done = subprocess.run(
         [fuzzer, *options, "corpus"], cwd=fuzzer.parent, capture_output=True, text=True, timeout=60, check=False
     )
