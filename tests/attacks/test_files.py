@@ -8,7 +8,6 @@ import pytest
 
 from tests.attacks.processes import started, until
 from tests.attacks.weakened import attack
-from tests.harness.gpunode import asked
 from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 JOB, LOGS = f"{STATE_DIRECTORY}/jobs/4711", "/var/log/slurm-mps/4711"
 PRECIOUS = "/run/precious"  # on the file system of the state: removal leaves others alone in any case
 SECRET = "the secret\n"
+DAEMONS = {"per-node": "pipe", "per-gpu": "gpu-1"}  # where a control daemon has its sockets
 IN_TMP = '[paths]\nlogs = "/tmp/mps-logs"\n'
 SWAP = """
 import ctypes, os
@@ -73,11 +73,12 @@ def test_a_link_that_comes_and_goes_where_the_logs_are_to_go(precious: GpuNode, 
     assert is_lost(precious) is works
 
 
+@pytest.mark.parametrize("daemons", DAEMONS)
 @attack("removal follows nothing", even_without="the pipe directory is root's alone to write")
-def test_a_link_in_what_root_removes(precious: GpuNode, works: bool) -> None:
+def test_a_link_in_what_root_removes(precious: GpuNode, daemons: str, works: bool) -> None:
     """A user plants a link in the job's directory and waits for the epilog to remove what it leads to."""
-    precious.prolog(4711).check()
-    shell(precious, f"ln -s {PRECIOUS}/4711 {JOB}/pipe/planted")
+    precious.prolog(4711, SPANK_MPS=daemons).check()
+    shell(precious, f"ln -s {PRECIOUS}/4711 {JOB}/{DAEMONS[daemons]}/planted")
     precious.epilog(4711)
     assert is_lost(precious) is works
 
@@ -116,10 +117,22 @@ def test_a_secret_in_a_logs_place(node: GpuNode, works: bool) -> None:
     assert read is works
 
 
+@attack("links are not followed", even_without="the user may only read")
+def test_a_link_in_a_gpus_logs_place(node: GpuNode, works: bool) -> None:
+    """Each GPU's daemon has logs of its own, which root cuts; a user leads root to another directory's."""
+    node.configure("[logs]\nmax_kib = 1\n")
+    node.machine.write("/root/logs/server.log", SECRET * 200, mode=0o600)
+    node.prolog(4711, SPANK_MPS="per-gpu").check()
+    shell(node, f"ln -s /root/logs {LOGS}/gpu-7")
+    node.epilog(4711)
+    cut = node.machine.path("/root/logs/server.log").stat().st_size < len(SECRET * 200)
+    assert cut is works
+
+
 @attack("only root's plain file is read", even_without="the user may only read")
 def test_a_fifo_in_a_logs_place(node: GpuNode, works: bool) -> None:
     """Opening a fifo that nobody writes waits for ever; an epilog that is ended by its watch drains the node."""
-    node.configure("[deadlines]\nepilog = 0.6\n")
+    node.configure("[deadlines]\nepilog = 2\n")
     node.prolog(4711).check()
     shell(node, f"cd {LOGS}; mv server.log away; mkfifo server.log")
     drained = node.epilog(4711).returncode != 0
@@ -141,7 +154,7 @@ os.chmod(f"{job}/journal", 0o600)
 """
 
 
-@attack("only root's plain file is read", even_without="the user may only read")
+@attack("a journal is its own job's", even_without=("the user may only read", "only root's plain file is read"))
 def test_a_forged_journal(node: GpuNode, works: bool) -> None:
     """A user writes a whole journal that says: undo what bob's job has done to bob's GPU."""
     node.prolog(4711, user="alice", gpus="0").check()
@@ -154,11 +167,12 @@ def test_a_forged_journal(node: GpuNode, works: bool) -> None:
     assert opened is works
 
 
+@pytest.mark.parametrize("daemons", DAEMONS)
 @attack("nobody else may enter")
-def test_another_user_as_a_client(node: GpuNode, works: bool) -> None:
+def test_another_user_as_a_client(node: GpuNode, daemons: str, works: bool) -> None:
     """A foreign client has an idle server replaced by one of its own (O22): bob's gets in, or not."""
-    node.prolog(4711, user="alice", **asked("25")).check()
-    said = node.client(4711, user="bob").stdout
+    node.prolog(4711, user="alice", SPANK_MPS=daemons, SPANK_MPS_THREADS="25").check()
+    said = node.client(None, user="bob", CUDA_MPS_PIPE_DIRECTORY=f"{JOB}/{DAEMONS[daemons]}").stdout
     node.epilog(4711)
     assert (" sms=32 " in said) is works
 
@@ -166,8 +180,8 @@ def test_another_user_as_a_client(node: GpuNode, works: bool) -> None:
 @attack("nobody else may enter")
 def test_another_user_reads_verdict_and_logs(node: GpuNode, works: bool) -> None:
     """What alice's job has, who its clients are and what they did wrong is no business of bob's."""
-    node.prolog(4711, user="alice").check()
-    read = shell(node, f"cat {JOB}/verdict", "bob") or shell(node, f"cat {LOGS}/control.log", "bob")
+    node.prolog(4711, user="alice", SPANK_MPS="per-gpu").check()
+    read = shell(node, f"cat {JOB}/verdict", "bob") or shell(node, f"cat {LOGS}/gpu-1/control.log", "bob")
     node.epilog(4711)
     assert read is works
 

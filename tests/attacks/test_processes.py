@@ -15,7 +15,7 @@ from tests.harness.machine import USERS
 if TYPE_CHECKING:
     from tests.harness.gpunode import GpuNode
 
-SHORT = "[deadlines]\nquit = 0.3\nsignal = 0.3\n"
+SHORT = "[deadlines]\nquit = 0.3\nsignal = 0.6\n"  # forty processes have to end in it
 BUSY = 'exec sh -c "sleep 60 | nvidia-cuda-mps-control"'
 STORM = """
 import os, sys

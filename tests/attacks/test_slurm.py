@@ -76,9 +76,7 @@ def test_forty_hostile_submissions_drain_no_node(site: Site, free_spank: bytes) 
     assert submitted > HOSTILE_SUBMISSIONS // 2
     assert "Prolog error" not in logs
     assert not any(site.machine.path("/tmp/owned", node=node).exists() for node in site.nodes)
-    assert {name: state.state for name, state in site.cluster.node_states().items()} == dict.fromkeys(
-        site.nodes, "IDLE"
-    )
+    assert all(state.state in ("IDLE", "IDLE+PLANNED") for state in site.cluster.node_states().values())
 
 
 @attack("a user's mistake is not the node's fault")

@@ -27,8 +27,7 @@ def attacks() -> dict[str, set[str]]:
         for node in functions_of(path):
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "attack":
-                    values = [*mark.args, *(keyword.value for keyword in mark.keywords)]
-                    found[node.name] = {str(value.value) for value in values if isinstance(value, ast.Constant)}
+                    found[node.name] = {str(value.value) for value in ast.walk(mark) if isinstance(value, ast.Constant)}
     return found
 
 
@@ -49,7 +48,5 @@ def test_every_test_and_every_place_on_the_page_exists() -> None:
     functions = {node.name for path in FILES for node in functions_of(path)}
     assert set(re.findall(r"`(test_[a-z0-9_]+)`", PAGE)) <= functions
     for name, what in re.findall(r"`([a-z_/]+\.(?:py|c|sh|lua)):?([A-Za-z_.]*)(?:\(\))?`", PAGE):
-        (path,) = [
-            place for place in REPOSITORY.rglob(name) if ".cache" not in str(place) and "build" not in str(place)
-        ]
+        (path,) = [found for place in PLACES if (found := REPOSITORY / place / name).is_file()]
         assert what.rpartition(".")[2] in path.read_text(), (name, what)

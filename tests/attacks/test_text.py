@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.attacks.weakened import WEAK_PACKAGE, attack
 from tests.harness.gpunode import PROLOG, asked, job_environment
+from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +49,8 @@ def test_a_size_that_the_driver_misreads(node: GpuNode, works: bool) -> None:
 @attack("a verdict's value is one line", even_without="user's text is made printable")
 def test_a_verdict_of_the_users_own(node: GpuNode, works: bool) -> None:
     """A refusal repeats what was asked; a line end in it would be a line of the verdict that the plugin obeys."""
-    node.prolog(4711, **asked("25\nstatus ready\npipe_directory /home/alice/pipe\nthread_percentage 100"))
-    obeyed = node.verdict(4711).get("pipe_directory") == "/home/alice/pipe"
+    node.prolog(4711, **asked("25\nstatus ready\ndaemon /home/alice/pipe /home/alice/log -\nthread_percentage 100"))
+    obeyed = node.verdict(4711).get("daemon", "").startswith("/home/alice/pipe ")
     node.epilog(4711)
     assert obeyed is works
 
@@ -113,8 +114,9 @@ VALUES = st.one_of(
     st.binary(max_size=200).map(lambda data: data.replace(b"\0", b"").decode("utf-8", "surrogateescape")),
     st.text(alphabet="0123456789.MGT-+ \n;$`\x1b", max_size=12),
     st.builds(lambda text, times: text * times, st.sampled_from(["9", "A", "\n", "é"]), st.integers(1, 60_000)),
-    st.sampled_from(["25", "100", "8G", "600M", "low"]),
+    st.sampled_from(["25", "100", "8G", "600M", "low", "auto", "1", "per-node", "per-gpu", "0:8G", "0:8G,1:4G"]),
 )
+JOBS_OWN = (f"{STATE_DIRECTORY}/jobs/4711/pipe ", f"{STATE_DIRECTORY}/jobs/4711/gpu-0 ")
 NAMES = st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY", "SPANK_MPS_MORE"])
 
 
@@ -126,7 +128,7 @@ def asked_often(gpu_node: GpuNode) -> Iterator[GpuNode]:
 
 
 @given(values=st.dictionaries(NAMES, VALUES, min_size=1))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_sent_the_node_is_well(asked_often: GpuNode, values: dict[str, str]) -> None:
     """Straight to the prolog, past Slurm and the plugin: exit 0, no message, and a verdict of whole printable lines.
 
@@ -136,6 +138,6 @@ def test_whatever_is_sent_the_node_is_well(asked_often: GpuNode, values: dict[st
     verdict = asked_often.verdict(4711)
     assert (result.returncode, result.stderr) == (0, "")
     assert verdict["status"] in ("ready", "refused")
-    assert verdict.keys() <= {"status", "message"} or verdict["pipe_directory"] == asked_often.pipe_directory(4711)
+    assert verdict.keys() <= {"status", "message"} or verdict["daemon"].startswith(JOBS_OWN)
     assert all(value.isascii() and value.isprintable() and len(value) <= 480 for value in verdict.values())
     assert not asked_often.machine.path("/tmp/owned").exists()

@@ -45,6 +45,7 @@ class Change:
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
 STEPS, STATE, UNITS, LOGS = "slurm_mps/steps.py", "slurm_mps/state.py", "slurm_mps/units.py", "slurm_mps/node/logs.py"
 HOOK, HOOKS, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/hooks.py", "slurm_mps/lifecycle.py"
+LIMITS, SUSPECT, VERDICT = "spank/limits.c", "spank/suspect.c", "spank/verdict.c"
 PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
 
 WALLS: dict[str, tuple[Change, ...]] = {
@@ -68,10 +69,10 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "the pipe directory is root's alone to write": (
         Change(
             STEPS,
-            'site.journal.directory.make("pipe", 0o755).close()',
-            'pipe = site.journal.directory.make("pipe", 0o755)\n'
-            '        __import__("os").fchmod(pipe.fd, 0o1777)\n'
-            "        pipe.close()",
+            "site.journal.directory.make(name, 0o755).close()",
+            "pipe = site.journal.directory.make(name, 0o755)\n"
+            '            __import__("os").fchmod(pipe.fd, 0o1777)\n'
+            "            pipe.close()",
         ),
     ),
     "removal follows nothing": (
@@ -104,6 +105,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "if False:",
         ),
     ),
+    "a journal is its own job's": (Change(STATE, "if journal.job_id != job_id:", "if False:"),),
     "nobody else may enter": (Change(FILES, "(_ACL_OTHER, 0, _ACL_NO_ID)", "(_ACL_OTHER, 5, _ACL_NO_ID)"),),
     "jobs cannot be listed": (Change(STATE, 'self.root.make("jobs", 0o711)', 'self.root.make("jobs", 0o755)'),),
     # ------------------------------------------------------------------------------------ environment, descriptors
@@ -122,7 +124,11 @@ WALLS: dict[str, tuple[Change, ...]] = {
     ),
     "a command is of plain characters": (Change(CONTROL, "if not _GRAMMAR.issuperset(line):", "if False:"),),
     "a size is a number": (
-        Change(UNITS, '    raise RequestError(f"expected {MEMORY_EXPECTED}")', "    return 8 * GIB"),
+        Change(
+            UNITS,
+            '[unit]\n    raise RequestError(f"expected {MEMORY_EXPECTED}")',
+            "[unit]\n    return 8 * 1024 * MIB",
+        ),
         Change(
             CONTROL,
             "            size = format_memory(limits.memory_bytes)",
@@ -142,7 +148,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(HOOKS, "return self._refuse(str(error))", "return self._node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
-    "the pid file is root's alone to write": (Change(STEPS, "            site.daemon.protect(pipe)\n", ""),),
+    "the pid file is root's alone to write": (Change(STEPS, "        daemon.protect(pipe)\n", ""),),
     "a pid proves nothing": (
         Change(
             CONTROL,
@@ -180,18 +186,45 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "        others = [job for job in entry.holders if job != job_id]\n",
             '        __import__("time").sleep(0.3)\n        others = [job for job in entry.holders if job != job_id]\n',
         ),
+        Change(STEPS, "while there := site.gpus.processes(self.gpu):", "while there := ():"),
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "journal.note(undo.line())", "journal.undo.append(undo.line())"),),
     # ------------------------------------------------------------------------------------------------------ plugin
     "a task's memory limit is one that the driver can use": (
         Change(
-            "spank/spank_mps.c",
-            "	if (limits_memory_value(&step.limits, uuids, visible, value, sizeof(value)) &&\n",
-            "	if (false &&\n",
+            LIMITS,
+            "	if (!fill(verdict, limits, task, count, mib))\n",
+            "	if (fill(verdict, limits, task, count, mib))\n",
         ),
     ),
     "a value is copied whole or not at all": (
-        Change("spank/verdict.c", "	if (!length || length >= size)\n", "	(void)size;\n	if (!length)\n"),
+        Change(VERDICT, "	if (!length || length >= size)\n", "	(void)size;\n	if (!length)\n"),
+    ),
+    "the mark is no link": (
+        Change(SUSPECT, "O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC", "O_WRONLY | O_CREAT | O_CLOEXEC"),
+    ),
+    "the probe starts from nothing": (
+        Change(
+            "spank/spank_mps.c",
+            "int slurm_spank_user_init(spank_t sp, int ac, char **av)\n{\n",
+            "int slurm_spank_user_init(spank_t sp, int ac, char **av)\n{\n"
+            "	char **given = NULL;\n"
+            "	(void)spank_get_item(sp, S_JOB_ENV, &given);\n"
+            "	while (given && *given)\n"
+            "		(void)putenv(strdup(*given++));\n",
+        ),
+        Change(SUSPECT, '"-I", "-S", ', ""),
+        Change(
+            SUSPECT,
+            "	(void)execve(argv[0], argv, environment);\n",
+            "	for (char *const *own = environment; *own; own++)\n"
+            "		(void)putenv(*own);\n"
+            "	(void)execve(argv[0], argv, environ);\n",
+        ),
+    ),
+    "the probe keeps nothing of slurmstepd's": (
+        Change(SUSPECT, "	close_others();\n", "	(void)close_others;\n"),
+        Change(SUSPECT, "setresgid(gid, gid, gid) || setresuid(uid, uid, uid) || (uid && !setuid(0))", "!gid && !uid"),
     ),
 }
 
@@ -199,13 +232,13 @@ WALLS: dict[str, tuple[Change, ...]] = {
 WIDENED = {"a ledger is read and written at once"}
 
 
-def attack(wall: str, *, even_without: str = "") -> pytest.MarkDecorator:
+def attack(wall: str, *, even_without: str | tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Run a test against the product and without `wall`; give it `works`: whether the attack is to succeed.
 
-    even_without: a wall further out, which is then down in a third run where the attack must still fail, and in the
-    one where it is to succeed.
+    even_without: a wall further out, or several; down in a third run, in which the attack must still fail, and in the
+    one in which it is to succeed.
     """
-    outer = (even_without,) if even_without else ()
+    outer = (even_without,) if isinstance(even_without, str) else even_without
     cases = [pytest.param((), False, id="product")]
     if outer:
         cases.append(pytest.param(outer, False, id="breached"))

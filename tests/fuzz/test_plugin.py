@@ -94,7 +94,7 @@ def test_a_sanitized_plugin_in_slurmstepd(sanitized: Site, works: bool) -> None:
     place = f"{STATE_DIRECTORY}/jobs/{job}/verdict"
     verdict = machine.read(place, node="n1")
     end = verdict.rindex("end ")
-    machine.write(place, f"{verdict[:end]}message {'x' * 12000}\n{verdict[end:]}", node="n1")
+    machine.write(place, f"{verdict[:end]}message {'x' * 30000}\n{verdict[end:]}", node="n1")
     machine.write("/home/alice/go", "")
 
     def look() -> bool | None:

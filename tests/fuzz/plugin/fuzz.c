@@ -135,6 +135,8 @@ static void check_limits(const struct verdict *verdict, const struct limits *lim
 		uint64_t job = verdict_daemon_of(verdict, &verdict->gpus[gpu])->mib;
 
 		CHECK(!job || (limits->mib[gpu] && limits->mib[gpu] <= job));
+		CHECK(limits->mib[gpu] == job || limits->mib[gpu] >= verdict->mib_min);
+		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib);
 	}
 }
 
@@ -153,7 +155,7 @@ static void check_divided(const struct verdict *verdict, const struct task_gpus 
 
 		CHECK(after->ranks >= ranks[gpu]);
 		CHECK(!before->divide_threads || ranks[gpu] * after->threads_tenths <= 1000);
-		CHECK(!before->divide_memory || (after->mib[gpu] > 0 && after->mib[gpu] * ranks[gpu] <=
+		CHECK(!before->divide_memory[gpu] || (after->mib[gpu] > 0 && after->mib[gpu] * ranks[gpu] <=
 						 verdict->gpus[gpu].mib_for_clients));
 	}
 }
@@ -229,7 +231,7 @@ static void run_task(const struct verdict *verdict, struct limits *limits, char 
 	uint8_t ranks[GPUS_MAX] = { 0 };
 
 	memcpy(ranks, parts[RANKS], strnlen(parts[RANKS], sizeof(ranks)));
-	if (!task_gpus(verdict, parts[VISIBLE], &task))
+	if (!task_gpus(verdict, *parts[VISIBLE] ? parts[VISIBLE] : NULL, *parts[RANKS], &task))
 		return;
 	CHECK(task.count <= verdict->gpu_count);
 	for (unsigned int i = 0; i < task.count; i++)

@@ -1,0 +1,110 @@
+"""What root makes and starts for the step after one that ended badly: the mark, and the probe (docs/decisions/0007)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.attacks.weakened import attack
+from tests.harness.site import STATE_DIRECTORY, Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.gpunode import GpuNode
+
+HERE = Path(__file__).parent
+JOBS = f"{STATE_DIRECTORY}/jobs"
+MARKS = "suspect suspect-0"  # of the whole job, or of a GPU
+LED_TO = "/run/made-by-root"  # a node's own
+TOLD, LIB = "/home/alice/told", "/home/alice/lib"
+#: A user's module that every Python imports which does not refuse to: it tries to become root and tells what it has.
+SITECUSTOMIZE = f"""
+import json, os
+if b"probe.py" in open("/proc/self/cmdline", "rb").read():
+    held = [os.readlink(f"/proc/self/fd/{{fd}}") for fd in os.listdir("/proc/self/fd") if fd != "3"]
+    groups = os.getgroups()
+    try:
+        os.setresuid(0, 0, 0)
+    except OSError:
+        pass
+    told = dict(uids=os.getresuid(), gids=os.getresgid(), groups=groups, held=[h for h in held if h != "/dev/null"])
+    told["preloaded"] = "users-own.so" in open("/proc/self/maps").read()
+    with open("{TOLD}.new", "w") as file:
+        json.dump(told, file)
+    os.rename("{TOLD}.new", "{TOLD}")
+"""
+ALICE = 20001
+
+
+@attack("the mark is no link", even_without="the user may only read")
+def test_a_link_where_the_mark_is_to_go(cluster: Site, works: bool) -> None:
+    """A task plants a link and fails on purpose: slurmstepd, as root, makes a file where the link leads."""
+    plant = f"cd {JOBS}/$SLURM_JOB_ID; for mark in {MARKS}; do ln -s {LED_TO} $mark; done; false"
+    job = cluster.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script=f"srun sh -c '{plant}'\n")
+    cluster.cluster.wait(job)
+    made = cluster.node("n1", "test", "-e", LED_TO).returncode == 0
+    cluster.node("n1", "rm", "-f", LED_TO)
+    assert made is works
+
+
+@attack("the user may only read")
+def test_a_mark_of_the_users_own(node: GpuNode, works: bool) -> None:
+    """What a user can make there first, as a file, a directory or a fifo, root would open, clear or wait for."""
+    node.prolog(4711, user="alice").check()
+    made = []
+    for make in ("touch", "mkdir", "mkfifo"):
+        result = node.run("sh", "-c", f"cd {JOBS}/4711 && {make} suspect && rm -r suspect", user="alice")
+        made.append(result.returncode == 0)
+    node.epilog(4711)
+    assert made == [works] * 3
+
+
+@pytest.fixture
+def sprung(cluster: Site, tmp_path: Path) -> Iterator[Site]:
+    """A site on which alice has a module and a library to spring on the probe, and slurmstepd a file of root's."""
+    machine = cluster.machine
+    (tmp_path / "own.c").write_text("int users_own;\n")
+    for source, target in ((tmp_path / "own.c", f"{LIB}/users-own.so"), (HERE / "leaky_spank.c", "/opt/leaky.so")):
+        machine.make_directory(LIB, user="alice")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", machine.path(target), source], check=True)
+    machine.write(f"{LIB}/sitecustomize.py", SITECUSTOMIZE, user="alice")
+    machine.write("/root/secret", "secret", mode=0o600)
+    plugstack = machine.read("/etc/slurm/plugstack.conf")
+    machine.write("/etc/slurm/plugstack.conf", f"optional /opt/leaky.so\n{plugstack}")
+    yield cluster
+    machine.write("/etc/slurm/plugstack.conf", plugstack)
+    machine.run(["rm", "-r", LIB, "/opt/leaky.so", "/root/secret"]).check()
+
+
+def told_by_the_probe(site: Site) -> dict[str, Any]:
+    """What a user's code had in the probe; empty when it did not come to run there."""
+    own = f"PYTHONPATH={LIB},LD_PRELOAD={LIB}/users-own.so"
+    script = f"srun false\nsrun --export=ALL,{own} true\n"
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script=script)
+    site.cluster.wait(job)
+    told = site.machine.path(TOLD)
+    found: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
+    told.unlink(missing_ok=True)
+    return found
+
+
+@attack("the probe keeps nothing of slurmstepd's", even_without="the probe starts from nothing")
+def test_a_users_code_in_the_probe(sprung: Site, walls_down: tuple[str, ...], works: bool) -> None:
+    """As in CVE-2025-23266: root starts a program for a user, and the user's variables bring code into it.
+
+    With the outer wall down it does come in, and finds itself to be nobody but the user; with both it is root, and
+    reads what slurmstepd had open.
+    """
+    told = told_by_the_probe(sprung)
+    assert bool(told) is bool(walls_down)
+    assert (told.get("uids") == [0, 0, 0]) is works
+    assert ("/root/secret" in told.get("held", [])) is works
+    if told and not works:
+        assert told["preloaded"]
+        assert (told["uids"], told["gids"], told["groups"]) == ([ALICE] * 3, [ALICE] * 3, [ALICE])
+        assert told["held"] == []
