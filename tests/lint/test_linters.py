@@ -48,7 +48,7 @@ def running() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
         yield {name: pool.submit(run, command) for name, command in LINTERS.items()}
 
 
-@pytest.mark.parametrize("name", reversed(LINTERS))
+@pytest.mark.parametrize("name", sorted(LINTERS))
 def test_linter_has_nothing_to_say(running: dict[str, Future[subprocess.CompletedProcess[str]]], name: str) -> None:
     done = running[name].result()
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
