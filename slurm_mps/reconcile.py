@@ -21,6 +21,7 @@ from .node.control import ControlDaemon, Patience, Stray, find_below
 from .node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from .node.processes import identify
 from .record import record
+from .request import ID_MAX
 from .state import STATE_DIRECTORY, NodeState
 from .steps import JobSite, let_go
 from .verify.hostlist import expand_hosts
@@ -245,8 +246,7 @@ class Reconciler:
         if not any(identify(stray.process.pid) == stray.process for stray in strays):
             return None
         patience = Patience(2, DEFAULTS.deadlines_quit, DEFAULTS.deadlines_signal)
-        uid = max(stray.uid for stray in strays)
-        for directory in sorted({stray.pipe_directory for stray in strays}):
+        for directory, uid in sorted({(stray.pipe_directory, stray.uid) for stray in strays}):
             self._watch.restart(DEFAULTS.deadlines_epilog)
             ControlDaemon(DEFAULTS.paths_control_program, directory, "").end(uid, patience)
         state.open_journal(job_id)  # removes the directory without one
@@ -340,7 +340,7 @@ def _by_job(strays: list[Stray]) -> dict[int, list[Stray]]:
     found: dict[int, list[Stray]] = {}
     for stray in strays:
         job = stray.pipe_directory.removeprefix(f"{_JOBS}/").partition("/")[0]
-        if job.isdigit():
+        if job.isdigit() and len(job) <= 10 and int(job) <= ID_MAX:
             found.setdefault(int(job), []).append(stray)
     return found
 

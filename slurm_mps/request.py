@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "SPANK_MPS"
 _KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
-_ID_MAX = 2**32 - 1
+ID_MAX = 2**32 - 1
 PER_NODE, PER_GPU = "per-node", "per-gpu"
 _DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
 
@@ -64,7 +64,7 @@ def slurm_number(environment: Mapping[str, str], name: str, default: int | None 
     text = environment.get(name, "")
     if not text and default is not None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _ID_MAX):
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= ID_MAX):
         raise NodeError(f"slurmd gave the prolog no usable {name}: {printable(text)!r}")
     return int(text)
 

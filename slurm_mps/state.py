@@ -253,7 +253,7 @@ class NodeState:
         for name in ("verdict", "config"):
             journal.directory.unlink(name)
         for name in journal.directory.names():
-            if name.startswith("suspect-"):
+            if name.startswith("suspect"):
                 journal.directory.unlink(name)
         journal.directory.unlink("journal", temporary_only=True)
         strangers = [name for name in journal.directory.names() if name != "journal"]

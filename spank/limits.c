@@ -103,10 +103,13 @@ static bool lower_memory(const struct verdict *verdict, const char *asked, struc
 			 size_t size)
 {
 	struct mem_option mem;
+	const char *problem = mem_option(asked, &mem);
 	char word[8] = "";
 
-	if (mem_option(asked, &mem))
-		return true; /* it was refused where it was given */
+	if (problem) { /* it was refused where it was given */
+		(void)snprintf(message, size, "--mps-mem: %s", problem);
+		return false;
+	}
 	if (mem.by_gpu && !verdict->per_gpu) {
 		(void)snprintf(message, size, "--mps-mem=%s needs a job with --mps=per-gpu: one control daemon cannot tell its "
 					      "GPUs apart", asked);
@@ -223,6 +226,8 @@ static unsigned int users_tenths(const char *own)
 	if (!point || strspn(point + 1, "0123456789") != strlen(point + 1) || (size_t)(point - own) + 3 > sizeof(cut))
 		return threads_tenths(own);
 	(void)snprintf(cut, sizeof(cut), "%.*s", (int)(point - own) + 2, own);
+	if (!threads_tenths(cut) && strspn(cut, "0.") == strlen(cut) && strpbrk(point + 1, "123456789"))
+		return 1; /* less than what there is is the least that there is */
 	return threads_tenths(cut);
 }
 

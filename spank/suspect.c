@@ -16,6 +16,11 @@
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define WAIT_TRIES 500
+/*
+ * The probe is in slurmstepd's place among the cgroups, not the step's: its user must not be able to take it over with
+ * ptrace(2), which asks for the same gids. The MPS server has gid 0 and is safe by that, too (O51).
+ */
+#define PROBE_GID 65534
 #define WAIT_PAUSE_MS 10
 
 /* Only root can write a job's directory, so what is in it is root's. */
@@ -50,7 +55,7 @@ static void write_mark(int directory, unsigned int gpu)
 	int fd;
 
 	mark_name(name, sizeof(name), gpu);
-	fd = openat(directory, name, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	fd = openat(directory, name, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600);
 	if (fd < 0)
 		return;
 	(void)futimens(fd, NULL);
@@ -109,7 +114,6 @@ static void become_probe(const struct verdict *verdict, const struct verdict_dae
 	char *const argv[] = { (char *)(uintptr_t)verdict->python, "-I", "-S", (char *)(uintptr_t)verdict->probe, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", pipe_variable, log_variable, visible_variable, NULL };
 	uid_t uid = geteuid();
-	gid_t gid = getegid();
 	sigset_t none;
 	int null = open("/dev/null", O_RDWR);
 
@@ -123,7 +127,9 @@ static void become_probe(const struct verdict *verdict, const struct verdict_dae
 	close_others();
 	if (setpgid(0, 0) || sigprocmask(SIG_SETMASK, &none, NULL))
 		_exit(126);
-	if (setresgid(gid, gid, gid) || setresuid(uid, uid, uid) || (uid && !setuid(0)))
+	if (uid && (seteuid(0) || setresgid(PROBE_GID, PROBE_GID, PROBE_GID)))
+		_exit(126);
+	if (setresuid(uid, uid, uid) || (uid && !setuid(0)))
 		_exit(126);
 	(void)execve(argv[0], argv, environment);
 	_exit(127);

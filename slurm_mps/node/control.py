@@ -31,6 +31,9 @@ LOCK_FILE = "control_lock"
 PIPE_DIRECTORY_MAX = 107 - len("/control_privileged")
 _TURNED_AWAY = "Cannot send command"
 _TURNED_AWAY_SECONDS = 0.02
+_STRAY_SECONDS = 1.0
+_NAMED_PIDS = 20
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./")
 _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
 
 
@@ -72,9 +75,12 @@ def find_below(directory: str, place: str) -> list[Stray]:
     found = []
     for one in processes.find_programs((DAEMON_PROGRAM, SERVER_PROGRAM), place):
         pipe = one.environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
-        if pipe.startswith(f"{directory}/") and (one.program == SERVER_PROGRAM or one.uid == 0):
+        if not (pipe.startswith(f"{directory}/") and _PLAIN.issuperset(pipe)):
+            continue  # a server's environment is its user's to write, and so is one that only looks like a server
+        if one.program == SERVER_PROGRAM or one.uid == 0:
             gpus = one.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            found.append(Stray(one.process, one.uid, pipe, tuple(gpus)))
+            named = tuple(gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < 96 and _PLAIN.issuperset(gpu))
+            found.append(Stray(one.process, one.uid, pipe, named))
     return found
 
 
@@ -228,36 +234,37 @@ class ControlDaemon:
         return all(processes.wait_ended(process, max(0.0, end - monotonic())) for process in ours)
 
     def _end_by_signals(self, ours: list[ProcessIdentity], server_uid: int, patience: Patience) -> None:
-        left = self._left(ours, server_uid)
-        end = 0.0
+        """Without the daemon nobody says whose servers are whose: all that look like its are ended, and waited for."""
+        ours = ours or self.find_processes(server_uid)
         for number in (processes.SIGTERM, processes.SIGKILL):
+            left = _alive(ours)
             for process in left:
                 processes.signal_process(process, number)
             end = monotonic() + patience.signal_seconds
             for process in left:
                 processes.wait_ended(process, max(0.0, end - monotonic()))
-            ours = [*ours, *(process for process in left if process not in ours)]
-            left = self._left(ours, server_uid)  # a daemon on its way out may just have started a server
-            if not left:
-                return
-        late = [process for process in left if process not in ours]
-        for process in late:
-            processes.signal_process(process, processes.SIGKILL)
-        for process in late:
-            processes.wait_ended(process, max(0.0, end - monotonic()))
-        ours += late
-        # The job's user can start what looks like a server faster than it is killed. Without the daemon it is none.
-        stuck = [process for process in ours if processes.identify(process.pid) == process]
+        self._kill_strays(server_uid)
+        stuck = _alive(ours)
         if not stuck:
             return
-        pids = ", ".join(str(process.pid) for process in stuck)
+        pids = ", ".join(str(process.pid) for process in stuck[:_NAMED_PIDS])
         raise NodeError(
             f"MPS processes {pids} of {self.pipe_directory} are still there after quit, SIGTERM and SIGKILL",
             hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
         )
 
-    def _left(self, ours: list[ProcessIdentity], server_uid: int) -> list[ProcessIdentity]:
-        """Which of our processes are there still, and what else a search for the daemon's finds."""
-        alive = [process for process in ours if processes.identify(process.pid) == process]
-        found = [process for process in self.find_processes(server_uid) if process not in alive]
-        return sorted([*alive, *found], key=lambda process: process.pid)
+    def _kill_strays(self, server_uid: int) -> None:
+        """End what else looks like ours: a server that a daemon on its way out had just started.
+
+        The job's user can make such, and more than can be waited for: they are no fault of the node.
+        """
+        found = self.find_processes(server_uid)
+        for process in found:
+            processes.signal_process(process, processes.SIGKILL)
+        end = monotonic() + _STRAY_SECONDS
+        for process in found:
+            processes.wait_ended(process, max(0.0, end - monotonic()))
+
+
+def _alive(some: list[ProcessIdentity]) -> list[ProcessIdentity]:
+    return [process for process in some if processes.identify(process.pid) == process]

@@ -80,6 +80,10 @@ def wait_busy(node: GpuNode) -> None:
 @pytest.fixture
 def forger(node: GpuNode, stay: bytes) -> GpuNode:
     """A node whose alice can have any program stay and do nothing."""
+    return with_forger(node, stay)
+
+
+def with_forger(node: GpuNode, stay: bytes) -> GpuNode:
     place = node.machine.path("/home/alice/stay.so")
     place.write_bytes(stay)
     place.chmod(0o755)
@@ -177,3 +181,39 @@ def test_a_flood_of_connections_does_not_fill_the_disk(node: GpuNode, works: boo
     node.epilog(4711).check()
     assert " sms=32 " in served
     assert (size > 16 * 1024) is works
+
+
+LOST = """
+import os, sys
+given = {b"LD_PRELOAD": b"/home/alice/stay.so"}
+given[b"CUDA_MPS_PIPE_DIRECTORY"] = bytes.fromhex(sys.argv[2])
+given[b"CUDA_VISIBLE_DEVICES"] = bytes.fromhex(sys.argv[3])
+os.execve(sys.argv[1], [sys.argv[1]], given)
+"""
+JOBS = b"/run/slurm-mps/jobs"
+
+
+@pytest.mark.parametrize(
+    ("pipe", "gpus"),
+    [
+        (JOBS + b"/99/pipe", b"\x1b[2Jowned\xff,GPU-\xff"),
+        (JOBS + "/²/pipe".encode(), b"0"),
+        (JOBS + b"/" + b"9" * 5000 + b"/pipe", b"0"),
+        (JOBS + b"/" + b"9" * 50 + b"/pipe", b"0"),
+        (JOBS + b"/99/\x1b[2J", b"0"),
+    ],
+    ids=["gpus", "no digit", "5000 digits", "50 digits", "escape"],
+)
+def test_what_a_forged_server_says_of_itself_stops_no_reconcile(
+    gpu_node: GpuNode, stay: bytes, pipe: bytes, gpus: bytes
+) -> None:
+    """Its environment is its user's: numbers beyond any job's, bytes that are no text, escapes for a terminal."""
+    forger = with_forger(gpu_node, stay)
+    forger.machine.write("/usr/local/bin/squeue", "#!/bin/sh\nexit 0\n", mode=0o755)
+    with started(forger, "/usr/bin/python3", "-c", LOST, SERVER, pipe.hex(), gpus.hex(), user="alice"):
+        programs(forger, "nvidia-cuda-mps-server", "alice")
+        result = forger.run("/opt/slurm-mps/bin/slurm-mps", "reconcile")
+    forger.run("rm", "/usr/local/bin/squeue").check()
+    assert result.returncode in (0, 3)
+    assert "Traceback" not in result.stderr
+    assert (result.stdout + result.stderr).replace("\n", "").isprintable()

@@ -39,6 +39,7 @@ if b"probe.py" in open("/proc/self/cmdline", "rb").read():
     os.rename("{TOLD}.new", "{TOLD}")
 """
 ALICE = 20001
+NOBODYS = 65534  # a gid that alice has not, so that she cannot trace it
 
 
 @attack("the mark is no link", even_without="the user may only read")
@@ -106,5 +107,38 @@ def test_a_users_code_in_the_probe(sprung: Site, walls_down: tuple[str, ...], wo
     assert ("/root/secret" in told.get("held", [])) is works
     if told and not works:
         assert told["preloaded"]
-        assert (told["uids"], told["gids"], told["groups"]) == ([ALICE] * 3, [ALICE] * 3, [ALICE])
+        assert (told["uids"], told["gids"], told["groups"]) == ([ALICE] * 3, [NOBODYS] * 3, [ALICE])
         assert told["held"] == []
+
+
+TRACER = """
+import ctypes, os, time
+PTRACE_SEIZE = 0x4206
+libc, end, found = ctypes.CDLL(None), time.time() + 20, False
+while time.time() < end and not (found and os.path.exists("over")):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            line = open(f"/proc/{pid}/cmdline", "rb").read()
+        except OSError:
+            continue
+        if b"probe.py" in line:
+            found = True
+            if libc.ptrace(PTRACE_SEIZE, int(pid), 0, 0) == 0:
+                raise SystemExit("mine")
+print("found" if found else "none")
+"""
+
+
+@attack("the probe has a group of its own")
+def test_a_user_takes_the_probe_over(cluster: Site, works: bool) -> None:
+    """It is not among the step's processes, which Slurm ends: whoever can trace it has one that outlives the job."""
+    cluster.machine.write("/home/alice/tracer.py", TRACER, user="alice")
+    script = (
+        "rm -f over; python3 tracer.py 2>&1 & sleep 0.5\nsrun --overlap false\nsrun --overlap true\ntouch over; wait\n"
+    )
+    job = cluster.cluster.sbatch("-wn1", "-n2", "--gres=gpu:1", "--mps", script=script)
+    cluster.cluster.wait(job)
+    said = cluster.cluster.output(job)
+    cluster.machine.run(["rm", "-f", "/home/alice/tracer.py", "/home/alice/over"])
+    assert ("mine" in said) is works
+    assert works or "found" in said

@@ -159,8 +159,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "only what survives SIGKILL is a fault": (
         Change(
             CONTROL,
-            "        stuck = [process for process in ours if processes.identify(process.pid) == process]\n",
-            "        stuck = left\n",
+            "        stuck = _alive(ours)\n",
+            "        stuck = self.find_processes(server_uid)\n",
         ),
     ),
     "signals follow where asking fails": (
@@ -222,9 +222,12 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "	(void)execve(argv[0], argv, environ);\n",
         ),
     ),
+    "the probe has a group of its own": (
+        Change(SUSPECT, "setresgid(PROBE_GID, PROBE_GID, PROBE_GID)", "setresgid(getegid(), getegid(), getegid())"),
+    ),
     "the probe keeps nothing of slurmstepd's": (
         Change(SUSPECT, "	close_others();\n", "	(void)close_others;\n"),
-        Change(SUSPECT, "setresgid(gid, gid, gid) || setresuid(uid, uid, uid) || (uid && !setuid(0))", "!gid && !uid"),
+        Change(SUSPECT, "setresuid(uid, uid, uid) || (uid && !setuid(0))", "!uid"),
     ),
 }
 

@@ -1,8 +1,9 @@
-"""``make torture``: the kill matrix, random kills and random orders, for as long as it is given.
+"""``make torture``: the kill matrix, random kills and random orders, for as long as it is given, then the exploits.
 
     make torture TORTURE="--minutes 10 --seed 7"
 
-The seed is printed; the same one tries the same kills and orders again. Exit status 1 when anything was wrong.
+The seed is printed; the same one tries the same kills and orders again. The exploits, the hostile submissions and the
+fuzzers take two minutes more. Exit status 1 when anything was wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.model.life import Life
 
-from . import random_kills
+from . import exploits, random_kills
 from .strike import CAN_DIE, CAN_FAIL, FAULTS, StruckNode, build_library, scenarios, strike
 
 #: Of the time: the matrix takes what it needs, up to this; then the kills; the orders have the rest.
@@ -114,14 +115,21 @@ def main() -> int:
         now = time.monotonic()
         killed = kills(node, options.seed, now + KILLS_SHARE * (end - now))
         ordered = orders(node, options.seed, end)
+        attacked = exploits.run(Path(place))
     counts = (points, killed, ordered)
     print(f"stop points: {points.found} found, {points.tried} tried, {points.survived} survived")
     print(f"random kills: {killed.tried} tried, {killed.survived} survived")
     print(f"orders: {ordered.found} tried, in {ordered.tried} groups, of which {ordered.survived} survived")
     print(f"steps: {', '.join(f'{number} {name}' for name, number in Life.steps.most_common())}")
+    print(f"inputs tried by the fuzzers: {attacked.inputs} (and libFuzzer's, for some seconds)")
+    print(
+        f"exploits: {attacked.tried} tried, {attacked.failed} failed; with a wall down {attacked.weaker_worked} worked"
+    )
+    print(f"hostile submissions: {attacked.submissions}")
+    print("".join(f"torture: {what}\n" for what in attacked.wrong), end="")
     print(f"nodes drained wrongly: {sum(count.about('drained') for count in counts)}")
     print(f"residues: {sum(count.about('left') for count in counts)}")
-    return int(any(count.wrong for count in counts))
+    return int(any(count.wrong for count in counts) or bool(attacked.wrong))
 
 
 if __name__ == "__main__":

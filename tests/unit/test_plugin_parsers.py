@@ -722,7 +722,8 @@ def test_no_variable_of_the_users_lifts_the_limit(plugin: ctypes.CDLL, state: Pa
         ("0", "25"),
         ("junk", "25"),
         ("1.5x", "25"),
-        ("0.05", "25"),
+        ("0.05", "0.1"),
+        ("0.00", "25"),
     ],
 )
 def test_the_thread_variable_keeps_a_lower_value_of_the_users(
