@@ -13,6 +13,8 @@ from tests.harness.site import Site
 
 from .load import MPS, PATIENT, Run, rpcs_of, run_jobs, run_on_all_nodes
 
+VERIFY = ("/opt/slurm-mps/bin/slurm-mps", "verify")
+
 
 def _many_nodes(count: int) -> bool:
     with Site(nodes=count, gpus_per_node=1, cpus_per_node=2, config=PATIENT) as site:
@@ -23,6 +25,18 @@ def _many_nodes(count: int) -> bool:
         clean = site.snapshot() == before
     print(f"one job on {count} nodes: {clients} of {count} clients with their limits, {took:.1f} s, clean: {clean}")
     return clean and clients == count
+
+
+def _many_ranks(count: int) -> bool:
+    """`slurm-mps verify` under so many ranks on one node of two GPUs."""
+    with Site(nodes=1, gpus_per_node=2, cpus_per_node=count) as site:
+        site.cluster.srun("-n2", "--gres=gpu:2", "--mps", *VERIFY).check()
+        began = time.monotonic()
+        result = site.cluster.srun(f"-n{count}", "--gres=gpu:2", "--mps-threads=auto", "--mps-mem=auto", *VERIFY)
+        took = time.monotonic() - began
+    well = f"{count} ranks, all clients" in result.stdout
+    print(f"verify with {count} ranks on one node: {took:.1f} s, all clients: {well}")
+    return well
 
 
 def _tell(what: str, run: Run) -> bool:
@@ -41,6 +55,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500, help="half of them back to back, half 16 at a time")
     arguments = parser.parse_args()
     good = _many_nodes(arguments.nodes)
+    good &= _many_ranks(64)
     with Site(nodes=2, gpus_per_node=8) as site:
         plain, mps = rpcs_of(site, 10), rpcs_of(site, 10, *MPS)
         more = mps - plain
