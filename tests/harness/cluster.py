@@ -92,9 +92,9 @@ class Cluster:
     """A running cluster, one to a machine; use it as a context manager.
 
     constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroup v1 on the
-    host). extra_slurm_conf: lines put in place of those with the same key, or added. plugstack: the whole
-    text of plugstack.conf; empty for no plugin, None for the sample as it is. prolog, epilog: paths inside
-    the machine; None for none.
+    host). shards_per_node: parts of GPUs that jobs can ask for as gres/shard. extra_slurm_conf: lines put in
+    place of those with the same key, or added. plugstack: the whole text of plugstack.conf; empty for no
+    plugin, None for the sample as it is. prolog, epilog: paths inside the machine; None for none.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Cluster:
         *,
         nodes: int = 2,
         gpus_per_node: int = 4,
+        shards_per_node: int = 0,
         cpus_per_node: int = CPUS_PER_NODE,
         constrain_devices: bool = False,
         extra_slurm_conf: str = "",
@@ -114,6 +115,7 @@ class Cluster:
         self.machine = machine
         self.node_names = tuple(f"{NODE_NAME_PREFIX}{number}" for number in range(1, nodes + 1))
         self._gpus_per_node = gpus_per_node
+        self._shards_per_node = shards_per_node
         self._cpus_per_node = cpus_per_node
         self._constrain_devices = constrain_devices
         self._extra = dict(_setting(line) for line in extra_slurm_conf.splitlines() if line.strip())
@@ -156,6 +158,7 @@ class Cluster:
             "SlurmdParameters": "config_overrides",
             "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0",
             "KillWait": "5",
+            **({"GresTypes": "gpu,shard"} if self._shards_per_node else {}),
             "PlugStackConfig": "/etc/slurm/plugstack.conf",
             **self._scripts,
             **self._extra,
@@ -163,9 +166,10 @@ class Cluster:
 
     def _machine_lines(self) -> str:
         """The node and partition lines: every node is this host, at a port of its own."""
+        shards = f",shard:{self._shards_per_node}" if self._shards_per_node else ""
         lines = [
             f"NodeName={name} NodeHostname={HOSTNAME} NodeAddr={ADDRESS} Port={CONTROLLER_PORT + number}"
-            f" Gres=gpu:{self._gpus_per_node} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
+            f" Gres=gpu:{self._gpus_per_node}{shards} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
             for number, name in enumerate(self.node_names, start=1)
         ]
         return "\n".join([*lines, "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
@@ -176,7 +180,8 @@ class Cluster:
         sample = (SAMPLES / "slurm.conf").read_text()
         write("/etc/slurm/slurm.conf", localise(sample, self.replacements) + self._machine_lines())
         gpus = f"NodeName={','.join(self.node_names)} Name=gpu File=/dev/nvidia[0-{self._gpus_per_node - 1}]\n"
-        write("/etc/slurm/gres.conf", gpus if self._gpus_per_node else "")
+        shards = f"NodeName={','.join(self.node_names)} Name=shard Count={self._shards_per_node}\n"
+        write("/etc/slurm/gres.conf", (gpus if self._gpus_per_node else "") + (shards if self._shards_per_node else ""))
         write(
             "/etc/slurm/cgroup.conf",
             localise((SAMPLES / "cgroup.conf").read_text(), self._cgroup_replacements()),
