@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
-	gcc libc6-dev make git util-linux python3 python3-venv clang cppcheck shellcheck strace
+	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace
 
 all: plugin
 
