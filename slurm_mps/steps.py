@@ -393,6 +393,8 @@ def read_undo(line: str) -> Undo:
         return ReleaseGpu(found["gpu"])
     if kind == "remove_directories" and not words:
         return RemoveDirectories()
-    if kind == "quit_daemons":
-        return QuitDaemons(tuple(fields(words)["names"].split(",")))
+    if kind == "quit_daemons" and (found := fields(words)).keys() == {"names"}:
+        return QuitDaemons(tuple(found["names"].split(",")))
+    if kind == "quit_daemon" and not words:  # of a job that began when each had one daemon
+        return QuitDaemons((WHOLE_JOB,))
     raise DamagedFileError(f"the journal has an unknown undo {kind[:40]!r}")

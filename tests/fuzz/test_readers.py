@@ -163,6 +163,7 @@ WORDS = st.sampled_from(
         "mode_found",
         "release_gpu",
         "quit_daemon",
+        "quit_daemons",
         "remove_directories",
         "gpu=x",
         "gpu",
@@ -189,6 +190,7 @@ LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
 @pytest.mark.parametrize("kind", KINDS)
 @given(lines=LINES)
 @example(lines=["job id=4711 uid=1 restart=0 boot=b ready=yes", "undo release_gpu gpu=x more=1"])
+@example(lines=["job id=4711 uid=1 restart=0 boot=b ready=yes", "undo quit_daemons"])
 @example(lines=["boot b", "holder x"])
 @example(lines=["deadlines_quit=x"])
 @example(lines=["²"])
