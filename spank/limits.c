@@ -148,7 +148,7 @@ bool limits_of_step(const struct verdict *verdict, const struct step_options *op
 	       lower_memory(verdict, options->mem, limits, message, size);
 }
 
-bool limits_divide_memory(const struct limits *limits)
+static bool divides_memory(const struct limits *limits)
 {
 	bool any = false;
 
@@ -159,7 +159,7 @@ bool limits_divide_memory(const struct limits *limits)
 
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
 {
-	return limits->divide_threads || limits_divide_memory(limits) || tasks > verdict->clients_per_gpu ||
+	return limits->divide_threads || divides_memory(limits) || tasks > verdict->clients_per_gpu ||
 	       tasks > CLIENTS_OF_ANY_KIND;
 }
 

@@ -39,9 +39,6 @@ struct limits {
 bool limits_of_step(const struct verdict *verdict, const struct step_options *options, struct limits *limits,
 		    char *message, size_t size);
 
-/* Whether the memory of any GPU is to be divided. */
-bool limits_divide_memory(const struct limits *limits);
-
 /* Whether the number of ranks on each GPU must be known for a step with so many tasks on this node. */
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);
 

@@ -19,7 +19,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include <slurm/slurm.h>
 #include <slurm/spank.h>
 
 #include "limits.h"

@@ -1,7 +1,5 @@
 #include "suspect.h"
 
-#include "devices.h"
-
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -12,6 +10,8 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "devices.h"
 
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)

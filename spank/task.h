@@ -4,8 +4,8 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h> /* for spank.h, which forgets it */
 
-#include <stdint.h>
 #include <slurm/spank.h>
 
 #include "step.h"
