@@ -341,15 +341,6 @@ class Cluster:
             raise SlurmError(f"sbatch {shlex.join(args)}: {result}\n{self.logs()}")
         return Job(int(result.stdout.strip().splitlines()[-1].split(";")[0]), user)
 
-    def sbatch_refused(
-        self, *args: str, script: str = "true", user: str = DEFAULT_USER, env: Mapping[str, str] | None = None
-    ) -> Result:
-        """Submit a script that must be refused; the message is in the result's `stderr`."""
-        result = self.try_sbatch(*args, script=script, user=user, env=env)
-        if result.returncode == 0:
-            raise SlurmError(f"sbatch {shlex.join(args)}: accepted as job {result.stdout.strip()}")
-        return result
-
     def srun(
         self, *args: str, user: str = DEFAULT_USER, timeout: float = 60, env: Mapping[str, str] | None = None
     ) -> Result:
