@@ -6,13 +6,14 @@ import json
 import os
 import sys
 
+from slurm_mps.cli.output import NOT_HERE, NOT_ROOT, add_json_option, complain
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
     from slurm_mps.reconcile import Finding
 
-NOT_HERE, NOT_ROOT = 3, 4
 _START_SECONDS = 60.0
 
 
@@ -25,14 +26,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "any time. Exit status: 0 fine or repaired, 1 a problem is left, 2 usage, 3 no slurm-mps here, 4 not root.",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
-    parser.add_argument("--json", action="store_true", help="print a report for programs")
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Repair this node and print what was found. Returns the exit status where there was nothing to look at."""
     if os.geteuid() != 0:
-        print("slurm-mps: reconcile changes what belongs to root; run it as root", file=sys.stderr)
+        complain("reconcile changes what belongs to root; run it as root")
         return NOT_ROOT
     from slurm_mps.errors import MpsError
     from slurm_mps.hooks import Watch
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     reconciler = Reconciler(os.environ, Gpus(), watch, findings.append, dry_run=options.dry_run)
     try:
         if not reconciler.run():
-            print("slurm-mps: nothing of slurm-mps is on this node", file=sys.stderr, flush=True)
+            complain("nothing of slurm-mps is on this node")
             os._exit(NOT_HERE)
     except MpsError as error:
         findings.append(Finding("this node", LEFT, str(error)))
@@ -77,5 +78,5 @@ def _print(findings: list[Finding], options: argparse.Namespace) -> int:
         print("nothing is left of jobs that are over", flush=True)
     for finding in findings:
         if finding.outcome == KEPT:
-            print(f"slurm-mps: {finding.thing} is not over: {finding.why}", file=sys.stderr)
+            complain(f"{finding.thing} is not over: {finding.why}")
     return status

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from time import monotonic
+
+from slurm_mps.cli.output import NOT_HERE, add_json_option, complain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from slurm_mps.verify.session import Result
     from slurm_mps.verify.step import Step
 
-NOT_HERE = 3
 _SECONDS_MAX = 600.0
 
 
@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Run with srun in a job: every rank finds out what it really has, and rank 0 prints it. "
         "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not in a Slurm step or no CUDA driver here.",
     )
-    parser.add_argument("--json", action="store_true", help="print a report for programs")
+    add_json_option(parser)
     parser.add_argument("--no-mpi", action="store_true", help="do without the MPI that the step was started with")
     parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each rank's report (10)")
     parser.set_defaults(run=run)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     step = read_step(os.environ, os.uname().nodename)
     if step is None:
-        print("slurm-mps: verify looks at the ranks of a Slurm step; start it with srun in a job", file=sys.stderr)
+        complain("verify looks at the ranks of a Slurm step; start it with srun in a job")
         return NOT_HERE
     from slurm_mps.verify.link import LinkError
     from slurm_mps.verify.session import verify
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         link = _open(step, options)
         result = verify(step, os.environ, link, options.timeout)
     except LinkError as error:
-        print(f"slurm-mps: rank {step.rank}: {error}", file=sys.stderr)
+        complain(f"rank {step.rank}: {error}")
         return 1
     if result.findings:
         _print(result, result.findings, link.through if options.json else "")
@@ -78,7 +78,7 @@ def _print(result: Result, findings: Findings, through: str) -> None:
     from slurm_mps.verify.table import document, summary, table
 
     if result.status == NOT_HERE:
-        print(f"slurm-mps: there is no CUDA driver here: {findings.ranks[0].error}", file=sys.stderr)
+        complain(f"there is no CUDA driver here: {findings.ranks[0].error}")
     if through:
         report = {**document(findings, result.problems, result.status), "gathered_through": through}
         print(json.dumps(report), flush=True)

@@ -29,6 +29,7 @@ REQUIREMENTS = (
     "jsonschema>=4.17",
     "mpi4py>=4.1,<5",
     "mpich>=5,<6",
+    "rich>=13",
     "setuptools>=69",
     "wheel",
 )

@@ -1,0 +1,111 @@
+"""What all commands have in common: exit statuses, tables for people, reports for programs.
+
+Promises: the answer goes to stdout and commentary to stderr; there is colour only on a terminal, and none where
+NO_COLOR is set; a table in a pipe is as wide as it needs to be and has no decoration; text that a user of the node
+chose (a program's name, say) cannot move the cursor or forge a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from slurm_mps import __version__
+from slurm_mps.units import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from rich.console import Console
+
+FINE, PROBLEM, USAGE, NOT_HERE, NOT_ROOT = range(5)
+EXIT_STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root."
+_WIDEST = 100_000  # a table in a pipe is never folded
+
+
+class Column:
+    """One field of a table: its name for ``-o`` and its heading."""
+
+    def __init__(self, name: str, heading: str, *, right: bool = False, hidden: bool = False) -> None:
+        self.name = name
+        self.heading = heading
+        self.right = right  #: numbers stand right
+        self.hidden = hidden  #: shown only when asked for
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a report for programs")
+
+
+def add_table_options(parser: argparse.ArgumentParser, columns: Sequence[Column]) -> None:
+    """``--json``, ``-o`` and ``--noheader``, as Slurm's own commands have them."""
+    add_json_option(parser)
+    names = ",".join(column.name for column in columns)
+    parser.add_argument("-o", "--format", metavar="FIELDS", help=f"which columns, in this order: {names}")
+    parser.add_argument("-n", "--noheader", action="store_true", help="leave out the headings")
+
+
+def chosen(columns: Sequence[Column], options: argparse.Namespace) -> list[Column]:
+    """The columns that ``-o`` names, or all that are shown unless asked.
+
+    Raises: SystemExit with status 2 and the fields there are, when it names another.
+    """
+    if not options.format:
+        return [column for column in columns if not column.hidden]
+    known = {column.name: column for column in columns}
+    names = [name.strip().lower() for name in options.format.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        complain(f"--format={options.format}: there is no field {unknown[0]!r}; choose from {','.join(known)}")
+        raise SystemExit(USAGE)
+    return [known[name] for name in names]
+
+
+def console() -> Console:
+    """Stdout as rich knows it."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(width=None if terminal else _WIDEST, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def print_table(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False, style: str = "style"
+) -> None:
+    """Print `rows`, which name their cells as the columns do; the key `style` holds a row's colour, if any.
+
+    None and what is missing show as ``-``.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, show_header=not noheader, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True, overflow="crop")
+    for row in rows:
+        cells = [_cell(row.get(column.name)) for column in columns]
+        table.add_row(*cells, style=str(row.get(style) or "") or None)
+    out = console()
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as capture:
+        out.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None or value == "" else printable(str(value), 200)
+
+
+def print_json(report: str, **fields: Any) -> None:
+    """Print a report for programs; `report` is its kind and version, such as ``status/1``."""
+    print(json.dumps({"report": report, "slurm_mps": __version__, **fields}, indent=2), flush=True)
+
+
+def complain(message: str) -> None:
+    """Say something on stderr, as one line."""
+    print(f"slurm-mps: {message}", file=sys.stderr, flush=True)

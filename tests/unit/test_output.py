@@ -1,0 +1,53 @@
+"""How commands print: the fields asked for, nothing that forges a line, no decoration in a pipe."""
+
+import argparse
+import json
+
+import pytest
+
+from slurm_mps.cli.output import Column, add_table_options, chosen, print_json, print_table
+
+COLUMNS = (Column("job", "JOB", right=True), Column("user", "USER"), Column("command", "COMMAND", hidden=True))
+ROWS = ({"job": 7, "user": "alice", "command": "a\x1b[2Jb\nc", "style": "red"}, {"job": 4711, "user": None})
+
+
+def options(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_table_options(parser, COLUMNS)
+    return parser.parse_args(argv)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    said = options(*argv)
+    print_table(ROWS, chosen(COLUMNS, said), noheader=said.noheader)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_pipe_gets_columns_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys) == [" JOB  USER", "   7  alice", "4711  -"]
+
+
+def test_the_fields_asked_for_stand_in_that_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [line.split() for line in shown(capsys, "-n", "-o", "user,job")] == [["alice", "7"], ["-", "4711"]]
+
+
+def test_what_a_user_chose_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, "-n", "-o", "command") == ["a?[2Jb?c", "-"]
+
+
+def test_a_long_line_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([{"user": "x" * 190}] * 2, [Column("user", "USER")], noheader=True)
+    assert capsys.readouterr().out.splitlines() == ["x" * 190] * 2
+
+
+def test_an_unknown_field_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        chosen(COLUMNS, options("-o", "job,pid"))
+    assert caught.value.code == 2
+    assert "no field 'pid'; choose from job,user,command" in capsys.readouterr().err
+
+
+def test_a_report_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json("status/1", jobs=[])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["report"], report["jobs"]) == ("status/1", [])
