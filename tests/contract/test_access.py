@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,14 +115,12 @@ def test_o45_of_a_daemon_of_roots_a_user_may_terminate_a_client(driver: Driver) 
     assert client.ask("work") == 810
 
 
-def test_o45_shutdown_server_ends_an_idle_server_for_root_alone(driver: Driver) -> None:
-    """It says nothing either way, and the daemon stays."""
+@pytest.mark.parametrize("by_root", [False, True])
+def test_o45_shutdown_server_ends_an_idle_server(driver: Driver, by_root: bool) -> None:
+    """It says nothing, and the daemon stays and starts another."""
     daemon = driver.daemon(user="root", mode=0o755)
     server = daemon.start_server(driver.user)
-    assert daemon.control(f"shutdown_server {server}", user=driver.user) == Result(0, "", "")
-    assert daemon.look(user=driver.user).failed == ""
-    assert daemon.server == server
-    assert daemon.control(f"shutdown_server {server}") == Result(0, "", "")
+    assert daemon.control(f"shutdown_server {server}", user=None if by_root else driver.user) == Result(0, "", "")
     wait_until(lambda: daemon.server == 0)
     assert daemon.look(user=driver.user).failed == ""
     assert daemon.server not in (0, server)
@@ -229,8 +228,9 @@ def test_o37_junk_in_the_pid_file_misleads_no_control_program(driver: Driver) ->
 
 def test_o38_a_server_for_a_uid_that_nobody_has(driver: Driver) -> None:
     """It has that uid, gid 0, no other groups and no capabilities, and the daemon's environment."""
-    daemon = driver.daemon({"MARK": "of the daemon"}, user="root")
+    daemon = driver.daemon({"MARK": "of the daemon"}, user="root", mode=0o755)
     daemon.ask("start_server -uid 65000")
+    wait_until(lambda: daemon.server)
     server = daemon.server
     assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
     status = driver.machine.read(f"/proc/{server}/status").splitlines()
@@ -238,6 +238,15 @@ def test_o38_a_server_for_a_uid_that_nobody_has(driver: Driver) -> None:
     assert (fields["Uid"], fields["Gid"], fields["Groups"]) == (["65000"] * 4, ["0"] * 4, [])
     assert int(fields["CapEff"][0], 16) == 0
     assert "MARK=of the daemon" in driver.machine.read(f"/proc/{server}/environ").split("\0")
+
+
+def test_o63_a_server_whose_user_cannot_enter_the_pipe_directory_does_not_come_up(driver: Driver) -> None:
+    """It connects to the daemon as a client does; start_server says nothing of it."""
+    daemon = driver.daemon(user="root", mode=0o700)
+    assert daemon.ask(f"start_server -uid {driver.place.uid(driver.user)}") == ""
+    time.sleep(1)  # longer than a server takes
+    assert daemon.server == 0
+    assert daemon.is_there
 
 
 def test_o39_the_control_socket_takes_packets_and_names_the_daemon(driver: Driver) -> None:

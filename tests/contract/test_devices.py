@@ -53,7 +53,8 @@ def test_o20_device_query_lists_the_daemons_devices(
     """In the daemon's own order, though clients see another (O19)."""
     daemon = driver.daemon(sees(*(two_gpus[index] for index in visible)))
     rows = [device_row(driver, ordinal, gpu) for ordinal, gpu in enumerate(visible)]
-    assert daemon.ask("device_query --csv").split("\n") == ["Device Ordinal,PCI IDs,UUID,Name,Attributes", *rows]
+    heading = ["Default", "Device Ordinal,PCI IDs,UUID,Name,Attributes"]
+    assert daemon.ask("device_query --csv").split("\n") == [*heading, *rows]
 
 
 def test_o36_two_daemons_of_one_gpu_each(driver: Driver, two_gpus: tuple[str, str]) -> None:

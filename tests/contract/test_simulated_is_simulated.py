@@ -75,7 +75,7 @@ def test_every_interface_calls_the_cards_simulated(driver: Driver, simulator: Ma
     assert pynvml_view(driver)["name"] == "Simulated H200"
     listed = simulator.run(["nvidia-smi", "-L"]).check().stdout.splitlines()
     assert listed == [f"GPU {i}: Simulated H200 (UUID: {uuid})" for i, uuid in enumerate(driver.uuids)]
-    assert all("Simulated H200" in row for row in driver.daemon().ask("device_query").splitlines()[1:])
+    assert all("Simulated H200" in row for row in driver.daemon().ask("device_query").splitlines()[2:])
     assert all(uuid.startswith("GPU-51000000-") for uuid in seen.uuids)
 
 
