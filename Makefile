@@ -60,6 +60,32 @@ scale: build
 torture: build
 	@$(DEV_PYTHON) -m tests.torture $(TORTURE)
 
+# What a GPU machine without a registry needs for the commands below; carry build/bundle and build/spank there.
+bundle: build
+	@$(DEV_PYTHON) -m tests.harness.bundle build/bundle $(BUNDLE)
+
+# On real GPUs, as root. Nothing is set on them; with a bundle, nothing is installed either.
+GPU_PYTHON = $(if $(wildcard $(DEV_PYTHON)),$(DEV_PYTHON),python3)
+export SLURM_MPS_BUNDLE ?= $(if $(wildcard /usr/sbin/slurmd),,$(wildcard $(CURDIR)/build/bundle))
+
+test-gpu:
+	@$(GPU_PYTHON) -m pytest -p no:cacheprovider --real-gpu $(or $(TESTS),tests/contract)
+
+hardware:
+	@$(GPU_PYTHON) -m tests.hardware
+
+bench-gpu:
+	@$(GPU_PYTHON) -m tests.bench --real-gpu $(BENCH)
+	@$(GPU_PYTHON) -m tests.hardware.cost $(COST)
+
+worth:
+	@$(GPU_PYTHON) -m tests.hardware.worth --json build/worth.json $(WORTH)
+
+# The figures of docs/benchmarks, from the newest data beside them.
+plots: dev
+	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
+	@$(DEV_PYTHON) -m tests.hardware.plot
+
 # A cluster of simulated nodes with slurm-mps installed, to try things in.
 shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
@@ -85,4 +111,4 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale torture shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks clean

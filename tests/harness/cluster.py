@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from .machine import ADDRESS, HOSTNAME, Machine, Result
+from .machine import ADDRESS, HOSTNAME, UNIFIED, Machine, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +91,7 @@ class SlurmError(AssertionError):
 class Cluster:
     """A running cluster, one to a machine; use it as a context manager.
 
-    constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroup v1 on the
+    constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroups on the
     host). shards_per_node: parts of GPUs that jobs can ask for as gres/shard. extra_slurm_conf: lines put in
     place of those with the same key, or added. plugstack: the whole text of plugstack.conf; empty for no
     plugin, None for the sample as it is. prolog, epilog: paths inside the machine; None for none.
@@ -190,9 +190,11 @@ class Cluster:
         write("/etc/slurm/plugstack.conf", plugstack)
 
     def _cgroup_replacements(self) -> dict[str, str | None]:
-        """Only devices are confined: the machine has no controllers but `devices` and `freezer`."""
+        """Only devices are confined: of cgroup v1 the machine has no controllers but `devices` and `freezer`."""
+        unified = UNIFIED in self.machine.cgroups
         return {
-            "CgroupPlugin": "cgroup/v1",
+            "CgroupPlugin": "cgroup/v2" if unified else "cgroup/v1",
+            **({"IgnoreSystemd": "yes"} if unified else {}),
             "CgroupMountpoint": "/sys/fs/cgroup",
             "ConstrainCores": "no",
             "ConstrainRAMSpace": "no",
@@ -203,9 +205,9 @@ class Cluster:
 
     def start(self) -> None:
         """Bring the cluster up; on return every node is IDLE."""
-        missing = {"devices", "freezer"} - set(self.machine.cgroups)
-        if self._constrain_devices and missing:
-            raise SlurmError(f"constrain_devices needs the cgroup v1 controllers {', '.join(sorted(missing))}")
+        have = set(self.machine.cgroups)
+        if self._constrain_devices and UNIFIED not in have and not have >= {"devices", "freezer"}:
+            raise SlurmError("constrain_devices needs cgroup v2, or the v1 controllers devices and freezer")
         self._make_directories()
         self.configure()
         for name in self.node_names:

@@ -1,4 +1,7 @@
-"""One simulated GPU node without Slurm: prolog and epilog run as slurmd runs them, which makes tests quick."""
+"""One GPU node without Slurm: prolog and epilog run as slurmd runs them, which makes tests quick.
+
+Its GPUs are simulated unless told otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from . import bundle
 from .machine import USERS
 from .site import STATE_DIRECTORY, gpu_machine, install_hooks
 
@@ -47,18 +51,26 @@ def asked(threads: str | None = None, mem: str | None = None) -> dict[str, str]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-class GpuNode:
-    """A machine with simulated GPUs and slurm-mps installed; use it as a context manager."""
+#: Always part of the configuration where the GPUs are real: what they are set to is not ours.
+UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
 
-    def __init__(self, *, gpus: int = 4) -> None:
-        self.machine = gpu_machine()
+
+class GpuNode:
+    """A machine with slurm-mps and simulated GPUs, or the host's own; use it as a context manager."""
+
+    def __init__(self, *, gpus: int = 4, real: bool = False) -> None:
+        self.machine = gpu_machine(real=real)
+        self._real = real
         self._gpu_count = gpus
 
     def __enter__(self) -> Self:
         self.machine.start()
         try:
+            if self._real:
+                bundle.settle(self.machine)
+            else:
+                self.run("simulated-gpus", "create", str(self._gpu_count)).check()
             install_hooks(self.machine)
-            self.run("simulated-gpus", "create", str(self._gpu_count)).check()
             self.configure("")
         except BaseException:
             self.machine.close()
@@ -79,7 +91,7 @@ class GpuNode:
         return self.machine.popen(argv, user=user, env=env)
 
     def configure(self, text: str) -> None:
-        self.machine.write("/etc/slurm/mps.toml", text)
+        self.machine.write("/etc/slurm/mps.toml", text + (UNCHANGED if self._real else ""))
 
     def fault(self, *settings: str) -> None:
         """Tell the simulated driver to misbehave; nothing for well again."""

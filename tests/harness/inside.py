@@ -50,6 +50,8 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916
 IFF_UP = 1
 
 CGROUP_PREFIX = "slurm-mps-test."
+INIT_CGROUP = "init"
+UNIFIED = "unified"  # stands for cgroup v2 among the names of v1 controllers
 # NVIDIA's own numbers: without its driver, opening one gives ENXIO, or EPERM where a device cgroup denies it.
 NVIDIA_MAJOR = 195
 NVIDIA_CONTROL_MINOR = 255
@@ -116,7 +118,8 @@ def host_mounts() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def make_cgroups(controllers: list[str]) -> dict[str, Path]:
-    """Make this machine's own directory in each cgroup v1 hierarchy of `controllers` that the host has.
+    """Make this machine's own directory in each cgroup v1 hierarchy of `controllers` that the host has, or else one in
+    cgroup v2, by the name UNIFIED.
 
     Slurm's directories go under it, so machines that run at the same time do not meet, and one removal clears
     all.
@@ -127,7 +130,39 @@ def make_cgroups(controllers: list[str]) -> dict[str, Path]:
             sweep_stale_cgroups(Path(where))
             made[controller] = Path(where, f"{CGROUP_PREFIX}{os.getpid()}")
             made[controller].mkdir(exist_ok=True)
-    return made
+    return made or make_unified_cgroup()
+
+
+def make_unified_cgroup() -> dict[str, Path]:
+    """The machine's directory in cgroup v2, with all controllers that the host's root has to give."""
+    for where, kind, _ in host_mounts():
+        if kind == "cgroup2":
+            sweep_stale_cgroups(Path(where))
+            top = Path(where, f"{CGROUP_PREFIX}{os.getpid()}")
+            enable_controllers(Path(where))
+            top.mkdir(exist_ok=True)
+            return {UNIFIED: top}
+    return {}
+
+
+def enable_controllers(directory: Path) -> None:
+    """Let what is below a directory of cgroup v2 have its controllers, as far as they can be had."""
+    for controller in (directory / "cgroup.controllers").read_text().split():
+        with contextlib.suppress(OSError):
+            (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+
+
+def settle_in_unified_cgroup(top: Path) -> None:
+    """Move PID 1, which is in `top`, to where a host has it, and make what slurmd expects of systemd.
+
+    A directory that has others with controllers must not have processes itself; and slurmd takes the directory above
+    PID 1's for the root.
+    """
+    for name in (INIT_CGROUP, "system.slice"):
+        (top / name).mkdir(exist_ok=True)
+    (top / INIT_CGROUP / "cgroup.procs").write_text("0")
+    enable_controllers(top)
+    enable_controllers(top / "system.slice")
 
 
 def sweep_stale_cgroups(hierarchy: Path) -> None:
@@ -183,7 +218,8 @@ def keep(spec: dict[str, Any]) -> int:
     try:
         if os.read(from_child, 1) != b"+":
             return 1
-        print(json.dumps({"pid": pid, "cgroups": sorted(cgroups)}), flush=True)
+        unified = str(cgroups[UNIFIED] / INIT_CGROUP) if UNIFIED in cgroups else ""
+        print(json.dumps({"pid": pid, "cgroups": sorted(cgroups), "unified": unified}), flush=True)
         wait_for_end(pid)
     finally:
         thaw(cgroups)
@@ -215,8 +251,10 @@ def be_init(spec: dict[str, Any], cgroups: dict[str, Path], to_parent: int) -> N
     try:
         die_with_parent()
         for directory in cgroups.values():
-            (directory / "cgroup.procs").write_text(str(0))
+            (directory / "cgroup.procs").write_text("0")
         unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWCGROUP)
+        if UNIFIED in cgroups:
+            settle_in_unified_cgroup(cgroups[UNIFIED])
         os.umask(0o022)
         build_root(spec, sorted(cgroups))
         socket.sethostname(spec["hostname"])
@@ -323,13 +361,16 @@ def bind(source: str, target: str) -> None:
 
 
 def mount_kernel_file_systems(root: str, controllers: list[str]) -> None:
-    """Give the machine its own /proc, /sys and those cgroup v1 hierarchies that it has a directory in.
+    """Give the machine its own /proc, /sys and those cgroup hierarchies that it has a directory in.
 
     Mounted from inside the new cgroup namespace, a hierarchy shows only this machine's directory, as its
     root.
     """
     mount("proc", f"{root}/proc", "proc")
     mount("sysfs", f"{root}/sys", "sysfs")
+    if UNIFIED in controllers:
+        mount("cgroup2", f"{root}/sys/fs/cgroup", "cgroup2")
+        return
     with contextlib.suppress(OSError):  # no such directory in a kernel without cgroups
         mount_tmpfs(f"{root}/sys/fs/cgroup", 0o755)
     for controller in controllers:

@@ -40,10 +40,12 @@ ADDRESS = "10.213.0.1"
 """The machine's address: on `lo` of its own network namespace, so it is nobody else's."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CGROUP_CONTROLLERS = ("devices", "freezer")
+UNIFIED = "unified"
 
 NODE_PRIVATE = ("/run", "/tmp", "/var/log", "/dev/shm")
 NODE_SHARED = ("/run/munge", "/var/log/slurm", "/var/log/munge")
 
+_JOIN_CGROUP = 'echo $$ >"$0" && exec "$@"'
 _INSIDE = Path(__file__).with_name("inside.py")
 _PYTHON = "/usr/bin/python3"
 _START_TIMEOUT_SECONDS = 20.0
@@ -114,8 +116,9 @@ class Machine:
         self._pid = 0
         self._children: list[subprocess.Popen[bytes]] = []
         self._nodes: dict[str, NodeSpace] = {}
+        self._unified_cgroup = ""
         self.cgroups: tuple[str, ...] = ()
-        """The cgroup v1 controllers that the machine has; empty where the host has none."""
+        """The cgroup v1 controllers that the machine has, or UNIFIED for v2; empty where the host has none."""
 
     # --------------------------------------------------------------------------------------------------- life
 
@@ -149,6 +152,7 @@ class Machine:
         report = json.loads(line)
         self._pid = report["pid"]
         self.cgroups = tuple(report["cgroups"])
+        self._unified_cgroup = report["unified"]
 
     @property
     def running(self) -> bool:
@@ -244,6 +248,8 @@ class Machine:
         """The host's command line that runs `argv` inside; for callers that want their own terminal on it."""
         target = self._nodes[node].host_pid if node else self.pid
         line = ["/usr/bin/nsenter", "-t", str(target), "-a", f"--wdns={cwd}", "--"]
+        if self._unified_cgroup:  # from outside: who is within a cgroup namespace cannot bring anybody into it
+            line = ["/bin/sh", "-c", _JOIN_CGROUP, f"{self._unified_cgroup}/cgroup.procs", *line]
         if user is not None and user != "root":
             uid = self._uid(user)
             line += ["/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--init-groups", "--"]

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from . import bundle
 from .cluster import CPUS_PER_NODE, REPOSITORY, Cluster
 from .machine import GPU_DEVICES, Machine
 from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
@@ -40,9 +41,10 @@ class Snapshot:
 
 def gpu_machine(*, real: bool = False) -> Machine:
     """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`."""
+    simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    overlays = bundle.overlays() if real else simulated
     runtime = ensure_runtime(CACHE)
     install_project(runtime, REPOSITORY)
-    overlays = {} if real else {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
     return Machine(overlays=overlays, binds={runtime: MOUNT_POINT}, gpus=None if real else GPU_DEVICES)
 
 
@@ -71,7 +73,7 @@ class Site:
     ) -> None:
         self.machine = gpu_machine(real=real)
         self._real = real
-        self._gpus_per_node = gpus_per_node
+        self.gpus_per_node = gpus_per_node
         self._config = config
         self.cluster = Cluster(
             self.machine,
@@ -89,13 +91,15 @@ class Site:
     def __enter__(self) -> Self:
         self.machine.start()
         try:
+            if self._real:
+                bundle.settle(self.machine)
             install_hooks(self.machine)
             self.configure(self._config)
             for name in self.cluster.node_names:
                 self.machine.add_node(name)
                 if self._real:
                     continue
-                self.node(name, "simulated-gpus", "create", str(self._gpus_per_node), "--seed", name).check()
+                self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
             self.cluster.start()
         except BaseException:
             self.close()
