@@ -1,4 +1,4 @@
-"""``make bench``: what slurm-mps costs in front of and behind a job, on one simulated GPU node.
+"""``make bench``: what slurm-mps costs in front of and behind a job, on one GPU node, simulated or (--real-gpu) not.
 
 A table for a person on standard output, ``--json FILE`` with every sample for a program. Nothing here passes or fails:
 it ends with 1 only when something did not work, so that there was nothing to measure. What is measured is how much is
@@ -26,7 +26,10 @@ from .report import make_rows, print_table
 
 _HERE = Path(__file__).parent
 _PLACE = "/etc/slurm/bench"  # beside the project's own scripts, so that all are read from the same file system
-_SCRIPTS = ("nothing.sh", "hand-written-prolog.sh", "hand-written-epilog.sh", "recorder.sh", "inside.py")
+_SCRIPTS = (
+    *("nothing.sh", "hand-written-prolog.sh", "hand-written-epilog.sh", "sample-prolog.sh"),
+    *("recorder.sh", "inside.py"),
+)
 _ASKED = asked(threads="25", mem="8G")
 _RECORDED_JOB = 999_999
 _COMMANDS = "/run/bench-commands"  # recorder.sh writes it
@@ -42,8 +45,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--before", type=int, default=1000, metavar="JOBS", help="jobs to run before the last part; 0 skips it (1000)"
     )
+    parser.add_argument("--real-gpu", action="store_true", help="on this machine's first two GPUs; implies --before 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything, each sample included")
     options = parser.parse_args(argv)
+    if options.real_gpu:
+        options.before = 0
     if options.rounds < 2 or options.before < 0 or options.before % 2:
         parser.error("at least two rounds, and an even number of jobs")
     return options
@@ -69,7 +75,7 @@ def _slurm_environment(**more: str) -> dict[str, str]:
 def _commands(node: GpuNode) -> tuple[str, str]:
     """What slurm-mps tells the control daemon of the job that is measured: its prolog, its epilog."""
     node.configure(f'[paths]\ncontrol_program = "{_PLACE}/recorder.sh"\n')
-    node.prolog(_RECORDED_JOB, **_ASKED).check()
+    node.prolog(_RECORDED_JOB, gpus="0", **_ASKED).check()
     in_prolog = node.machine.read(_COMMANDS)
     node.epilog(_RECORDED_JOB).check()
     in_epilog = node.machine.read(_COMMANDS).removeprefix(in_prolog)
@@ -80,7 +86,8 @@ def _commands(node: GpuNode) -> tuple[str, str]:
 
 
 def _spec(node: GpuNode, options: argparse.Namespace) -> Spec:
-    listed = node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
+    listed = node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()[:_GPUS]
+    numbers = ",".join(map(str, range(len(listed))))
     in_prolog, in_epilog = _commands(node)
     code = "import os, slurm_mps; print(os.path.dirname(slurm_mps.__path__[0]))"
     return Spec(
@@ -90,7 +97,7 @@ def _spec(node: GpuNode, options: argparse.Namespace) -> Spec:
         prolog=PROLOG,
         epilog=EPILOG,
         plain=_slurm_environment(**job_environment(0, gpus="")),
-        asking=_slurm_environment(**job_environment(0), **_ASKED),
+        asking=_slurm_environment(**job_environment(0, gpus=numbers), **_ASKED),
         gpus=listed,
         prolog_commands=in_prolog,
         epilog_commands=in_epilog,
@@ -101,10 +108,11 @@ def _spec(node: GpuNode, options: argparse.Namespace) -> Spec:
     )
 
 
-def _measured_on(node: GpuNode) -> dict[str, str | int | float]:
+def _measured_on(node: GpuNode, real: bool) -> dict[str, str | int | float]:
     models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    simulated = f"a simulated GPU node, {_GPUS} GPUs, latencies as observed on an H200"
     return {
-        "node": f"a simulated GPU node, {_GPUS} GPUs, latencies as observed on an H200",
+        "node": ", ".join(_cards(node)) if real else simulated,
         "cpu": (models or ["unknown CPU"])[0].strip(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
@@ -112,6 +120,12 @@ def _measured_on(node: GpuNode) -> dict[str, str | int | float]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
     }
+
+
+def _cards(node: GpuNode) -> list[str]:
+    """The GPUs that are used, and their driver."""
+    listed = node.run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").check().stdout
+    return [line.replace(", ", " with driver ") for line in listed.splitlines()[:_GPUS]]
 
 
 def _measure(node: GpuNode, spec: Spec) -> Samples | None:
@@ -132,11 +146,12 @@ def _measure(node: GpuNode, spec: Spec) -> Samples | None:
 def main(argv: list[str]) -> int:
     """Measure, print, write; 1 when something did not work."""
     options = _parse(argv)
-    with GpuNode(gpus=_GPUS) as node:
-        measured_on = _measured_on(node)
+    with GpuNode(gpus=_GPUS, real=options.real_gpu) as node:
+        measured_on = _measured_on(node, options.real_gpu)
         for name in _SCRIPTS:
             node.machine.write(f"{_PLACE}/{name}", (_HERE / name).read_text(), mode=0o755)
-        node.fault(LATENCY)
+        if not options.real_gpu:
+            node.fault(LATENCY)
         samples = _measure(node, _spec(node, options))
     if samples is None:
         print("bench: something did not work, so there is nothing to compare", file=sys.stderr)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ LATENCY = "latency=observed"
 #: docs/decisions/0003 has these.
 IMPORTS = ("", "ctypes", "json", "typing", "subprocess", "dataclasses", "pynvml", "jsonschema", "slurm_mps.hooks")
 PLAIN_RUNS_PER_ROUND = 20
+SLEEPING_ROUNDS = 5  # of the sample's prolog, which sleeps for a second
 _HUNG_SECONDS = 60
 _SERVER_SECONDS = 10
 _ERRORS = "/run/bench-errors"
@@ -132,7 +133,12 @@ class Contender:
     def await_server(self, job_id: int) -> None:
         """See that the prolog did its work: the job's server comes up."""
         server = self.control(job_id, "get_server_list")
-        status = self.control(job_id, f"get_server_status {server}") if server else "none"
+        status = "none"
+        for _ in range(50):  # the answer comes at once while it initialises
+            status = self.control(job_id, f"get_server_status {server}") if server else "none"
+            if status != "INITIALIZING":
+                break
+            sleep(0.02)
         if status != "ACTIVE":
             raise BrokenError(f"{self.name}: the prolog of job {job_id} succeeded, but its server is: {status}")
 
@@ -204,6 +210,8 @@ class Bench:
         self._ours = Scripts("ours", f"{spec.state_directory}/jobs", spec.prolog, spec.epilog, spec.asking)
         by_hand = (f"{spec.scripts}/hand-written-prolog.sh", f"{spec.scripts}/hand-written-epilog.sh")
         self._by_hand = Scripts("by hand", "/run/mps-by-hand", *by_hand, spec.asking)
+        sample = (f"{spec.scripts}/sample-prolog.sh", by_hand[1])
+        self._sample = Scripts("sample", "/run/mps-by-hand", *sample, spec.asking)
         self.samples: Samples = {}
 
     def _add(self, name: str, value: float) -> None:
@@ -244,6 +252,8 @@ class Bench:
             say(f"jobs that ask, round {number + 1} of {self._spec.rounds}")
             for name in in_turn(tuple(contenders), number):
                 self._one_job(contenders[name], name)
+            if number < SLEEPING_ROUNDS:
+                self._one_job(self._sample, "sample")
 
     def grown_node(self) -> None:
         """Ours on a node that has had many jobs, beside the same node with nothing of them left."""

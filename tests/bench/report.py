@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 GOAL_PLAIN = 1.1
 GOAL_BY_HAND = 1.3
 GOAL_GROWN = 1.1
+GOAL_SAMPLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def _figure(values: Sequence[float]) -> Figure:
 
 
 def _compare(section: str, name: str, ours: Sequence[float], against: Sequence[float], goal: float | None) -> Row:
+    ours = ours[: len(against)]
     pairs = list(zip(ours, against, strict=True))
     return Row(
         section,
@@ -80,6 +82,8 @@ def make_rows(samples: Samples, jobs_before: int) -> list[Row]:
         _compare(section, script, samples[f"ours {script}"], samples[f"by hand {script}"], GOAL_BY_HAND)
         for script in ("prolog", "epilog")
     ]
+    section = "a job that asks, against the shape of Slurm's sample prolog"
+    rows.append(_compare(section, "prolog", samples["ours prolog"], samples["sample prolog"], GOAL_SAMPLE))
     section = "a job that asks, against the vendor's floor: -d and the same commands, or quit (+ is our share)"
     rows += [
         _compare(section, script, samples[f"ours {script}"], samples[f"floor {script}"], None)
