@@ -1,33 +1,32 @@
-"""``python3 -m tests.hardware``: automatic limits, a daemon per GPU, faults and killed steps, as jobs on real GPUs.
+"""``python3 -m tests.hardware``: jobs on real GPUs, from sbatch to nothing left, as their users see them.
 
-As root, on a machine with an NVIDIA driver and the packages that ``make test`` installs. Prints what a user would see,
-and what is left at the end; exits 1 when anything is. The GPUs' compute mode is left alone.
+The demo's job, automatic limits, a daemon per GPU, faults and killed steps; tasks confined to their GPUs, ranks that
+MPI started. As root, on a machine with an NVIDIA driver and Slurm, or with a bundle (tests/harness/bundle.py). Prints a
+page of docs/hardware, with what is left at the end; exits 1 when anything is, or the demo's job is not as it should be.
+The GPUs' compute mode is left alone.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.harness.cluster import REPOSITORY, SlurmError
-from tests.harness.site import Site
+from tests.demo import Demo, run_job
+from tests.harness.cluster import SlurmError
+from tests.harness.runtime import mpi_environment
+
+from .site import NODE, PLACE, RealSite, measured_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.harness.cluster import Job
+    from tests.harness.site import Site
 
-CONFIG = '[gpus]\ncompute_mode = "unchanged"\n'
-CLIENT = "/usr/bin/python3 /opt/hardware/client.py"
+CLIENT = f"/usr/bin/python3 {PLACE}/client.py"
 VERIFY = "/opt/slurm-mps/bin/slurm-mps verify"
-
-
-def _gpu_count() -> int:
-    listed = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout
-    return len(listed.splitlines())
+MPI = "--mpi=pmi2 "
 
 
 class Show:
@@ -38,7 +37,7 @@ class Show:
 
     def srun(self, options: str, command: str) -> None:
         began = time.monotonic()
-        result = self._site.cluster.srun(*options.split(), *command.split(), timeout=120)
+        result = self._site.cluster.srun(*options.split(), *command.split(), timeout=120, env=mpi_environment())
         print(f"alice$ srun {options} {command.replace('/opt/slurm-mps/bin/', '')}")
         print(
             f"{result.stdout}{result.stderr}[exit {result.returncode}, {time.monotonic() - began:.1f} s]\n", flush=True
@@ -64,16 +63,30 @@ class Show:
         self._site.machine.run(["scancel", f"{job}.0"], user=job.user).check()
 
 
+def _heading(site: Site) -> None:
+    on = measured_on()
+    slurm = site.node(NODE, "slurmd", "-V").stdout.strip()
+    plugin = site.machine.read("/etc/slurm/cgroup.conf").partition("CgroupPlugin=")[2].split()[0]
+    print(f"# Jobs on real GPUs: {len(on['gpus'])} x {on['gpus'][0].replace(', ', ', driver ')}\n")
+    print(
+        f"{on['date']}, {slurm}, {on['cpu']}, {on['cores']} cores, tasks confined to their GPUs ({plugin}), compute "
+        "mode left alone. Each client is an ordinary CUDA program with kernels of its own; error 700 is "
+        "CUDA_ERROR_ILLEGAL_ADDRESS. What `make hardware` printed:\n"
+    )
+
+
 def main() -> int:
-    gpus = _gpu_count()
-    with Site(real=True, nodes=1, gpus_per_node=gpus, cpus_per_node=64, config=CONFIG) as site:
-        for name in ("client.py", "tests/contract/cuda_client.py"):  # where ordinary users can read it
-            source = REPOSITORY / name if "/" in name else Path(__file__).with_name(name)
-            site.machine.write(f"/opt/hardware/{name}", source.read_text(), mode=0o755)
+    demo = Demo()
+    with RealSite() as site:
+        gpus = site.gpus_per_node
         before = site.snapshot()
+        _heading(site)
+        print("```console", flush=True)
+        run_job(demo, site, gpus, exclusive=False)
         show = Show(site)
-        show.srun(f"-n{4 * gpus} --gres=gpu:{gpus} --mps-threads=auto --mps-mem=auto", VERIFY)
-        show.srun(f"-n{4 * gpus} --ntasks-per-gpu=4 --mps=per-gpu --mps-threads=25 --mps-mem=0:8G", VERIFY)
+        for number in sorted({1, gpus}):
+            show.srun(f"{MPI}-n8 --gres=gpu:{number} --mps-threads=auto --mps-mem=auto", VERIFY)
+        show.srun(f"{MPI}-n8 --ntasks-per-gpu={8 // gpus} --mps=per-gpu --mps-threads=25 --mps-mem=0:8G", VERIFY)
         show.srun("-n8 --gres=gpu:1 --mps-threads=auto --mps-mem=auto", f"{CLIENT} fill 4")
         show.srun("-n50 -O --gres=gpu:1 --mps", "echo ran")
         next_step = f"srun -n{gpus} --gpus-per-task=1 {CLIENT} hold\n"
@@ -84,11 +97,14 @@ def main() -> int:
         show.sbatch("-n4 --gres=gpu:1 --mps", crowd, lambda said: said.count("launched") == 4)
         fault = f"if [ $SLURM_LOCALID = 0 ]; then exec {CLIENT} fault; else exec {CLIENT} hold 3; fi"
         for mode in ("--mps", "--mps=per-gpu"):
-            step = f"srun -n{gpus} --gpus-per-task=1 --kill-on-bad-exit=0 sh -c '{fault}'\n"
-            show.sbatch(f"-n{gpus} --gres=gpu:{gpus} {mode}", step + next_step)
+            step = f"srun -n{2 * gpus} --ntasks-per-gpu=2 --kill-on-bad-exit=0 sh -c '{fault}'\n"
+            show.sbatch(f"-n{2 * gpus} --gres=gpu:{gpus} {mode}", step + next_step)
         after = site.snapshot()
-    print(f"as before: {after == before}")
-    return 0 if after == before else 1
+    print("```\n")
+    print(f"Processes, files and compute modes as before: {after == before}")
+    for problem in demo.problems:
+        print(f"NOT AS IT SHOULD BE: {problem}")
+    return 0 if after == before and not demo.problems else 1
 
 
 if __name__ == "__main__":
