@@ -330,6 +330,19 @@ def test_the_epilog_needs_nothing_but_the_job_id(gpu_node: GpuNode) -> None:
     gpu_node.set_compute_modes(0)
 
 
+def test_hooks_without_roots_rights_say_so(gpu_node: GpuNode) -> None:
+    """slurmstepd of Slurm 24.11 starts an epilog so now and then (PrologFlags=RunInJob); reconcile can go on."""
+    gpu_node.prolog(4711).check()
+    epilog = gpu_node.run(EPILOG, user="alice", env=job_environment(4711))
+    prolog = gpu_node.run(PROLOG, user="alice", env=job_environment(4712, **asked()))
+    gpu_node.epilog(4711).check()
+    for result, job in ((epilog, 4711), (prolog, 4712)):
+        assert result.returncode == 1
+        assert result.stderr.startswith(
+            f"slurm-mps: job {job}: runs as uid 20001, not as root; with PrologFlags=RunInJob"
+        )
+
+
 @pytest.mark.parametrize(
     "now",
     [
