@@ -134,6 +134,19 @@ class Watch:
         os._exit(status[0])
 
 
+def _must_be_root() -> None:
+    """Raises: NodeError when Slurm runs the hook as somebody else; then nothing of root's can be read or put back.
+
+    slurmstepd of 24.05 to 25.11 drops its privileges for a moment when it ends the extern step, and an epilog that
+    PrologFlags=RunInJob has it start in that moment keeps them dropped for good.
+    """
+    if os.geteuid():
+        raise NodeError(
+            f"runs as uid {os.geteuid()}, not as root",
+            hint="with PrologFlags=RunInJob, Slurm before 26.05 does that to an epilog at times: leave it out",
+        )
+
+
 class _Prolog:
     """The prolog of one job; remembers as much as is needed to say how it failed."""
 
@@ -163,6 +176,7 @@ class _Prolog:
     def _run(self) -> None:
         self._job_id = job_id = slurm_number(self._environment, "SLURM_JOB_ID")
         self._who = f"job {job_id}"
+        _must_be_root()
         state = self._open_state()
         state.lock_job(job_id, self._watch.left)
         restart_count = slurm_number(self._environment, "SLURM_JOB_RESTART_COUNT", default=0)
@@ -289,6 +303,7 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
+        _must_be_root()
         state = NodeState()
         _epilog(state, job_id, watch, gpus)
         return 0

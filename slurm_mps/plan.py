@@ -44,9 +44,13 @@ _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for wh
 
 @record
 class Plan:
-    """The steps for one job, in order, and what its tasks are told when they are done."""
+    """The steps for one job, in order, and what its tasks are told when they are done.
+
+    ``slurm_indices`` are Slurm's numbers of the ``gpus``, in the same order.
+    """
 
     gpus: tuple[Gpu, ...]
+    slurm_indices: tuple[int, ...]
     daemons: tuple[JobDaemon, ...]
     clients_per_gpu: int
     request: JobRequest
@@ -82,8 +86,8 @@ class Plan:
         if self.request.auto_memory:
             settings.append(("auto", "memory"))
         settings += [
-            ("gpu", f"{gpu.index} {gpu.minor} {gpu.uuid} {_for_clients(gpu, self.config)} {gpu.memory_bytes // MIB}")
-            for gpu in self.gpus
+            ("gpu", f"{index} {gpu.minor} {gpu.uuid} {_for_clients(gpu, self.config)} {gpu.memory_bytes // MIB}")
+            for index, gpu in zip(self.slurm_indices, self.gpus, strict=True)
         ]
         return Verdict("ready", settings=tuple(settings))
 
@@ -193,7 +197,8 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         raise RequestError("this job has no GPU on this node", hint="ask for one, such as --gres=gpu:1")
     if len(gpus) > GPUS_MAX:
         raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
-    gpus = tuple(sorted(gpus, key=lambda gpu: gpu.index))
+    numbered = zip(gpus, request.slurm_indices or tuple(gpu.index for gpu in gpus), strict=True)
+    gpus, slurm_indices = zip(*sorted(numbered, key=lambda pair: pair[0].index), strict=True)
     uuids = tuple(gpu.uuid for gpu in gpus)
     if len(set(uuids)) < len(uuids):
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
@@ -204,6 +209,7 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
     return Plan(
         gpus=gpus,
+        slurm_indices=slurm_indices,
         daemons=daemons,
         clients_per_gpu=_clients_per_gpu(gpus, config),
         request=request,

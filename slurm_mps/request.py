@@ -36,7 +36,8 @@ _DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps w
 class JobRequest:
     """One job's wish on this node.
 
-    ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17).
+    ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17); with UUIDs
+    ``slurm_indices`` may have Slurm's index of each, in the same order, which is what a task's variables count by.
     ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
     normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
     the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
@@ -54,6 +55,7 @@ class JobRequest:
     memory_by_gpu: tuple[tuple[int, int], ...] = ()
     auto_threads: bool = False
     auto_memory: bool = False
+    slurm_indices: tuple[int, ...] = ()
 
 
 def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -106,6 +108,14 @@ def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     return gpus
 
 
+def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tuple[int, ...]:
+    """Slurm's indices of GPUs that are named by UUID; none where it does not say them one by one."""
+    indices = [name for name in environment.get("SLURM_JOB_GPUS", "").split(",") if name]
+    numbers = all(name.isascii() and name.isdigit() and len(name) <= 4 for name in indices)
+    by_uuid = any(name.startswith("GPU-") for name in gpus)
+    return tuple(map(int, indices)) if by_uuid and numbers and len(indices) == len(gpus) else ()
+
+
 def read_request(environment: Mapping[str, str]) -> JobRequest:
     """Read a job's request from the environment that slurmd gives the prolog.
 
@@ -125,11 +135,12 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
             f"--mps-mem={printable(environment['SPANK_MPS_MEM'])}: one control daemon cannot tell its GPUs apart",
             hint="ask for --mps=per-gpu, or for one size",
         )
+    gpus = _gpus(environment)
     return JobRequest(
         job_id=slurm_number(environment, "SLURM_JOB_ID"),
         uid=slurm_number(environment, "SLURM_JOB_UID"),
         restart_count=slurm_number(environment, "SLURM_JOB_RESTART_COUNT", default=0),
-        gpus=_gpus(environment),
+        gpus=gpus,
         thread_percentage=_option(
             environment, "SPANK_MPS_THREADS", "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)
         ),
@@ -139,4 +150,5 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         memory_by_gpu=by_gpu,
         auto_threads=environment.get("SPANK_MPS_THREADS") == AUTO,
         auto_memory=environment.get("SPANK_MPS_MEM") == AUTO,
+        slurm_indices=_slurm_indices(environment, gpus),
     )

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include <slurm/spank.h>
+#include <slurm/slurm_version.h>
 
 #include "limits.h"
 #include "options.h"
@@ -28,6 +29,9 @@
 #include "suspect.h"
 #include "task.h"
 #include "verdict.h"
+
+/* For tools that look at the file, beside plugin_version, which is the release of Slurm's headers (plugin_file.py). */
+const char slurm_mps_version[] = SLURM_MPS_VERSION;
 
 SPANK_PLUGIN(mps, 1)
 
@@ -192,10 +196,28 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	return rc == ESPANK_SUCCESS ? ESPANK_SUCCESS : -1;
 }
 
-static void fail_step(uint32_t job_id, const char *message)
+/*
+ * " on n1", for the end of a message's first words. Up to 24.11 slurmstepd begins each line with its own and the node's
+ * name, since 25.05 with the time: a user of several nodes could not tell which one it is about.
+ */
+static const char *on_node(void)
+{
+#if SLURM_VERSION_NUMBER < SLURM_VERSION_NUM(25, 5, 0)
+	return "";
+#else
+	static char words[72];
+	const char *name = getenv("SLURMD_NODENAME");
+
+	if (name)
+		(void)snprintf(words, sizeof(words), " on %s", name);
+	return words;
+#endif
+}
+
+static void fail_step(const char *message)
 {
 	step.failed = true;
-	slurm_error("mps: job %u: %s", job_id, message);
+	slurm_error("mps: job %u%s: %s", step.job_id, on_node(), message);
 }
 
 /* Why no task can use a GPU: its control daemon is gone, or the server takes nobody after what an earlier task did. */
@@ -228,7 +250,7 @@ static void judge_step(spank_t sp)
 	step.known = true;
 	if (spank_get_item(sp, S_JOB_ID, &step.job_id) != ESPANK_SUCCESS) {
 		if (job_asked(sp))
-			fail_step(step.job_id, "slurmstepd does not tell the job's id");
+			fail_step("slurmstepd does not tell the job's id");
 		return;
 	}
 	verdict_read(step.job_id, &step.verdict);
@@ -239,18 +261,18 @@ static void judge_step(spank_t sp)
 		if (limits_of_step(&step.verdict, &options_given, &step.limits, message, sizeof(message)))
 			find_trouble();
 		else
-			fail_step(step.job_id, message);
+			fail_step(message);
 		break;
 	case VERDICT_REFUSED:
-		fail_step(step.job_id, step.verdict.message);
+		fail_step(step.verdict.message);
 		break;
 	case VERDICT_WITHOUT:
-		slurm_error("mps: job %u: RUNS WITHOUT MPS on this node, with no limits, as this site wants it: %s", step.job_id,
-			    step.verdict.message);
+		slurm_error("mps: job %u%s: RUNS WITHOUT MPS on this node, with no limits, as this site wants it: %s", step.job_id,
+			    on_node(), step.verdict.message);
 		break;
 	case VERDICT_NONE:
 		if (job_asked(sp))
-			fail_step(step.job_id, "MPS was asked for, but no prolog set it up on this node: give --mps to sbatch, "
+			fail_step("MPS was asked for, but no prolog set it up on this node: give --mps to sbatch, "
 					       "salloc or the srun that makes the job; if you did, tell your admin that "
 					       "slurm-mps is not in the Prolog of this node");
 		break;
@@ -284,7 +306,7 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	if (!step.failed && task_prepare(sp, &step, problem, sizeof(problem)))
 		return ESPANK_SUCCESS;
 	if (!step.failed && rollcall_first(step.rollcall))
-		slurm_error("mps: this task cannot start: %s", problem);
+		slurm_error("mps: this task cannot start%s: %s", on_node(), problem);
 	_exit(EXIT_FAILURE);
 }
 

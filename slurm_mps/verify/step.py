@@ -32,7 +32,7 @@ class Step:
 
 
 def read_step(environment: Mapping[str, str], hostname: str) -> Step | None:
-    """Read the variables of a task; None outside a step, and in a batch script itself."""
+    """Read the variables of a task; None outside a step, and in a batch script itself (-5 to newer Slurms)."""
     try:
         size = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
         rank = int(environment["SLURM_PROCID"])
@@ -52,4 +52,4 @@ def read_step(environment: Mapping[str, str], hostname: str) -> Step | None:
         )
     except (KeyError, ValueError):
         return None
-    return step if 0 <= rank < size else None
+    return step if 0 <= rank < size and step.step_id.isdecimal() else None

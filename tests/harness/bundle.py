@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .release import BUNDLE_VARIABLE, own_release
 from .runtime import REQUIREMENTS, WHEELS_VARIABLE
 
 if TYPE_CHECKING:
     from .machine import Machine
 
-VARIABLE = "SLURM_MPS_BUNDLE"
 PLUGINS = "usr/lib/x86_64-linux-gnu/slurm-wlm"
 DAEMONS = ("slurmd", "slurmctld", "slurmstepd", "munged", "mungekey")
 COMMANDS = ("srun", "sbatch", "salloc", "scontrol", "squeue", "sinfo", "scancel", "sdiag", "munge", "unmunge")
@@ -37,7 +37,7 @@ _TEST_TOOLS = ("pip", "pytest>=8", "hypothesis>=6")
 
 def directory() -> Path | None:
     """Where the bundle is; None on a machine that needs none. Its wheels then serve the runtime, too."""
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(BUNDLE_VARIABLE)
     if not named:
         return None
     os.environ.setdefault(WHEELS_VARIABLE, f"{Path(named).resolve()}/wheels")
@@ -89,6 +89,7 @@ def _needed(programs: list[Path]) -> dict[str, str]:
 
 def collect(target: Path, python: str) -> None:
     """Fill an empty directory."""
+    (target / "release").write_text(f"{own_release()}\n")
     root = target / "root"
     for place, names in (("usr/sbin", DAEMONS), ("usr/bin", COMMANDS)):
         for name in names:
@@ -116,7 +117,7 @@ def main() -> int:
     options.directory.mkdir(parents=True)
     collect(options.directory, options.python)
     size = sum(path.stat().st_size for path in options.directory.rglob("*") if path.is_file())
-    print(f"{options.directory}: {size / 1e6:.0f} MB; on the GPU machine set {VARIABLE} to it and carry build/spank")
+    print(f"{options.directory}: {size / 1e6:.0f} MB; there {BUNDLE_VARIABLE} names it, beside build/spank")
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from .machine import ADDRESS, HOSTNAME, UNIFIED, Machine, Result
+from .release import chosen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,8 +94,9 @@ class Cluster:
 
     constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroups on the
     host). shards_per_node: parts of GPUs that jobs can ask for as gres/shard. extra_slurm_conf: lines put in
-    place of those with the same key, or added. plugstack: the whole text of plugstack.conf; empty for no
-    plugin, None for the sample as it is. prolog, epilog: paths inside the machine; None for none.
+    place of those with the same key, or added. autodetect: gres.conf's AutoDetect; empty for none. plugstack: the
+    whole text of plugstack.conf; empty for no plugin, None for the sample as it is. prolog, epilog: paths inside the
+    machine; None for none.
     """
 
     def __init__(
@@ -107,18 +109,21 @@ class Cluster:
         cpus_per_node: int = CPUS_PER_NODE,
         constrain_devices: bool = False,
         extra_slurm_conf: str = "",
+        autodetect: str = "",
         plugstack: str | None = "",
         prolog: str | None = None,
         epilog: str | None = None,
         prolog_flags: str | None = "Alloc",
     ) -> None:
         self.machine = machine
+        self.release = chosen()
         self.node_names = tuple(f"{NODE_NAME_PREFIX}{number}" for number in range(1, nodes + 1))
         self._gpus_per_node = gpus_per_node
         self._shards_per_node = shards_per_node
         self._cpus_per_node = cpus_per_node
         self._constrain_devices = constrain_devices
         self._extra = dict(_setting(line) for line in extra_slurm_conf.splitlines() if line.strip())
+        self._autodetect = f"AutoDetect={autodetect}\n" if autodetect else ""
         self._plugstack = plugstack
         self._scripts = {"Prolog": prolog, "Epilog": epilog, "PrologFlags": prolog_flags}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -181,7 +186,8 @@ class Cluster:
         write("/etc/slurm/slurm.conf", localise(sample, self.replacements) + self._machine_lines())
         gpus = f"NodeName={','.join(self.node_names)} Name=gpu File=/dev/nvidia[0-{self._gpus_per_node - 1}]\n"
         shards = f"NodeName={','.join(self.node_names)} Name=shard Count={self._shards_per_node}\n"
-        write("/etc/slurm/gres.conf", (gpus if self._gpus_per_node else "") + (shards if self._shards_per_node else ""))
+        lines = (gpus if self._gpus_per_node else "") + (shards if self._shards_per_node else "")
+        write("/etc/slurm/gres.conf", self._autodetect + lines)
         write(
             "/etc/slurm/cgroup.conf",
             localise((SAMPLES / "cgroup.conf").read_text(), self._cgroup_replacements()),
@@ -417,6 +423,12 @@ class Cluster:
         self.until(f"{node} back", lambda: not self.node_states()[node].drained or None, 10)
 
     # --------------------------------------------------------------------------------------------------- logs
+
+    def node_that_says(self, line: str) -> str:
+        """The node that a message in a job's output is from."""
+        found = re.search(self.release.said_on_a_node, line)
+        assert found, line
+        return found["node"]
 
     def logs(self, lines: int = _LOG_TAIL_LINES) -> str:
         """The tails of all daemon logs, for the message of a failed test."""

@@ -99,6 +99,12 @@ class GpuNode:
         if settings:
             self.run("simulated-gpus", "fault", *settings).check()
 
+    @property
+    def package(self) -> str:
+        """Where the package is that prolog and epilog run."""
+        lines = self.machine.read(PROLOG).splitlines()
+        return next(line.removeprefix("package=") for line in lines if line.startswith("package="))
+
     def prolog(self, job_id: int, *, user: str = "alice", gpus: str = "0,1", **spank: str) -> Result:
         """Run the prolog; a job that gives no SPANK variable asks for plain MPS."""
         environment = job_environment(job_id, user=user, gpus=gpus, **(spank or asked()))

@@ -292,7 +292,7 @@ def bring_up_network(address: str) -> None:
 
 
 def build_root(spec: dict[str, Any], controllers: list[str]) -> None:
-    """Build the machine's file system beside the host's, and make it the root."""
+    """Build the machine's file system beside the host's, from the host's own or another, and make it the root."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     host_file_systems = [where for where, kind, _ in host_mounts() if kind not in PSEUDO_FILESYSTEMS]
     stage = next(place for place in STAGING_DIRECTORIES if os.path.isdir(place))
@@ -302,9 +302,11 @@ def build_root(spec: dict[str, Any], controllers: list[str]) -> None:
         os.mkdir(directory, 0o755)
     os.chmod(upper, 0o755)
     fill_upper_layer(spec, upper)
-    mount("overlay", root, "overlay", 0, f"lowerdir=/,upperdir={upper},workdir={work}")
-    for where in host_file_systems:
+    mount("overlay", root, "overlay", 0, f"lowerdir={spec['root']},upperdir={upper},workdir={work}")
+    for where in host_file_systems if spec["root"] == "/" else ():
         bind_host_file_system(where, root, stage)
+    for where in spec["shown"]:
+        bind_read_only(where, root)
     mount_kernel_file_systems(root, controllers)
     make_devices(root + "/dev", spec["gpus"])
     for directory, mode in TMPFS_DIRECTORIES.items():
@@ -327,14 +329,15 @@ def fill_upper_layer(spec: dict[str, Any], upper: str) -> None:
     """
     os.makedirs(f"{upper}/etc", exist_ok=True)
     for name, lines in spec["etc_lines"].items():
-        old = Path("/etc", name).read_text().splitlines() if Path("/etc", name).exists() else []
+        lower = Path(spec["root"], "etc", name)
+        old = lower.read_text().splitlines() if lower.exists() else []
         missing = [line for line in lines if not any(have.split(":")[0] == line.split(":")[0] for have in old)]
         Path(upper, "etc", name).write_text("\n".join(old + missing) + "\n")
         Path(upper, "etc", name).chmod(0o600 if name == "shadow" else 0o644)
     for name, text in spec["etc_files"].items():
         Path(upper, "etc", name).write_text(text)
     for target, directories in spec["overlays"].items():
-        place = upper + os.path.realpath(target)
+        place = upper + (os.path.realpath(target) if spec["root"] == "/" else target)
         os.makedirs(place, exist_ok=True)
         for directory in reversed(directories):  # the first named lies on top, as in lowerdir=
             shutil.copytree(directory, place, symlinks=True, dirs_exist_ok=True)
@@ -346,8 +349,13 @@ def bind_host_file_system(where: str, root: str, stage: str) -> None:
     if where == "/" or any(where == top or where.startswith(top + "/") for top in kernels):
         return
     with contextlib.suppress(OSError):  # one hidden by a later mount cannot be reached, here or on the host
-        bind(where, root + where)
-        mount("none", root + where, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
+        bind_read_only(where, root)
+
+
+def bind_read_only(where: str, root: str) -> None:
+    """Show what the host has at `where` at the same place."""
+    bind(where, root + where)
+    mount("none", root + where, "", MS_BIND | MS_REMOUNT | MS_RDONLY)
 
 
 def bind(source: str, target: str) -> None:

@@ -96,6 +96,8 @@ class Machine:
 
     overlays: directory inside -> directories whose files lie over it, the first named on top.
     binds: path on the host -> path inside; shared, not copied.
+    root: the directory whose file system it has instead of the host's; of the host's own only `shown` is there then,
+    at the same paths and read-only.
     gpus: how many /dev/nvidiaN there are; opening one gives ENXIO, or EPERM where a device cgroup denies it. None for
     the host's own.
     """
@@ -105,11 +107,15 @@ class Machine:
         *,
         overlays: Mapping[str, Sequence[str | Path]] | None = None,
         binds: Mapping[str | Path, str] | None = None,
+        root: str | Path | None = None,
+        shown: Sequence[str | Path] = (),
         gpus: int | None = GPU_DEVICES,
         hostname: str = HOSTNAME,
     ) -> None:
         self._overlays = {place: [str(Path(one).resolve()) for one in many] for place, many in (overlays or {}).items()}
         self._binds = {str(Path(source).resolve()): target for source, target in (binds or {}).items()}
+        self._root = str(Path(root).resolve()) if root else "/"
+        self._shown = [str(Path(one).resolve()) for one in (*shown, _INSIDE.parent)]
         self._gpus = gpus
         self._hostname = hostname
         self._keeper: subprocess.Popen[str] | None = None
@@ -192,6 +198,8 @@ class Machine:
             "address": ADDRESS,
             "gpus": self._gpus,
             "users": dict(USERS),
+            "root": self._root,
+            "shown": self._shown if self._root != "/" else [],
             "overlays": self._overlays,
             "binds": self._binds,
             "cgroup_controllers": list(CGROUP_CONTROLLERS),

@@ -1,6 +1,7 @@
 """The Python that jobs and the installed project run on inside a throw-away machine.
 
-A virtual environment made from /usr/bin/python3, built once and bind-mounted at ``/opt/slurm-mps``. Promises:
+A virtual environment made from /usr/bin/python3, of the host or of another root file system, built once and
+bind-mounted at ``/opt/slurm-mps``. Promises:
 ordinary users of the machine can run it; it is built at that very path (in a mount namespace), so the scripts
 in its ``bin`` name an interpreter that exists inside; building it changes nothing on the host outside the
 cache directory.
@@ -15,6 +16,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +56,20 @@ mount --bind /media/source "$target"
 exec "$@"
 """
 
+# Runs "$@" in the root file system $1, which stays as it is: $2 is seen at $3 there, and $4 where it is here.
+_IN_ROOT = """set -eu
+root=$1 source=$2 target=$3 shown=$4; shift 4
+mount -t tmpfs -o mode=755 none /media
+mkdir /media/upper /media/work /media/root
+mount -t overlay none -o "lowerdir=$root,upperdir=/media/upper,workdir=/media/work" /media/root
+mkdir -p "/media/root$target" "/media/root$shown"
+mount --bind "$source" "/media/root$target"
+mount --bind "$shown" "/media/root$shown"
+mount --rbind /dev /media/root/dev
+mount -t proc proc /media/root/proc
+exec chroot /media/root "$@"
+"""
+
 
 def mpi_environment(runtime: str = MOUNT_POINT) -> dict[str, str]:
     """What an mpi4py program needs under ``srun --mpi=pmi2`` inside a machine, whose only interface is `lo`.
@@ -65,27 +81,32 @@ def mpi_environment(runtime: str = MOUNT_POINT) -> dict[str, str]:
     return {"MPI4PY_LIBMPI": f"{runtime}/lib/libmpi.so.12", "FI_PROVIDER": "tcp"}
 
 
-def ensure_runtime(cache_dir: str | Path) -> Path:
+def ensure_runtime(cache_dir: str | Path, root: Path | None = None) -> Path:
     """Return the environment's directory on the host, built first where it is missing or its inputs changed.
 
-    To be given to a machine as ``binds={ensure_runtime(cache): MOUNT_POINT}``.
+    To be given to a machine as ``binds={ensure_runtime(cache, root): MOUNT_POINT}``. With `root` it is made of the
+    Python there, of wheels that the host gets for it.
     """
     cache = Path(cache_dir).resolve()
-    runtime = cache / f"runtime-{_key()}"
+    version = python_version(root)
+    runtime = cache / f"runtime-{_key(version)}"
     with _lock(cache):
         if not runtime.is_dir():
             partial = runtime.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _say(f"building {runtime} from {BASE_PYTHON} (once)")
-            _run_at_mount_point(partial, [BASE_PYTHON, "-m", "venv", *_venv_options(), MOUNT_POINT])
+            _say(f"building {runtime} from {BASE_PYTHON} {version} (once)")
+            _run_at_mount_point(partial, [BASE_PYTHON, "-m", "venv", *_venv_options(root), MOUNT_POINT], root)
             _say(f"installing {', '.join(REQUIREMENTS)}")
-            _pip(partial, ["install", *REQUIREMENTS])
+            with tempfile.TemporaryDirectory(prefix="wheels-", dir=cache) as wheels:
+                if root is not None:
+                    _download(Path(wheels), version)
+                _pip(partial, ["install", *REQUIREMENTS], root, wheels if root else None)
             partial.rename(runtime)
     return runtime
 
 
-def install_project(runtime: Path, checkout: str | Path) -> None:
+def install_project(runtime: Path, checkout: str | Path, root: Path | None = None) -> None:
     """Install the project's package from `checkout`, unless these very sources are in there.
 
     Built from a copy: setuptools writes beside the sources, and a checkout stays as it is.
@@ -104,14 +125,30 @@ def install_project(runtime: Path, checkout: str | Path) -> None:
             for name in sources:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(top / name, copy / name)
-            _pip(runtime, ["install", "--no-deps", "--no-build-isolation", "--force-reinstall", scratch])
+            _pip(runtime, ["install", "--no-deps", "--no-build-isolation", "--force-reinstall", scratch], root)
         mark.write_text(digest)
 
 
-def _key() -> str:
+def build_plugin(cache_dir: str | Path, checkout: str | Path, root: Path) -> Path:
+    """Build the plugin with the compiler and the Slurm headers of another root. Returns its directory on the host."""
+    top = Path(checkout).resolve()
+    built = Path(cache_dir).resolve() / f"plugin-{root.name.removeprefix('root-')}"
+    with _lock(built.parent):
+        built.mkdir(exist_ok=True)
+        make = ["make", "-s", "-C", str(top / "spank"), f"BUILD={MOUNT_POINT}"]
+        _run_at_mount_point(built, make, root, top)
+    return built
+
+
+def python_version(root: Path | None) -> str:
+    """The version of the Python that an environment is made of, such as 3.11.2."""
+    line = [*(["chroot", str(root)] if root else []), BASE_PYTHON, "--version"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def _key(version: str) -> str:
     """Names the inputs of a build: another key, another environment."""
-    version = subprocess.run([BASE_PYTHON, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    text = "\n".join((_LAYOUT, version, MOUNT_POINT, *REQUIREMENTS))
+    text = "\n".join((_LAYOUT, f"Python {version}", MOUNT_POINT, *REQUIREMENTS))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -138,27 +175,43 @@ def _digest(top: Path, names: list[str]) -> str:
     return total.hexdigest()
 
 
-def _pip(runtime: Path, words: list[str]) -> None:
+def _download(wheels: Path, python_version: str) -> None:
+    """Get what an environment of another Python needs, so that its root needs no network."""
+    line = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--only-binary=:all:"]
+    line += [f"--python-version={python_version}", f"--dest={wheels}", "pip", *REQUIREMENTS]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(line)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def _pip(runtime: Path, words: list[str], root: Path | None = None, wheels: str | None = None) -> None:
     """Run the environment's pip at the environment's final path."""
     pip = [f"{MOUNT_POINT}/bin/python3", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels = os.environ.get(WHEELS_VARIABLE)
+    wheels = wheels or os.environ.get(WHEELS_VARIABLE)
     if wheels:
         (own,) = Path(wheels).glob("pip-*.whl")
         pip[1:3] = [f"{own}/pip"]
         words = [words[0], "--no-index", "--find-links", wheels, *words[1:]]
-    _run_at_mount_point(runtime, [*pip, *words])
+        words += ["pip"] if root else []
+    _run_at_mount_point(runtime, [*pip, *words], root)
 
 
-def _venv_options() -> list[str]:
+def _venv_options(root: Path | None) -> list[str]:
     """Where there is no registry, pip itself comes as a wheel, and ensurepip may be missing."""
-    return ["--without-pip"] if os.environ.get(WHEELS_VARIABLE) else []
+    return ["--without-pip"] if root or os.environ.get(WHEELS_VARIABLE) else []
 
 
-def _run_at_mount_point(directory: Path, argv: list[str]) -> None:
-    """Run a command that sees `directory` at MOUNT_POINT; all users can read what it makes."""
-    command = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", _AT_MOUNT_POINT, "sh"]
-    command += [str(directory), MOUNT_POINT, *argv]
-    hidden = ("PYTHON", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
+def _run_at_mount_point(directory: Path, argv: list[str], root: Path | None = None, shown: Path | None = None) -> None:
+    """Run a command that sees `directory` at MOUNT_POINT; all users can read what it makes.
+
+    In another root it sees `shown` as well, or else what is beside `directory`.
+    """
+    command = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c"]
+    if root is None:
+        command += [_AT_MOUNT_POINT, "sh", str(directory), MOUNT_POINT, *argv]
+    else:
+        command += [_IN_ROOT, "sh", str(root), str(directory), MOUNT_POINT, str(shown or directory.parent), *argv]
+    hidden = ("PYTHON", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", *(("PIP_",) if root else ()))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     done = subprocess.run(
         command,

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from . import bundle
+from . import bundle, release
 from .cluster import CPUS_PER_NODE, REPOSITORY, Cluster
 from .machine import GPU_DEVICES, Machine
-from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
+from .runtime import MOUNT_POINT, build_plugin, ensure_runtime, install_project, mpi_environment
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from .machine import Result
@@ -40,12 +42,20 @@ class Snapshot:
 
 
 def gpu_machine(*, real: bool = False) -> Machine:
-    """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`."""
+    """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`.
+
+    It has the Slurm of the release that is chosen (tests/harness/release.py), and the plugin as built there.
+    """
     simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
     overlays = bundle.overlays() if real else simulated
-    runtime = ensure_runtime(CACHE)
-    install_project(runtime, REPOSITORY)
-    return Machine(overlays=overlays, binds={runtime: MOUNT_POINT}, gpus=None if real else GPU_DEVICES)
+    root = release.ensure_root(release.chosen(), CACHE)
+    runtime = ensure_runtime(CACHE, root)
+    install_project(runtime, REPOSITORY, root)
+    binds: dict[str | Path, str] = {runtime: MOUNT_POINT}
+    if root is not None:
+        binds[build_plugin(CACHE, REPOSITORY, root)] = str(REPOSITORY / "build/spank")
+    gpus = None if real else GPU_DEVICES
+    return Machine(overlays=overlays, binds=binds, root=root, shown=[REPOSITORY], gpus=gpus)
 
 
 def install_hooks(machine: Machine) -> None:
@@ -68,6 +78,7 @@ class Site:
         constrain_devices: bool = False,
         config: str = "",
         extra_slurm_conf: str = "",
+        autodetect: str = "",
         plugstack: str | None = None,
         real: bool = False,
     ) -> None:
@@ -75,6 +86,7 @@ class Site:
         self._real = real
         self.gpus_per_node = gpus_per_node
         self._config = config
+        self._autodetect = bool(autodetect)
         self.cluster = Cluster(
             self.machine,
             nodes=nodes,
@@ -83,6 +95,7 @@ class Site:
             cpus_per_node=cpus_per_node,
             constrain_devices=constrain_devices,
             extra_slurm_conf=extra_slurm_conf,
+            autodetect=autodetect,
             plugstack=plugstack,
             prolog="/etc/slurm/prolog.d/*",
             epilog="/etc/slurm/epilog.d/*",
@@ -100,6 +113,8 @@ class Site:
                 if self._real:
                     continue
                 self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
+                if self._autodetect:
+                    self.show_gpus_in_proc(name, self.gpus(name))
             self.cluster.start()
         except BaseException:
             self.close()
@@ -116,6 +131,17 @@ class Site:
             self.cluster.close()
         finally:
             self.machine.close()
+
+    def show_gpus_in_proc(self, node: str, gpus: list[dict[str, Any]]) -> None:
+        """Show GPUs to Slurm's AutoDetect=nvidia as the driver does, in /proc and /sys, /dev/nvidia0 first."""
+        for place in ("/proc/driver", "/sys/bus/pci/drivers"):
+            self.node(node, "mount", "-t", "tmpfs", "none", place).check()
+        for minor, gpu in enumerate(gpus):
+            address = gpu["pci_bus_id"].removeprefix("0000").lower()
+            shown = f"Model: \t\t {gpu['name']}\nGPU UUID: \t {gpu['uuid']}\nDevice Minor: \t {minor}\n"
+            self.machine.write(f"/proc/driver/nvidia/gpus/{address}/information", shown, node=node)
+            processors = f"0-{(os.cpu_count() or 1) - 1}\n"
+            self.machine.write(f"/sys/bus/pci/drivers/nvidia/{address}/local_cpulist", processors, node=node)
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -16,8 +16,6 @@ from tests.harness.site import PYTHON, STATE_DIRECTORY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGE = "/opt/slurm-mps/lib/python3.11/site-packages/slurm_mps"
-HOOK = f"{PACKAGE}/hook.py"
 ALICE = 20001
 
 
@@ -77,7 +75,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
         "thread_percentage_min 0.1",
         "memory_min 1M",
         "context_mib 514",
-        f"probe {PYTHON} {PACKAGE}/probe.py",
+        f"probe {PYTHON} {gpu_node.package}/probe.py",
         "clients_per_gpu 48",
         "visible_devices uuid",
         f"gpu 1 1 {gpus[1]} 142641 143771",
@@ -207,7 +205,10 @@ def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
         "_ctypes",
         "ctypes._endian",
     }
-    prolog, epilog = imported(gpu_node, HOOK, "prolog"), imported(gpu_node, HOOK, "epilog")
+    prolog, epilog = (
+        imported(gpu_node, f"{gpu_node.package}/hook.py", "prolog"),
+        imported(gpu_node, f"{gpu_node.package}/hook.py", "epilog"),
+    )
     assert {"slurm_mps.steps", "slurm_mps.node.gpus"} <= prolog & epilog
     assert sorted(name for name in (prolog | epilog) - allowed if name.partition(".")[0] != "slurm_mps") == []
 
@@ -215,7 +216,7 @@ def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
 def test_a_module_beside_the_package_is_not_taken_for_the_standard_librarys(own_node: GpuNode) -> None:
     """A third-party module in site-packages that has a standard module's name is not run as root."""
     own_node.run("mkdir", "/srv/site-packages").check()
-    own_node.run("cp", "-r", PACKAGE, "/srv/site-packages/").check()
+    own_node.run("cp", "-r", own_node.package, "/srv/site-packages/").check()
     for name in ("binascii", "ctypes", "fcntl", "select", "signal", "struct", "syslog", "traceback", "types"):
         own_node.machine.write(f"/srv/site-packages/{name}.py", "open('/tmp/trapped', 'w').close()\n")
     for script in (PROLOG, EPILOG):
@@ -312,7 +313,7 @@ def test_an_epilog_is_right_whatever_the_prolog_came_to(gpu_node: GpuNode, begin
         result = gpu_node.epilog(4711)
         assert (result.returncode, result.stderr) == (0, "")
         assert gpu_node.files() == []
-    hook = gpu_node.run(PYTHON, "-I", "-S", HOOK, "epilog", env=job_environment(4711))
+    hook = gpu_node.run(PYTHON, "-I", "-S", f"{gpu_node.package}/hook.py", "epilog", env=job_environment(4711))
     assert (hook.returncode, hook.stderr) == (0, ""), "the hook itself, past the script's look"
 
 
@@ -327,6 +328,19 @@ def test_the_epilog_needs_nothing_but_the_job_id(gpu_node: GpuNode) -> None:
     assert gpu_node.files() == []
     assert gpu_node.compute_modes() == [2, 0, 0, 0]
     gpu_node.set_compute_modes(0)
+
+
+def test_hooks_without_roots_rights_say_so(gpu_node: GpuNode) -> None:
+    """slurmstepd of Slurm 24.11 starts an epilog so now and then (PrologFlags=RunInJob); reconcile can go on."""
+    gpu_node.prolog(4711).check()
+    epilog = gpu_node.run(EPILOG, user="alice", env=job_environment(4711))
+    prolog = gpu_node.run(PROLOG, user="alice", env=job_environment(4712, **asked()))
+    gpu_node.epilog(4711).check()
+    for result, job in ((epilog, 4711), (prolog, 4712)):
+        assert result.returncode == 1
+        assert result.stderr.startswith(
+            f"slurm-mps: job {job}: runs as uid 20001, not as root; with PrologFlags=RunInJob"
+        )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,18 +51,11 @@ def test_the_options_are_in_the_help_of_each_command(site: Site) -> None:
         assert {"--mps=per-node|per-gpu", "--mps-threads=PCT|auto", "--mps-mem=SIZE|auto"} <= set(shown.split())
 
 
-@pytest.fixture(scope="module")
-def free_spank(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The user's own plugin, compiled."""
-    target = tmp_path_factory.mktemp("free") / "free.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", target, HERE / "free_spank.c"], check=True)
-    return target.read_bytes()
-
-
-def _submit_past_the_plugin(site: Site, plugin: bytes, values: dict[str, str]) -> tuple[str, str]:
+def _submit_past_the_plugin(site: Site, values: dict[str, str]) -> tuple[str, str]:
     """As alice, with a slurm.conf and a plugin of her own. Returns the job's state and output."""
     machine = site.machine
-    machine.path("/home/alice/free.so").write_bytes(plugin)
+    if not machine.path("/home/alice/free.so").exists():
+        machine.run(["cc", "-shared", "-fPIC", "-o", "/home/alice/free.so", HERE / "free_spank.c"]).check()
     machine.write("/home/alice/plugstack.conf", "required /home/alice/free.so\n")
     conf = machine.read("/etc/slurm/slurm.conf")
     machine.write("/home/alice/slurm.conf", conf.replace("/etc/slurm/plugstack.conf", "/home/alice/plugstack.conf"))
@@ -84,11 +76,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("values", HOSTILE, ids=[repr(v)[:60] for v in HOSTILE])
-def test_the_same_past_the_plugin_fails_the_job_and_not_the_node(
-    site: Site, free_spank: bytes, values: dict[str, str]
-) -> None:
+def test_the_same_past_the_plugin_fails_the_job_and_not_the_node(site: Site, values: dict[str, str]) -> None:
     """The fixture sees that no node was drained, no daemon runs and nothing was left, /tmp/owned included."""
-    state, output = _submit_past_the_plugin(site, free_spank, values)
+    state, output = _submit_past_the_plugin(site, values)
     assert state == "FAILED"
     assert "it ran" not in output
     assert "error: mps: job " in output
@@ -96,9 +86,9 @@ def test_the_same_past_the_plugin_fails_the_job_and_not_the_node(
     assert len(output.splitlines()) == 1
 
 
-def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site, free_spank: bytes) -> None:
+def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site) -> None:
     """The way in does not matter: the test above refuses for the values, not for the plugin."""
-    state, output = _submit_past_the_plugin(site, free_spank, {"MPS": "1", "MPS_THREADS": "25"})
+    state, output = _submit_past_the_plugin(site, {"MPS": "1", "MPS_THREADS": "25"})
     assert (state, output) == ("COMPLETED", "it ran\n")
 
 

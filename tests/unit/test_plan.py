@@ -109,6 +109,12 @@ def test_gpus_stand_in_the_daemons_order_whatever_slurm_says() -> None:
     assert [value.split()[:3] for value in values(plan, "gpu")] == [["0", "0", "GPU-0"], ["1", "1", "GPU-1"]]
 
 
+def test_slurms_own_indices_go_with_the_gpus_that_it_names_by_uuid() -> None:
+    """Slurm counts by gres.conf, NVML by PCI address."""
+    plan = make_plan(replace(ask(), gpus=("GPU-1", "GPU-0"), slurm_indices=(0, 3)), DEFAULTS, GPUS[::-1])
+    assert [value.split()[:3] for value in values(plan, "gpu")] == [["3", "0", "GPU-0"], ["0", "1", "GPU-1"]]
+
+
 @pytest.mark.parametrize(
     "config", [SiteConfig(gpus_compute_mode="unchanged"), SiteConfig(gpus_sharing="share")], ids=["unchanged", "share"]
 )

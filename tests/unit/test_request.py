@@ -66,6 +66,20 @@ def test_uuids_are_taken_where_slurm_gives_them() -> None:
     """From 25.11 on CUDA_VISIBLE_DEVICES holds UUIDs in the prolog, SLURM_JOB_GPUS indices as ever (S17)."""
     request = read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "GPU-aa-1,GPU-bb-2"})
     assert request.gpus == ("GPU-aa-1", "GPU-bb-2")
+    assert request.slurm_indices == (2, 3)
+
+
+@pytest.mark.parametrize("indices", ["", "2", "2,3,4", "2-3", "a,b"])
+def test_indices_that_do_not_go_with_the_uuids_are_left_out(indices: str) -> None:
+    request = read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "GPU-aa-1,GPU-bb-2", "SLURM_JOB_GPUS": indices})
+    assert (request.gpus, request.slurm_indices) == (("GPU-aa-1", "GPU-bb-2"), ())
+
+
+@pytest.mark.parametrize("left_out", ["SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"])
+def test_either_variable_may_be_missing(left_out: str) -> None:
+    """gres.conf's Flags can keep Slurm from setting CUDA_VISIBLE_DEVICES."""
+    request = read_request({name: value for name, value in SLURM.items() if name != left_out})
+    assert (request.gpus, request.slurm_indices) == (("2", "3"), ())
 
 
 def test_a_job_without_gpu_variables_has_no_gpu() -> None:

@@ -316,7 +316,9 @@ def test_a_task_knows_its_step() -> None:
     assert step.launch_addresses == ("10.0.0.1",)
 
 
-@pytest.mark.parametrize("change", [{"SLURM_STEP_ID": None}, {"SLURM_PROCID": "x"}, {"SLURM_PROCID": "2"}])
+@pytest.mark.parametrize(
+    "change", [{"SLURM_STEP_ID": None}, {"SLURM_STEP_ID": "-5"}, {"SLURM_PROCID": "x"}, {"SLURM_PROCID": "2"}]
+)
 def test_what_is_no_task_has_no_step(change: dict[str, str | None]) -> None:
     """A batch script has no step id."""
     assert read_step({k: v for k, v in {**STEP, **change}.items() if v is not None}, "here") is None
