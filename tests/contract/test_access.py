@@ -240,7 +240,7 @@ def test_o38_a_server_for_a_uid_that_nobody_has(driver: Driver) -> None:
     assert "MARK=of the daemon" in driver.machine.read(f"/proc/{server}/environ").split("\0")
 
 
-def test_o63_a_server_whose_user_cannot_enter_the_pipe_directory_does_not_come_up(driver: Driver) -> None:
+def test_o68_a_server_whose_user_cannot_enter_the_pipe_directory_does_not_come_up(driver: Driver) -> None:
     """It connects to the daemon as a client does; start_server says nothing of it."""
     daemon = driver.daemon(user="root", mode=0o700)
     assert daemon.ask(f"start_server -uid {driver.place.uid(driver.user)}") == ""

@@ -75,7 +75,7 @@ static _Noreturn void be_server(const struct daemon *daemon, int channel, uid_t 
 	}
 	char socket_path[sizeof(struct sockaddr_un)];
 	snprintf(socket_path, sizeof socket_path, "%s/control", wire_pipe_directory());
-	if (access(socket_path, W_OK) != 0) /* a real one connects to it, with the user's rights (O63) */
+	if (access(socket_path, W_OK) != 0) /* a real one connects to it, with the user's rights (O68) */
 		_exit(1);
 	/* Neither may be overwritten by the other's dup2. */
 	int high_channel = fcntl(channel, F_DUPFD, 10), high_log = fcntl(daemon->fifo_out, F_DUPFD, 10);
