@@ -193,6 +193,20 @@ def test_o35_quit_with_a_time_ends_an_endless_kernel(driver: Driver) -> None:
     assert programs.stdout == "pid, process_name\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_o65_a_server_that_was_killed_exited_with_status_0_and_nobody_had_asked_it_to(
+    driver: Driver, number: int
+) -> None:
+    daemon = driver.daemon()
+    client = daemon.client(on(driver, 0))
+    server = daemon.server
+    driver.place.kill(server, number)
+    assert client.ask("work") == RPC_FAILURE
+    wait_until(lambda: f"Server {server} exited with status 0" in daemon.log_lines("control.log"))
+    assert not [line for line in daemon.log_lines("control.log") if "shutting down" in line]
+    assert "Exiting" not in daemon.log_lines("server.log")
+
+
 def killed_spinner(driver: Driver, number: int = signal.SIGKILL) -> tuple[Daemon, int]:
     """A daemon of root's and its server, in which a client on the first GPU was killed in an endless kernel."""
     daemon = driver.daemon(user="root", mode=0o755)

@@ -8,13 +8,14 @@ import pytest
 
 from tests.harness.machine import Result
 
-from .driver import RECORDED_SMS, memory, sees, threads
+from .driver import RECORDED_SMS, memory, sees, threads, wait_until
 
 if TYPE_CHECKING:
     from .driver import Client, Device, Driver
 
 GIB = 1024
 NO_LIMIT = 0
+OUT_OF_MEMORY = 2
 MAX_CLIENTS = "cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"
 SMS = {"0.1": 8, "1": 8, "3": 8, "10": 12, "12.5": 16, "25": 32, "33": 42, "50": 66, "75": 98, "99": 130, "100": 132}
 CONTEXT_MIB = {132: 514, 32: 145}
@@ -194,6 +195,38 @@ def outcomes(clients: Client) -> list[str]:
 def test_o17_a_server_has_room_for_48_client_contexts(driver: Driver) -> None:
     clients = driver.daemon().client(sees(driver.uuids[0]), copies=49)
     assert outcomes(clients) == [""] * 48 + [MAX_CLIENTS]
+
+
+def test_o63_the_log_says_how_many_clients_there_are_and_not_who_was_refused(driver: Driver) -> None:
+    daemon = driver.daemon()
+    clients = daemon.client(sees(driver.uuids[0]), copies=49)
+    assert outcomes(clients) == [""] * 48 + [MAX_CLIENTS]
+    refused = next(report.pid for report in clients.reports if report.failed)
+    refusal = "Failed to accept new client. Maximum number of clients (48) reached."
+    wait_until(lambda: refusal in daemon.log_lines("server.log"))
+    log = daemon.log_lines("server.log")
+    assert f"Client {{PID: {refused}, Context ID: 1}} connected" in log[: log.index(refusal)]
+    assert f"Status of client {{PID: {refused}, Context ID: 1}} is ACTIVE" not in log
+    assert log.count(refusal) == 1
+
+
+@pytest.mark.parametrize("hit", ["context", "allocation"])
+def test_o64_a_memory_limit_is_in_the_log_and_a_client_that_hits_it_is_not(driver: Driver, hit: str) -> None:
+    limit = "64M" if hit == "context" else "2G"
+    daemon = driver.daemon()
+    daemon.ask(f"set_default_device_pinned_mem_limit 0 {limit}")
+    client = daemon.client(sees(driver.uuids[0]))
+    if hit == "context":
+        assert client.report.failed == "cuCtxCreate_v2 2 CUDA_ERROR_OUT_OF_MEMORY"
+    else:
+        assert client.ask("allocate 3000") == OUT_OF_MEMORY
+    client.leave()
+    wait_until(lambda: f"Client process {client.pid} disconnected" in daemon.log_lines("server.log"))
+    log = daemon.log_lines("server.log")
+    size = {"64M": 64 << 20, "2G": 2 << 30}[limit]
+    assert f"Device pinned memory limit for device 0 set to 0x{size:x} bytes" in log
+    assert f"Status of client {{PID: {client.pid}, Context ID: 1}} is ACTIVE" in log
+    assert not [line for line in log if "emory" in line and "pinned" not in line and "shared memory" not in line]
 
 
 def test_o17_client_priority_is_0_or_1(driver: Driver) -> None:

@@ -253,11 +253,25 @@ static int next_context_id(int pid)
 	return init ? ++init->next_context_id : 1;
 }
 
-static void refuse_client(int fd, int pid, int context_id, int status)
+static void say_connected(int pid, int context_id, int gpu)
 {
-	if (status == CUDA_SERVER_NOT_READY)
-		SAY("Server teardown in progress. Refusing to accept new client {PID: %d, Context ID: %d}", pid, context_id);
-	SAY("Failed to accept client {PID: %d, Context ID: %d} with status %d", pid, context_id, status);
+	SAY("Client {PID: %d, Context ID: %d} connected", pid, context_id);
+	SAY("Creating worker thread for client {PID: %d, Context ID: %d}", pid, context_id);
+	if (context_id > 0)
+		SAY("Device %s (uuid %s) is associated", server.state->gpus[gpu].name, server.state->gpus[gpu].uuid);
+}
+
+static void refuse_client(int fd, int pid, int context_id, const struct wire_client *client, int status)
+{
+	if (status == CUDA_MAX_CLIENTS_REACHED && client->gpu >= 0) { /* it says how many, and not whom (O63) */
+		say_connected(pid, context_id, client->gpu);
+		SAY("Failed to accept new client. Maximum number of clients (%d) reached.", most_contexts(client));
+	} else {
+		if (status == CUDA_SERVER_NOT_READY)
+			SAY("Server teardown in progress. Refusing to accept new client {PID: %d, Context ID: %d}", pid,
+			    context_id);
+		SAY("Failed to accept client {PID: %d, Context ID: %d} with status %d", pid, context_id, status);
+	}
 	greet(fd, status, 0);
 	close(fd);
 }
@@ -272,18 +286,15 @@ static void add_client(const struct server_message *message, int fd)
 	int status = admit(&message->client);
 	struct connection *fresh = status ? NULL : calloc(1, sizeof *fresh);
 	if (!fresh) {
-		refuse_client(fd, pid, id, status ? status : 2);
+		refuse_client(fd, pid, id, &message->client, status ? status : 2);
 		return;
 	}
 	recreate_contexts();
 	*fresh = (struct connection){.fd = fd, .pid = pid, .context_id = id, .gpu = gpu};
 	server.connections[server.count++] = fresh;
-	SAY("Client {PID: %d, Context ID: %d} connected", pid, id);
-	SAY("Creating worker thread for client {PID: %d, Context ID: %d}", pid, id);
-	if (id > 0) {
-		SAY("Device %s (uuid %s) is associated", server.state->gpus[gpu].name, server.state->gpus[gpu].uuid);
+	say_connected(pid, id, gpu);
+	if (id > 0)
 		SAY("Status of client {PID: %d, Context ID: %d} is ACTIVE", pid, id);
-	}
 	if (id > 0 && server.poisoned[gpu]) {
 		server.poisoned[gpu] = false;
 		server.faulty[gpu] = true;
@@ -508,6 +519,10 @@ static void start(void)
 	SAY("CUDA MPS Server for Linux/Unix. Binary version: %d", server.state->cuda_version);
 	SAY("Display Driver version: %d", atoi(SIM_DRIVER_VERSION));
 	SAY("Active Threads Percentage set to %.1f", server.values.percentage);
+	for (int i = 0; i < server.values.gpu_count; i++)
+		if (server.values.limit_bytes[i])
+			SAY("Device pinned memory limit for device %d set to 0x%llx bytes", i,
+			    (unsigned long long)server.values.limit_bytes[i]);
 	SAY("Server Priority set to 0");
 	SAY("Server has started");
 	tell_daemon(SERVER_READY, 0, 0);

@@ -352,13 +352,13 @@ void supervise_hear(struct daemon *daemon)
 static void server_ended(struct daemon *daemon, int status)
 {
 	struct server ended = daemon->server;
-	int code = WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status);
+	int code = WEXITSTATUS(status); /* 0 for one that a signal ended, too (O65) */
 	bool starting = ended.state == SERVER_STARTING;
 	SAY(daemon, "Server %d exited with status %d", (int)ended.pid, code);
 	if (ended.channel >= 0)
 		close(ended.channel);
 	daemon->server = (struct server){.state = SERVER_NONE, .channel = -1};
-	if (code != 0 && WIFEXITED(status))
+	if (code != 0)
 		daemon->exit_status = 1; /* a later quit then exits 1, as seen once on the real card */
 	command_terminated(daemon, 1);
 	wake_uis(daemon, WAIT_STATUS);
