@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
-	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace
+	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace debootstrap
 
 all: plugin
 
@@ -48,6 +48,12 @@ demo: build
 
 test: build
 	@$(DEV_PYTHON) -m pytest $(TESTS)
+	@[ -n "$(TESTS)" ] || $(DEV_PYTHON) -m tests.matrix --short
+
+# The tests that need a Slurm on every release; the first time it makes their root file systems below .cache.
+# MATRIX=24.11 for one, and SLURM_MPS_RELEASE=24.11 before any other target that starts a cluster.
+test-matrix: build
+	@$(DEV_PYTHON) -m tests.matrix $(MATRIX)
 
 bench: build
 	@$(DEV_PYTHON) -m tests.bench $(BENCH)
@@ -111,4 +117,5 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test test-matrix bench scale torture bundle test-gpu hardware bench-gpu \
+	worth plots shell install install-hooks clean

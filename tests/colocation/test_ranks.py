@@ -35,6 +35,7 @@ def run_ranks(
     return info.exit_code, report
 
 
+@pytest.mark.every_release
 def test_ranks_share_their_gpus_through_one_server_a_node_within_the_limits(any_site: Site) -> None:
     code, report = run_ranks(
         any_site,

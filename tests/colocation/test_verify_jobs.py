@@ -244,6 +244,7 @@ def test_all_ranks_exit_with_the_same_status(site: Site, mpi: str) -> None:
     assert site.cluster.output(job).splitlines() == ["status 1"] * 4
 
 
+@pytest.mark.every_release
 def test_outside_a_step_is_status_3(site: Site) -> None:
     """In the batch script itself, and in no job at all, there are no ranks to look at."""
     job = site.cluster.sbatch("-N1", "-n2", "--gres=gpu:1", *ASKED, script=f"{VERIFY}; exit $?")

@@ -25,6 +25,7 @@ def named(request: pytest.FixtureRequest) -> Iterator[tuple[Site, str]]:
         yield site, RELEASE.prolog_sees if request.param else "indices"
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("options", [("-n1", "--gres=gpu:3"), ("-n2", "--gpus-per-task=1"), ("-n2", "--gpus=2")])
 def test_the_job_has_its_own_gpus_whatever_slurm_calls_them(named: tuple[Site, str], options: tuple[str, ...]) -> None:
     site, sees = named

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from tests.harness.cluster import Job
     from tests.harness.site import Site
@@ -142,6 +144,7 @@ def test_one_srun_of_two_programs_as_components(site: Site) -> None:
 # ----------------------------------------------------------------------------------------------- jobs and steps
 
 
+@pytest.mark.every_release
 def test_two_steps_of_an_salloc_share_its_daemon(site: Site) -> None:
     steps = f"srun -n1 {CLIENT}; srun -n2 {CLIENT}"
     result = site.cluster.salloc("-N1", "-n2", "--gres=gpu:1", QUARTER, "sh", "-c", steps).check()
@@ -170,6 +173,7 @@ def test_steps_side_by_side_share_the_jobs_daemon(any_site: Site) -> None:
     assert len(servers(output)) == 1
 
 
+@pytest.mark.every_release
 def test_a_cancelled_step_leaves_the_jobs_daemon_to_the_next(any_site: Site) -> None:
     script = f"srun {CLIENT} --hold 60; echo ended; srun {CLIENT}"
     job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script)

@@ -61,6 +61,7 @@ def message(result: Result) -> str:
     return lines[0].partition("error: mps: ")[2]
 
 
+@pytest.mark.every_release
 def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
     uuids = ",".join(gpu["uuid"] for gpu in site.gpus("n1")[:2])
     found = show_environment(site, "-wn1", "--gres=gpu:2", "--mps-threads=12.5", "--mps-mem=8G")
@@ -73,6 +74,7 @@ def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
     }
 
 
+@pytest.mark.every_release
 def test_a_job_that_did_not_ask_is_untouched(site: Site) -> None:
     assert show_environment(site, "--gres=gpu:2") == {"CUDA_VISIBLE_DEVICES": "0,1"}
 
@@ -84,6 +86,7 @@ def test_each_option_alone_means_mps(site: Site, options: list[str]) -> None:
     assert "mps=" in result.stdout
 
 
+@pytest.mark.every_release
 def test_batch_script_and_nested_srun_share_one_daemon(site: Site) -> None:
     job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", script=f"{CLIENT}\nsrun {CLIENT}\n")
     assert site.cluster.wait(job).state == "COMPLETED"
@@ -115,6 +118,7 @@ def test_a_lower_thread_percentage_of_the_users_own_is_kept(site: Site) -> None:
     assert found["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
 
 
+@pytest.mark.every_release
 def test_compute_modes_are_exclusive_during_the_job_on_its_gpus_only_and_put_back_as_found(site: Site) -> None:
     site.set_compute_mode("n1", 1, 3)
     site.set_compute_mode("n1", 2, 2)
@@ -145,6 +149,7 @@ def test_two_users_jobs_on_one_node_have_a_daemon_each_and_cannot_reach_the_othe
     assert "Cannot find MPS control daemon process" in others.stderr
 
 
+@pytest.mark.every_release
 def test_a_step_lowers_the_limits_for_itself_only(site: Site) -> None:
     script = f"srun --mps-threads=10 --mps-mem=2G {CLIENT}\nsrun {CLIENT}\n"
     job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
@@ -202,6 +207,7 @@ def _queue(site: Site) -> str:
 # ------------------------------------------------------------------------------------------------ fails closed
 
 
+@pytest.mark.every_release
 def test_a_job_without_a_gpu_is_told_so(site: Site) -> None:
     result = site.cluster.srun("-N1", "--mps", "true")
     assert result.returncode != 0
@@ -218,6 +224,7 @@ def test_an_impossible_memory_limit_is_refused_with_the_number(site: Site, size:
     assert said in message(result)
 
 
+@pytest.mark.every_release
 def test_every_node_of_the_job_says_it_once_whatever_the_number_of_tasks(site: Site) -> None:
     result = site.cluster.srun("-N2", "-n8", "--mps", "true")
     assert result.returncode != 0
@@ -282,6 +289,7 @@ def test_a_bare_variable_asks_for_nothing(site: Site) -> None:
     assert site.cluster.srun("-N1", "echo", "ran", env=env).check().stdout == "ran\n"
 
 
+@pytest.mark.every_release
 def test_a_dead_control_daemon_fails_the_next_step(site: Site) -> None:
     """A client that finds no daemon runs without MPS, without a word (O21)."""
     job = start_waiting(site, "--gres=gpu:1", "--mps")
@@ -319,6 +327,7 @@ def test_a_damaged_verdict_is_a_refusal(site: Site) -> None:
 # --------------------------------------------------------------------------------------------- faults of the node
 
 
+@pytest.mark.every_release
 def test_a_node_fault_drains_the_node_and_requeues_the_job_by_default(site: Site) -> None:
     site.fault("n1", "nvml.init=999")
     job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script="echo ran")

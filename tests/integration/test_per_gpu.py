@@ -24,6 +24,7 @@ def clients(output: str) -> list[tuple[str, str, str, str]]:
     return sorted(LINE.findall(output))
 
 
+@pytest.mark.every_release
 def test_each_task_is_a_client_of_its_own_gpus_daemon_with_that_gpus_limit(any_site: Site) -> None:
     options = ["-wn1", "-n4", "--ntasks-per-gpu=2", "--mps=per-gpu", "--mps-threads=25", "--mps-mem=0:8G,1:4G"]
     result = any_site.cluster.srun(*options, *CLIENT.split(), "--hold", "1").check()

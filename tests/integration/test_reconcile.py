@@ -427,6 +427,7 @@ def test_the_unit_runs_it_at_boot_before_slurmd() -> None:
 # ---------------------------------------------------------------------------------------------------- on a real Slurm
 
 
+@pytest.mark.every_release
 def test_real_jobs_are_known_for_what_they_are(site: Site) -> None:
     """One with a step, one that salloc holds without any, one that waits again with the same id, and one over."""
     start = ["-wn1", "--gres=gpu:1", "--mps"]

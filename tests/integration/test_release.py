@@ -24,12 +24,14 @@ def _number(release: str) -> int:
     return year << 16 | month << 8 | patch
 
 
+@pytest.mark.every_release
 def test_the_installed_plugin_is_for_the_slurm_that_runs(site: Site) -> None:
     plugin = read_plugin(site.machine.path(f"{PLUGIN_DIRECTORY}/spank_mps.so"))
     runs = site.machine.run(["srun", "--version"]).check().stdout.split()[-1]
     assert plugin.slurm_release == runs
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("name", sorted(OTHER_RELEASES))
 def test_slurm_takes_the_plugins_that_we_say_it_takes(site: Site, name: str) -> None:
     """`loads_in` is what keeps an installer from breaking every srun; here Slurm itself is asked."""
@@ -49,6 +51,7 @@ def test_slurm_takes_the_plugins_that_we_say_it_takes(site: Site, name: str) -> 
     machine.run(["rm", f"/tmp/{name}.so", plugstack, config]).check()
 
 
+@pytest.mark.every_release
 def test_slurm_shows_the_timeouts_that_are_checked(site: Site) -> None:
     """The sample's fit our deadlines; a longer one of ours is seen to be killed, and to look hung."""
     shown = site.machine.run(["scontrol", "show", "config"]).check().stdout

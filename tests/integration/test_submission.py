@@ -36,6 +36,7 @@ def test_a_bad_value_is_refused_where_it_was_typed_and_no_job_is_queued(
     assert _jobs_queued(site) == before
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("command", ["srun", "salloc"])
 def test_srun_and_salloc_refuse_as_sbatch_does(site: Site, command: str) -> None:
     before = _jobs_queued(site)
@@ -45,6 +46,7 @@ def test_srun_and_salloc_refuse_as_sbatch_does(site: Site, command: str) -> None
     assert _jobs_queued(site) == before
 
 
+@pytest.mark.every_release
 def test_the_options_are_in_the_help_of_each_command(site: Site) -> None:
     for command in ("sbatch", "srun", "salloc"):
         shown = site.machine.run([command, "--help"], user="alice").stdout
@@ -86,6 +88,7 @@ def test_the_same_past_the_plugin_fails_the_job_and_not_the_node(site: Site, val
     assert len(output.splitlines()) == 1
 
 
+@pytest.mark.every_release
 def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site) -> None:
     """The way in does not matter: the test above refuses for the values, not for the plugin."""
     state, output = _submit_past_the_plugin(site, {"MPS": "1", "MPS_THREADS": "25"})
