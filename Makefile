@@ -2,9 +2,7 @@
 # Both of the former run as root on Debian 12 and install what is missing; they change nothing else.
 
 PREFIX ?= /opt/slurm-mps
-SYSCONFDIR ?= /etc/slurm
 PLUGINDIR ?= $(firstword $(wildcard /usr/lib/*/slurm-wlm /usr/lib64/slurm /usr/lib/*/slurm) /usr/lib64/slurm)
-DESTDIR ?=
 
 SYSTEM_PYTHON = /usr/bin/python3
 DEV = .cache/dev
@@ -90,22 +88,15 @@ plots: dev
 shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
 
-# Needs a C compiler and the headers of the Slurm that runs here; installs no package.
-install: plugin
+# Into the Slurm of this machine, with slurm-mps in $(PREFIX); `slurm-mps uninstall` undoes all but $(PREFIX).
+install:
 	[ -x $(PREFIX)/bin/python3 ] || $(SYSTEM_PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python3 -m pip install --quiet --disable-pip-version-check .
-	$(MAKE) install-hooks
+	$(PREFIX)/bin/slurm-mps install $(INSTALL)
 
-# The plugin, the two scripts with their paths filled in, and the sample configuration (an existing one is kept).
+# The same with the plugin that was built here.
 install-hooks:
-	install -D -m 644 build/spank/spank_mps.so $(DESTDIR)$(PLUGINDIR)/spank_mps.so
-	package=$$($(PREFIX)/bin/python3 -I -c 'import os, slurm_mps; print(os.path.dirname(slurm_mps.__file__))') && \
-	for hook in prolog/10-slurm-mps.sh epilog/95-slurm-mps.sh; do \
-		target=$(DESTDIR)$(SYSCONFDIR)/$${hook%/*}.d/$${hook#*/} && \
-		install -D -m 755 $$hook $$target && \
-		sed -i "s|^python=.*|python=$(PREFIX)/bin/python3|; s|^package=.*|package=$$package|" $$target || exit 1; \
-	done
-	[ -e $(DESTDIR)$(SYSCONFDIR)/mps.toml ] || install -D -m 644 etc/mps.toml $(DESTDIR)$(SYSCONFDIR)/mps.toml
+	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
 
 clean:
 	rm -rf build

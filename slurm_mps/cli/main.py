@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import completion, reconcile, verify
+from slurm_mps.cli import completion, install, reconcile, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_config_schema)
     verify.add_parser(commands)
     reconcile.add_parser(commands)
+    install.add_parser(commands)
     completion.add_parser(commands)
     return parser
 
