@@ -98,8 +98,12 @@ install:
 install-hooks:
 	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
 
+# Packages for the Slurm of this machine; each prints the path of what it built.
+deb: plugin dev
+	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
+
 clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks clean
+.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks deb clean
