@@ -29,7 +29,7 @@ $(DEV)/.installed: pyproject.toml
 	@$(SYSTEM_PYTHON) -m venv $(DEV)
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check \
 		$$($(DEV_PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*p["dependencies"], *p["optional-dependencies"]["test"])')
+		print(*p["dependencies"], *p["optional-dependencies"]["test"], *p["optional-dependencies"]["docs"])')
 	@touch $@
 
 plugin:
@@ -98,12 +98,20 @@ install:
 install-hooks:
 	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
 
+# The site in build/docs/html and the man pages in build/docs/man; a warning is an error.
+docs: dev man
+	@$(DEV)/bin/sphinx-build -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
+	@echo build/docs/html/index.html
+
+man: dev
+	@$(DEV)/bin/sphinx-build -q -W --keep-going -b man -d build/docs/doctrees docs build/docs/man
+
 # Packages for the Slurm of this machine; each prints the path of what it built.
-deb: plugin dev
+deb: plugin man
 	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
 
 clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks deb clean
+.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks deb docs man clean
