@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE = 1
 export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
-	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace
+	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace rpm
 
 all: plugin
 
@@ -110,8 +110,11 @@ man: dev
 deb: plugin man
 	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
 
+rpm: plugin man
+	@PIP="$(DEV_PYTHON) -m pip" packaging/build-rpm.sh $(PLUGINDIR)
+
 clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks deb docs man clean
+.PHONY: all build deps dev plugin fakes demo test bench scale torture bundle test-gpu hardware bench-gpu worth plots shell install install-hooks deb docs man rpm clean

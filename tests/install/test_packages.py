@@ -65,7 +65,8 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         assert 'not switched on; "slurm-mps install --dry-run"' in told.stdout
         assert files(machine) == before
         assert "--mps" not in machine.run(["srun", "--help"], user="alice").stdout
-        for path in ("bash-completion/completions/slurm-mps", "slurm-mps/plugstack.conf"):
+        pages = ("man1/slurm-mps-install.1.gz", "man5/mps.toml.5.gz", "man7/slurm-mps.7.gz")
+        for path in ("bash-completion/completions/slurm-mps", "slurm-mps/plugstack.conf", *(f"man/{p}" for p in pages)):
             assert machine.path(f"/usr/share/{path}").exists()
         packaged = machine.path(PLUGIN).read_bytes()
 
@@ -106,3 +107,23 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
     assert f"(<< {RELEASE}.99)" in refused.stderr
     shown = machine.run(["dpkg-deb", "-f", "/opt/slurm-mps.deb", "Version"]).check().stdout
     assert shown.strip().endswith(f"+slurm{RELEASE}")
+
+
+def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
+    """Built here; it cannot be installed on Debian, whose packages are not rpm's, so its scripts are not run."""
+    rpm = make("rpm")
+
+    def asked(*what: str) -> set[str]:
+        return set(
+            subprocess.run(["rpm", "-qp", *what, rpm], capture_output=True, text=True, check=True).stdout.split("\n")
+        )
+
+    assert {f"slurm >= {RELEASE}", f"slurm < {RELEASE}.99"} <= asked("--requires")
+    assert asked("--queryformat", "%{RELEASE}") == {f"1.sl{RELEASE.replace('.', '')}"}
+    listed = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
+    names = subprocess.run(["tar", "-t"], input=listed, capture_output=True, check=True).stdout.decode().split("\n")
+    in_deb = {
+        name.lstrip(".").replace("vendor-completions", "site-functions") for name in names if not name.endswith("/")
+    }
+    in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in asked("--list")}
+    assert in_deb - in_rpm == set()
