@@ -2,9 +2,7 @@
 # Both of the former run as root on Debian 12 and install what is missing; they change nothing else.
 
 PREFIX ?= /opt/slurm-mps
-SYSCONFDIR ?= /etc/slurm
 PLUGINDIR ?= $(firstword $(wildcard /usr/lib/*/slurm-wlm /usr/lib64/slurm /usr/lib/*/slurm) /usr/lib64/slurm)
-DESTDIR ?=
 
 SYSTEM_PYTHON = /usr/bin/python3
 DEV = .cache/dev
@@ -13,7 +11,8 @@ export PYTHONDONTWRITEBYTECODE = 1
 export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
-	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace debootstrap
+	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace \
+	debootstrap rpm
 
 all: plugin
 
@@ -31,7 +30,7 @@ $(DEV)/.installed: pyproject.toml
 	@$(SYSTEM_PYTHON) -m venv $(DEV)
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check \
 		$$($(DEV_PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*p["dependencies"], *p["optional-dependencies"]["test"])')
+		print(*p["dependencies"], *p["optional-dependencies"]["test"], *p["optional-dependencies"]["docs"])')
 	@touch $@
 
 plugin:
@@ -96,26 +95,34 @@ plots: dev
 shell: build
 	@$(DEV_PYTHON) -m tests.harness.site
 
-# Needs a C compiler and the headers of the Slurm that runs here; installs no package.
-install: plugin
+# Into the Slurm of this machine, with slurm-mps in $(PREFIX); `slurm-mps uninstall` undoes all but $(PREFIX).
+install:
 	[ -x $(PREFIX)/bin/python3 ] || $(SYSTEM_PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python3 -m pip install --quiet --disable-pip-version-check .
-	$(MAKE) install-hooks
+	$(PREFIX)/bin/slurm-mps install $(INSTALL)
 
-# The plugin, the two scripts with their paths filled in, and the sample configuration (an existing one is kept).
+# The same with the plugin that was built here.
 install-hooks:
-	install -D -m 644 build/spank/spank_mps.so $(DESTDIR)$(PLUGINDIR)/spank_mps.so
-	package=$$($(PREFIX)/bin/python3 -I -c 'import os, slurm_mps; print(os.path.dirname(slurm_mps.__file__))') && \
-	for hook in prolog/10-slurm-mps.sh epilog/95-slurm-mps.sh; do \
-		target=$(DESTDIR)$(SYSCONFDIR)/$${hook%/*}.d/$${hook#*/} && \
-		install -D -m 755 $$hook $$target && \
-		sed -i "s|^python=.*|python=$(PREFIX)/bin/python3|; s|^package=.*|package=$$package|" $$target || exit 1; \
-	done
-	[ -e $(DESTDIR)$(SYSCONFDIR)/mps.toml ] || install -D -m 644 etc/mps.toml $(DESTDIR)$(SYSCONFDIR)/mps.toml
+	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
+
+# The site in build/docs/html and the man pages in build/docs/man; a warning is an error.
+docs: dev man
+	@$(DEV)/bin/sphinx-build -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
+	@echo build/docs/html/index.html
+
+man: dev
+	@$(DEV)/bin/sphinx-build -q -W --keep-going -b man -d build/docs/doctrees docs build/docs/man
+
+# Packages for the Slurm of this machine; each prints the path of what it built.
+deb: plugin man
+	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
+
+rpm: plugin man
+	@PIP="$(DEV_PYTHON) -m pip" packaging/build-rpm.sh $(PLUGINDIR)
 
 clean:
 	rm -rf build
 
 SHELL = /bin/bash
 .PHONY: all build deps dev plugin fakes demo test test-matrix bench scale torture bundle test-gpu hardware bench-gpu \
-	worth plots shell install install-hooks clean
+	worth plots shell install install-hooks deb docs man rpm clean

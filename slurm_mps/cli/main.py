@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import reconcile, verify
+from slurm_mps.cli import completion, install, reconcile, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -44,7 +44,8 @@ def _config_schema(_options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The one parser, of which man pages and shell completion are made, too."""
     parser = argparse.ArgumentParser(prog="slurm-mps", description="CUDA MPS as an option of Slurm.")
     parser.add_argument("--version", action="version", version=f"slurm-mps {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -56,12 +57,25 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_config_schema)
     verify.add_parser(commands)
     reconcile.add_parser(commands)
+    install.add_parser(commands)
+    completion.add_parser(commands)
     return parser
+
+
+def has_command(name: str) -> bool:
+    """Whether this slurm-mps has a command of that name."""
+    return name in command_names(build_parser())
+
+
+def command_names(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of a parser's commands; none where it has options only."""
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001
+    return [*next(found, ())]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     status: int = options.run(options)
     return status
 

@@ -184,7 +184,8 @@ class Cluster:
         write = self.machine.write
         sample = (SAMPLES / "slurm.conf").read_text()
         write("/etc/slurm/slurm.conf", localise(sample, self.replacements) + self._machine_lines())
-        gpus = f"NodeName={','.join(self.node_names)} Name=gpu File=/dev/nvidia[0-{self._gpus_per_node - 1}]\n"
+        gpus = (SAMPLES / "gres.conf").read_text().replace("gpu[01-02]", ",".join(self.node_names))
+        gpus = gpus.replace("nvidia[0-3]", f"nvidia[0-{self._gpus_per_node - 1}]")
         shards = f"NodeName={','.join(self.node_names)} Name=shard Count={self._shards_per_node}\n"
         lines = (gpus if self._gpus_per_node else "") + (shards if self._shards_per_node else "")
         write("/etc/slurm/gres.conf", self._autodetect + lines)

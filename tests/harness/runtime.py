@@ -33,6 +33,7 @@ REQUIREMENTS = (
     "mpich>=5,<6",
     "rich>=13",
     "setuptools>=69",
+    "shtab>=1.7",
     "wheel",
 )
 WHEELS_VARIABLE = "SLURM_MPS_WHEELS"
@@ -156,7 +157,9 @@ def _project_sources(top: Path) -> list[str]:
     """The files that a build may use: all of git's without tests and docs; without git, the package."""
     if not (top / ".git").exists():
         package = (path for path in (top / "slurm_mps").rglob("*") if path.is_file() and path.suffix != ".pyc")
-        return sorted(["pyproject.toml", "README.md", *(str(path.relative_to(top)) for path in package)])
+        shared = (path for name in ("spank", "prolog", "epilog", "etc") for path in (top / name).iterdir())
+        tops = ["pyproject.toml", "setup.py", "README.md"]
+        return sorted([*tops, *(str(path.relative_to(top)) for path in (*package, *shared) if path.is_file())])
     listed = subprocess.run(
         ["git", "-c", f"safe.directory={top}", "-C", str(top), "ls-files", "-z", "-co", "--exclude-standard"],
         capture_output=True,

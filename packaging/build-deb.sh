@@ -1,0 +1,49 @@
+#!/bin/sh
+# Build the Debian package for the Slurm of this machine: build-deb.sh PLUGIN_DIRECTORY. Prints its path.
+#
+# dpkg-deb and no debhelper: the package is a tree that stage.sh makes, one plugin that needs the C library alone, and
+# no service that is enabled. Its version and its dependency name the release of Slurm that the plugin was built for;
+# the dependency is on the package that has Slurm's own plugins, Debian's or SchedMD's.
+set -eu
+plugins=$1
+here=${0%/*} top=build/deb
+"$here/stage.sh" "$PWD/$top/root" "$plugins" /lib/systemd/system
+cd "$top"
+
+value() { root/opt/slurm-mps/bin/python3 -I -c "$1"; }
+version=$(value 'import slurm_mps; print(slurm_mps.__version__)')
+release=$(value "from slurm_mps.plugin_file import read_plugin
+print('.'.join(read_plugin('root$plugins/spank_mps.so').slurm_release.split('.')[:2]))")
+python=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
+after=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1] + 1}")')
+slurm=$(for one in "$plugins"/proctrack_*.so; do dpkg -S "$one"; done | sed 's/:.*//' | sort -u | head -n 1)
+architecture=$(dpkg --print-architecture)
+libc=$(objdump -T "root$plugins/spank_mps.so" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
+
+mkdir -p root/DEBIAN
+cat >root/DEBIAN/control <<END
+Package: slurm-mps
+Version: $version-1+slurm$release
+Architecture: $architecture
+Maintainer: slurm-mps <slurm-mps@localhost>
+Section: admin
+Priority: optional
+Installed-Size: $(du -sk root | cut -f1)
+Depends: python3 (>= $python), python3 (<< $after), libc6 (>= ${libc#GLIBC_}), $slurm (>= $release), $slurm (<< $release.99)
+Suggests: bash-completion
+Description: CUDA MPS as an option of Slurm (for Slurm $release)
+ sbatch --mps-threads=25 --mps-mem=8G: a job that asks gets an MPS control daemon
+ of its own on its own GPUs, with limits that hold, and leaves nothing behind.
+ .
+ The package changes nothing in Slurm's configuration: slurm-mps install switches
+ it on, slurm-mps uninstall off. Removing the package switches it off first, and
+ is refused while jobs with MPS run.
+END
+for script in postinst prerm; do
+	install -m 755 "../../$here/deb/$script" root/DEBIAN/
+done
+(cd root && find . -path ./DEBIAN -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 md5sum | sed 's|\./||' >DEBIAN/md5sums)
+package=slurm-mps_$version-1+slurm${release}_$architecture.deb
+rm -f slurm-mps_*.deb
+dpkg-deb --root-owner-group -Zgzip -z1 --build root "$package" >/dev/null
+echo "$top/$package"

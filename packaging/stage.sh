@@ -1,0 +1,63 @@
+#!/bin/sh
+# Put everything that a package of slurm-mps has below ROOT: stage.sh ROOT PLUGIN_DIRECTORY UNIT_DIRECTORY
+#
+# The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0012);
+# nothing is put into /etc, `slurm-mps install` does that. pip takes the wheels where it is told to (PIP_INDEX_URL, or
+# PIP_NO_INDEX and PIP_FIND_LINKS where there is no network). Run at the top of the sources, with build/spank and
+# build/docs/man made before.
+set -eu
+root=$1 plugins=$2 units=$3
+base=${PYTHON:-/usr/bin/python3} pip=${PIP:-.cache/dev/bin/python3 -m pip}
+prefix=/opt/slurm-mps
+umask 022
+rm -rf "$root"
+mkdir -p "$root$prefix" "$root$plugins" "$root$units" "$root/usr/bin"
+
+"$base" -m venv --without-pip "$root$prefix"
+sources=$root.sources # setuptools writes beside what it builds
+rm -rf "$sources"
+mkdir "$sources"
+cp -r slurm_mps spank prolog epilog etc pyproject.toml setup.py README.md "$sources"
+find "$sources" -name __pycache__ -prune -exec rm -r {} +
+$pip --quiet --disable-pip-version-check --python "$root$prefix/bin/python3" install --no-compile "$sources"
+rm -r "$sources"
+site=$("$root$prefix/bin/python3" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+find "$root$prefix/bin" -type f -delete
+cat >"$root$prefix/bin/slurm-mps" <<END
+#!$prefix/bin/python3 -I
+import sys
+from slurm_mps.cli.main import main
+sys.exit(main())
+END
+chmod 755 "$root$prefix/bin/slurm-mps"
+sed -i "s|$root||g" "$root$prefix/pyvenv.cfg"
+# The paths in the byte code are those on the node; the prolog starts in a quarter of the time with it.
+"$base" -m compileall -q -s "$root" -p / "$site"
+ln -s "$prefix/bin/slurm-mps" "$root/usr/bin/slurm-mps"
+
+install -m 644 build/spank/spank_mps.so "$root$plugins/"
+strip --strip-debug "$root$plugins/spank_mps.so"
+install -m 644 etc/slurm-mps-reconcile.service "$root$units/"
+sed -i "s|^ExecStart=[^ ]*|ExecStart=/usr/bin/slurm-mps|" "$root$units/slurm-mps-reconcile.service"
+
+share=$root/usr/share
+mkdir -p "$share/doc/slurm-mps/examples" "$share/slurm-mps"
+install -m 644 etc/*.conf etc/mps.toml etc/job_submit.lua "$share/doc/slurm-mps/examples/"
+install -m 755 etc/health-check.sh "$share/slurm-mps/"
+install -m 644 etc/plugstack.conf "$share/slurm-mps/plugstack.conf"
+install -m 644 README.md CHANGELOG.md docs/messages.md docs/security.md "$share/doc/slurm-mps/"
+for section in 1 5 7; do
+	for page in build/docs/man/*."$section"; do
+		[ -e "$page" ] || continue
+		mkdir -p "$share/man/man$section"
+		gzip -9n <"$page" >"$share/man/man$section/${page##*/}.gz"
+	done
+done
+
+completion() {
+	mkdir -p "${2%/*}"
+	"$root$prefix/bin/python3" -I -m slurm_mps.cli.main completion "$1" >"$2"
+}
+completion bash "$share/bash-completion/completions/slurm-mps"
+completion zsh "$share/zsh/vendor-completions/_slurm-mps"
+completion fish "$share/fish/vendor_completions.d/slurm-mps.fish"

@@ -1,0 +1,223 @@
+"""``slurm-mps install`` and ``uninstall``: into a node's Slurm, and out of it again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from slurm_mps.cli.output import (
+    FINE,
+    NOT_HERE,
+    NOT_ROOT,
+    PROBLEM,
+    Column,
+    add_json_option,
+    complain,
+    print_json,
+    print_table,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from slurm_mps.install.actions import Installed, Uninstalled
+    from slurm_mps.install.changes import Step
+    from slurm_mps.install.plan import Todo
+
+_DOCTOR_SECONDS = 30
+_COLUMNS = (Column("what", "WHAT"), Column("path", "PATH"))
+_STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 no Slurm here, 4 not root."
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register both commands."""
+    parser = commands.add_parser(
+        "install",
+        help="as root: put plugin, prolog, epilog and sample configuration into this node's Slurm",
+        description="Builds the plugin for the Slurm that is on this node and refuses any other; puts it, its line for "
+        "plugstack.conf, prolog, epilog and a sample mps.toml where this site has such things; says what is left to "
+        "do by hand. slurm.conf is read and never changed. What is changed is noted first in /var/lib/slurm-mps, for "
+        f"slurm-mps uninstall; run again, it finishes or upgrades. {_STATUSES}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show every file and line, and change nothing")
+    parser.add_argument("--login-node", action="store_true", help="only what submitting needs: plugin and its line")
+    parser.add_argument("--plugin", metavar="FILE", help="a plugin built elsewhere, instead of building it here")
+    parser.add_argument(
+        "--plugin-dir", metavar="DIR", help="where Slurm's plugins are (default: slurm.conf's PluginDir)"
+    )
+    parser.add_argument("--slurm-include", metavar="DIR", help="the directory that holds slurm/spank.h")
+    _common_options(parser)
+    parser.add_argument("--no-doctor", action="store_true", help="do not run slurm-mps doctor at the end")
+    parser.set_defaults(run=run_install)
+    parser = commands.add_parser(
+        "uninstall",
+        help="as root: put this node's Slurm back as slurm-mps install found it",
+        description="Undoes what slurm-mps install noted, newest first. What was changed since stays, and is named. "
+        f"Refuses while a job has MPS on this node, or while slurm.conf still runs what would go. {_STATUSES}",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be put back, and change nothing")
+    parser.add_argument("--force", action="store_true", help="do not refuse for jobs with MPS, nor for slurm.conf")
+    _common_options(parser)
+    parser.set_defaults(run=run_uninstall)
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slurm-conf", metavar="FILE", help="the site's slurm.conf (default: where Slurm looks)")
+    add_json_option(parser)
+
+
+def _is_root(command: str) -> bool:
+    if os.geteuid() == 0:
+        return True
+    complain(f"{command} reads and changes what belongs to root; run it as root")
+    return False
+
+
+def run_install(options: argparse.Namespace) -> int:
+    """Install, or show what would be done. Returns the exit status."""
+    if not _is_root("install"):
+        return NOT_ROOT
+    from slurm_mps.errors import MpsError
+    from slurm_mps.install.actions import install
+    from slurm_mps.install.plan import Options
+    from slurm_mps.install.site import NoSlurmError
+
+    os.umask(0o022)
+    chosen = Options(options.slurm_conf, options.plugin, options.plugin_dir, options.slurm_include, options.login_node)
+    try:
+        done = install(chosen, os.environ, dry_run=options.dry_run)
+    except NoSlurmError as error:
+        complain(str(error))
+        return NOT_HERE
+    except MpsError as error:
+        complain(str(error))
+        return PROBLEM
+    (_report_install if options.json else _print_install)(done)
+    if not (options.dry_run or options.json or options.no_doctor):
+        _doctor()
+    return PROBLEM if done.problems else FINE
+
+
+def run_uninstall(options: argparse.Namespace) -> int:
+    """Uninstall, or say what would be done. Returns the exit status."""
+    if not _is_root("uninstall"):
+        return NOT_ROOT
+    from slurm_mps.errors import MpsError
+    from slurm_mps.install.actions import uninstall
+
+    os.umask(0o022)
+    try:
+        done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
+    except MpsError as error:
+        complain(str(error))
+        return PROBLEM
+    if options.json:
+        changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
+        print_json("uninstall/1", dry_run=options.dry_run, changes=changes, problems=done.problems)
+    else:
+        _print_uninstall(done, dry_run=options.dry_run)
+    return PROBLEM if done.problems else FINE
+
+
+# ------------------------------------------------------------------------------------------------------- printing
+
+
+def _what(step: Step, *, dry_run: bool) -> str:
+    from slurm_mps.install.changes import DIRECTORY, LINES
+
+    if step.kept:
+        return "stays"
+    if not step.needed:
+        return "is there"
+    verbs = {DIRECTORY: ("make", "made"), LINES: ("add to", "added to")}
+    verb = verbs.get(step.change.kind, ("write", "wrote") if step.before is None else ("replace", "replaced"))
+    return verb[0 if dry_run else 1]
+
+
+def _report_install(done: Installed) -> None:
+    print_json(
+        "install/1",
+        dry_run=done.dry_run,
+        slurm_release=done.plan.release,
+        changes=[
+            {"path": step.change.path, "what": _what(step, dry_run=done.dry_run), "mode": f"{step.mode:o}"}
+            for step in done.steps
+        ],
+        undone=[{"path": one.path, "what": one.what} for one in done.undone],
+        by_hand=[{"where": todo.where, "lines": list(todo.lines), "why": todo.why} for todo in done.plan.by_hand],
+        problems=done.problems,
+    )
+
+
+def _print_install(done: Installed) -> None:
+    rows = [{"what": _what(step, dry_run=done.dry_run), "path": step.change.path} for step in done.steps]
+    rows += [{"what": one.what, "path": one.path} for one in done.undone]
+    print(f"Slurm {done.plan.release}, {done.plan.conf.path or 'without a slurm.conf yet'}")
+    print_table(rows, _COLUMNS)
+    if done.dry_run:
+        for step in done.steps:
+            _print_difference(step)
+    _print_by_hand(done.plan.by_hand)
+    for problem in done.problems:
+        complain(problem)
+
+
+def _print_difference(step: Step) -> None:
+    """Every line that would be written; of a plugin its size."""
+    import difflib
+
+    if not step.needed or step.change.kind == "directory":
+        return
+    path = step.change.path
+    if b"\0" in step.after:
+        print(f"\n{path}: {len(step.after)} bytes, mode {step.mode:o}")
+        return
+    before, after = ((text or b"").decode(errors="replace").splitlines() for text in (step.before, step.after))
+    old = "/dev/null" if step.before is None else path
+    print(f"\n{path}: mode {step.mode:o}")
+    for line in difflib.unified_diff(before, after, old, path, lineterm="", n=1):
+        print(line)
+
+
+def _print_by_hand(todos: list[Todo]) -> None:
+    if todos:
+        print("\nLeft to do by hand:")
+    for todo in todos:
+        print(f"  {todo.where}{f' ({todo.why})' if todo.why else ''}:")
+        for line in todo.lines:
+            print(f"      {line}")
+
+
+def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
+    if not done.undone and not done.refused:
+        print("slurm-mps install has changed nothing on this node")
+    if done.undone:
+        if dry_run:
+            print("would be done:")
+        print_table([{"what": one.what, "path": one.path} for one in done.undone], _COLUMNS)
+    for problem in done.problems:
+        complain(problem)
+    if done.refused:
+        complain("not uninstalled; end the jobs, take the lines out, or say --force")
+    elif done.undone and not dry_run:
+        print("\nLeft to do by hand:\n  on each node, where slurmd runs:\n      systemctl restart slurmd")
+
+
+def _doctor() -> None:
+    """Let doctor look, where this slurm-mps has one: a process of its own, which may take its time but not for ever."""
+    from slurm_mps.cli.main import has_command
+
+    if not has_command("doctor"):
+        return
+    print("\nslurm-mps doctor:", flush=True)
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "slurm_mps.cli.main", "doctor"],
+            stdin=subprocess.DEVNULL,
+            timeout=_DOCTOR_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        complain(f"doctor did not end within {_DOCTOR_SECONDS} s")

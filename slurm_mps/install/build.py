@@ -1,0 +1,77 @@
+"""Builds the plugin from the sources that came with the package, for the Slurm of this machine and no other."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from .. import __version__
+from ..errors import MpsError
+from ..node import processes
+from ..plugin_file import read_plugin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PLUGIN = "spank_mps.so"
+_BUILD_SECONDS = 120.0
+_NEEDS = (
+    "gcc, make, the C library's headers and Slurm's are needed (Debian: gcc make libc6-dev libslurm-dev; "
+    "Red Hat: gcc make glibc-devel slurm-devel), or a plugin built elsewhere (--plugin)"
+)
+
+
+def share_directory() -> str:
+    """Where the plugin's sources, the scripts and the samples are: in the installed package, or in a checkout.
+
+    Raises: MpsError when the package came without them.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for place in (f"{package}/share", os.path.dirname(package)):
+        if os.path.exists(f"{place}/spank/spank_mps.c"):
+            return place
+    raise MpsError(f"{package} came without the plugin's sources", "install slurm-mps from its own wheel")
+
+
+def build_plugin(release: str, include: str | None, environment: Mapping[str, str]) -> bytes:
+    """Build the plugin in a directory of its own that is gone afterwards.
+
+    `include` is where Slurm's headers are, if not where the compiler looks.
+    Raises: MpsError when it cannot be built, or is for another Slurm than `release`.
+    """
+    given = {"PATH": environment.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
+    with tempfile.TemporaryDirectory(prefix="slurm-mps-build-") as directory:
+        argv = ["make", "--no-print-directory", "-C", f"{share_directory()}/spank", f"BUILD={directory}"]
+        argv += [f"VERSION={__version__}", f"CPPFLAGS={f'-isystem {include}' if include else ''}"]
+        try:
+            outcome = processes.run([_program("make", given), *argv[1:]], given, _BUILD_SECONDS)
+        except MpsError as error:
+            raise MpsError(f"the plugin cannot be built: {error}", _NEEDS) from None
+        if outcome.status:
+            lines = [line for line in outcome.errors.splitlines() if "error" in line.lower() or "not found" in line]
+            why = lines[0] if lines else outcome.errors.strip()[-200:]
+            raise MpsError(f"the plugin cannot be built: {why}", _NEEDS)
+        return read_built_plugin(f"{directory}/{PLUGIN}", release)
+
+
+def _program(name: str, environment: Mapping[str, str]) -> str:
+    for place in environment["PATH"].split(":"):
+        if os.access(f"{place}/{name}", os.X_OK):
+            return f"{place}/{name}"
+    raise MpsError(f"there is no {name} in PATH")
+
+
+def read_built_plugin(path: str, release: str) -> bytes:
+    """Read a plugin that must be for this Slurm.
+
+    Raises: MpsError when it is not: a `required` plugin of another release stops every srun, and slurmd itself.
+    """
+    plugin = read_plugin(path)
+    if not plugin.loads_in(release):
+        raise MpsError(
+            f"the plugin is for Slurm {plugin.slurm_release}, and {release} runs here",
+            "install the headers of the Slurm that runs; --slurm-include names a directory of them",
+        )
+    with open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,305 @@
+"""Which changes this node needs, and what is left to do by hand: slurm.conf is the site's, and is not written.
+
+The order is that in which they are made: what is called before what calls it. A `required` line in plugstack.conf
+whose plugin is missing stops every srun, and slurmd from starting; a Prolog that is missing drains the node (both seen
+on Slurm 22.05).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+
+from ..errors import MpsError
+from ..hooks import CONFIG_PATH
+from ..plugin_file import read_plugin
+from .build import PLUGIN, build_plugin, read_built_plugin, share_directory
+from .changes import DIRECTORY, LINES, Change, require_roots
+from .site import (
+    EPILOG,
+    PROLOG,
+    ScriptPlace,
+    SlurmConf,
+    find_plugin_directory,
+    find_release,
+    find_script_place,
+    find_stack_place,
+    is_plugin_directory,
+    read_slurm_conf,
+    runs_before,
+    stack_lines,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+
+SCRIPTS = {PROLOG: "10-slurm-mps.sh", EPILOG: "95-slurm-mps.sh"}
+STACK_FILE = "slurm-mps.conf"
+_COMMAND, _COMMAND_PLACES = "slurm-mps", ("/usr/local/bin", "/usr/bin")
+_UNITS, _UNIT = "/etc/systemd/system", "slurm-mps-reconcile.service"
+_PACKAGED_UNITS = ("/lib/systemd/system", "/usr/lib/systemd/system")
+STATE_JOBS = "/run/slurm-mps/jobs"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the admin may say. `login_node`: the plugin and its line alone, where jobs are submitted and none runs."""
+
+    slurm_conf: str | None = None
+    plugin: str | None = None
+    plugin_dir: str | None = None
+    slurm_include: str | None = None
+    login_node: bool = False
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Something to do by hand: where, the lines to put there or to type, and why."""
+
+    where: str
+    lines: tuple[str, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What installing comes to on this node."""
+
+    release: str
+    conf: SlurmConf
+    changes: list[Change]
+    by_hand: list[Todo]
+
+
+def make_plan(options: Options, environment: Mapping[str, str], ours: Container[str]) -> Plan:
+    """Look at this node's Slurm, build the plugin if none is given, and say what is to be done.
+
+    `ours` are the paths that an earlier installation wrote.
+    Raises: NoSlurmError; MpsError when something is missing, is of another release, or is not root's alone.
+    """
+    release, program = find_release(environment)
+    conf = read_slurm_conf(options.slurm_conf, environment)
+    directory = options.plugin_dir or find_plugin_directory(conf, program)
+    changes: list[Change] = []
+    by_hand: list[Todo] = []
+    if not options.login_node:
+        changes += _config(ours)
+    changes += _plugin(options, environment, release, f"{directory}/{PLUGIN}", ours)
+    if not options.login_node:
+        places = [find_script_place(conf, setting, name) for setting, name in SCRIPTS.items()]
+        changes += [change for place in places for change in _script(place)]
+        changes += [*_command(ours), *_unit(ours)]
+        by_hand += _slurm_conf_lines(conf, places) + _callers(places) + _order(places)
+    stack_changes, stack_by_hand = _stack(conf, directory, ours)
+    changes += stack_changes
+    by_hand += stack_by_hand + _last(options, conf)
+    return Plan(release, conf, _with_directories(changes), by_hand)
+
+
+def _share(name: str) -> bytes:
+    path = f"{share_directory()}/{name}"
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise MpsError(f"{path}: {error.strerror}", "install slurm-mps from its own wheel") from None
+
+
+def _config(ours: Container[str]) -> list[Change]:
+    """The sample, where there is no configuration; one that is there stays, also across an upgrade."""
+    real = os.path.realpath(CONFIG_PATH)
+    if not os.path.exists(CONFIG_PATH):
+        return [Change(CONFIG_PATH, data=_share("etc/mps.toml"))]
+    if real not in ours:
+        return []
+    with open(real, "rb") as file:
+        return [Change(CONFIG_PATH, data=file.read())]
+
+
+def _with_directories(changes: list[Change]) -> list[Change]:
+    """The changes, and before the first the directories that are missing."""
+    missing: list[str] = []
+    for change in changes:
+        directory = os.path.dirname(change.path)
+        new = []
+        while not os.path.isdir(directory) and directory not in missing:
+            new.append(directory)
+            directory = os.path.dirname(directory)
+        missing += reversed(new)
+    return [Change(path, DIRECTORY, mode=0o755) for path in missing] + changes
+
+
+def _plugin(
+    options: Options, environment: Mapping[str, str], release: str, target: str, ours: Container[str]
+) -> list[Change]:
+    """The plugin; one that a package put there for this Slurm stays."""
+    if options.plugin:
+        return [Change(target, data=read_built_plugin(options.plugin, release))]
+    if os.path.exists(target) and os.path.realpath(target) not in ours:
+        try:
+            if read_plugin(target).loads_in(release):
+                return []
+        except MpsError:
+            pass  # no plugin of ours, or an old one: it is kept, and put back at the end
+    return [Change(target, data=build_plugin(release, options.slurm_include, environment))]
+
+
+def _script(place: ScriptPlace) -> list[Change]:
+    """Prolog or epilog, with the paths of this Python and this package in it, which root runs for every MPS job."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for path in (os.path.dirname(sys.executable), sys.executable, package, f"{package}/hook.py"):
+        try:
+            require_roots(path)
+        except MpsError as error:
+            raise MpsError(f"{error}, and root's prolog would run what is there", "install slurm-mps as root") from None
+    text = _share(f"{place.setting.lower()}/{SCRIPTS[place.setting]}").decode()
+    for name, value in (("python", sys.executable), ("package", package)):
+        text = re.sub(rf"(?m)^{name}=.*$", f"{name}={shlex.quote(value)}".replace("\\", r"\\"), text)
+    return [Change(place.path, data=text.encode(), mode=0o755)]
+
+
+def _command(ours: Container[str]) -> list[Change]:
+    """``slurm-mps`` where users' PATH has it, unless it is there."""
+    program = f"{os.path.dirname(sys.executable)}/{_COMMAND}"
+    places = [f"{place}/{_COMMAND}" for place in _COMMAND_PLACES]
+    if not os.path.exists(program) or any(os.path.exists(one) and os.path.realpath(one) not in ours for one in places):
+        return []
+    return [Change(places[0], data=f'#!/bin/sh\nexec {shlex.quote(program)} "$@"\n'.encode(), mode=0o755)]
+
+
+def _unit(ours: Container[str]) -> list[Change]:
+    """The unit that repairs a node at boot, not enabled; a package's own stays."""
+    if not os.path.isdir(_UNITS) or any(os.path.exists(f"{place}/{_UNIT}") for place in _PACKAGED_UNITS):
+        return []
+    if os.path.exists(f"{_UNITS}/{_UNIT}") and f"{_UNITS}/{_UNIT}" not in ours:
+        return []
+    program = f"{os.path.dirname(sys.executable)}/{_COMMAND}"
+    text = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", _share(f"etc/{_UNIT}").decode())
+    return [Change(f"{_UNITS}/{_UNIT}", data=text.encode())]
+
+
+def _stack(conf: SlurmConf, directory: str, ours: Container[str]) -> tuple[list[Change], list[Todo]]:
+    """The line for plugstack.conf, unless one is there already; on a configless node it is the controller's to add."""
+    plugin = PLUGIN if is_plugin_directory(directory) else f"{directory}/{PLUGIN}"
+    place = find_stack_place(conf, STACK_FILE)
+    theirs = [(path, line) for path, line in stack_lines(place.files, PLUGIN) if os.path.realpath(path) not in ours]
+    for path, line in theirs:
+        if not line.startswith("required"):
+            why = "what an optional plugin says is ignored: a task would then run without MPS, unnoticed"
+            return [], [Todo(f"{path}, in place of '{line}'", (f"required {plugin}",), why)]
+        return [], []
+    if conf.is_copy:
+        why = "this node takes its configuration from the controller"
+        return [], [Todo("plugstack.conf on the controller", (f"required {plugin}",), why)]
+    text = f"# slurm-mps: the --mps options of srun, sbatch and salloc\nrequired {plugin}\n".encode()
+    return [Change(place.path, data=text) if place.own_file else Change(place.path, LINES, text)], []
+
+
+# --------------------------------------------------------------------------------------------------------- by hand
+
+
+def _slurm_conf_lines(conf: SlurmConf, places: list[ScriptPlace]) -> list[Todo]:
+    """What slurm.conf lacks."""
+    lines = [f"{place.setting}={os.path.dirname(place.path)}/*" for place in places if not place.value]
+    flags = ",".join(conf.all("PrologFlags")).split(",")
+    if not {"alloc", "contain"} & {flag.strip().lower() for flag in flags}:
+        lines.append(f"PrologFlags={','.join([*filter(None, flags), 'Alloc'])}")
+    kinds = [kind.strip() for kind in ",".join(conf.all("GresTypes")).split(",") if kind.strip()]
+    if "gpu" not in kinds:
+        lines.append(f"GresTypes={','.join([*kinds, 'gpu'])}")
+    if not lines:
+        return []
+    where = "slurm.conf on the controller" if conf.is_copy else conf.path or f"{conf.directory}/slurm.conf"
+    why = "only when slurm-mps is on every node: a node whose Prolog matches no file drains at its next job"
+    return [Todo(f"{where}, the same on all nodes", tuple(lines), why)]
+
+
+def _callers(places: list[ScriptPlace]) -> list[Todo]:
+    """The site's own single scripts, which have to run ours."""
+    todo = []
+    for place in places:
+        if place.caller and not calls(place.caller, place.path):
+            end = "last" if place.setting == PROLOG else "first"
+            why = "before anything that ends GPU processes" if place.setting == EPILOG else "when all else is done"
+            todo.append(Todo(f"{place.caller}, as its {end} line", (f"{place.path} || exit 1",), why))
+    return todo
+
+
+def calls(script: str, path: str) -> bool:
+    """Whether a script of the site's names a path outside its comments."""
+    try:
+        with open(script, encoding="utf-8", errors="replace") as file:
+            return any(path in line for line in file if not line.lstrip().startswith("#"))
+    except OSError:
+        return False
+
+
+def _order(places: list[ScriptPlace]) -> list[Todo]:
+    """Epilog scripts that run before ours could end the job's control daemon before it is asked to quit."""
+    (epilog,) = (place for place in places if place.setting == EPILOG)
+    before = runs_before(epilog)
+    if not before:
+        return []
+    why = "Slurm runs them in reverse order, so these come before ours, which takes MPS down in good order"
+    directory = os.path.dirname(epilog.path)
+    return [Todo(f"{directory}: if one of these ends GPU processes, a name below 95", tuple(before), why)]
+
+
+def _last(options: Options, conf: SlurmConf) -> list[Todo]:
+    """What makes Slurm take it up."""
+    lines = [] if conf.is_copy else ["scontrol reconfigure"]
+    if options.login_node:
+        return []
+    todo = [Todo("then, once", tuple(lines), "the controller and slurmd read slurm.conf again")] if lines else []
+    todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
+    if os.path.isdir(_UNITS):
+        todo.append(
+            Todo("on this node, if you like", (f"systemctl enable {_UNIT}",), "repairs at boot what a crash left")
+        )
+    todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
+    return todo
+
+
+# ------------------------------------------------------------------------------------------------- before uninstalling
+
+
+def jobs_with_mps() -> list[str]:
+    """The jobs that have MPS on this node, by their state on disk."""
+    try:
+        return sorted(os.listdir(STATE_JOBS))
+    except FileNotFoundError:
+        return []
+
+
+def still_needed(conf: SlurmConf, ours: Container[str]) -> list[str]:
+    """Why Slurm would miss our scripts: a message for each place that still runs them.
+
+    A pattern of which nothing is left counts: Slurm then drains the node at its next job.
+    """
+    problems = []
+    for setting, name in SCRIPTS.items():
+        place = find_script_place(conf, setting, name)
+        where = f"{conf.path}: {setting}={place.value}"
+        if place.caller and os.path.realpath(place.path) in ours and calls(place.caller, place.path):
+            problems.append(f"{place.caller} runs {place.path}")
+        elif place.value and not place.caller and os.path.realpath(place.path) in ours:
+            left = [path for path in _matching(place.value) if os.path.realpath(path) not in ours]
+            if not left:
+                problems.append(f"{where} would match no file, and Slurm drains a node whose {setting} matches none")
+    return problems
+
+
+def _matching(pattern: str) -> list[str]:
+    import glob
+
+    return glob.glob(pattern)
+
+
+def stack_still_names_it(conf: SlurmConf, ours: Container[str]) -> list[str]:
+    """The admin's own lines in plugstack.conf, which need the plugin that we would remove."""
+    lines = stack_lines(find_stack_place(conf, STACK_FILE).files, PLUGIN)
+    return [f"{path}: {line}" for path, line in lines if os.path.realpath(path) not in ours]

@@ -1,0 +1,70 @@
+"""Site and man pages build without a warning, and say of each command what the parser says."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from slurm_mps.cli.main import build_parser, command_names
+from slurm_mps.config_file import schema
+from tests.docs.messages import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OUT = ROOT / "build/docs"
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """``make docs``, from nothing: what was built before would not be looked at again."""
+    subprocess.run(["rm", "-rf", OUT], check=True)
+    done = subprocess.run(["make", "-s", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return OUT
+
+
+def text_of(page: Path) -> str:
+    """A man page's source without its typesetting."""
+    source = page.read_text().replace("\\-", "-").replace("\\(aq", "'")
+    return re.sub(r"\\f[BIPR]|\\[&%]", "", source)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001
+    parser: argparse.ArgumentParser = commands.choices[name]
+    return parser
+
+
+@pytest.mark.parametrize("name", command_names(build_parser()))
+def test_each_command_has_a_page_with_every_option(built: Path, name: str) -> None:
+    text = text_of(built / f"man/slurm-mps-{name}.1")
+    parser = parser_of(name)
+    for action in parser._actions:  # noqa: SLF001
+        for option in action.option_strings:
+            assert option in text
+    for inner in command_names(parser):
+        assert f"slurm-mps {name} {inner}".lower() in text.lower()
+    assert (built / f"html/generated/{name}.html").exists()
+
+
+def test_the_pages_of_configuration_and_options_name_them_all(built: Path) -> None:
+    text = text_of(built / "man/mps.toml.5")
+    for table, keys in schema()["properties"].items():
+        assert f"[{table}]" in text
+        assert all(key in text for key in keys["properties"])
+    text = text_of(built / "man/slurm-mps.7")
+    registered = re.findall(r'\{ "(mps[-a-z]*)"', (ROOT / "spank/spank_mps.c").read_text())
+    assert len(registered) == 4
+    assert all(f"--{option}" in text for option in registered)
+
+
+def test_the_site_has_every_page(built: Path) -> None:
+    """A page that no table of contents names is a warning, and so an error; none is left out of the build either."""
+    sources = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
+    pages = {path.relative_to(built / "html").with_suffix("") for path in (built / "html").rglob("*.html")}
+    assert {str(path) for path in sources - pages if path.parts[0] != "examples"} == set()

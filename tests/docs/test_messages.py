@@ -1,0 +1,31 @@
+"""Whoever reads a message at night finds it in docs/messages.md, in the words that were printed."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.docs.messages import ROOT, c_messages, fragments, plain, python_messages
+
+DOCUMENTED = plain((ROOT / "docs/messages.md").read_text())
+
+
+@pytest.mark.parametrize("messages", [python_messages(), c_messages()], ids=["python", "plugin"])
+def test_every_message_has_an_entry(messages: list[tuple[str, str]]) -> None:
+    """By its longest part without a value in it."""
+    assert len(messages) > 30
+    missing = [f"{where}: {text}" for where, text in messages if plain(text) not in DOCUMENTED]
+    assert missing == []
+
+
+def test_a_message_is_found_in_all_its_forms() -> None:
+    """The extractor sees plain texts, values in the middle, choices and sums."""
+    text = "f(f'job {n} has no GPU', 'a' if x else f'b {c} d', 'one ' + 'two')"
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert [fragments(argument) for argument in call.args] == [
+        ["job ", "", " has no GPU"],
+        ["a", "b ", "", " d"],
+        ["one ", "two"],
+    ]

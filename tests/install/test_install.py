@@ -1,0 +1,395 @@
+"""`slurm-mps install` and `uninstall` on a machine with a real Slurm: the node is used, and then it is as it was."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from slurm_mps.plugin_file import read_plugin
+from tests.harness.cluster import REPOSITORY, Cluster
+from tests.harness.runtime import MOUNT_POINT
+from tests.harness.site import PLUGIN_DIRECTORY, gpu_machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tests.harness.machine import Machine, Result
+
+PROGRAM = f"{MOUNT_POINT}/bin/slurm-mps"
+BUILT = REPOSITORY / "build/spank/spank_mps.so"
+#: All that an installation may touch.
+PLACES = ("/etc/slurm", "/usr/local/bin", "/etc/systemd/system", PLUGIN_DIRECTORY, "/var/lib/slurm-mps")
+PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
+PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
+PLUGSTACK = "/etc/slurm/plugstack.conf"
+#: Every kind of place at once: a file that is included, a single script, a pattern, a file that ends without a newline.
+SLURM_CONF = """ClusterName=c
+SlurmctldHost=localhost
+Prolog=/etc/slurm/prolog.sh
+Epilog=/etc/slurm/tidy/*.sh
+"""
+
+Snapshot = dict[str, tuple[int, int, int, bytes]]
+
+
+def snapshot(machine: Machine) -> Snapshot:
+    """Mode, owner, group and content of everything there."""
+    found = {}
+    for place in PLACES:
+        top = machine.path(place)
+        for path in sorted((top, *top.rglob("*"))) if top.exists() else ():
+            status = path.lstat()
+            ours = stat.S_ISREG(status.st_mode) and (place != PLUGIN_DIRECTORY or "mps" in path.name)
+            content = path.read_bytes() if ours else b""
+            found[f"{place}/{path.relative_to(top)}"] = (status.st_mode, status.st_uid, status.st_gid, content)
+    return found
+
+
+def slurm_mps(machine: Machine, *argv: str, env: Mapping[str, str] | None = None, user: str | None = None) -> Result:
+    return machine.run([PROGRAM, *argv], env=env, user=user, timeout=60)
+
+
+def install(machine: Machine, *argv: str, env: Mapping[str, str] | None = None) -> Result:
+    """With the plugin that the tests were built with: compiling takes longer than all the rest."""
+    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    return slurm_mps(machine, "install", "--no-doctor", "--plugin", "/opt/spank_mps.so", *argv, env=env)
+
+
+def report(result: Result) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(result.stdout)
+    return told
+
+
+@pytest.fixture(scope="module")
+def shared_machine() -> Iterator[Machine]:
+    with gpu_machine() as machine:
+        yield machine
+
+
+@pytest.fixture
+def machine(shared_machine: Machine) -> Machine:
+    """A machine with Slurm's programs and slurm-mps in /opt, and nothing of it in Slurm; it must be so again."""
+    shared_machine.run(
+        ["sh", "-c", f"rm -rf /etc/slurm/* /var/lib/slurm-mps /run/slurm-mps /usr/local/bin/slurm-mps {PLUGIN}"]
+    ).check()
+    return shared_machine
+
+
+def a_site_of_its_own(machine: Machine) -> None:
+    """A site whose files are all unusual, and no directory is ours to make."""
+    machine.write("/etc/slurm/slurm.conf", SLURM_CONF)
+    machine.write("/etc/slurm/prolog.sh", "#!/bin/sh\nexit 0\n", mode=0o755)
+    machine.write("/etc/slurm/tidy/50-gpus.sh", "#!/bin/sh\n", mode=0o755)
+    machine.write(PLUGSTACK, "# ours\ninclude /etc/slurm/other.d/*.plug\n# no newline at the end", mode=0o640)
+    machine.write("/etc/slurm/mps.toml", "# the site's\n")
+    machine.write(PLUGIN, "an old one", mode=0o600)
+
+
+# ------------------------------------------------------------------------------------------------ a whole installation
+
+
+def test_dry_run_shows_every_file_and_line_and_changes_nothing(machine: Machine) -> None:
+    before = snapshot(machine)
+    told = slurm_mps(machine, "install", "--dry-run").check().stdout
+    assert snapshot(machine) == before
+    for line in ("+required spank_mps.so", f"+python={MOUNT_POINT}/bin/python3", '+compute_mode = "exclusive_process"'):
+        assert line in told.splitlines()
+    for path in (PROLOG, EPILOG, PLUGIN, PLUGSTACK, "/etc/slurm/mps.toml"):
+        assert any(line.endswith(f"  {path}") for line in told.splitlines())
+    assert "Prolog=/etc/slurm/prolog.d/*" in told
+
+
+def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
+    """Contents, modes, groups, and no directory more; first on a bare machine, then where all was there before."""
+    before = snapshot(machine)
+    install(machine).check()
+    assert snapshot(machine) != before
+    slurm_mps(machine, "uninstall").check()
+    assert snapshot(machine) == before
+
+    a_site_of_its_own(machine)
+    before = snapshot(machine)
+    done = report(install(machine, "--json"))
+    written = {change["path"]: change["what"] for change in done["changes"]}
+    assert written["/etc/slurm/slurm-mps-prolog.sh"] == "wrote"
+    assert written["/etc/slurm/tidy/95-slurm-mps.sh"] == "wrote"
+    assert written[PLUGSTACK] == "added to"
+    assert written[PLUGIN] == "replaced"
+    assert "/etc/slurm/mps.toml" not in written
+    assert machine.read(PLUGSTACK).endswith("at the end\n# slurm-mps: the --mps options of srun, sbatch and salloc\n"
+                                            "required spank_mps.so\n")  # fmt: skip
+    by_hand = {line: todo["where"] for todo in done["by_hand"] for line in todo["lines"]}
+    assert by_hand["/etc/slurm/slurm-mps-prolog.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
+    assert not any(line.startswith(("Prolog=", "Epilog=")) for line in by_hand)
+    slurm_mps(machine, "uninstall").check()
+    assert snapshot(machine) == before
+
+
+def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machine: Machine) -> None:
+    before = snapshot(machine)
+    install(machine).check()
+    once = snapshot(machine)
+    assert {change["what"] for change in report(install(machine, "--json"))["changes"]} == {"is there"}
+    assert snapshot(machine) == once
+
+    other = BUILT.read_bytes() + b"of another version"
+    machine.path("/opt/other.so").write_bytes(other)
+    done = slurm_mps(machine, "install", "--no-doctor", "--json", "--plugin", "/opt/other.so")
+    assert [c["path"] for c in report(done)["changes"] if c["what"] == "replaced"] == [PLUGIN]
+    assert machine.path(PLUGIN).read_bytes() == other
+    slurm_mps(machine, "uninstall").check()
+    assert snapshot(machine) == before
+
+
+def test_a_line_of_plugstack_conf_d_goes_there_and_a_line_that_is_there_is_enough(machine: Machine) -> None:
+    """Debian's plugstack.conf includes plugstack.conf.d/*.conf; and some sites wrote the line themselves."""
+    machine.write(PLUGSTACK, "include /etc/slurm/plugstack.conf.d/*.conf\n")
+    install(machine).check()
+    assert "required spank_mps.so" in machine.read("/etc/slurm/plugstack.conf.d/slurm-mps.conf")
+    assert machine.read(PLUGSTACK) == "include /etc/slurm/plugstack.conf.d/*.conf\n"
+    slurm_mps(machine, "uninstall").check()
+    assert not machine.path("/etc/slurm/plugstack.conf.d").exists()
+
+    machine.write("/etc/slurm/plugstack.conf.d/site.conf", "optional spank_mps.so\n")
+    done = report(install(machine, "--json"))
+    assert not any("plugstack" in change["path"] for change in done["changes"])
+    assert any("optional plugin says is ignored" in todo["why"] for todo in done["by_hand"])
+    refused = slurm_mps(machine, "uninstall", "--force")
+    assert (refused.returncode, machine.path(PLUGIN).exists()) == (1, True)
+    assert "/etc/slurm/plugstack.conf.d/site.conf: optional spank_mps.so: without the plugin" in refused.stderr
+    machine.path("/etc/slurm/plugstack.conf.d/site.conf").unlink()
+    slurm_mps(machine, "uninstall").check()
+
+
+def test_a_script_moves_with_the_sites_pattern(machine: Machine) -> None:
+    """After slurm.conf looks elsewhere, the next install leaves nothing where it looked before."""
+    machine.write("/etc/slurm/slurm.conf", "Prolog=/etc/slurm/a/*\nEpilog=/etc/slurm/b/*\n")
+    install(machine).check()
+    assert machine.path("/etc/slurm/a/10-slurm-mps.sh").exists()
+    machine.write("/etc/slurm/slurm.conf", "Prolog=/etc/slurm/c/*\nEpilog=/etc/slurm/b/*\n")
+    install(machine).check()
+    assert not machine.path("/etc/slurm/a/10-slurm-mps.sh").exists()
+    assert machine.path("/etc/slurm/c/10-slurm-mps.sh").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_plugin_for_another_slurm_is_refused_and_nothing_changes(machine: Machine) -> None:
+    """With it in plugstack.conf no srun would start, nor slurmd."""
+    before = snapshot(machine)
+    runs = read_plugin(BUILT).slurm_release
+    year, month, patch = map(int, runs.split("."))
+    number = (year << 16 | month << 8 | patch).to_bytes(4, "little")
+    other = (year << 16 | (month + 1) << 8 | patch).to_bytes(4, "little")
+    machine.path("/opt/other.so").write_bytes(BUILT.read_bytes().replace(number, other))
+    refused = slurm_mps(machine, "install", "--plugin", "/opt/other.so")
+    assert refused.returncode == 1
+    assert f"the plugin is for Slurm {year}.{month + 1:02d}.{patch}, and {runs} runs here" in refused.stderr
+
+    headers = "/opt/headers"
+    machine.run(["sh", "-c", f"mkdir {headers} && cp -r /usr/include/slurm {headers}/"]).check()
+    machine.run(
+        [
+            "sed",
+            "-i",
+            "s/^#define SLURM_VERSION_NUMBER .*/#define SLURM_VERSION_NUMBER 0x180b05/",
+            f"{headers}/slurm/slurm_version.h",
+        ]
+    ).check()
+    refused = slurm_mps(machine, "install", "--slurm-include", headers)
+    assert refused.returncode == 1
+    assert f"the plugin is for Slurm 24.11.5, and {runs} runs here; install the headers" in refused.stderr
+    assert snapshot(machine) == before
+
+
+def test_without_compiler_headers_slurm_or_root_it_says_what_is_missing() -> None:
+    with gpu_machine() as machine:
+        before = snapshot(machine)
+        machine.run(["rm", "-r", "/usr/include/slurm"]).check()
+        refused = slurm_mps(machine, "install")
+        assert refused.returncode == 1
+        assert "slurm/spank.h: No such file or directory; gcc, make" in refused.stderr
+        machine.run(["rm", "/usr/bin/make"]).check()
+        refused = slurm_mps(machine, "install")
+        assert "the plugin cannot be built: there is no make in PATH" in refused.stderr
+        assert slurm_mps(machine, "install", user="alice").returncode == 4
+        assert slurm_mps(machine, "uninstall", user="alice").returncode == 4
+        machine.run(["rm", "/usr/sbin/slurmd", "/usr/bin/srun", "/usr/bin/scontrol"]).check()
+        refused = slurm_mps(machine, "install")
+        assert (refused.returncode, "there is no Slurm on this machine" in refused.stderr) == (3, True)
+        told = slurm_mps(machine, "uninstall")
+        assert (told.returncode, told.stdout) == (0, "slurm-mps install has changed nothing on this node\n")
+        assert snapshot(machine).keys() - before.keys() == set()
+
+
+def test_a_place_that_others_can_write_is_refused(machine: Machine) -> None:
+    """Root would run what somebody else put there."""
+    machine.make_directory("/etc/slurm/prolog.d", user="alice")
+    before = snapshot(machine)
+    refused = install(machine)
+    assert refused.returncode == 1
+    assert "/etc/slurm/prolog.d can be written by others than root" in refused.stderr
+    assert snapshot(machine) == before
+    machine.path(f"{MOUNT_POINT}/bin").chmod(0o777)
+    try:
+        refused = install(machine)
+    finally:
+        machine.path(f"{MOUNT_POINT}/bin").chmod(0o755)
+    assert f"{MOUNT_POINT}/bin can be written by others than root, and root's prolog would run" in refused.stderr
+
+
+def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
+    """A job with MPS, and a pattern of slurm.conf that would match no file, which Slurm takes for a failed prolog."""
+    install(machine).check()
+    installed = snapshot(machine)
+    machine.make_directory("/run/slurm-mps/jobs/4711", mode=0o711)
+    machine.write("/etc/slurm/slurm.conf", "Prolog=/etc/slurm/prolog.d/*\nEpilog=/etc/slurm/epilog.d/*\n")
+    machine.write("/etc/slurm/epilog.d/50-other", "#!/bin/sh\n", mode=0o755)
+    refused = slurm_mps(machine, "uninstall")
+    assert refused.returncode == 1
+    assert "job 4711 has MPS on this node" in refused.stderr
+    assert "Prolog=/etc/slurm/prolog.d/* would match no file" in refused.stderr
+    assert "Epilog=" not in refused.stderr
+    assert snapshot(machine).items() >= installed.items()
+    machine.path("/run/slurm-mps/jobs/4711").rmdir()
+    assert slurm_mps(machine, "uninstall").returncode == 1
+    slurm_mps(machine, "uninstall", "--force").check()
+    assert not machine.path(PROLOG).exists()
+
+
+# ---------------------------------------------------------------------------------------------- what the admin changed
+
+
+def test_what_the_admin_changed_stays_and_is_named(machine: Machine) -> None:
+    machine.write(PLUGSTACK, "# before\n")
+    install(machine).check()
+    machine.write("/etc/slurm/mps.toml", '[gpus]\ncompute_mode = "unchanged"\n')
+    machine.write(PLUGSTACK, f"required /opt/other.so\n{machine.read(PLUGSTACK)}# after\n")
+    machine.write(PROLOG, "#!/bin/sh\n# mine\n", mode=0o755)
+    again = install(machine)
+    assert again.returncode == 1
+    assert f"{PROLOG} stays: it was changed since it was installed; move it away" in again.stderr
+    done = slurm_mps(machine, "uninstall")
+    assert done.returncode == 1
+    assert f"{PROLOG} stays: it was changed since it was installed" in done.stderr
+    assert machine.read(PROLOG) == "#!/bin/sh\n# mine\n"
+    assert "unchanged" in machine.read("/etc/slurm/mps.toml")
+    assert machine.read(PLUGSTACK) == "required /opt/other.so\n# before\n# after\n"
+    assert not machine.path(PLUGIN).exists()
+    assert not machine.path("/var/lib/slurm-mps").exists()
+
+
+# ------------------------------------------------------------------------------------------------- killed on the way
+
+
+def killed(machine: Machine, call: str, number: int, *argv: str) -> bool:
+    """Run a command that dies of SIGKILL at its `number`-th system call of a kind; False when it came to its end."""
+    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
+    return machine.run(["strace", "-f", "-qq", "-o", "/dev/null", *inject, PROGRAM, *argv], timeout=60).returncode != 0
+
+
+def test_wherever_an_installation_is_killed_it_can_be_undone_or_finished(machine: Machine) -> None:
+    """At each change of install, and of the uninstall after it; on a site where much was there before."""
+    a_site_of_its_own(machine)
+    before = snapshot(machine)
+    install(machine).check()
+    after = snapshot(machine)
+    slurm_mps(machine, "uninstall").check()
+    stops = 0
+    for call in ("mkdirat", "renameat"):
+        number = 1
+        while killed(machine, call, number, "install", "--no-doctor", "--plugin", "/opt/spank_mps.so"):
+            if number % 2:  # half of the points each way
+                install(machine).check()
+                assert snapshot(machine) == after, f"after {call} {number}"
+            slurm_mps(machine, "uninstall").check()
+            assert snapshot(machine) == before, f"after {call} {number}"
+            number, stops = number + 1, stops + 1
+        slurm_mps(machine, "uninstall").check()
+    assert stops >= 10
+    for call in ("unlinkat", "renameat"):
+        number = 1
+        install(machine).check()
+        while killed(machine, call, number, "uninstall"):
+            slurm_mps(machine, "uninstall").check()
+            assert snapshot(machine) == before, f"after {call} {number} of uninstall"
+            install(machine).check()
+            number, stops = number + 2, stops + 1  # every second: most of unlinkat's look for what is not there
+        assert snapshot(machine) == before
+    assert stops >= 15
+
+
+# ------------------------------------------------------------------------------- from a bare site to a verified job
+
+KILLER = """#!/bin/sh
+# Like DeepOps' 50-exclusive-gpu: ends whatever it finds on the GPUs, and says what that was.
+PATH=/usr/bin:/bin
+pgrep -c nvidia-cuda-mps >> /var/log/slurm/left-for-50 || :
+"""
+
+
+def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
+    """What the README says, with what `install` says is left to do by hand; on a Slurm that knows nothing of it."""
+    machine = gpu_machine()
+    plugstack = "include /etc/slurm/plugstack.conf.d/*.conf\n"
+    cluster = Cluster(machine, nodes=1, gpus_per_node=2, plugstack=plugstack, prolog_flags=None)
+    with machine:
+        machine.add_node("n1")
+        machine.run(["simulated-gpus", "create", "2", "--seed", "n1"], node="n1").check()
+        machine.write("/etc/slurm/epilog.d/50-exclusive-gpu", KILLER, mode=0o755)
+        with cluster:
+            assert cluster.srun("-N1", "--mps", "true").returncode != 0
+            before = snapshot(machine)
+
+            # the plugin is built here, by the compiler
+            done = report(machine.run([PROGRAM, "install", "--json"], node="n1", timeout=60).check())
+            assert done["problems"] == []
+            lines = [line for todo in done["by_hand"] for line in todo["lines"] if "slurm.conf" in todo["where"]]
+            assert [line.partition("=")[0] for line in lines] == ["Prolog", "Epilog", "PrologFlags"]
+            conf = machine.read("/etc/slurm/slurm.conf")
+            reconfigure(cluster, conf + "\n".join(lines) + "\n")
+
+            job = cluster.sbatch(
+                "--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2", script="srun slurm-mps verify --no-mpi"
+            )
+            info = cluster.wait(job)
+            assert (info.state, cluster.output(job).count("32/132")) == ("COMPLETED", 2), cluster.output(job)
+            assert "2 ranks, all clients" in cluster.output(job)
+            cluster.wait_idle()
+            assert machine.read("/var/log/slurm/left-for-50", node="n1").split() == ["0"]
+
+            job = cluster.sbatch("--mps", "--gres=gpu:1", script="sleep 60")
+            cluster.wait_running(job)
+            refused = machine.run([PROGRAM, "uninstall"], node="n1")
+            assert f"job {job} has MPS on this node" in refused.stderr
+            cluster.scancel(job)
+            cluster.wait_idle()
+            reconfigure(cluster, conf)
+            machine.run([PROGRAM, "uninstall"], node="n1").check()
+            assert snapshot(machine) == before
+            cluster.srun("-N1", "true").check()
+            assert not any(state.drained for state in cluster.node_states().values())
+
+
+def reconfigure(cluster: Cluster, text: str) -> None:
+    """Change slurm.conf as an admin does: the file, ``scontrol reconfigure``, then slurmd anew."""
+    cluster.machine.write("/etc/slurm/slurm.conf", text)
+    cluster.machine.run(["scontrol", "reconfigure"]).check()
+    cluster.wait_idle()
+    cluster.stop_daemon("slurmd-n1")
+    cluster.start_node("n1")
+    cluster.wait_idle()
+
+
+def test_the_runtime_has_the_sources_from_its_wheel(machine: Machine) -> None:
+    """`pip install` alone must do: what is compiled and copied comes with the package, whole."""
+    share = next(machine.path(f"{MOUNT_POINT}/lib").glob("python*/site-packages/slurm_mps/share"))
+    for name in ("spank", "prolog", "epilog", "etc"):
+        there = {path.name: path.read_bytes() for path in (share / name).iterdir()}
+        assert there == {path.name: path.read_bytes() for path in Path(REPOSITORY, name).iterdir() if path.is_file()}

@@ -1,0 +1,129 @@
+"""The packages that are built here: the .deb installed, switched on, used, switched off and removed; the .rpm built."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from slurm_mps.plugin_file import read_plugin
+from tests.harness.cluster import REPOSITORY, Cluster
+from tests.harness.machine import Machine
+from tests.harness.site import FAKES, PLUGIN_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
+RELEASE = ".".join(read_plugin(REPOSITORY / "build/spank/spank_mps.so").slurm_release.split(".")[:2])
+
+
+def make(target: str) -> Path:
+    """Run make, whose last line is the path of what it built."""
+    done = subprocess.run(
+        ["make", "-s", target], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return REPOSITORY / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def deb() -> Path:
+    return make("deb")
+
+
+@pytest.fixture
+def machine(deb: Path) -> Iterator[Machine]:
+    """A machine with Slurm and simulated GPUs, without Python packages of the project; the .deb lies in /opt."""
+    machine = Machine(overlays={"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]})
+    with machine:
+        machine.path("/opt/slurm-mps.deb").write_bytes(deb.read_bytes())
+        yield machine
+
+
+def files(machine: Machine) -> dict[str, bytes]:
+    """What Slurm reads, and every name below the package's places."""
+    found: dict[str, bytes] = {}
+    for place in ("/etc/slurm", "/etc/systemd/system", "/usr/local/bin"):
+        top = machine.path(place)
+        found |= {f"{place}/{path.relative_to(top)}": path.read_bytes() for path in top.rglob("*") if path.is_file()}
+    return found
+
+
+def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(machine: Machine) -> None:
+    """Installed, it changes nothing in Slurm; removed, neither: and it is not removed under a job."""
+    plugstack = "include /etc/slurm/plugstack.conf.d/*.conf\n"
+    cluster = Cluster(machine, nodes=1, gpus_per_node=2, plugstack=plugstack, prolog_flags=None)
+    machine.add_node("n1")
+    machine.run(["simulated-gpus", "create", "2", "--seed", "n1"], node="n1").check()
+    with cluster:
+        conf = machine.read("/etc/slurm/slurm.conf")
+        before = files(machine)
+        told = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60).check()
+        assert 'not switched on; "slurm-mps install --dry-run"' in told.stdout
+        assert files(machine) == before
+        assert "--mps" not in machine.run(["srun", "--help"], user="alice").stdout
+        pages = ("man1/slurm-mps-install.1.gz", "man5/mps.toml.5.gz", "man7/slurm-mps.7.gz")
+        for path in ("bash-completion/completions/slurm-mps", "slurm-mps/plugstack.conf", *(f"man/{p}" for p in pages)):
+            assert machine.path(f"/usr/share/{path}").exists()
+        packaged = machine.path(PLUGIN).read_bytes()
+
+        machine.run(["slurm-mps", "install"], node="n1").check()
+        assert machine.path(PLUGIN).read_bytes() == packaged
+        lines = ["Prolog=/etc/slurm/prolog.d/*", "Epilog=/etc/slurm/epilog.d/*", "PrologFlags=Alloc"]
+        machine.write("/etc/slurm/slurm.conf", "\n".join([conf, *lines, ""]))
+        machine.run(["scontrol", "reconfigure"]).check()
+        asked = ("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2")
+        job = cluster.sbatch(*asked, script="srun slurm-mps verify --no-mpi && sleep 60")
+        cluster.until("the ranks' report", lambda: "2 ranks, all clients" in cluster.output(job) or None, 30)
+        assert cluster.output(job).count("32/132") == 2
+
+        refused = machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1")
+        assert refused.returncode != 0
+        assert f"job {job} has MPS on this node" in refused.stderr
+        assert machine.path("/etc/slurm/prolog.d/10-slurm-mps.sh").exists()
+
+        cluster.scancel(job)
+        cluster.wait_idle()
+        machine.write("/etc/slurm/slurm.conf", conf)
+        machine.run(["scontrol", "reconfigure"]).check()
+        machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1", timeout=60).check()
+        assert files(machine) == before
+        for path in (PLUGIN, "/opt/slurm-mps", "/usr/bin/slurm-mps", "/var/lib/slurm-mps"):
+            assert not machine.path(path).exists(), path
+        cluster.srun("-N1", "true").check()
+
+
+def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine) -> None:
+    """Its version and its dependency name the release; dpkg itself keeps it away from another."""
+    status = machine.read("/var/lib/dpkg/status")
+    package = f"\nVersion: {RELEASE}."
+    assert package in status
+    machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 24.11."))
+    refused = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60)
+    assert refused.returncode != 0
+    assert f"(<< {RELEASE}.99)" in refused.stderr
+    shown = machine.run(["dpkg-deb", "-f", "/opt/slurm-mps.deb", "Version"]).check().stdout
+    assert shown.strip().endswith(f"+slurm{RELEASE}")
+
+
+def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
+    """Built here; it cannot be installed on Debian, whose packages are not rpm's, so its scripts are not run."""
+    rpm = make("rpm")
+
+    def asked(*what: str) -> set[str]:
+        return set(
+            subprocess.run(["rpm", "-qp", *what, rpm], capture_output=True, text=True, check=True).stdout.split("\n")
+        )
+
+    assert {f"slurm >= {RELEASE}", f"slurm < {RELEASE}.99"} <= asked("--requires")
+    assert asked("--queryformat", "%{RELEASE}") == {f"1.sl{RELEASE.replace('.', '')}"}
+    listed = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
+    names = subprocess.run(["tar", "-t"], input=listed, capture_output=True, check=True).stdout.decode().split("\n")
+    in_deb = {
+        name.lstrip(".").replace("vendor-completions", "site-functions") for name in names if not name.endswith("/")
+    }
+    in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in asked("--list")}
+    assert in_deb - in_rpm == set()
