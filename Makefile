@@ -25,6 +25,8 @@ deps:
 
 dev: $(DEV)/.installed
 
+$(DEV_PYTHON): $(DEV)/.installed
+
 $(DEV)/.installed: pyproject.toml
 	@echo "make: installing the test tools into $(DEV)"
 	@$(SYSTEM_PYTHON) -m venv $(DEV)
@@ -69,22 +71,27 @@ torture: build
 bundle: build
 	@$(DEV_PYTHON) -m tests.harness.bundle build/bundle $(BUNDLE)
 
-# On real GPUs, as root. Nothing is set on them; with a bundle, nothing is installed either.
-GPU_PYTHON = $(if $(wildcard $(DEV_PYTHON)),$(DEV_PYTHON),python3)
+# On real GPUs, as root. Nothing is set on them; with a bundle nothing is installed either, but for .cache in here.
 export SLURM_MPS_BUNDLE ?= $(if $(wildcard /usr/sbin/slurmd),,$(wildcard $(CURDIR)/build/bundle))
+GPU_PYTHON = $(if $(SLURM_MPS_BUNDLE),.cache/bundle/bin/python3,$(DEV_PYTHON))
 
-test-gpu:
+.cache/bundle/bin/python3:
+	@$(SYSTEM_PYTHON) -m venv --without-pip .cache/bundle
+	@$@ $(wildcard $(SLURM_MPS_BUNDLE)/wheels/pip-*.whl)/pip install --quiet --no-index \
+		--find-links $(SLURM_MPS_BUNDLE)/wheels pytest hypothesis jsonschema nvidia-ml-py rich
+
+test-gpu: $(GPU_PYTHON)
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider --real-gpu $(or $(TESTS),tests/contract)
 
-hardware:
+hardware: $(GPU_PYTHON)
 	@$(GPU_PYTHON) -m tests.hardware
 
-bench-gpu:
-	@$(GPU_PYTHON) -m tests.bench --real-gpu $(BENCH)
+bench-gpu: $(GPU_PYTHON)
+	@$(GPU_PYTHON) -m tests.bench --real-gpu --json $$($(GPU_PYTHON) -m tests.hardware.site scripts) $(BENCH)
 	@$(GPU_PYTHON) -m tests.hardware.cost $(COST)
 
-worth:
-	@$(GPU_PYTHON) -m tests.hardware.worth --json build/worth.json $(WORTH)
+worth: $(GPU_PYTHON)
+	@$(GPU_PYTHON) -m tests.hardware.worth $(WORTH)
 
 # The figures of docs/benchmarks, from the newest data beside them.
 plots: dev

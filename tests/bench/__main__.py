@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
     if samples is None:
         print("bench: something did not work, so there is nothing to compare", file=sys.stderr)
         return 1
-    rows = make_rows(samples, options.before)
+    rows = make_rows(samples, options.before, real=options.real_gpu)
     print_table(measured_on, options.rounds, rows)
     if options.json is not None:
         written = {

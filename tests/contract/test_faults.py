@@ -1,7 +1,4 @@
-"""What one client's fault is to the others, to the server and to the next (O30 to O35, O46 to O48).
-
-Those that need a kernel to misbehave run on the SIMULATED DRIVER ONLY: see Client.misbehave.
-"""
+"""What one client's fault is to the others, to the server and to the next (O30 to O35, O46 to O48)."""
 
 from __future__ import annotations
 
@@ -46,7 +43,6 @@ def wait_until_active(daemon: Daemon, server: int) -> None:
 
 
 def test_o30_an_illegal_address_reaches_the_clients_of_that_gpu(driver: Driver, two_gpus: tuple[str, str]) -> None:
-    assert len(two_gpus) == 2
     daemon = driver.daemon()
     culprit, bystander, elsewhere = (daemon.client(on(driver, gpu)) for gpu in (0, 0, 1))
     server = daemon.server
@@ -155,7 +151,6 @@ def test_o34_while_a_victim_lingers_nobody_new_gets_in(driver: Driver) -> None:
 
 def test_o35_terminate_client_ends_an_endless_kernel(driver: Driver, two_gpus: tuple[str, str]) -> None:
     """The others finish clean, and the next one works."""
-    assert len(two_gpus) == 2
     daemon = driver.daemon()
     spinner, other = (daemon.client(on(driver, gpu)) for gpu in (0, 1))
     server = daemon.server
@@ -181,16 +176,22 @@ def test_o35_a_killed_spinner_costs_the_next_client_its_context(driver: Driver) 
     assert daemon.look(on(driver, 0)).failed == ""
 
 
+def programs(driver: Driver) -> int:
+    """How many programs nvidia-smi sees on the GPUs."""
+    listed = driver.machine.run(["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]).check()
+    return len(listed.stdout.splitlines())
+
+
 def test_o35_quit_with_a_time_ends_an_endless_kernel(driver: Driver) -> None:
     daemon = driver.daemon()
     spinner = daemon.client(on(driver, 0))
     spinner.misbehave("spin")
+    before = programs(driver)
     assert daemon.control("quit -t 1") == Result(0, "", "")
     assert spinner.answer() == RPC_FAILURE
     spinner.leave()
     wait_until(lambda: not driver.left_over())
-    programs = driver.machine.run(["nvidia-smi", "--query-compute-apps=pid,process_name", "--format=csv"])
-    assert programs.stdout == "pid, process_name\n"
+    assert programs(driver) < before  # others may have the GPU, too
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -216,12 +217,12 @@ def killed_spinner(driver: Driver, number: int = signal.SIGKILL) -> tuple[Daemon
     return daemon, daemon.server
 
 
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_o46_a_spinner_that_a_signal_ends_costs_the_next_one_on_its_gpu_its_context(
-    driver: Driver, two_gpus: tuple[str, str], number: int
+    driver: Driver, number: int
 ) -> None:
     """The server says that it is ACTIVE, and shows no trace of it to clients on another GPU."""
-    assert len(two_gpus) == 2
     daemon, server = killed_spinner(driver, number)
     assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
     assert daemon.ask(f"get_client_list {server}") == ""

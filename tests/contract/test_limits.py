@@ -159,6 +159,9 @@ def test_o14_defaults_reach_servers_started_later(driver: Driver, card: Device) 
     assert daemon.ask(f"get_active_thread_percentage {server}") == "25.0"
     assert daemon.ask(f"set_active_thread_percentage {server} 75") == "75.0"
     assert daemon.look().devices[0].sms == sms_at(card, "75")
+    daemon.ask(f"shutdown_server {server}")
+    wait_until(lambda: daemon.server == 0)
+    assert daemon.look().devices[0].sms == sms_at(card, "50")
 
 
 @pytest.mark.parametrize(("limit", "percentage", "free"), [("1G", "100", 510), ("1G", "25", 879), ("600M", "100", 86)])

@@ -4,7 +4,7 @@
 - *launch*: an `srun` of N tasks of `true` in an allocation that stands: without the plugin, with it in a job that does
   not ask, and with it in one that does.
 
-What prolog and epilog cost is ``python3 -m tests.bench --real-gpu``. Prints tables; ``--json FILE`` keeps all samples.
+What prolog and epilog cost is ``python3 -m tests.bench --real-gpu``. Prints tables, and keeps all samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tests.harness.cluster import SAMPLES, SlurmError
 
-from .site import PLACE, RealSite, failed, measured_on, reports
+from .site import PLACE, RealSite, data_file, failed, measured_on, reports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,7 @@ def start(site: RealSite, rounds: int) -> Samples:
     asks = {"without": ["--gres=gpu:1"], "mps": ["--gres=gpu:1", "--mps"]}
     for number in range(rounds + 1):
         for name in list(asks) if number % 2 else list(asks)[::-1]:
+            site.cluster.wait_idle()  # one job's epilog is not to be paid by the next
             submitted = time.time()
             result = site.cluster.srun("-n1", *asks[name], "/usr/bin/python3", f"{PLACE}/first_context.py")
             said = reports(result.stdout)
@@ -57,7 +58,7 @@ def launch(site: RealSite, rounds: int) -> Samples:
     samples: Samples = {}
     jobs = {
         name: site.cluster.sbatch(*options, f"-n{max(TASKS)}", script="sleep 600\n")
-        for name, options in (("plain", ["--gres=gpu:1"]), ("mps", ["--gres=gpu:1", "--mps"]))
+        for name, options in (("plain", []), ("mps", ["--gres=gpu:1", "--mps"]))
     }
     for job in jobs.values():
         site.cluster.wait_running(job)
@@ -91,7 +92,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def _show(samples: Samples) -> None:
+def show(samples: Samples) -> None:
     print("Milliseconds, median (90th percentile); ratio is the median of the rounds' own.\n")
     print(f"{'to the first CUDA context':<34}{'with MPS':>18}{'without':>18}  ratio")
     for what in ("from the program's start", "from srun"):
@@ -110,14 +111,16 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.hardware.cost", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data")
     options = parser.parse_args()
+    target: Path = options.json or data_file("start")
+    samples: Samples = {}
     with RealSite() as site:
-        samples = {**start(site, options.rounds), **launch(site, options.rounds)}
-    if options.json:
-        kept = {"measured_on": measured_on(), "rounds": options.rounds, "samples_ms": samples}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    _show(samples)
+        for part in (start, launch):
+            samples |= part(site, options.rounds)
+            kept = {"measured_on": measured_on(), "rounds": options.rounds, "samples_ms": samples}
+            target.write_text(json.dumps(kept, indent=1) + "\n")
+    show(samples)
     return 0
 
 

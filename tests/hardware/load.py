@@ -1,10 +1,10 @@
 """A rank that keeps a GPU busy and counts: kernels of a chosen size, launched one after another through ctypes.
 
 ``load.py RANKS MEETING SECONDS PHASE...``: RANKS programs meet in the directory MEETING, then do every PHASE together
-for SECONDS, all within the same window. A phase is ``BLOCKS:ITERATIONS`` (launches, a few ahead of the GPU) or
-``BLOCKS:ITERATIONS:PAUSE_MS`` (one at a time, each timed from launch to end, with a pause after it). Prints one line
-of JSON: what the rank has of the GPU, when its context was there, and of each phase the kernels that ended within the
-window and, with a pause, the latencies in microseconds.
+for SECONDS, all within the same window. A phase is ``flood:BLOCKS:ITERATIONS:BATCH`` (launches, two batches ahead of
+the GPU) or ``pace:BLOCKS:ITERATIONS:PAUSE_MS`` (one at a time, each timed from launch to end, with a pause after it).
+Prints one line of JSON: what the rank has of the GPU, and of each phase the kernels that ended within the window and,
+for `pace`, the latencies in microseconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from tests.hardware.meeting import meet
 
 THREADS = 256
-_BATCH_SECONDS, _BATCH_MAX = 0.002, 64  # what is launched between two looks at the clock
 _SMS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 #: Multiply-adds, each of which waits for the one before; the result is kept, so that none can be left out.
@@ -67,7 +66,6 @@ class Gpu:
         call("cuInit", 0)
         call("cuDeviceGet", ctypes.byref(device), 0)
         call("cuCtxCreate_v2", ctypes.byref(context), 0, device)
-        self.context_at = time.time()
         call("cuDeviceGetAttribute", ctypes.byref(sms), _SMS, device)
         self.sms = sms.value
         module, self._kernel, word = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint64()
@@ -102,29 +100,23 @@ class Gpu:
     def await_event(self, event: ctypes.c_void_p) -> None:
         call("cuEventSynchronize", event)
 
-    def batch(self, blocks: int, arguments: ctypes.Array[ctypes.c_void_p]) -> int:
-        """How many launches take about _BATCH_SECONDS."""
-        self.wait()
-        began = time.perf_counter()
-        for _ in range(3):
-            self.launch(blocks, arguments)
-        self.wait()
-        return max(1, min(_BATCH_MAX, int(_BATCH_SECONDS / (time.perf_counter() - began) * 3)))
-
     def launch(self, blocks: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
         number = self._launch(self._kernel, blocks, 1, 1, THREADS, 1, 1, 0, None, arguments, None)
         if number:
             raise RuntimeError(f"cuLaunchKernel: {number}")
 
 
-def flood(gpu: Gpu, blocks: int, iterations: int, opens: float, seconds: float) -> dict[str, object]:
-    """Launch without a pause, two batches ahead of the GPU; the batches that end within the window count."""
+def flood(gpu: Gpu, blocks: int, iterations: int, batch: int, opens: float, seconds: float) -> dict[str, object]:
+    """Launch without a pause; the batches that end within the window count.
+
+    A batch is of the same size for all ranks and modes: who launches less at a time gets less of a GPU that is shared
+    by turns.
+    """
     arguments = gpu.prepare(iterations)
-    batch = gpu.batch(blocks, arguments)
     events = [gpu.make_event(), gpu.make_event()]
     for event in events:
         gpu.launch_batch(batch, blocks, arguments, event)
-    count, first, last, turn = 0, 0.0, 0.0, 0
+    kernels, turn = 0, 0
     while True:
         gpu.await_event(events[turn])
         now = time.time()
@@ -133,12 +125,12 @@ def flood(gpu: Gpu, blocks: int, iterations: int, opens: float, seconds: float) 
         gpu.launch_batch(batch, blocks, arguments, events[turn])
         turn = 1 - turn
         if now >= opens:
-            first, last, count = first or now, now, count + (batch if first else 0)
+            kernels += batch
     gpu.wait()
-    return {"kernels": count, "seconds": round(last - first, 6), "batch": batch}
+    return {"kernels": kernels}
 
 
-def pace(gpu: Gpu, blocks: int, iterations: int, opens: float, seconds: float, pause: float) -> dict[str, object]:
+def pace(gpu: Gpu, blocks: int, iterations: int, pause_ms: int, opens: float, seconds: float) -> dict[str, object]:
     """One launch at a time, each timed."""
     arguments = gpu.prepare(iterations)
     latencies = []
@@ -149,26 +141,25 @@ def pace(gpu: Gpu, blocks: int, iterations: int, opens: float, seconds: float, p
         took = time.perf_counter() - began
         if now >= opens:
             latencies.append(round(took * 1e6, 1))
-        time.sleep(pause)
-    return {"kernels": len(latencies), "seconds": seconds, "latencies_us": latencies}
+        time.sleep(pause_ms / 1000)
+    return {"kernels": len(latencies), "latencies_us": latencies}
 
 
 def main() -> int:
-    began = time.time()
     ranks, place, seconds = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    report: dict[str, object] = {"began": began, "rank": int(os.environ.get("SLURM_PROCID", "0"))}
+    report: dict[str, object] = {"rank": int(os.environ.get("SLURM_PROCID", "0"))}
     try:
         gpu = Gpu()
-        report |= {"sms": gpu.sms, "context_at": gpu.context_at, "phases": (phases := [])}
+        phases: list[dict[str, object]] = []
+        report |= {"sms": gpu.sms, "phases": phases}
         for number, phase in enumerate(sys.argv[4:]):
-            blocks, iterations, *pause = phase.split(":")
-            gpu.batch(int(blocks), gpu.prepare(int(iterations)))  # the first launch loads the module
+            kind, *size = phase.split(":")
+            blocks, iterations, last = map(int, size)
+            gpu.launch(blocks, gpu.prepare(iterations))  # the first launch loads the module
+            gpu.wait()
             opens = meet(place / str(number), ranks)
-            size = int(blocks), int(iterations)
-            one = (
-                pace(gpu, *size, opens, seconds, float(pause[0]) / 1000) if pause else flood(gpu, *size, opens, seconds)
-            )
-            phases.append({"phase": phase, **one})
+            run = {"flood": flood, "pace": pace}[kind]
+            phases.append({"phase": phase, **run(gpu, blocks, iterations, last, opens, seconds)})
     except (RuntimeError, OSError) as error:
         report["error"] = str(error)
     print(json.dumps(report), flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -23,6 +25,7 @@ KERNELS = {
     "large": "large: 2112 blocks, the GPU is full",
 }
 BASE = "time-slicing"
+INFERENCE_FROM = 8  #: ranks; with fewer it is the CPU that decides, and it varies more than the modes differ
 
 Rows = list[dict[str, Any]]
 
@@ -50,17 +53,33 @@ def _rank_axis(axes: Axes, ranks: list[int]) -> None:
 
 
 def _by_mode(axes: Axes, rows: Rows, value: str) -> None:
-    """A line for each mode."""
+    """A line for each mode, through the medians of the rounds, each of which is a point."""
     for mode, colour in COLOURS.items():
         points = [(row["ranks"], row[value]) for row in rows if row["mode"] == mode]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=mode)
+        axes.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.5)
+        axes.plot(*zip(*_medians(points).items(), strict=True), marker="o", color=colour, label=mode)
     axes.set_ylim(0, 1.08 * max(row[value] for row in rows))
 
 
-def _save(name: str) -> None:
+def _medians(points: list[tuple[int, float]]) -> dict[int, float]:
+    """The median by ranks."""
+    return {ranks: median(value for at, value in points if at == ranks) for ranks, _ in points}
+
+
+def worked(part: dict[str, Any]) -> Rows:
+    """The rows of a part that did not fail."""
+    return [row for row in part["rows"] if "failed" not in row]
+
+
+def digest(data: bytes) -> str:
+    """What a figure carries of the data that it was drawn from."""
+    return f"data sha256:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def _save(name: str, drawn_from: str) -> None:
     target = BENCHMARKS / f"{name}.svg"
     plt.tight_layout()
-    plt.savefig(target, metadata={"Date": None})
+    plt.savefig(target, metadata={"Date": None, "Description": drawn_from})
     plt.close()
     print(target.relative_to(BENCHMARKS.parents[1]))
 
@@ -69,12 +88,13 @@ def draw_worth(data: dict[str, Any]) -> None:
     """The README's: how many times as much with MPS, for kernels of three sizes and for a real program."""
     plt.figure(figsize=(6.4, 3.8))
     axes = plt.gca()
-    rows: Rows = data["throughput"]["rows"]
+    rows = worked(data["throughput"])
     for kernel, marker in (("small", "o"), ("medium", "s"), ("large", "^")):
         its = [row for row in rows if row["kernel"] == kernel]
         ratios = _ratios(its, "kernels_per_second")
         axes.plot(*zip(*ratios.items(), strict=True), marker=marker, label=KERNELS[kernel])
-    ratios = _ratios(data["inference"]["rows"], "requests_per_second")
+    served = [row for row in worked(data["inference"]) if row["ranks"] >= INFERENCE_FROM]
+    ratios = _ratios(served, "requests_per_second")
     axes.plot(
         *zip(*ratios.items(), strict=True), marker="D", color="black", label="PyTorch, small transformer, batch 1"
     )
@@ -85,17 +105,19 @@ def draw_worth(data: dict[str, Any]) -> None:
     _rank_axis(axes, sorted({row["ranks"] for row in rows}))
     axes.set_ylabel("throughput, times that without MPS")
     axes.legend(fontsize=8, frameon=False)
-    _save("worth")
+    _save("worth", data["digest"])
 
 
 def _ratios(rows: Rows, value: str) -> dict[int, float]:
-    """MPS over time-slicing, by ranks."""
-    found = {(row["mode"], row["ranks"]): row[value] for row in rows}
-    return {ranks: found["MPS", ranks] / rate for (mode, ranks), rate in found.items() if mode == BASE}
+    """MPS over time-slicing, by ranks: medians of the rounds."""
+    with_mps, without = (
+        _medians([(row["ranks"], row[value]) for row in rows if row["mode"] == mode]) for mode in ("MPS", BASE)
+    )
+    return {ranks: with_mps[ranks] / rate for ranks, rate in without.items() if ranks in with_mps}
 
 
 def draw_throughput(data: dict[str, Any]) -> None:
-    rows: Rows = data["throughput"]["rows"]
+    rows = worked(data["throughput"])
     _, panels = plt.subplots(1, 3, figsize=(11, 3.6))
     for axes, kernel in zip(panels, KERNELS, strict=True):
         _by_mode(axes, [row for row in rows if row["kernel"] == kernel], "kernels_per_second")
@@ -104,11 +126,11 @@ def draw_throughput(data: dict[str, Any]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     panels[0].set_ylabel("kernels per second, all ranks")
     panels[0].legend(fontsize=8, frameon=False)
-    _save("throughput")
+    _save("throughput", data["digest"])
 
 
 def draw_inference(data: dict[str, Any]) -> None:
-    rows: Rows = [{**row, **row["us"]} for row in data["inference"]["rows"]]
+    rows: Rows = [{**row, **row["us"]} for row in worked(data["inference"])]
     _, (rate, delay) = plt.subplots(1, 2, figsize=(9, 3.6))
     for axes, value, title in (
         (rate, "requests_per_second", "requests per second, all ranks"),
@@ -118,11 +140,11 @@ def draw_inference(data: dict[str, Any]) -> None:
         _rank_axis(axes, sorted({row["ranks"] for row in rows}))
         axes.set_ylabel(title)
     rate.legend(fontsize=8, frameon=False)
-    _save("inference")
+    _save("inference", data["digest"])
 
 
 def draw_latency(data: dict[str, Any]) -> None:
-    rows: Rows = data["latency"]["rows"]
+    rows = [row for row in worked(data["latency"]) if row.get("round", 0) == 0]
     plt.figure(figsize=(8, 4))
     axes = plt.gca()
     places = range(len(rows))
@@ -142,14 +164,14 @@ def draw_latency(data: dict[str, Any]) -> None:
     axes.set_xlabel("latency of a small kernel, µs (log)")
     axes.grid(visible=False, axis="y")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    _save("latency")
+    _save("latency", data["digest"])
 
 
 def main() -> int:
     """Draw from the newest data."""
     _style()
     newest = max((BENCHMARKS / "data").glob("*-worth.json"))
-    data = json.loads(newest.read_text())
+    data = {**json.loads(newest.read_text()), "digest": digest(newest.read_bytes())}
     for draw in (draw_worth, draw_throughput, draw_inference, draw_latency):
         draw(data)
     return 0

@@ -1,4 +1,7 @@
-"""A site on this machine's own GPUs, for what is measured there: its programs in place, its settings left alone."""
+"""A site on this machine's own GPUs, for what is measured there: its programs in place, its settings left alone.
+
+``python3 -m tests.hardware.site KIND`` prints where data of a kind are kept.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,6 +34,35 @@ def cards() -> list[str]:
     """The GPUs of this machine: name and driver."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def data_file(kind: str) -> Path:
+    """Where docs/benchmarks has what is measured on these GPUs today: ``2026-11-23-h200-worth.json``."""
+    card = cards()[0].partition(",")[0].split()[-1].lower()
+    return REPOSITORY / "docs/benchmarks/data" / f"{time.strftime('%Y-%m-%d')}-{card}-{kind}.json"
+
+
+def host_traces() -> set[str]:
+    """What a throw-away machine may leave on its host: programs, files in the usual places, cgroups."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        try:
+            name = (process / "comm").read_text().strip() if process.name.isdigit() else ""
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if name.startswith(("nvidia-cuda-mps", "slurm", "munge")) and "Z" not in _state(process):
+            found.add(f"{name} {process.name}")
+    for place in ("/run", "/tmp", "/dev/shm", "/var/log", "/etc/slurm", "/sys/fs/cgroup"):
+        if os.path.isdir(place):
+            found.update(f"{place}/{name}" for name in os.listdir(place))
+    return found
+
+
+def _state(process: Path) -> str:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
 
 
 def measured_on() -> dict[str, Any]:
@@ -65,6 +99,13 @@ class RealSite(Site):
             self.machine.write(f"{PLACE}/{name}", (REPOSITORY / name).read_text())
         return self
 
+    @cached_property
+    def multiprocessors(self) -> int:
+        """Of the first GPU, as a program without MPS has it."""
+        program = ["/usr/bin/python3", f"{PLACE}/load.py", "1", self.meeting(), "0"]
+        said = reports(self.node(NODE, *program, env={"CUDA_VISIBLE_DEVICES": "0"}).check().stdout)
+        return int(said[0]["sms"])
+
     def meeting(self) -> str:
         """A fresh directory on the node, in which the ranks of a step can meet."""
         self._meetings += 1
@@ -92,3 +133,7 @@ def torch_python() -> str | None:
     python = shutil.which("python3")
     has = python and subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
     return python if has else None
+
+
+if __name__ == "__main__":
+    print(data_file(sys.argv[1]))

@@ -113,6 +113,8 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine's /usr/bin/python3")
     options = parser.parse_args()
+    if options.directory.exists() and not (options.directory / "release").exists():
+        parser.error(f"{options.directory} is there, and no bundle")
     shutil.rmtree(options.directory, ignore_errors=True)
     options.directory.mkdir(parents=True)
     collect(options.directory, options.python)

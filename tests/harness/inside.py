@@ -134,22 +134,31 @@ def make_cgroups(controllers: list[str]) -> dict[str, Path]:
 
 
 def make_unified_cgroup() -> dict[str, Path]:
-    """The machine's directory in cgroup v2, with all controllers that the host's root has to give."""
+    """The machine's directory in cgroup v2."""
     for where, kind, _ in host_mounts():
         if kind == "cgroup2":
             sweep_stale_cgroups(Path(where))
             top = Path(where, f"{CGROUP_PREFIX}{os.getpid()}")
-            enable_controllers(Path(where))
             top.mkdir(exist_ok=True)
             return {UNIFIED: top}
     return {}
 
 
-def enable_controllers(directory: Path) -> None:
-    """Let what is below a directory of cgroup v2 have its controllers, as far as they can be had."""
-    for controller in (directory / "cgroup.controllers").read_text().split():
+def enable_controllers(directory: Path) -> list[str]:
+    """Let what is below a directory of cgroup v2 have its controllers, as far as they can be had; those it had not."""
+    control = directory / "cgroup.subtree_control"
+    missing = set((directory / "cgroup.controllers").read_text().split()) - set(control.read_text().split())
+    for controller in missing:
         with contextlib.suppress(OSError):
-            (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+            control.write_text(f"+{controller}")
+    return sorted(missing)
+
+
+def disable_controllers(directory: Path, controllers: list[str]) -> None:
+    """Put a directory back; what somebody has come to use meanwhile stays."""
+    for controller in controllers:
+        with contextlib.suppress(OSError):
+            (directory / "cgroup.subtree_control").write_text(f"-{controller}")
 
 
 def settle_in_unified_cgroup(top: Path) -> None:
@@ -208,6 +217,8 @@ def keep(spec: dict[str, Any]) -> int:
     """Start PID 1, tell the parent its pid, and take everything down when the parent is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     cgroups = make_cgroups(spec["cgroup_controllers"])
+    host_cgroup = cgroups[UNIFIED].parent if UNIFIED in cgroups else None
+    enabled = enable_controllers(host_cgroup) if host_cgroup else []
     from_child, to_parent = os.pipe()
     unshare(CLONE_NEWPID)
     pid = os.fork()
@@ -228,6 +239,8 @@ def keep(spec: dict[str, Any]) -> int:
         os.waitpid(pid, 0)
         for directory in cgroups.values():
             remove_cgroup(directory, deadline=time.monotonic() + 3)
+        if host_cgroup:
+            disable_controllers(host_cgroup, enabled)
     return 0
 
 

@@ -1,0 +1,106 @@
+"""The commands for real GPUs, on simulated ones: that they submit, gather and write what they say, not what is fast.
+
+The simulated driver runs no kernels, so that the load's driver calls are taken out; all else is what runs on hardware.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from tests.harness.site import Site
+
+from . import cost, site, worth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+IMPORTED = 'cuda = ctypes.CDLL("libcuda.so.1")\n'
+IDLE = '''
+class _Idle:
+    """Counts the multiprocessors as the simulated driver does, and answers every other call with success."""
+
+    def __init__(self):
+        self._real = ctypes.CDLL("libcuda.so.1")
+
+    def __getattr__(self, name):
+        if name in ("cuInit", "cuDeviceGet", "cuCtxCreate_v2", "cuDeviceGetAttribute"):
+            return getattr(self._real, name)
+
+        def call(*_):
+            if name == "cuLaunchKernel":
+                time.sleep(50e-6)
+            return 0
+
+        setattr(self, name, call)
+        return call
+
+
+cuda = _Idle()
+'''
+
+
+class SimulatedSite(site.RealSite):
+    """The same site on a simulated node."""
+
+    def __init__(self) -> None:
+        Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS)
+        self._meetings = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        load = f"{site.PLACE}/load.py"
+        text = self.machine.read(load)
+        assert IMPORTED in text
+        self.machine.write(load, text.replace(IMPORTED, IDLE), mode=0o755)
+        return self
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[SimulatedSite]:
+    with SimulatedSite() as one:
+        yield one
+
+
+def test_throughput_has_a_row_for_each_mode_and_kernel(
+    simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth, "RANKS", (2,))
+    rows = worth.throughput(simulated, 0.2, 1)
+    assert [row.get("failed") for row in rows] == [None] * 9
+    assert {(row["mode"], row["sms"]) for row in rows} == {
+        ("time-slicing", 132),
+        ("MPS", 132),
+        ("MPS, auto threads", 66),
+    }
+    assert all(len(row["shares"]) == 2 and row["kernels_per_second"] == sum(row["shares"]) > 0 for row in rows)
+
+
+def test_a_limit_that_did_not_take_is_a_failed_row(simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worth, "RANKS", (2,))
+    monkeypatch.setattr(worth, "MODES", {"MPS, auto threads": ["--mps", "--mps-threads=auto", "--mps-threads=100"]})
+    (row,) = worth.throughput(simulated, 0.1, 1)
+    assert "ranks with [132] of 132 multiprocessors" in row["failed"]
+
+
+def test_the_heavy_step_has_its_own_limit(simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ("alone, MPS", "MPS, heavy at 25 %")
+    monkeypatch.setattr(worth, "LATENCIES", {name: worth.LATENCIES[name] for name in cases})
+    alone, beside = worth.latency(simulated, 0.3, 1)
+    assert (alone["case"], beside["sms"], beside["heavy_sms"]) == ("alone, MPS", 132, 32)
+    assert alone["us"]["p50"] <= alone["us"]["p99"]
+    assert "heavy_per_second" not in alone
+
+
+def test_what_it_costs_a_user_is_kept(
+    simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both parts, with as many samples as rounds; what is printed says which is which."""
+    monkeypatch.setattr(cost, "TASKS", (1,))
+    samples = {**cost.start(simulated, 2), **cost.launch(simulated, 2)}
+    assert {len(values) for values in samples.values()} == {2}
+    cost.show(samples)
+    shown = capsys.readouterr().out
+    assert "from the program's start" in shown
+    simulated.end_meetings()
