@@ -1,4 +1,4 @@
-"""A job that began under another version of slurm-mps than it ends under, both ways.
+"""A job that began under another version of slurm-mps, or of Slurm, than it ends under.
 
 data/slurm_mps-journal-1.tar.xz is what ran as prolog and epilog when journals had version 1: the package of commit
 3fb0dc7 without the parts that only users run. It runs here as it is.
@@ -14,7 +14,8 @@ import pytest
 
 from slurm_mps.state import JOURNAL_VERSION
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
-from tests.harness.site import STATE_DIRECTORY
+from tests.harness.release import chosen
+from tests.harness.site import STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,3 +103,28 @@ def test_a_gpu_that_a_job_of_each_version_holds_gets_back_its_mode(node: GpuNode
     assert "is held by MPS job 4711" in refused["message"]
     node.epilog(4711).check()
     assert node.compute_modes() == [0, 0]
+
+
+@pytest.mark.every_release
+@pytest.mark.skipif(not chosen().upgrades_from, reason="no other release here can be upgraded to this one")
+def test_a_job_goes_on_and_ends_while_slurm_is_upgraded() -> None:
+    """Its daemon serves on, a step of the new Slurm has its limits, and the new epilog leaves nothing."""
+    with Site(nodes=1, upgraded_from=chosen().upgrades_from) as site:
+        before = site.snapshot()
+        version = site.machine.run(["srun", "--version"]).stdout
+        script = "simulated-gpus client; while [ ! -e go ]; do sleep 0.1; done; srun simulated-gpus client"
+        job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", script=script)
+        site.cluster.until_output(job, "uuid=")
+        site.upgrade()
+        assert site.machine.run(["srun", "--version"]).stdout != version
+        site.machine.write("/home/alice/go", "")
+        state = site.cluster.wait(job).state
+        output = site.machine.read(f"/home/alice/slurm-{job}.out")  # slurmctld has forgotten where it is
+        after = site.cluster.srun("--gres=gpu:2", "--mps-threads=50", "simulated-gpus", "client")
+        site.cluster.wait_idle()
+        drained = site.cluster.node_states()["n1"].drained
+        left = site.snapshot()
+    assert (state, output.count(" sms=32 ")) == ("COMPLETED", 2), output
+    assert " sms=66 " in after.stdout, after
+    assert not drained
+    assert left == before
