@@ -14,7 +14,8 @@
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
 Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
-back is on disk before it is changed; only root can read or write anything but the verdict.
+back is on disk before it is changed; only root can read or write anything but the verdict. A job that began under an
+older slurm-mps ends under this one; what a newer one wrote is left as it is (docs/decisions/0010).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .record import record
 from .wordfile import DamagedFileError, decode, encode, fields, with_fields
 
 STATE_DIRECTORY = "/run/slurm-mps"
-VERSION = 1
+VERSION = 1  # of all files but journals
+JOURNAL_VERSION = 2
 _LEDGER_LOCK = 0
 _SKELETON = ("jobs", "gpus", "lock")
 
@@ -99,7 +101,7 @@ class Journal:
             "ready": "yes" if self.ready else "no",
         }
         lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
-        self.directory.write("journal", encode("journal", VERSION, lines))
+        self.directory.write("journal", encode("journal", JOURNAL_VERSION, lines))
 
     def note(self, undo: str) -> None:
         """Put on disk how the effect that comes next is undone."""
@@ -139,13 +141,19 @@ class Journal:
             return None
 
 
+def _journal_from_1(lines: list[str]) -> list[str]:
+    """At first, version 1 had one daemon for each job, and did not have what Slurm calls the node."""
+    who = [f"{line} node=%" if line.startswith("job ") and " node=" not in line else line for line in lines[:1]]
+    return who + ["undo quit_daemons names=pipe" if line == "undo quit_daemon" else line for line in lines[1:]]
+
+
 def _read_journal(directory: Directory) -> Journal:
-    lines = decode(directory.read("journal"), "journal", VERSION)
+    lines = decode(directory.read("journal"), "journal", JOURNAL_VERSION, (_journal_from_1,))
     try:
         name, *words = lines[0].split(" ")
         who = fields(words)
         job_id, uid, restart_count = (int(who[key]) for key in ("id", "uid", "restart"))
-        journal = Journal(directory, job_id, uid, restart_count, who["boot"], who.get("node", ""))
+        journal = Journal(directory, job_id, uid, restart_count, who["boot"], who["node"])
         journal.ready = who["ready"] == "yes"
     except (IndexError, KeyError, ValueError):
         raise DamagedFileError(f"{directory.path}/journal does not name its job") from None

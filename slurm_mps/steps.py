@@ -395,6 +395,4 @@ def read_undo(line: str) -> Undo:
         return RemoveDirectories()
     if kind == "quit_daemons" and (found := fields(words)).keys() == {"names"}:
         return QuitDaemons(tuple(found["names"].split(",")))
-    if kind == "quit_daemon" and not words:  # of a job that began when each had one daemon
-        return QuitDaemons((WHOLE_JOB,))
     raise DamagedFileError(f"the journal has an unknown undo {kind[:40]!r}")

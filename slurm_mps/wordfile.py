@@ -7,7 +7,7 @@
 Read by Python (all of it) and by the plugin in C (verdicts); written whole and renamed into place. JSON would cost
 the prolog as much time as Python takes to start (docs/decisions/0003).
 
-Promise: a file that is cut short, changed or of another kind or version is never taken for a good one.
+Promise: a file that is cut short, changed, of another kind or of a newer version is never taken for a good one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .errors import NodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
+
+    Conversion = Callable[[list[str]], list[str]]
 
 _MAGIC = "slurm-mps"
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._:,+@=-")
@@ -83,17 +85,23 @@ def encode(kind: str, version: int, lines: Iterable[str]) -> bytes:
     return body + f"end {crc32(body):08x}\n".encode()
 
 
-def decode(data: bytes, kind: str, version: int) -> list[str]:
-    """Give back the lines of a file.
+def decode(data: bytes, kind: str, version: int, conversions: Sequence[Conversion] = ()) -> list[str]:
+    """Give back the lines of a file as this version has them.
 
+    `conversions` make the next version's lines of those of an older one, the oldest that can still be read first.
     Raises: NewerFileError for the same kind in a later version; DamagedFileError for anything else unexpected.
     """
     body, _, end = data.rpartition(b"end ")
     header = data.partition(b"\n")[0].decode("ascii", "replace").split(" ")
     number = header[2] if len(header) == 3 and header[:2] == [_MAGIC, kind] else ""
-    if number.isdigit() and len(number) < 10 and int(number) > version:
-        raise NewerFileError(f"{kind} version {number} is newer than version {version}")
+    found = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else 0
+    if found > version:
+        raise NewerFileError(f"{kind} version {found} is newer than version {version}")
     whole = body.isascii() and body.endswith(b"\n") and end == f"{crc32(body):08x}\n".encode()
-    if number != str(version) or not whole:
+    older = version - found
+    if str(found) != number or not whole or older > len(conversions):
         raise DamagedFileError(f"not a whole {kind} of version {version}")
-    return body.decode("ascii").splitlines()[1:]
+    lines = body.decode("ascii").splitlines()[1:]
+    for convert in conversions[len(conversions) - older :]:
+        lines = convert(lines)
+    return lines

@@ -17,7 +17,7 @@ from slurm_mps.config import DEFAULTS, ConfigError, SiteConfig, from_lines, to_l
 from slurm_mps.config_file import parse_config
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.request import JobRequest, read_request
-from slurm_mps.state import Journal, LedgerEntry, NodeState, Verdict
+from slurm_mps.state import JOURNAL_VERSION, VERSION, Journal, LedgerEntry, NodeState, Verdict
 from slurm_mps.steps import read_undo
 from slurm_mps.units import MIB
 from slurm_mps.wordfile import DamagedFileError, decode, encode, quote, unquote
@@ -108,7 +108,7 @@ def state(place: Path) -> NodeState:
 def journal(state: NodeState) -> Journal:
     """A job's journal as it is after a bring-up, with configuration, verdict and ledger beside it."""
     journal = state.begin_journal(4711, 20001, 0)
-    for line in (f"release_gpu gpu={GPU}", "remove_directories", "quit_daemon"):
+    for line in (f"release_gpu gpu={GPU}", "remove_directories", "quit_daemons names=pipe"):
         journal.note(line)
     journal.write_config(DEFAULTS)
     journal.write_verdict(Verdict("ready", settings=(("pipe_directory", "/run/x"), ("gpu", f"0 0 {GPU}"))))
@@ -189,8 +189,8 @@ LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(lines=LINES)
-@example(lines=["job id=4711 uid=1 restart=0 boot=b ready=yes", "undo release_gpu gpu=x more=1"])
-@example(lines=["job id=4711 uid=1 restart=0 boot=b ready=yes", "undo quit_daemons"])
+@example(lines=["job id=4711 uid=1 restart=0 boot=b node=n1 ready=yes", "undo release_gpu gpu=x more=1"])
+@example(lines=["job id=4711 uid=1 restart=0 boot=b node=n1 ready=yes", "undo quit_daemons"])
 @example(lines=["boot b", "holder x"])
 @example(lines=["deadlines_quit=x"])
 @example(lines=["²"])
@@ -216,7 +216,8 @@ def test_a_whole_file_with_other_lines_is_read_or_refused(
 
 def checksummed(kind: str, lines: list[str]) -> bytes:
     """As encode() would, of lines that it would not take."""
-    body = "".join(f"{line}\n" for line in (f"slurm-mps {kind} 1", *lines)).encode()
+    version = JOURNAL_VERSION if kind == "journal" else VERSION
+    body = "".join(f"{line}\n" for line in (f"slurm-mps {kind} {version}", *lines)).encode()
     return body + f"end {crc32(body):08x}\n".encode()
 
 
@@ -289,7 +290,7 @@ def test_a_compiled_configuration_of_any_lines(lines: list[str]) -> None:
 
 def test_the_ways_of_spoiling_a_file_spoil_it(state: NodeState, journal: Journal) -> None:
     """What the tests above write in a file's place is of its kind: unspoilt, it is read."""
-    assert decode(checksummed("journal", ["x"]), "journal", 1) == ["x"]
+    assert decode(checksummed("journal", ["x"]), "journal", JOURNAL_VERSION) == ["x"]
     assert checksummed("ledger", ["x"]) == encode("ledger", 1, ["x"])
     assert state.read_ledger(GPU) == LedgerEntry((4711,), 0)
     assert journal.read_config() == DEFAULTS

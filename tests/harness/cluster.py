@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
+    from .release import Release
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "etc"
 LOG_DIRECTORY = "/var/log/slurm"
@@ -114,9 +116,10 @@ class Cluster:
         prolog: str | None = None,
         epilog: str | None = None,
         prolog_flags: str | None = "Alloc",
+        release: Release | None = None,
     ) -> None:
         self.machine = machine
-        self.release = chosen()
+        self.release = release or chosen()
         self.node_names = tuple(f"{NODE_NAME_PREFIX}{number}" for number in range(1, nodes + 1))
         self._gpus_per_node = gpus_per_node
         self._shards_per_node = shards_per_node

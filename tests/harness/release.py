@@ -48,6 +48,8 @@ class Release:
     """What CUDA_VISIBLE_DEVICES names GPUs by in prolog and epilog with AutoDetect: indices or UUIDs (S17)."""
     no_run_in_job: str = ""
     """Why PrologFlags=RunInJob cannot be used; empty where it can."""
+    upgrades_from: str = ""
+    """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
 
 
 _BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: "
@@ -84,6 +86,7 @@ RELEASES = {
             epilog_ran="epilog for JobId={job} SLUID=.* ran for",
             autodetect="nvidia",
             prolog_sees="UUIDs",
+            upgrades_from="24.11",
         ),
     )
 }

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .machine import Result
+    from .release import Release
 
 CACHE = REPOSITORY / ".cache"
 FAKES = REPOSITORY / "build/fakes"
+NEXT = "/next"
 PLUGIN_DIRECTORY = "/usr/lib/x86_64-linux-gnu/slurm-wlm"
 STATE_DIRECTORY = "/run/slurm-mps"
 PYTHON = f"{MOUNT_POINT}/bin/python3"
@@ -41,21 +43,30 @@ class Snapshot:
     compute_modes: tuple[str, ...]
 
 
-def gpu_machine(*, real: bool = False) -> Machine:
+def gpu_machine(*, real: bool = False, of: Release | None = None, then: Release | None = None) -> Machine:
     """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`.
 
-    It has the Slurm of the release that is chosen (tests/harness/release.py), and the plugin as built there.
+    It has the Slurm of the release that is chosen (tests/harness/release.py), or `of` another, and the plugin as built
+    there. What it needs to be upgraded to `then` is laid below NEXT.
     """
     simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
     overlays = bundle.overlays() if real else simulated
-    root = release.ensure_root(release.chosen(), CACHE)
-    runtime = ensure_runtime(CACHE, root)
-    install_project(runtime, REPOSITORY, root)
-    binds: dict[str | Path, str] = {runtime: MOUNT_POINT}
+    root = release.ensure_root(of or release.chosen(), CACHE)
+    binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}
     if root is not None:
         binds[build_plugin(CACHE, REPOSITORY, root)] = str(REPOSITORY / "build/spank")
-    gpus = None if real else GPU_DEVICES
-    return Machine(overlays=overlays, binds=binds, root=root, shown=[REPOSITORY], gpus=gpus)
+    if then is not None:
+        next_root = release.ensure_root(then, CACHE)
+        assert next_root is not None
+        binds |= {next_root: f"{NEXT}/root", _runtime_in(next_root): f"{NEXT}/opt"}
+        binds[build_plugin(CACHE, REPOSITORY, next_root)] = f"{NEXT}/plugin"
+    return Machine(overlays=overlays, binds=binds, root=root, shown=[REPOSITORY], gpus=None if real else GPU_DEVICES)
+
+
+def _runtime_in(root: Path | None) -> Path:
+    runtime = ensure_runtime(CACHE, root)
+    install_project(runtime, REPOSITORY, root)
+    return runtime
 
 
 def install_hooks(machine: Machine) -> None:
@@ -66,7 +77,10 @@ def install_hooks(machine: Machine) -> None:
 
 
 class Site:
-    """A cluster with slurm-mps; use it as a context manager. `config` is the text of mps.toml ("" for defaults)."""
+    """A cluster with slurm-mps; use it as a context manager.
+
+    config: the text of mps.toml; empty for defaults. upgraded_from: the release that it has until :meth:`upgrade`.
+    """
 
     def __init__(
         self,
@@ -81,8 +95,12 @@ class Site:
         autodetect: str = "",
         plugstack: str | None = None,
         real: bool = False,
+        upgraded_from: str = "",
     ) -> None:
-        self.machine = gpu_machine(real=real)
+        chosen = release.chosen()
+        now = release.RELEASES[upgraded_from] if upgraded_from else chosen
+        self._then = chosen if upgraded_from else None
+        self.machine = gpu_machine(real=real, of=now, then=self._then)
         self._real = real
         self.gpus_per_node = gpus_per_node
         self._config = config
@@ -99,13 +117,16 @@ class Site:
             plugstack=plugstack,
             prolog="/etc/slurm/prolog.d/*",
             epilog="/etc/slurm/epilog.d/*",
+            release=now,
         )
 
     def __enter__(self) -> Self:
         self.machine.start()
         try:
-            if self._real:
-                bundle.settle(self.machine)
+    simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    overlays = bundle.overlays() if real else simulated
+    root = release.ensure_root(of or release.chosen(), CACHE)
+    binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}
             install_hooks(self.machine)
             self.configure(self._config)
             for name in self.cluster.node_names:
@@ -131,6 +152,37 @@ class Site:
             self.cluster.close()
         finally:
             self.machine.close()
+
+    def _lay_next_usr(self) -> None:
+        """The next release's /usr with the simulated driver in it, made before the nodes so that all share it."""
+        lay = f"""
+            mount -t tmpfs none {NEXT}/made
+            mkdir {NEXT}/made/upper {NEXT}/made/work {NEXT}/made/usr
+            layers=lowerdir={NEXT}/root/usr,upperdir={NEXT}/made/upper,workdir={NEXT}/made/work
+            mount -t overlay none -o $layers {NEXT}/made/usr
+            cp -a {FAKES}/bin/. {NEXT}/made/usr/bin/
+            cp -a {FAKES}/lib/. {NEXT}/made/usr/lib/x86_64-linux-gnu/
+        """
+        self.machine.make_directory(f"{NEXT}/made")
+        self.machine.run(["sh", "-euc", lay]).check()
+
+    def upgrade(self) -> None:
+        """Upgrade Slurm as an admin does it under running jobs: stop the daemons, replace the files, start them again.
+
+        The plugin is built and the hooks are installed anew; slurmstepds, control daemons and programs go on.
+        """
+        assert self._then is not None
+        for daemon in ("slurmctld", *(f"slurmd-{name}" for name in self.nodes)):
+            self.cluster.stop_daemon(daemon)
+        for node in (None, *self.nodes):
+            swap = f"mount --bind {NEXT}/made/usr /usr; mount --bind {NEXT}/opt {MOUNT_POINT}"
+            self.machine.run(["sh", "-euc", swap], node=node).check()
+        self.machine.run(["mount", "--bind", f"{NEXT}/plugin", str(REPOSITORY / "build/spank")]).check()
+        install_hooks(self.machine)
+        self.cluster.release = self._then
+        self.cluster.start_controller()
+        for name in self.nodes:
+            self.cluster.start_node(name)
 
     def show_gpus_in_proc(self, node: str, gpus: list[dict[str, Any]]) -> None:
         """Show GPUs to Slurm's AutoDetect=nvidia as the driver does, in /proc and /sys, /dev/nvidia0 first."""

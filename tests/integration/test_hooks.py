@@ -285,9 +285,9 @@ AGE_JOURNAL = f"""
 import re
 from slurm_mps.wordfile import decode, encode
 path = "{STATE_DIRECTORY}/jobs/4711/journal"
-lines = decode(open(path, "rb").read(), "journal", 1)
+lines = decode(open(path, "rb").read(), "journal", 2)
 lines[0] = re.sub("boot=[^ ]*", "boot=00000000-0000-0000-0000-000000000000", lines[0])
-open(path, "wb").write(encode("journal", 1, lines))
+open(path, "wb").write(encode("journal", 2, lines))
 """
 
 

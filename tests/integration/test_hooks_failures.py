@@ -262,7 +262,7 @@ def test_a_damaged_journal_is_left_as_it_is(own_node: GpuNode) -> None:
         for script in (PROLOG, EPILOG):
             result = own_node.run(script, env=job_environment(4711, SLURM_JOB_RESTART_COUNT="1", **asked()))
             assert result.returncode == 1, damage
-            assert "not a whole journal of version 1" in result.stderr, damage
+            assert "not a whole journal of version 2" in result.stderr, damage
             assert journal.read_bytes() == damaged, damage
         assert len(own_node.mps_processes()) == 2, damage
         assert own_node.compute_modes() == [3, 3], damage
@@ -274,7 +274,7 @@ def test_a_damaged_journal_is_left_as_it_is(own_node: GpuNode) -> None:
 def test_an_undo_that_is_not_known_keeps_no_other_from_its_work(own_node: GpuNode) -> None:
     """Of a whole journal with a line that this version cannot undo, the rest is undone; the line stays, with exit 1."""
     own_node.prolog(4711).check()
-    rewrite(own_node, "data = encode('journal', 1, [*decode(data, 'journal', 1), 'undo something else'])")
+    rewrite(own_node, "data = encode('journal', 2, [*decode(data, 'journal', 2), 'undo something else'])")
     for _ in range(2):
         result = own_node.epilog(4711)
         assert result.returncode == 1
@@ -288,12 +288,12 @@ def test_a_journal_of_a_newer_version_is_left_as_it_is(own_node: GpuNode) -> Non
     own_node.prolog(4711).check()
     journal = own_node.machine.path(f"{STATE_DIRECTORY}/jobs/4711/journal")
     whole = journal.read_bytes()
-    rewrite(own_node, "data = encode('journal', 2, [*decode(data, 'journal', 1), 'something new'])")
+    rewrite(own_node, "data = encode('journal', 3, [*decode(data, 'journal', 2), 'something new'])")
     newer = journal.read_bytes()
     for script in (PROLOG, EPILOG):
         result = own_node.run(script, env=job_environment(4711, SLURM_JOB_RESTART_COUNT="1", **asked()))
         assert result.returncode == 1
-        assert "journal version 2 is newer than version 1" in result.stderr
+        assert "journal version 3 is newer than version 2" in result.stderr
         assert journal.read_bytes() == newer
     assert len(own_node.mps_processes()) == 2
     journal.write_bytes(whole)

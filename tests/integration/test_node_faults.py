@@ -322,12 +322,12 @@ def test_state_of_the_same_job_that_cannot_be_read_drains(gpu_node: GpuNode, pol
     gpu_node.prolog(4711).check()
     journal = gpu_node.machine.path(f"{STATE_DIRECTORY}/jobs/4711/journal")
     whole = journal.read_bytes()
-    journal.write_bytes(b"slurm-mps journal 2\nend 00000000\n")
+    journal.write_bytes(b"slurm-mps journal 3\nend 00000000\n")
     result = gpu_node.run(PROLOG, env=job_environment(4711, SLURM_JOB_RESTART_COUNT="1", **asked()))
     journal.write_bytes(whole)
     gpu_node.epilog(4711).check()
     assert result.returncode == 1
-    assert "journal version 2 is newer than version 1" in result.stderr
+    assert "journal version 3 is newer than version 2" in result.stderr
 
 
 def test_a_job_does_not_run_where_something_could_not_be_undone(gpu_node: GpuNode) -> None:

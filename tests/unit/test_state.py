@@ -8,14 +8,14 @@ import pytest
 
 from slurm_mps.config import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError
-from slurm_mps.state import Journal, LedgerEntry, NodeState, Verdict, refused
+from slurm_mps.state import JOURNAL_VERSION, Journal, LedgerEntry, NodeState, Verdict, refused
 from slurm_mps.wordfile import DamagedFileError, NewerFileError, decode, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 GPU = "GPU-51000000-78fa-2b71-eb6d-6d990af97344"
-UNDO = ["release_gpu gpu=GPU-1", "remove_directories", "quit_daemon"]
+UNDO = ["release_gpu gpu=GPU-1", "remove_directories", "quit_daemons names=pipe"]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_strangers_file_keeps_the_journal(state: NodeState, place: Path) -> No
     assert state.open_journal(4711) is not None
 
 
-WHO = "job id=4711 uid=20001 restart=0 boot=b ready=no"
+WHO = "job id=4711 uid=20001 restart=0 boot=b node=n1 ready=no"
 
 
 @pytest.mark.parametrize(
@@ -147,11 +147,36 @@ def test_a_journal_that_does_not_name_its_job_is_damaged(state: NodeState, place
     """A whole file of the right kind with the wrong lines is not guessed at, and is left as it is."""
     begin(state)
     path = place / "jobs/4711/journal"
-    put(path, encode("journal", 1, lines))
+    put(path, encode("journal", JOURNAL_VERSION, lines))
     before = path.read_bytes()
     with pytest.raises(DamagedFileError):
         state.open_journal(4711)
     assert path.read_bytes() == before
+
+
+def test_a_journal_of_version_1_is_read_and_next_written_as_this_version(state: NodeState, place: Path) -> None:
+    """At first version 1 named neither the node nor the daemons, of which a job had one."""
+    begin(state)
+    path = place / "jobs/4711/journal"
+    first = ["undo release_gpu gpu=GPU-1", "undo remove_directories", "undo quit_daemon"]
+    put(path, encode("journal", 1, [WHO.replace(" node=n1", ""), *first]))
+    found = state.open_journal(4711)
+    assert found is not None
+    assert (found.node, found.undo) == ("", UNDO)
+    found.write()
+    again = state.open_journal(4711)
+    assert again is not None
+    assert (again.node, again.undo) == ("", UNDO)
+    assert path.read_bytes().startswith(b"slurm-mps journal 2\n")
+
+
+def test_a_later_journal_of_version_1_loses_nothing(state: NodeState, place: Path) -> None:
+    begin(state)
+    lines = [WHO, "undo quit_daemons names=gpu-0,gpu-1"]
+    put(place / "jobs/4711/journal", encode("journal", 1, lines))
+    found = state.open_journal(4711)
+    assert found is not None
+    assert (found.node, found.undo) == ("n1", ["quit_daemons names=gpu-0,gpu-1"])
 
 
 def test_a_journal_cut_anywhere_is_damaged(state: NodeState, place: Path) -> None:
@@ -168,8 +193,8 @@ def test_a_journal_cut_anywhere_is_damaged(state: NodeState, place: Path) -> Non
 def test_a_newer_journal_is_not_read(state: NodeState, place: Path) -> None:
     """A journal of a later version is for the version that wrote it."""
     begin(state)
-    put(place / "jobs/4711/journal", encode("journal", 2, [WHO]))
-    with pytest.raises(NewerFileError, match="journal version 2 is newer than version 1"):
+    put(place / "jobs/4711/journal", encode("journal", JOURNAL_VERSION + 1, [WHO]))
+    with pytest.raises(NewerFileError, match="journal version 3 is newer than version 2"):
         state.open_journal(4711)
 
 
@@ -246,7 +271,7 @@ def test_a_ledger_of_another_boot_says_nothing(state: NodeState, place: Path) ->
     [
         (b"", DamagedFileError),
         (encode("ledger", 1, ["boot x"])[:-3], DamagedFileError),
-        (encode("journal", 1, ["boot x"]), DamagedFileError),
+        (encode("journal", JOURNAL_VERSION, ["boot x"]), DamagedFileError),
         (encode("ledger", 2, ["boot x"]), NewerFileError),
     ],
     ids=["empty", "cut", "another kind", "newer"],
