@@ -1,7 +1,7 @@
 #!/bin/sh
 # Put everything that a package of slurm-mps has below ROOT: stage.sh ROOT PLUGIN_DIRECTORY UNIT_DIRECTORY
 #
-# The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0012);
+# The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0016);
 # nothing is put into /etc, `slurm-mps install` does that. pip takes the wheels where it is told to (PIP_INDEX_URL, or
 # PIP_NO_INDEX and PIP_FIND_LINKS where there is no network). Run at the top of the sources, with build/spank and
 # build/docs/man made before.
