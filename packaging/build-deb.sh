@@ -32,12 +32,20 @@ Installed-Size: $(du -sk root | cut -f1)
 Depends: python3 (>= $python), python3 (<< $after), libc6 (>= ${libc#GLIBC_}), $slurm (>= $release), $slurm (<< $release.99)
 Suggests: bash-completion
 Description: CUDA MPS as an option of Slurm (for Slurm $release)
- sbatch --mps-threads=25 --mps-mem=8G: a job that asks gets an MPS control daemon
- of its own on its own GPUs, with limits that hold, and leaves nothing behind.
+ sbatch --mps-threads=25 --mps-mem=8G: a job that asks gets an MPS control
+ daemon of its own on its own GPUs, with limits that hold, and leaves nothing
+ behind.
  .
- The package changes nothing in Slurm's configuration: slurm-mps install switches
- it on, slurm-mps uninstall off. Removing the package switches it off first, and
- is refused while jobs with MPS run.
+ The package changes nothing in Slurm's configuration: slurm-mps install
+ switches it on, slurm-mps uninstall off. Removing the package switches it off
+ first, and is refused while jobs with MPS run.
+END
+gzip -9n >root/usr/share/doc/slurm-mps/changelog.Debian.gz <<END
+slurm-mps ($version-1+slurm$release) unstable; urgency=medium
+
+  * What changed: changelog.gz.
+
+ -- slurm-mps <slurm-mps@localhost>  $(date -R -r ../../CHANGELOG.md)
 END
 for script in postinst prerm; do
 	install -m 755 "../../$here/deb/$script" root/DEBIAN/

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Put everything that a package of slurm-mps has below ROOT: stage.sh ROOT PLUGIN_DIRECTORY UNIT_DIRECTORY
 #
-# The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0012);
+# The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0016);
 # nothing is put into /etc, `slurm-mps install` does that. pip takes the wheels where it is told to (PIP_INDEX_URL, or
 # PIP_NO_INDEX and PIP_FIND_LINKS where there is no network). Run at the top of the sources, with build/spank and
 # build/docs/man made before.
@@ -36,7 +36,7 @@ sed -i "s|$root||g" "$root$prefix/pyvenv.cfg"
 ln -s "$prefix/bin/slurm-mps" "$root/usr/bin/slurm-mps"
 
 install -m 644 build/spank/spank_mps.so "$root$plugins/"
-strip --strip-debug "$root$plugins/spank_mps.so"
+find "$root" -name '*.so' -exec strip --strip-unneeded {} +
 install -m 644 etc/slurm-mps-reconcile.service "$root$units/"
 sed -i "s|^ExecStart=[^ ]*|ExecStart=/usr/bin/slurm-mps|" "$root$units/slurm-mps-reconcile.service"
 
@@ -45,7 +45,8 @@ mkdir -p "$share/doc/slurm-mps/examples" "$share/slurm-mps"
 install -m 644 etc/*.conf etc/mps.toml etc/job_submit.lua "$share/doc/slurm-mps/examples/"
 install -m 755 etc/health-check.sh "$share/slurm-mps/"
 install -m 644 etc/plugstack.conf "$share/slurm-mps/plugstack.conf"
-install -m 644 README.md CHANGELOG.md docs/messages.md docs/security.md "$share/doc/slurm-mps/"
+install -m 644 README.md docs/messages.md docs/security.md "$share/doc/slurm-mps/"
+gzip -9n <CHANGELOG.md >"$share/doc/slurm-mps/changelog.gz"
 for section in 1 5 7; do
 	for page in build/docs/man/*."$section"; do
 		[ -e "$page" ] || continue

@@ -20,6 +20,7 @@ _NEEDS = (
     "gcc, make, the C library's headers and Slurm's are needed (Debian: gcc make libc6-dev libslurm-dev; "
     "Red Hat: gcc make glibc-devel slurm-devel), or a plugin built elsewhere (--plugin)"
 )
+_HEADERS = "install the headers of the Slurm that runs; --slurm-include names a directory of them"
 
 
 def share_directory() -> str:
@@ -52,7 +53,7 @@ def build_plugin(release: str, include: str | None, environment: Mapping[str, st
             lines = [line for line in outcome.errors.splitlines() if "error" in line.lower() or "not found" in line]
             why = lines[0] if lines else outcome.errors.strip()[-200:]
             raise MpsError(f"the plugin cannot be built: {why}", _NEEDS)
-        return read_built_plugin(f"{directory}/{PLUGIN}", release)
+        return read_plugin_for(release, f"{directory}/{PLUGIN}", _HEADERS)
 
 
 def _program(name: str, environment: Mapping[str, str]) -> str:
@@ -62,16 +63,13 @@ def _program(name: str, environment: Mapping[str, str]) -> str:
     raise MpsError(f"there is no {name} in PATH")
 
 
-def read_built_plugin(path: str, release: str) -> bytes:
+def read_plugin_for(release: str, path: str, hint: str = "build it where that Slurm is") -> bytes:
     """Read a plugin that must be for this Slurm.
 
     Raises: MpsError when it is not: a `required` plugin of another release stops every srun, and slurmd itself.
     """
     plugin = read_plugin(path)
     if not plugin.loads_in(release):
-        raise MpsError(
-            f"the plugin is for Slurm {plugin.slurm_release}, and {release} runs here",
-            "install the headers of the Slurm that runs; --slurm-include names a directory of them",
-        )
+        raise MpsError(f"the plugin is for Slurm {plugin.slurm_release}, and {release} runs here", hint)
     with open(path, "rb") as file:
         return file.read()

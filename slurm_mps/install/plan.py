@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..errors import MpsError
 from ..hooks import CONFIG_PATH
 from ..plugin_file import read_plugin
-from .build import PLUGIN, build_plugin, read_built_plugin, share_directory
+from .build import PLUGIN, build_plugin, read_plugin_for, share_directory
 from .changes import DIRECTORY, LINES, Change, require_roots
 from .site import (
     EPILOG,
@@ -138,7 +138,7 @@ def _plugin(
 ) -> list[Change]:
     """The plugin; one that a package put there for this Slurm stays."""
     if options.plugin:
-        return [Change(target, data=read_built_plugin(options.plugin, release))]
+        return [Change(target, data=read_plugin_for(release, options.plugin))]
     if os.path.exists(target) and os.path.realpath(target) not in ours:
         try:
             if read_plugin(target).loads_in(release):
