@@ -123,10 +123,10 @@ class Site:
     def __enter__(self) -> Self:
         self.machine.start()
         try:
-    simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
-    overlays = bundle.overlays() if real else simulated
-    root = release.ensure_root(of or release.chosen(), CACHE)
-    binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}
+            if self._real:
+                bundle.settle(self.machine)
+            if self._then is not None:
+                self._lay_next_usr()
             install_hooks(self.machine)
             self.configure(self._config)
             for name in self.cluster.node_names:
