@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> tuple[int, NodeView | None]:
         state = NodeState(make=False)
     except FileNotFoundError:
         state = None
-    view = look()
+    view = look(sparing=True)
     if state is None or view is None:
         complain("slurm-mps has not been used on this node since it was started")
         return NOT_HERE, None

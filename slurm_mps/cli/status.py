@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, add_table_options, chosen, complain, print_json
 from slurm_mps.units import MIB
 
@@ -121,7 +123,9 @@ def rows(view: NodeView) -> Iterator[dict[str, object]]:
         yield from _job_rows(job)
 
 
+@cache
 def user_name(uid: int) -> str:
+    """A user's name, looked up once: where accounts are kept elsewhere that can take its time."""
     import pwd
 
     try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from slurm_mps.status.daemon import Memory
     from slurm_mps.status.node import NodeView
 
 _QUIT = (b"q", b"Q", b"\x03", b"\x04")
@@ -48,14 +49,16 @@ def run(options: argparse.Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         complain("top needs a terminal; slurm-mps status prints the same once")
         return NOT_HERE
+    from slurm_mps.status.daemon import Memory
     from slurm_mps.status.node import look
 
-    view = look(options.jobs)
+    memory = Memory()
+    view = look(options.jobs, memory=memory)
     if view is None:
         complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
         return NOT_HERE
     signal.signal(signal.SIGTERM, _end)
-    view = _live(view, columns, options)
+    view = _live(view, memory, columns, options)
     if view.stuck:
         leave(FINE)
     return FINE
@@ -66,7 +69,7 @@ def _end(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _live(view: NodeView, columns: list[Column], options: argparse.Namespace) -> NodeView:
+def _live(view: NodeView, memory: Memory, columns: list[Column], options: argparse.Namespace) -> NodeView:
     import termios
     import tty
 
@@ -85,7 +88,7 @@ def _live(view: NodeView, columns: list[Column], options: argparse.Namespace) ->
                 live.update(_frame(view, columns, out.size.height, options), refresh=True)
                 if _told_to_quit(terminal, options.iterate):
                     return view
-                view = look(options.jobs) or view
+                view = look(options.jobs, memory=memory) or view
     except KeyboardInterrupt:
         return view
     finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from time import monotonic
 
 from ..errors import MpsError
 from ..node.control import ControlDaemon
+from ..node.processes import identify
 from ..plain import small_number
 from ..record import record
 from .listen import listener
@@ -14,13 +16,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..node.processes import ProcessIdentity
     from .verdict import DaemonPlace
 
 #: Told between answers that may be empty, since the control program puts nothing between them (O7).
 _MARK = "get_default_active_thread_percentage"
 _PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
 _CLIENTS_MAX = 4096
-FAULT = "FAULT"
+_ANEW_SECONDS, _BLIND_SECONDS = 60.0, 10.0
+ACTIVE, FAULT = "ACTIVE", "FAULT"
 
 
 @record
@@ -44,24 +48,53 @@ class Client:
 
 @record
 class DaemonAnswer:
-    """pid: None when nobody listens. problem: why it did not answer, or not all; empty when it did."""
+    """pid: None when nobody listens. problem: why it did not answer, or not all; empty when it did.
+
+    clients: None when it was not asked for them.
+    """
 
     pid: int | None
     problem: str
     servers: tuple[Server, ...] = ()
-    clients: tuple[Client, ...] = ()
+    clients: tuple[Client, ...] | None = ()
 
 
-def ask(place: DaemonPlace, program: str, timeout_seconds: float) -> DaemonAnswer:
-    """Ask a control daemon, twice at most; each time it may take `timeout_seconds`."""
+class Memory:
+    """What control daemons said before, for who looks again and again.
+
+    Each question is some lines in a daemon's log, which has a bound (O49). A daemon is asked anew when NVML lists other
+    clients than it did then, when a server was not well, when the daemon is another process, and now and then.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, ProcessIdentity | None, frozenset[int] | None, DaemonAnswer]] = {}
+
+    def recall(self, place: DaemonPlace, clients: frozenset[int] | None) -> DaemonAnswer | None:
+        """What still holds; `clients` are those that NVML lists on the daemon's GPUs, None where it does not tell."""
+        when, process, then, answer = self._said.get(place.pipe_directory, (0.0, None, None, None))
+        if answer is None or answer.problem or process is None or identify(process.pid) != process:
+            return None
+        if clients != then or any(server.state != ACTIVE for server in answer.servers):
+            return None
+        return answer if monotonic() - when < (_ANEW_SECONDS if clients is not None else _BLIND_SECONDS) else None
+
+    def keep(self, place: DaemonPlace, clients: frozenset[int] | None, answer: DaemonAnswer) -> None:
+        process = identify(answer.pid) if answer.pid else None
+        self._said[place.pipe_directory] = (monotonic(), process, clients, answer)
+
+
+def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bool = True) -> DaemonAnswer:
+    """Ask a control daemon, twice at most, and with `listing` for its clients; each time may take `timeout_seconds`."""
     pid = listener(place.pipe_directory)
     if pid is None:
         return DaemonAnswer(None, "its control daemon is gone")
     daemon = ControlDaemon(program, place.pipe_directory, place.log_directory)
+    questions = ["get_server_list", _MARK, "ps"] if listing else ["get_server_list"]
     try:
-        pids, clients = parse_clients(daemon.command(["get_server_list", _MARK, "ps"], timeout_seconds), place.gpus)
+        pids, listed = parse_clients(daemon.command(questions, timeout_seconds), place.gpus)
     except MpsError as error:
         return DaemonAnswer(pid, f"its control daemon does not answer: {error.message}")
+    clients = listed if listing else None
     if not pids:
         return DaemonAnswer(pid, "")
     questions = [

@@ -20,7 +20,7 @@ from ..state import STATE_DIRECTORY, Journal, NodeState
 from ..steps import side_by_side
 from ..units import describe_memory, parse_thread_percentage, printable
 from ..verify.judge import variable_limit
-from .daemon import FAULT, Client, DaemonAnswer, Server, ask
+from .daemon import FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
 from .verdict import JOBS, DaemonPlace, JobVerdict, read_verdict
 
@@ -106,10 +106,21 @@ class _Job:
     verdict: JobVerdict | None
     program: str
     modes_found: Mapping[str, int]
+    shares: bool = False  #: a GPU of it with another job, as far as is known
 
 
-def look(job_ids: Sequence[int] = (), timeout_seconds: float = TIMEOUT_SECONDS) -> NodeView | None:
-    """Look at this node, at these jobs alone if any are given. None where slurm-mps was not used since the boot."""
+def look(
+    job_ids: Sequence[int] = (),
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    *,
+    memory: Memory | None = None,
+    sparing: bool = False,
+) -> NodeView | None:
+    """Look at this node, at these jobs alone if any are given. None where slurm-mps was not used since the boot.
+
+    memory: of whoever looks again and again. sparing: clients by NVML's word alone where it tells all of them, without
+    what their daemons know of them.
+    """
     if not os.path.isdir(STATE_DIRECTORY):
         return None
     problems: list[str] = []
@@ -118,9 +129,9 @@ def look(job_ids: Sequence[int] = (), timeout_seconds: float = TIMEOUT_SECONDS) 
     seen = {job.job_id for job in jobs}
     whose = "" if root else ", or it is not yours"
     problems += [f"job {job}: nothing of it is on this node{whose}" for job in job_ids if job not in seen]
-    answers = _ask_daemons(jobs, timeout_seconds)
     gpus = _ask_gpus(jobs, timeout_seconds)
     problems += [gpus.problem] if gpus.problem else []
+    answers = _ask_daemons(jobs, gpus.gpus, timeout_seconds, memory or Memory(), sparing=sparing)
     views = tuple(_view(job, answers, gpus.gpus) for job in jobs)
     for view in views:
         problems += [f"job {view.job_id}: {words}" for words in _problems(view)]
@@ -191,12 +202,13 @@ def _roots_job(state: NodeState, journal: Journal, problems: list[str]) -> _Job:
     if journal.boot_id != state.boot_id:
         problems.append(f"job {job_id}: it is of an earlier boot; slurm-mps reconcile takes it down")
         stage, verdict = ENDING, None
-    modes = {}
+    modes, shares = {}, False
     for uuid in {gpu for place in (verdict.daemons if verdict else ()) for gpu in place.gpus}:
         entry = state.read_ledger(uuid)
+        shares |= len(entry.holders) > 1
         if entry.mode_found is not None and job_id in entry.holders:
             modes[uuid] = entry.mode_found
-    return _Job(job_id, journal.uid, stage, verdict, config.paths_control_program, modes)
+    return _Job(job_id, journal.uid, stage, verdict, config.paths_control_program, modes, shares)
 
 
 # -------------------------------------------------------------------------------------------------- who is asked what
@@ -206,18 +218,33 @@ def _places(jobs: Iterable[_Job]) -> list[tuple[_Job, DaemonPlace]]:
     return [(job, place) for job in jobs if job.verdict for place in job.verdict.daemons]
 
 
-def _ask_daemons(jobs: Iterable[_Job], timeout_seconds: float) -> dict[str, DaemonAnswer]:
+def _ask_daemons(
+    jobs: Iterable[_Job], gpus: Mapping[str, GpuState], timeout_seconds: float, memory: Memory, *, sparing: bool
+) -> dict[str, DaemonAnswer]:
     """All at once: one that is stuck keeps nobody else waiting."""
     answers: dict[str, DaemonAnswer] = {}
 
     def ask_one(one: tuple[_Job, DaemonPlace]) -> None:
         job, place = one
-        answers[place.pipe_directory] = ask(place, job.program, timeout_seconds)
+        there = _nvmls_clients(place, gpus)
+        answer = memory.recall(place, there)
+        if answer is None:
+            listing = not sparing or there is None or job.shares
+            answer = ask(place, job.program, timeout_seconds, listing=listing)
+            memory.keep(place, there, answer)
+        answers[place.pipe_directory] = answer
 
     places = _places(jobs)
     if places:
         side_by_side(ask_one, places)
     return answers
+
+
+def _nvmls_clients(place: DaemonPlace, gpus: Mapping[str, GpuState]) -> frozenset[int] | None:
+    """The clients on a daemon's GPUs, by NVML; None where it does not tell of each GPU."""
+    if not all(uuid in gpus for uuid in place.gpus):
+        return None
+    return frozenset(pid for uuid in place.gpus for pid in gpus[uuid].memory_bytes)
 
 
 def _ask_gpus(jobs: Iterable[_Job], timeout_seconds: float) -> NvmlAnswer:
@@ -253,9 +280,13 @@ def _daemon_view(
     views = []
     for uuid in place.gpus:
         state = gpus.get(uuid)
+        listed = answer.clients
+        if listed is None:
+            server = answer.servers[0].pid if answer.servers else 0
+            listed = tuple(Client(pid, server, uuid, "") for pid in (state.memory_bytes if state else ()))
         clients = [
             _client_view(client, uuid, place, threads.get(client.server) or verdict.threads, state)
-            for client in answer.clients
+            for client in listed
             if client.gpu == uuid
         ]
         mode = state.compute_mode if state else None

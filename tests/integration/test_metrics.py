@@ -106,6 +106,9 @@ def test_what_is_on_the_node_is_shown(node: GpuNode) -> None:
     assert found[f"slurm_mps_client_memory_bytes|gpu={uuid}|job=1"] > 1000 * 1024**2
     assert found["slurm_mps_daemons|state=answers"] == found["slurm_mps_servers|state=ACTIVE"] == 1
     assert found["slurm_mps_jobs|state=ready"] == 1
+    log = node.machine.read("/var/log/slurm-mps/1/control.log")
+    assert "Cmd:get_server_list" in log
+    assert "Cmd:ps" not in log, "each minute; what NVML tells is not written into the daemon's log again and again"
     assert (found["slurm_mps_problems"], found["slurm_mps_daemons|state=gone"]) == (0, 0)
 
 

@@ -406,3 +406,20 @@ def test_top_without_a_terminal_says_so(gpu_node: GpuNode) -> None:
     said = gpu_node.run(COMMAND, "top")
     assert (said.returncode, said.stdout) == (3, "")
     assert said.stderr == "slurm-mps: top needs a terminal; slurm-mps status prints the same once\n"
+
+
+def test_looking_again_and_again_asks_a_daemon_only_when_something_changed(gpu_node: GpuNode) -> None:
+    """Its log has a bound, and each question is some lines in it."""
+    log = gpu_node.machine.path("/var/log/slurm-mps/5/control.log")
+    with job(gpu_node, 5), client(gpu_node, 5) as pid:
+        top = Terminal(gpu_node, "--iterate", "0.1")
+        top.until(f"{pid}")
+        before = log.read_text().count("Cmd:ps")
+        for _ in range(5):
+            top.until("(q quits)")
+        unchanged = log.read_text().count("Cmd:ps")
+        with client(gpu_node, 5, "--device", "1") as other:
+            top.until(f"{other}")
+        assert top.press(b"q") == 0
+        top.close()
+    assert unchanged == before
