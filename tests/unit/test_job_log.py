@@ -143,8 +143,9 @@ def test_two_contexts_made_at_once_are_not_given_each_others_gpu() -> None:
 
 def test_what_came_before_explains_what_came_after(tmp_path: Path) -> None:
     """A server that was up before the step began, and dies in it, did not fail to start."""
-    ready, dead = "NEW SERVER 959: Ready", "Server 959 exited with status 0"
-    (tmp_path / "control.log").write_bytes(written("Control", 953, [ready], 1) + written("Control", 953, [dead], 2))
+    before = ["Starting new server 959 for user 2001", "NEW SERVER 959: Ready"]
+    after = ["Server 959 exited with status 0"]
+    (tmp_path / "control.log").write_bytes(written("Control", 953, before, 1) + written("Control", 953, after, 2))
     since = mktime(strptime("2026-11-23 09:06:02", "%Y-%m-%d %H:%M:%S"))
     assert [event.kind for event in events_of(DaemonLogs("", str(tmp_path)), since)] == [kinds.SERVER_DIED]
 
