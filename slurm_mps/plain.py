@@ -1,4 +1,4 @@
-"""Reading files by path, as whoever runs the command: for commands that only look, off the job's path."""
+"""Reading what others wrote, as whoever runs the command: for commands that only look, off the job's path."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def read_plain(path: str, limit_bytes: int, *, tail: bool = False, roots: bool =
         if tail:
             file.seek(max(0, status.st_size - limit_bytes))
         return file.read(limit_bytes) or b""
+
+
+def small_number(text: str) -> int | None:
+    """A number such as a pid, in up to nine ASCII digits; None for anything else."""
+    return int(text) if 0 < len(text) < 10 and text.isascii() and text.isdigit() else None

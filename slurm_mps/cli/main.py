@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import completion, install, reconcile, verify
+from slurm_mps.cli import completion, install, logs, metrics, reconcile, status, top, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -57,6 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_config_schema)
     verify.add_parser(commands)
     reconcile.add_parser(commands)
+    status.add_parser(commands)
+    top.add_parser(commands)
+    logs.add_parser(commands)
+    metrics.add_parser(commands)
     install.add_parser(commands)
     completion.add_parser(commands)
     return parser

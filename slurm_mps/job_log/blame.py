@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 
 from ..record import record
 from ..units import MIB, describe_memory
@@ -28,10 +27,11 @@ if TYPE_CHECKING:
 AUTO = "auto"
 #: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).
 _SOON_SECONDS = 0.5
+_SAME_MOMENT_SECONDS = 0.0015  # the logs count milliseconds
 _ANOTHERS = "or was the next after one that was killed inside a kernel"
 _NAMED_PIDS = 8
 _NOT_READY = 807
-_ENDED_BY_SOMEBODY = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP)
+_ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
 
 
 @record
@@ -127,8 +127,8 @@ def _fault(event: Event, seen: Seen, names: _Names) -> str:
 
 def _may_be_anothers(event: Event, seen: Seen) -> bool:
     """Whether the culprit had just come, and another had left before it did (O67)."""
-    came = event.seconds - event.age_seconds
-    left = any(before.kind == LEFT and before.seconds <= came for before in seen.events)
+    came = event.seconds - event.age_seconds - _SAME_MOMENT_SECONDS
+    left = any(before.kind == LEFT and before.seconds < came for before in seen.events)
     return 0 <= event.age_seconds < _SOON_SECONDS and left
 
 

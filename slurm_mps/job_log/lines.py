@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from time import mktime, strptime
+from time import mktime
 
+from ..plain import small_number
 from ..record import record
 
 TYPE_CHECKING = False
@@ -33,19 +34,26 @@ def parse_lines(data: bytes) -> Iterator[Line]:
     minutes: dict[str, float] = {}
     for raw in data.decode("ascii", "replace").splitlines():
         head, bracket, text = raw.partition("] ")
-        minute, seconds = head[:_MINUTE], head[_MINUTE + 1 : _SECONDS]
+        minute, seconds = head[1:_MINUTE], head[_MINUTE + 1 : _SECONDS]
         who, _, pid = head[_SECONDS + 1 :].partition(" ")
-        pid = pid.strip()
-        if not bracket or not _is_short_number(pid) or who not in ("Control", "Server", "Other"):
+        number = small_number(pid.strip())
+        if not bracket or number is None or who not in ("Control", "Server", "Other"):
             continue
         try:
             if minute not in minutes:
-                minutes[minute] = mktime(strptime(minute, "[%Y-%m-%d %H:%M"))
+                minutes[minute] = _minute(minute)
             when = minutes[minute] + float(seconds)
         except (ValueError, OverflowError):
             continue
-        yield Line(when, who, int(pid), text[:_TEXT_MAX])
+        yield Line(when, who, number, text[:_TEXT_MAX])
 
 
-def _is_short_number(text: str) -> bool:
-    return 0 < len(text) < 10 and text.isascii() and text.isdigit()
+def _minute(text: str) -> float:
+    """``2026-11-23 02:13`` of the node's clock, in seconds since 1970; strptime would cost more than all the rest.
+
+    Raises: ValueError, OverflowError.
+    """
+    day, _, time = text.partition(" ")
+    year, month, mday = map(int, day.split("-"))
+    hour, minute = map(int, time.split(":"))
+    return mktime((year, month, mday, hour, minute, 0, 0, 0, -1))

@@ -166,7 +166,8 @@ def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
         environment = job_environment(4711, gpus="", **asked())
         environment |= {name: value for name, value in given.items() if value is not None}
         gpu_node.run(PROLOG, env=environment).check()
-        assert gpu_lines(gpu_node) == [f"{index} {index} {known[index]}" for index in wanted], what
+        found = [line.split() for line in gpu_lines(gpu_node)]
+        assert [(minor, uuid) for _, minor, uuid in found] == [(str(index), known[index]) for index in wanted], what
         assert daemons_gpus(gpu_node) == [known[index] for index in wanted], what
         assert gpu_node.compute_modes() == [3 if index in wanted else 0 for index in range(4)], what
         gpu_node.epilog(4711).check()

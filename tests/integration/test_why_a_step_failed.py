@@ -128,3 +128,33 @@ def test_a_program_that_does_not_end_costs_two_seconds_and_says_nothing(site: Si
     assert "after" in site.cluster.output(job)
     assert "never" not in site.cluster.output(job)
     assert 2 < time.monotonic() - began < 8
+
+
+def test_the_program_that_looks_is_the_jobs_user_with_nothing_of_slurmstepds(site: Site) -> None:
+    """No group of slurmd's, no descriptor, no variable; and what it prints is one printable line."""
+    site.machine.write(
+        "/opt/tell.py",
+        "import os, sys\n"
+        "status = open('/proc/self/status').read()\n"
+        "ids = [line.split()[1:] for line in status.splitlines() if line[:4] in ('Uid:', 'Gid:', 'Grou')]\n"
+        "fds = sorted(n for n in os.listdir('/proc/self/fd') if n != '3')\n"
+        "said = (ids, sorted(set(os.environ) - {'LC_CTYPE'}), fds, os.getcwd(), sys.argv[1:4])\n"
+        "print('\\x1b[2J' + repr(said) + '\\nsecond')\n",
+    )
+    script = "while [ ! -e go ]; do sleep 0.1; done\nsrun -n2 env LD_PRELOAD=/x.so PYTHONPATH=/home/alice false"
+    job = start(site, script)
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
+    text = verdict.read_text()
+    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/tell.py", text, flags=re.MULTILINE))
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    site.machine.path("/home/alice/go").unlink()
+    (line,) = [line for line in site.cluster.output(job).splitlines() if "error: mps: " in line and "[2J" in line][:1]
+    said = line.partition("error: mps: ")[2]
+    assert said.startswith("?[2J(")
+    ids, environment, descriptors, directory, words = eval(said[4:])  # our own program's
+    assert ids == [["20001"] * 4, ["65534"] * 4, []]
+    assert (environment, descriptors, directory) == (["PATH"], ["0", "1", "2"], "/")
+    assert (words[0], words[2]) == (str(job.id), "step")
+    assert "second" not in site.cluster.output(job)

@@ -143,8 +143,9 @@ def test_two_contexts_made_at_once_are_not_given_each_others_gpu() -> None:
 
 def test_what_came_before_explains_what_came_after(tmp_path: Path) -> None:
     """A server that was up before the step began, and dies in it, did not fail to start."""
-    ready, dead = "NEW SERVER 959: Ready", "Server 959 exited with status 0"
-    (tmp_path / "control.log").write_bytes(written("Control", 953, [ready], 1) + written("Control", 953, [dead], 2))
+    before = ["Starting new server 959 for user 2001", "NEW SERVER 959: Ready"]
+    after = ["Server 959 exited with status 0"]
+    (tmp_path / "control.log").write_bytes(written("Control", 953, before, 1) + written("Control", 953, after, 2))
     since = mktime(strptime("2026-11-23 09:06:02", "%Y-%m-%d %H:%M:%S"))
     assert [event.kind for event in events_of(DaemonLogs("", str(tmp_path)), since)] == [kinds.SERVER_DIED]
 
@@ -200,6 +201,21 @@ def test_the_next_after_a_killed_one_is_not_simply_blamed() -> None:
     (words,) = explained(recorded("spinner"), ranks(752))
     assert "(or was the next after one that was killed inside a kernel)" in words
     assert words.endswith("no other program was on that GPU")
+
+
+def test_a_victim_that_leaves_in_the_same_millisecond_was_not_there_before() -> None:
+    moment = "[2026-11-23 09:06:01.500 Server   959] "
+    texts = [
+        *(f"Client {{PID: {pid}, Context ID: {context}}} connected" for pid in (1, 2) for context in (0, 1)),
+        *(f"Status of client {{PID: {pid}, Context ID: 1}} is ACTIVE" for pid in (1, 2)),
+        "Client {PID: 2, Context: 1} encountered a fatal GPU error.",
+        *(f"Client {{PID: {pid}, Context ID: 1}} on device 0 to be torn down" for pid in (1, 2)),
+        *(f"Client process {pid} disconnected" for pid in (1, 2)),
+    ]
+    found = read_events([], parse_lines("\n".join(f"{moment}{text}" for text in texts).encode()))
+    assert explained(found, ranks(1, 2)) == [
+        f"rank 1 hit a GPU fault on {FIRST} and took rank 0 along: a fault ends every program on its GPU"
+    ]
 
 
 def test_programs_that_a_wrapper_started_go_by_pid() -> None:
