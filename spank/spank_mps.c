@@ -29,6 +29,9 @@
 #include "task.h"
 #include "verdict.h"
 
+/* For tools that look at the file, beside plugin_version, which is the release of Slurm's headers (plugin_file.py). */
+const char slurm_mps_version[] = SLURM_MPS_VERSION;
+
 SPANK_PLUGIN(mps, 1)
 
 enum { OPTION_MPS, OPTION_THREADS, OPTION_MEM, OPTION_PRIORITY };

@@ -1,0 +1,94 @@
+"""Reading a plugin file: what it was built for, and nothing else than an MpsError for any other file."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slurm_mps
+from slurm_mps.errors import MpsError
+from slurm_mps.plugin_file import PluginFile, read_plugin
+from tests.harness.cluster import REPOSITORY
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLUGIN = REPOSITORY / "build/spank/spank_mps.so"
+OTHERS = {
+    "/etc/passwd": "no 64-bit ELF file",
+    "/bin/ls": "it has no plugin_type",
+    "/nowhere": "No such file or directory",
+    "/": "Is a directory",
+}
+
+
+def test_it_names_the_release_of_the_headers_and_our_own_version() -> None:
+    found = subprocess.run(
+        ["cc", "-E", "-P", "-include", "slurm/slurm_version.h", "-"],
+        input="SLURM_VERSION_NUMBER",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    number = int(found.stdout.split()[-1], 16)
+    release = f"{number >> 16}.{number >> 8 & 255:02}.{number & 255}"
+    assert read_plugin(PLUGIN) == PluginFile(release, slurm_mps.__version__)
+
+
+def test_a_stripped_plugin_is_read_as_well(tmp_path: Path) -> None:
+    """Packages strip what they ship."""
+    shutil.copy(PLUGIN, tmp_path / "stripped.so")
+    subprocess.run(["strip", tmp_path / "stripped.so"], check=True)
+    assert read_plugin(tmp_path / "stripped.so") == read_plugin(PLUGIN)
+
+
+@pytest.mark.parametrize("path", sorted(OTHERS))
+def test_another_file_is_none(path: str) -> None:
+    with pytest.raises(MpsError, match=OTHERS[path]):
+        read_plugin(path)
+
+
+def test_another_spank_plugin_is_none(tmp_path: Path) -> None:
+    source = "#include <stdint.h>\n#include <slurm/spank.h>\nSPANK_PLUGIN(renice, 1)\n"
+    line = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "renice.so"), "-x", "c", "-"]
+    subprocess.run(line, input=source, text=True, check=True)
+    with pytest.raises(MpsError, match="it has no slurm_mps_version"):
+        read_plugin(tmp_path / "renice.so")
+
+
+@given(cut=st.floats(0, 1), at=st.floats(0, 1), byte=st.integers(0, 255))
+def test_a_damaged_file_is_an_error_that_says_so(
+    tmp_path_factory: pytest.TempPathFactory, cut: float, at: float, byte: int
+) -> None:
+    data = bytearray(PLUGIN.read_bytes())
+    data[int(at * (len(data) - 1))] = byte
+    damaged = tmp_path_factory.getbasetemp() / "damaged.so"
+    damaged.write_bytes(data[: int(cut * len(data))])
+    try:
+        read_plugin(damaged)
+    except MpsError as error:
+        assert str(damaged) in str(error)  # noqa: PT017 - or it is whole where it counts
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 80))
+def test_damaged_headers_are_an_error(tmp_path_factory: pytest.TempPathFactory, value: int, at: int) -> None:
+    data = bytearray(PLUGIN.read_bytes())
+    data[at : at + 4] = value.to_bytes(4, "little")
+    damaged = tmp_path_factory.getbasetemp() / "damaged.so"
+    damaged.write_bytes(data)
+    try:
+        read_plugin(damaged)
+    except MpsError:
+        pass
+
+
+def test_only_releases_of_the_same_year_and_month_take_it() -> None:
+    plugin = PluginFile("24.11.5", "1")
+    assert [plugin.loads_in(one) for one in ("24.11.5", "24.11.0", "24.05.5", "25.11.5", "2.4")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
