@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps.config import DEFAULTS
+from slurm_mps.deadlines import check_deadlines
 from slurm_mps.plugin_file import read_plugin
 from tests.harness.site import PLUGIN_DIRECTORY
 
@@ -44,3 +47,12 @@ def test_slurm_takes_the_plugins_that_we_say_it_takes(site: Site, name: str) -> 
     shown = machine.run(["srun", "--help"], env={"SLURM_CONF": config})
     assert ("--mps-threads" in shown.stdout) is read_plugin(other).loads_in(runs), shown
     machine.run(["rm", f"/tmp/{name}.so", plugstack, config]).check()
+
+
+def test_slurm_shows_the_timeouts_that_are_checked(site: Site) -> None:
+    """The sample's fit our deadlines; a longer one of ours is seen to be killed, and to look hung."""
+    shown = site.machine.run(["scontrol", "show", "config"]).check().stdout
+    config = dict(re.findall(r"^(\S+)\s*= (.*)$", shown, re.MULTILINE))
+    assert check_deadlines(config, DEFAULTS.deadlines_prolog, DEFAULTS.deadlines_epilog) == []
+    found = check_deadlines(config, 1000, 1000)
+    assert [problem.serious for problem in found] == [True, True, False], shown
