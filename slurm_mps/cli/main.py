@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import config, plan, reconcile, verify
+from slurm_mps.cli import config, doctor, plan, reconcile, verify
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -20,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_parser(commands)
     verify.add_parser(commands)
     reconcile.add_parser(commands)
+    doctor.add_parser(commands)
     plan.add_parser(commands)
     return parser
 
