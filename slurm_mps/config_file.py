@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jsonschema import Draft202012Validator
 
 from .config import ConfigError, SiteConfig, from_settings, memory_bytes, to_lines
+from .record import record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,6 +119,31 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     return config
+
+
+@record
+class Setting:
+    """One setting: its name as in the file, what holds, the default, and whether the file gives it."""
+
+    name: str
+    value: object
+    default: object
+    given: bool
+
+
+def _defaults(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, inner in part.get("properties", {}).items():
+        yield from [(prefix + key, inner["default"])] if "default" in inner else _defaults(inner, f"{prefix}{key}.")
+
+
+def effective(text: bytes, path: str) -> list[Setting]:
+    """What holds with a configuration file of this text, in the schema's order.
+
+    Raises: ConfigError.
+    """
+    parse_config(text, path)
+    given = dict(_settings(tomllib.loads(text.decode("utf-8"))))
+    return [Setting(name, given.get(name, default), default, name in given) for name, default in _defaults(schema())]
 
 
 def main() -> int:

@@ -11,8 +11,8 @@ from time import monotonic, sleep
 
 from .errors import DeadlineError, MpsError, NodeError, RequestError
 from .node import logs
-from .node.control import ControlDaemon, Limits, Patience
-from .node.gpus import EXCLUSIVE_PROCESS
+from .node.control import ControlDaemon, Limits, Patience, limit_commands
+from .node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from .node.messages import tell_admin
 from .node.processes import describe
 from .record import record, replace
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     class Undo(Protocol):
         def line(self) -> str: ...
+        def describe(self) -> str: ...
         def undo(self, site: JobSite) -> None: ...
 
     class Step(Protocol):
+        def describe(self) -> str: ...
         def look(self) -> Undo | None: ...
         def apply(self, site: JobSite) -> None: ...
 
@@ -138,6 +140,9 @@ class ReadLedgers:
 
     gpus: tuple[str, ...]
 
+    def describe(self) -> str:
+        return f"see that what is kept of {', '.join(self.gpus)} can be read"
+
     def look(self) -> None:
         return None
 
@@ -157,6 +162,10 @@ class HoldGpu:
     gpu: str
     mode: int | None
     may_share: bool
+
+    def describe(self) -> str:
+        mode = "compute mode left alone" if self.mode is None else f"compute mode {COMPUTE_MODES[self.mode]}"
+        return f"hold {self.gpu} for the job, {mode}{', with other jobs' if self.may_share else ''}"
 
     def look(self) -> ReleaseGpu:
         return ReleaseGpu(self.gpu)
@@ -208,6 +217,9 @@ class ReleaseGpu:
     def line(self) -> str:
         return with_fields("release_gpu", {"gpu": self.gpu})
 
+    def describe(self) -> str:
+        return f"let go of {self.gpu}; the last job to do so puts back the compute mode that the first one found"
+
     def undo(self, site: JobSite) -> None:
         site.state.lock_ledgers(site.seconds(site.config.deadlines_command))
         try:
@@ -237,6 +249,9 @@ class MakeDirectories:
 
     daemons: tuple[str, ...]
 
+    def describe(self) -> str:
+        return f"make the pipe directory {', '.join(self.daemons)} in the job's directory, and the log directory"
+
     def look(self) -> RemoveDirectories:
         return RemoveDirectories()
 
@@ -257,6 +272,9 @@ class RemoveDirectories:
     def line(self) -> str:
         return "remove_directories"
 
+    def describe(self) -> str:
+        return "remove the pipe directories, and cut the logs to what the site keeps"
+
     def undo(self, site: JobSite) -> None:
         if not site.journal.directory.exists("log"):
             logs.keep(site.journal.job_id, site.config, site.state.job_ids())
@@ -271,6 +289,9 @@ class StartDaemons:
     """Start the job's control daemons, side by side, each on exactly its GPUs."""
 
     daemons: tuple[JobDaemon, ...]
+
+    def describe(self) -> str:
+        return "start " + "; ".join(f"control daemon {one.name} on {', '.join(one.gpus)}" for one in self.daemons)
 
     def look(self) -> QuitDaemons:
         return QuitDaemons(tuple(daemon.name for daemon in self.daemons))
@@ -297,6 +318,9 @@ class QuitDaemons:
 
     def line(self) -> str:
         return with_fields("quit_daemons", {"names": ",".join(self.names)})
+
+    def describe(self) -> str:
+        return f"end control daemon {', '.join(self.names)} and its servers: quit, then SIGTERM, then SIGKILL"
 
     def stand(self, site: JobSite) -> bool:
         """Whether all of them run."""
@@ -335,6 +359,12 @@ class SetLimits:
 
     daemons: tuple[JobDaemon, ...]
 
+    def describe(self) -> str:
+        return "; ".join(
+            f"tell {one.name}, and read back: {', '.join(limit_commands(one.limits, len(one.gpus)))}"
+            for one in self.daemons
+        )
+
     def look(self) -> None:
         return None
 
@@ -354,6 +384,9 @@ class AdmitUser:
 
     uid: int
 
+    def describe(self) -> str:
+        return f"let uid {self.uid} into the job's directory"
+
     def look(self) -> None:
         return None
 
@@ -371,6 +404,9 @@ class StartServers:
 
     uid: int
     daemons: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"tell {', '.join(self.daemons)}: start_server -uid {self.uid}; not waited for"
 
     def look(self) -> None:
         return None

@@ -49,6 +49,20 @@ class Limits:
     client_priority: int | None = None
 
 
+def limit_commands(limits: Limits, device_count: int) -> list[str]:
+    """The control commands that set a daemon's limits and ask for them again."""
+    lines = [f"set_default_active_thread_percentage {format_thread_percentage(limits.thread_percentage)}"]
+    if limits.memory_bytes is not None:
+        size = format_memory(limits.memory_bytes)
+        lines += [f"set_default_device_pinned_mem_limit {device} {size}" for device in range(device_count)]
+    lines.append("get_default_active_thread_percentage")
+    if limits.memory_bytes is not None:
+        lines += [f"get_default_device_pinned_mem_limit {device}" for device in range(device_count)]
+    if limits.client_priority is not None:
+        lines += [f"set_default_client_priority {limits.client_priority}", "get_default_client_priority"]
+    return lines
+
+
 @record
 class Patience:
     """How long each way of ending a daemon may take, in seconds."""
@@ -144,17 +158,11 @@ class ControlDaemon:
         Raises: NodeError when what is read back is not what was set.
         """
         percent = format_control_percentage(limits.thread_percentage)
-        lines = [f"set_default_active_thread_percentage {format_thread_percentage(limits.thread_percentage)}"]
+        lines = limit_commands(limits, device_count)
         expected = [percent, percent]
         if limits.memory_bytes is not None:
-            size = format_memory(limits.memory_bytes)
-            lines += [f"set_default_device_pinned_mem_limit {device} {size}" for device in range(device_count)]
-            expected += [size] * device_count
-        lines.append("get_default_active_thread_percentage")
-        if limits.memory_bytes is not None:
-            lines += [f"get_default_device_pinned_mem_limit {device}" for device in range(device_count)]
+            expected += [format_memory(limits.memory_bytes)] * device_count
         if limits.client_priority is not None:
-            lines += [f"set_default_client_priority {limits.client_priority}", "get_default_client_priority"]
             expected.append(str(limits.client_priority))
         answer = self.command(lines, timeout_seconds)
         if answer != expected:

@@ -166,8 +166,11 @@ API int nvmlShutdown(void)
 
 API int nvmlSystemGetDriverVersion(char *version, unsigned int size)
 {
+	char told_version[SIM_FAULT_SIZE];
 	int error = begin("GetDriverVersion");
-	return error ? error : version ? give_text(version, size, SIM_DRIVER_VERSION) : INVALID_ARGUMENT;
+	if (error || !version)
+		return error ? error : INVALID_ARGUMENT;
+	return give_text(version, size, sim_fault("driver.version", told_version) ? told_version : SIM_DRIVER_VERSION);
 }
 
 API int nvmlSystemGetNVMLVersion(char *version, unsigned int size)
@@ -308,7 +311,7 @@ API int nvmlDeviceGetPersistenceMode(nvml_device gpu, int *mode)
 {
 	int error = begin_device("GetPersistenceMode", gpu, mode);
 	if (!error)
-		*mode = 1;
+		*mode = !sim_fault_is("nvml.GetPersistenceMode", "off");
 	return error;
 }
 
@@ -316,9 +319,9 @@ API int nvmlDeviceGetMigMode(nvml_device gpu, unsigned int *current, unsigned in
 {
 	int error = begin_device("GetMigMode", gpu, current);
 	if (!error)
-		*current = 0;
+		*current = sim_fault_is("nvml.GetMigMode", "on");
 	if (!error && pending)
-		*pending = 0;
+		*pending = *current;
 	return error;
 }
 

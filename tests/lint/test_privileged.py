@@ -199,6 +199,7 @@ def test_the_privileged_code_is_what_the_hooks_import() -> None:
         "slurm_mps/plain.py",
         "slurm_mps/plugin_file.py",
         "slurm_mps/probe.py",
+        "slurm_mps/rehearsal.py",
     ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from slurm_mps.cli.main import main
+from slurm_mps.config import DEFAULTS, from_settings
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -44,3 +45,41 @@ def test_wrong_usage_is_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
+
+
+def test_check_reports_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mps.toml"
+    file.write_text("[logs]\nmax_jobs = 0\n")
+    status, out = run(capsys, "config", "check", "--json", str(file))
+    report = json.loads(out)
+    assert (status, report["report"], report["status"]) == (1, "config-check/1", 1)
+    assert report["problems"] == [f"{file}: logs.max_jobs: 0 is less than 1"]
+
+
+def test_show_says_what_holds_and_where_it_comes_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every setting of the schema, once, with the default or the file's word."""
+    file = tmp_path / "mps.toml"
+    file.write_text('[limits.memory]\nmax = "8G"\n[deadlines]\nprolog = 7.5\n')
+    status, out = run(capsys, "config", "show", "--noheader", "-o", "setting,value,from,default", str(file))
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert status == 0
+    assert {name.replace(".", "_") for name in rows} == vars(DEFAULTS).keys()
+    assert rows["limits.memory.max"] == ["8G", str(file), "none"]
+    assert rows["deadlines.prolog"] == ["7.5", str(file), "7.5"]
+    assert rows["deadlines.epilog"] == ["30", "default", "30"]
+
+
+def test_show_without_a_file_shows_the_defaults(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out = run(capsys, "config", "show", "--json", str(tmp_path / "none"))
+    settings = json.loads(out)["settings"]
+    assert status == 0
+    assert from_settings({one["setting"]: one["value"] for one in settings}) == DEFAULTS
+    assert {one["from"] for one in settings} == {"default"}
+
+
+def test_show_of_a_wrong_file_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mps.toml"
+    file.write_text("[logs]\nmax_jobs = 0\n")
+    assert main(["config", "show", str(file)]) == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", f"slurm-mps: {file}: logs.max_jobs: 0 is less than 1\n")

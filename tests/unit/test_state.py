@@ -8,7 +8,11 @@ import pytest
 
 from slurm_mps.config import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError
-from slurm_mps.state import JOURNAL_VERSION, Journal, LedgerEntry, NodeState, Verdict, refused
+from slurm_mps.node.control import PIPE_DIRECTORY_MAX
+from slurm_mps.request import ID_MAX
+from slurm_mps.state import JOURNAL_VERSION, STATE_DIRECTORY, Journal, LedgerEntry, NodeState, Verdict, refused
+from slurm_mps.steps import gpu_daemon_name
+from slurm_mps.units import GPUS_MAX
 from slurm_mps.wordfile import DamagedFileError, NewerFileError, decode, encode
 
 if TYPE_CHECKING:
@@ -316,3 +320,8 @@ def test_locks_are_by_number(state: NodeState, place: Path) -> None:
     state.lock_ledgers(0)
     state.unlock_ledgers()
     other.close()
+
+
+def test_the_longest_pipe_directory_has_room_for_its_sockets() -> None:
+    """The control program says nothing of a path that is too long (O6); ours cannot become so."""
+    assert len(f"{STATE_DIRECTORY}/jobs/{ID_MAX}/{gpu_daemon_name(GPUS_MAX - 1)}") <= PIPE_DIRECTORY_MAX

@@ -1,0 +1,141 @@
+"""``slurm-mps doctor``: what this place allows, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from slurm_mps.cli.output import (
+    EXIT_STATUSES,
+    FINE,
+    NOT_HERE,
+    NOT_ROOT,
+    PROBLEM,
+    USAGE,
+    Column,
+    add_table_options,
+    chosen,
+    complain,
+    console,
+    print_json,
+    print_table,
+)
+from slurm_mps.units import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
+    from slurm_mps.doctor.finding import Check, Finding
+
+COLUMNS = (
+    Column("check", "CHECK"),
+    Column("severity", "SEVERITY"),
+    Column("what", "WHAT"),
+    Column("why", "WHY", hidden=True),
+    Column("cure", "CURE"),
+    Column("page", "PAGE", hidden=True),
+)
+_STYLES = {"problem": "red", "warning": "yellow", "not checked": "dim"}
+_TEXT_MAX = 600
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what this host allows, and what is wrong with it",
+        description="Looks at Slurm's files, the plugin, prolog and epilog, the driver and the GPUs of this host, be "
+        "it a login node, a compute node or the controller, and names what is wrong, why it matters and what cures it. "
+        f"Changes nothing. Root sees more than a user. {EXIT_STATUSES} Warnings are no problem without --strict.",
+    )
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the checks and what each asks")
+    parser.add_argument("--strict", action="store_true", help="take warnings for problems")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show also what is fine, and what was not checked")
+    add_table_options(parser, COLUMNS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine this host and print what was found. Returns the exit status."""
+    from slurm_mps.doctor.examine import all_checks, examine
+
+    checks = all_checks()
+    if options.list:
+        return _print_checks(checks, options)
+    unknown = [check for check in options.checks if check not in checks]
+    if unknown:
+        complain(f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
+        return USAGE
+    findings = examine(os.environ, options.checks)
+    status = _status(findings, strict=options.strict)
+    if options.json:
+        print_json("doctor/1", status=status, root=os.geteuid() == 0, findings=[vars(one) for one in findings])
+    elif options.format or options.noheader:
+        _print_rows(findings, options)
+    else:
+        _print_paragraphs(findings, verbose=options.verbose or bool(options.checks))
+        _print_summary(findings)
+    sys.stdout.flush()
+    return status
+
+
+def _status(findings: Sequence[Finding], *, strict: bool) -> int:
+    bad = {"problem", "warning"} if strict else {"problem"}
+    if any(one.severity in bad for one in findings):
+        return PROBLEM
+    no_slurm = any(one.check == "slurm-conf" and one.severity == "not checked" for one in findings)
+    if no_slurm or all(one.severity == "not checked" for one in findings):
+        return NOT_ROOT if any(one.needs_root for one in findings) else NOT_HERE
+    return FINE
+
+
+def _print_checks(checks: Mapping[str, Check], options: argparse.Namespace) -> int:
+    rows = [{"check": one.id, "question": one.question, "where": one.where} for one in checks.values()]
+    if options.json:
+        print_json("doctor-checks/1", checks=rows)
+        return FINE
+    columns = (Column("check", "CHECK"), Column("question", "QUESTION"), Column("where", "WHERE"))
+    print_table(rows, columns, noheader=options.noheader)
+    return FINE
+
+
+def _shown(findings: Sequence[Finding], *, verbose: bool) -> list[Finding]:
+    return [one for one in findings if verbose or one.severity in ("problem", "warning")]
+
+
+def _print_rows(findings: Sequence[Finding], options: argparse.Namespace) -> None:
+    rows = [{**vars(one), "style": _STYLES.get(one.severity, "")} for one in _shown(findings, verbose=options.verbose)]
+    print_table(rows, chosen(COLUMNS, options), noheader=options.noheader)
+
+
+def _print_paragraphs(findings: Sequence[Finding], *, verbose: bool) -> None:
+    """One paragraph for each: what is so, why it matters, what cures it, where to read on."""
+    out = console()
+    for one in _shown(findings, verbose=verbose):
+        head = f"{one.severity}: {one.check}: {printable(one.what, _TEXT_MAX)}"
+        lines = [head]
+        if one.why:
+            lines += [f"    why:  {one.why}", f"    cure: {printable(one.cure, _TEXT_MAX)}", f"    see:  {one.page}"]
+        for number, line in enumerate(lines):
+            out.print(line, style=_STYLES.get(one.severity) if not number else None, soft_wrap=True)
+
+
+def _print_summary(findings: Sequence[Finding]) -> None:
+    counts = {severity: len({one.check for one in findings if one.severity == severity}) for severity in _SEVERITIES}
+    total = len({one.check for one in findings})
+    told = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]
+    print(f"{total} check{'s' * (total != 1)}: {', '.join(told)}")
+    left_out = [one for one in findings if one.severity == "not checked"]
+    if any(one.needs_root for one in left_out):
+        complain(f"root sees more: {', '.join(sorted({one.check for one in left_out if one.needs_root}))}")
+
+
+_SEVERITIES = {
+    "problem": ("problem", "problems"),
+    "warning": ("warning", "warnings"),
+    "fine": ("fine", "fine"),
+    "not checked": ("not checked here", "not checked here"),
+}

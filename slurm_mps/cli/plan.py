@@ -1,0 +1,139 @@
+"""``slurm-mps plan``: the steps that the prolog would take for a job on this node, and what undoes each."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+
+from slurm_mps.cli.output import (
+    EXIT_STATUSES,
+    FINE,
+    NOT_HERE,
+    PROBLEM,
+    USAGE,
+    add_json_option,
+    complain,
+    print_json,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from slurm_mps.plan import Plan
+
+_DEADLINE_SECONDS = 20.0
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "plan",
+        help="on a compute node: what the prolog would do for a job, changing nothing",
+        description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
+        f"node, in order, each with the line that undoes it. Changes nothing and asks no daemon. {EXIT_STATUSES}",
+    )
+    parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
+    parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
+    parser.add_argument("--mps", nargs="?", const="", metavar="per-node|per-gpu", help="as for sbatch")
+    parser.add_argument("--mps-threads", metavar="PCT|auto", help="as for sbatch")
+    parser.add_argument("--mps-mem", metavar="SIZE|auto", help="as for sbatch")
+    parser.add_argument("--mps-priority", metavar="normal|low", help="as for sbatch")
+    parser.add_argument("--user", help="whose job (default: yours)")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the plan and print it. Returns the exit status."""
+    uid = _uid(options.user)
+    if uid is None:
+        complain(f"--user={options.user}: there is no such user")
+        return USAGE
+    if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
+        complain("a job without an --mps option has no plan: its prolog does nothing")
+        return USAGE
+    from slurm_mps.hooks import Watch
+
+    def give_up(message: str) -> int:
+        complain(message)
+        return PROBLEM
+
+    Watch(_DEADLINE_SECONDS, give_up)
+    status = _answer(options, uid)
+    sys.stdout.flush()
+    os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
+
+
+def _answer(options: argparse.Namespace, uid: int) -> int:
+    from slurm_mps.errors import NodeError, RequestError
+    from slurm_mps.node.gpus import Gpus
+    from slurm_mps.rehearsal import Wish, rehearse
+
+    wish = Wish(options.gres, options.mps, options.mps_threads, options.mps_mem, options.mps_priority, options.devices)
+    try:
+        plan = rehearse(wish, uid, _gpu_count(), Gpus())
+    except RequestError as error:
+        return _refuse(str(error), "the job's tasks would fail with this", options)
+    except NodeError as error:
+        if not os.path.exists("/dev/nvidiactl"):
+            complain(f"this is no GPU node: {error}")
+            return NOT_HERE
+        return _refuse(str(error), "a fault of this node", options)
+    _print(plan, options)
+    return FINE
+
+
+def _uid(name: str | None) -> int | None:
+    if name is None:
+        return os.getuid()
+    try:
+        return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
+
+
+def _gpu_count() -> int:
+    """Raises: NodeError in NVML's words."""
+    import pynvml
+
+    from slurm_mps.errors import NodeError
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError as error:
+        raise NodeError(f"NVML: {error}") from None
+
+
+def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
+    """Tell the message that the job's user, or the admin, would read."""
+    if options.json:
+        print_json("plan/1", status=PROBLEM, problem=message, meaning=meaning, steps=[])
+    else:
+        complain(f"{message} ({meaning})")
+    return PROBLEM
+
+
+def _print(plan: Plan, options: argparse.Namespace) -> None:
+    steps = []
+    for step in plan.steps:
+        undo = step.look()
+        steps.append(
+            {
+                "step": step.describe(),
+                "undo": undo and undo.line(),
+                "undo_means": undo and undo.describe(),
+            }
+        )
+    if options.json:
+        gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
+        print_json("plan/1", status=FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, steps=steps)
+        return
+    for number, one in enumerate(steps, start=1):
+        print(f"{number:2}. {one['step']}")
+        if one["undo"]:
+            print(f"    undo, noted first: {one['undo']}")
+            print(f"                       {one['undo_means']}")
+    print(f"{len(steps) + 1:2}. tell the job's tasks: ready, {plan.clients_per_gpu} clients on each GPU")

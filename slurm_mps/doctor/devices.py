@@ -1,0 +1,461 @@
+"""Checks of the GPUs: gres.conf, the driver, the control program, compute modes, who is on them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from ..errors import MpsError
+from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.processes import describe, pids
+from ..state import STATE_DIRECTORY, NodeState
+from ..units import printable
+from ..verify.hostlist import expand_hosts
+from .finding import COMPUTE, GPU_NODE, NoAnswerError, NotCheckedError, check, fine, problem, warning
+from .paths import others_can_write
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .conf import ConfLine
+    from .finding import Said
+    from .gpus import GpuFacts
+    from .place import Place
+
+_NEEDED = (
+    "start_server",
+    "set_default_active_thread_percentage",
+    "get_default_active_thread_percentage",
+    "set_default_device_pinned_mem_limit",
+    "get_default_device_pinned_mem_limit",
+    "set_default_client_priority",
+)
+_FINDS_NVIDIA = ("nvml", "nvidia")  # the latter from Slurm 24.05 on
+_MEMORY_LIMITS_CUDA = (11, 5)
+_MANY_CLIENTS_CUDA = (13, 1)
+_VOLTA = (7, 0)
+_PROCESSES_BRANCH = 510
+_STATIC_PARTITIONS, _PROTOCOL_3 = "sm_partition", "protocol"
+_DAEMON, _SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
+_COMM_MAX = 15
+_ANCESTORS_MAX = 64
+
+
+# ------------------------------------------------------------------------------------------------------ gres.conf
+
+
+def _gres_lines(place: Place) -> list[tuple[ConfLine, dict[str, str]]]:
+    """The lines of gres.conf that are this node's."""
+    found = []
+    for line in place.other_conf("gres.conf").lines:
+        pairs = line.pairs()
+        try:
+            names = expand_hosts(pairs["nodename"]) if "nodename" in pairs else [place.node_name]
+        except ValueError:
+            names = []
+        if place.node_name in names:
+            found.append((line, pairs))
+    return found
+
+
+def _autodetect(place: Place) -> str:
+    """How this node's GPUs are found; off where it is not said."""
+    return next(
+        (pairs["autodetect"].lower() for _, pairs in reversed(_gres_lines(place)) if "autodetect" in pairs), "off"
+    )
+
+
+def _gpu_files(place: Place) -> list[tuple[ConfLine, str]]:
+    """The device files of this node's GPUs, in the order in which Slurm counts them."""
+    found = []
+    for line, pairs in _gres_lines(place):
+        if pairs.get("name", "").lower() == "gpu" and "file" in pairs:
+            try:
+                found += [(line, path) for path in expand_hosts(pairs["file"])]
+            except ValueError:
+                found.append((line, pairs["file"]))
+    return found
+
+
+@check(
+    "gres-types",
+    "Slurm hands out GPUs",
+    why="Without gres/gpu no job has a GPU of its own, and a prolog does not learn which.",
+)
+def gres_types(place: Place) -> Iterator[Said]:
+    if "gpu" not in place.words("GresTypes"):
+        has = place.value("GresTypes") or "nothing"
+        yield problem(f"GresTypes has {has}, and not gpu", f"{place.where('GresTypes')}: GresTypes=gpu")
+
+
+@check(
+    "gres-mps",
+    "Slurm's own gres/mps is not in use",
+    why="It is another way of sharing GPUs among jobs, with a control daemon of its own on the same GPUs.",
+)
+def gres_mps(place: Place) -> Iterator[Said]:
+    if "mps" in place.words("GresTypes"):
+        yield problem(f"{place.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
+    try:
+        lines = place.other_conf("gres.conf").lines
+    except NotCheckedError:
+        return
+    for line in lines:
+        if line.pairs().get("name", "").lower() == "mps":
+            yield problem(f"{line.place}: {line.text}", "take the line out")
+
+
+@check(
+    "gres-conf",
+    "gres.conf names this node's GPUs by their device files, or finds them with NVML",
+    why="From them Slurm has the indices that it gives the prolog, and the devices that a task may open.",
+    where=GPU_NODE,
+)
+def gres_conf(place: Place) -> Iterator[Said]:
+    path = f"{place.conf_directory}/gres.conf"
+    line = f"{path}: NodeName={place.node_name} Name=gpu File=/dev/nvidia[0-{max(0, place.gpus_in_slurm - 1)}]"
+    if not os.path.exists(path):
+        yield problem(f"{path}: no such file", line)
+        return
+    if _autodetect(place) in _FINDS_NVIDIA:
+        return
+    gpus = [(at, pairs) for at, pairs in _gres_lines(place) if pairs.get("name", "").lower() == "gpu"]
+    if not gpus:
+        yield problem(f"{path} has no GPU of node {place.node_name}", line)
+    for at, pairs in gpus:
+        if "file" not in pairs:
+            yield problem(f"{at.place}: no File=", line)
+
+
+@check(
+    "gres-autodetect",
+    "Slurm can find GPUs as gres.conf wants",
+    why="slurmd does not find the GPUs, and does not start or offers none.",
+    where=GPU_NODE,
+)
+def gres_autodetect(place: Place) -> Iterator[Said]:
+    kind = _autodetect(place)
+    where = f"{place.conf_directory}/gres.conf has AutoDetect={kind}"
+    places = place.plugin_directories
+    if kind in _FINDS_NVIDIA:
+        if places and not any(os.path.exists(f"{directory}/gpu_{kind}.so") for directory in places):
+            yield problem(
+                f"{where}, and there is no gpu_{kind}.so in {places[0]}",
+                "AutoDetect=off, with File= lines; or a Slurm that was built with it",
+            )
+    elif kind != "off":
+        yield problem(f"{where}, which finds no NVIDIA GPU", "AutoDetect=nvml, or off with File= lines")
+
+
+@check(
+    "gres-files",
+    "the device files that gres.conf names are there",
+    why="slurmd does not start, or offers fewer GPUs.",
+    where=GPU_NODE,
+)
+def gres_files(place: Place) -> Iterator[Said]:
+    for line, path in _gpu_files(place):
+        try:
+            is_device = stat.S_ISCHR(os.stat(path).st_mode)
+        except OSError as error:
+            yield problem(f"{line.place}: {path}: {error.strerror}", "nvidia-smi makes them; or mend the line")
+            continue
+        if not is_device:
+            yield problem(f"{line.place}: {path} is no device", "mend the line")
+
+
+def _driver_gpus(place: Place) -> tuple[GpuFacts, ...]:
+    """Raises: NotCheckedError; that the driver does not answer is another finding."""
+    try:
+        return place.driver.gpus
+    except (MpsError, NotCheckedError):
+        raise NotCheckedError("the NVIDIA driver does not answer") from None
+
+
+@check(
+    "gres-order",
+    "Slurm counts the GPUs as the driver does",
+    why="The prolog takes Slurm's index for NVML's: in another order it starts MPS on another job's GPU.",
+    where=GPU_NODE,
+)
+def gres_order(place: Place) -> Iterator[Said]:
+    gpus = _driver_gpus(place)
+    if _autodetect(place) in _FINDS_NVIDIA:
+        return
+    for index, (line, path) in enumerate(_gpu_files(place)):
+        digits = re.search(r"(\d+)$", path)
+        if not digits or index >= len(gpus) or gpus[index].minor is None:
+            continue
+        if gpus[index].minor != int(digits[1]):
+            right = f"/dev/nvidia{gpus[index].minor}"
+            yield problem(
+                f"{line.place}: Slurm's GPU {index} is {path}, the driver's is {right} ({gpus[index].uuid})",
+                "list the files in the order of nvidia-smi -L, with their minor numbers",
+            )
+
+
+@check(
+    "gres-uuid",
+    "a UUID in gres.conf is that of its device file",
+    why="After a card was changed Slurm hands out one GPU by its file and another by its UUID.",
+    where=GPU_NODE,
+)
+def gres_uuid(place: Place) -> Iterator[Said]:
+    by_file = {f"/dev/nvidia{gpu.minor}": gpu.uuid for gpu in _driver_gpus(place)}
+    for line, pairs in _gres_lines(place):
+        given, path = pairs.get("uniqueid", ""), pairs.get("file", "")
+        if given.startswith("GPU-") and path in by_file and by_file[path] != given:
+            yield problem(f"{line.place}: {path} is {by_file[path]}, not {given}", f"UniqueId={by_file[path]}")
+
+
+@check(
+    "gpu-count",
+    "slurm.conf gives this node the GPUs that it has",
+    why="Slurm hands out GPUs that are not there, or leaves some idle.",
+    where=GPU_NODE,
+)
+def gpu_count(place: Place) -> Iterator[Said]:
+    have, given = len(_driver_gpus(place)), place.gpus_in_slurm
+    if given > have:
+        yield problem(f"slurm.conf: Gres=gpu:{given} for node {place.node_name}, which has {have}", f"Gres=gpu:{have}")
+    elif given < have:
+        yield warning(f"slurm.conf: Gres=gpu:{given} for node {place.node_name}, which has {have}", f"Gres=gpu:{have}")
+
+
+# ---------------------------------------------------------------------------------------- driver, control program
+
+
+@check(
+    "driver",
+    "the NVIDIA driver answers",
+    why="Every job that asks for MPS here meets a fault of the node.",
+    where=GPU_NODE,
+)
+def driver(place: Place) -> Iterator[Said]:
+    try:
+        found = place.driver
+    except NoAnswerError as error:
+        yield problem(f"{error}: it may hang", "nvidia-smi; dmesg | grep -i nvrm")
+        return
+    except MpsError as error:
+        yield problem(f"NVML: {error}", "nvidia-smi; dmesg | grep -i nvrm")
+        return
+    clients = 60 if found.cuda >= _MANY_CLIENTS_CUDA else 48
+    yield fine(f"driver {found.version}, CUDA {found.cuda[0]}.{found.cuda[1]}: {clients} clients of a server on a GPU")
+
+
+@check(
+    "driver-version",
+    "driver and GPUs can do what slurm-mps offers",
+    why="Limits that a driver does not know cannot be given, and a job that asks for one fails.",
+    where=GPU_NODE,
+)
+def driver_version(place: Place) -> Iterator[Said]:
+    gpus = _driver_gpus(place)
+    found = place.driver
+    cuda = f"{found.cuda[0]}.{found.cuda[1]}"
+    if found.cuda < _MEMORY_LIMITS_CUDA:
+        yield problem(
+            f"driver {found.version} speaks CUDA {cuda}, which has no --mps-mem", "a driver of CUDA 11.5 or newer"
+        )
+    if 0 < found.branch < _PROCESSES_BRANCH:
+        yield warning(f"driver {found.version} does not tell who is on a GPU", f"driver r{_PROCESSES_BRANCH} or newer")
+    old = [gpu for gpu in gpus if gpu.compute_capability and gpu.compute_capability < _VOLTA]
+    if old:
+        named = f"GPU {', '.join(str(gpu.index) for gpu in old)} ({old[0].name})"
+        yield warning(f"{named}: older than Volta, which has 16 clients and no limits", "other GPUs for MPS")
+
+
+@check(
+    "control-program",
+    "control program and server program are there, and root's",
+    why="No control daemon starts, or no server for its first client; root runs them.",
+    where=GPU_NODE,
+)
+def control_program(place: Place) -> Iterator[Said]:
+    path = place.site.paths_control_program
+    server = f"{os.path.dirname(path)}/{_SERVER}"
+    for program in (path, server) if os.path.exists(path) else (path,):
+        if not os.path.exists(program):
+            yield problem(
+                f"{program}: no such file", "install the driver's compute utilities, or set paths.control_program"
+            )
+        elif not os.stat(program).st_mode & stat.S_IXUSR:
+            yield problem(f"{program} is not executable", f"chmod 755 {program}")
+        elif others_can_write(program):
+            yield problem(
+                f"{others_can_write(program)} can be written by others than root", "chown root: and chmod go-w it"
+            )
+
+
+@check(
+    "control-commands",
+    "the control program knows the commands that slurm-mps sends",
+    why="It answers what it does not know with exit 0; the limit is then read back, missed, and the job fails.",
+    where=GPU_NODE,
+)
+def control_commands(place: Place) -> Iterator[Said]:
+    if not os.access(place.site.paths_control_program, os.X_OK):
+        raise NotCheckedError(f"{place.site.paths_control_program} cannot be run")
+    try:
+        usage = place.control_help()
+    except MpsError as error:
+        yield problem(str(error), f"{place.site.paths_control_program} -h")
+        return
+    unknown = [command for command in _NEEDED if command not in usage]
+    if unknown:
+        yield problem(
+            f"{place.site.paths_control_program} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer"
+        )
+        return
+    more = [name for name, word in (("static partitions", _STATIC_PARTITIONS), ("v3", _PROTOCOL_3)) if word in usage]
+    yield fine(f"limits and priority{''.join(f', {name}' for name in more)}")
+
+
+# ------------------------------------------------------------------------------------------------------ the GPUs
+
+
+@check(
+    "gpu-answers",
+    "every GPU answers",
+    why="A GPU that fell off the bus fails each job that it is given to.",
+    where=GPU_NODE,
+)
+def gpu_answers(place: Place) -> Iterator[Said]:
+    for gpu in _driver_gpus(place):
+        if gpu.error:
+            yield problem(f"GPU {gpu.index}: NVML: {gpu.error}", "dmesg | grep -i xid; take the node out of service")
+
+
+@check(
+    "persistence-mode",
+    "the driver stays loaded when nobody uses a GPU",
+    why="Each job's control daemon and server wait until the driver has set the GPU up again, seconds each time.",
+    where=GPU_NODE,
+)
+def persistence_mode(place: Place) -> Iterator[Said]:
+    off = [str(gpu.index) for gpu in _driver_gpus(place) if gpu.persistence is False]
+    if off:
+        yield warning(f"persistence mode is off on GPU {', '.join(off)}", "systemctl enable --now nvidia-persistenced")
+
+
+@check(
+    "mig",
+    "no GPU is in MIG mode",
+    why="slurm-mps serves whole GPUs: a job that asks for MPS on a part of one is refused.",
+    where=GPU_NODE,
+)
+def mig(place: Place) -> Iterator[Said]:
+    on = [str(gpu.index) for gpu in _driver_gpus(place) if gpu.mig]
+    if on:
+        yield warning(f"GPU {', '.join(on)}: MIG mode is on", "keep MPS jobs off this node, or nvidia-smi -mig 0")
+
+
+@check(
+    "compute-mode",
+    "every GPU that no MPS job holds is in a mode that programs can use",
+    why="PROHIBITED lets nobody in; EXCLUSIVE_PROCESS, left behind, makes the second program on the GPU fail.",
+    where=GPU_NODE,
+)
+def compute_mode(place: Place) -> Iterator[Said]:
+    odd = [gpu for gpu in _driver_gpus(place) if gpu.compute_mode]
+    held = _held(place) if odd else set()
+    for gpu in odd:
+        name = COMPUTE_MODES.get(gpu.compute_mode or 0, str(gpu.compute_mode))
+        cure = f"nvidia-smi -i {gpu.index} -c 0"
+        if gpu.compute_mode != EXCLUSIVE_PROCESS:
+            yield problem(f"GPU {gpu.index} ({gpu.uuid}) is {name}", cure)
+        elif held is None:
+            raise NotCheckedError(
+                f"GPU {gpu.index} is {name}, and only root sees whether a job holds it", needs_root=True
+            )
+        elif gpu.uuid not in held:
+            yield warning(f"GPU {gpu.index} ({gpu.uuid}) is {name}, and no MPS job holds it", cure)
+
+
+def _held(place: Place) -> set[str] | None:
+    """The GPUs that MPS jobs hold; None for those who may not know."""
+    if not place.is_root:
+        return None
+    try:
+        state = NodeState(make=False)
+        return {gpu for gpu in state.ledgers() if state.read_ledger(gpu).holders}
+    except (FileNotFoundError, MpsError):
+        return set()
+
+
+@check(
+    "foreign-processes",
+    "nobody is on a GPU but Slurm's jobs",
+    why="Who came past Slurm, or was left by a job, keeps the next MPS job's server from its GPU, and the node drains.",
+    where=GPU_NODE,
+)
+def foreign_processes(place: Place) -> Iterator[Said]:
+    for gpu in _driver_gpus(place):
+        foreign = [pid for pid in gpu.processes if not _is_slurms(pid)]
+        if foreign:
+            named = ", ".join(map(describe, foreign[:4]))
+            yield warning(f"GPU {gpu.index} ({gpu.uuid}): process {named} is of no job", f"end it: kill {foreign[0]}")
+
+
+def _is_slurms(pid: int) -> bool:
+    """Whether a process, or one that it comes from, is root's slurmstepd or control daemon.
+
+    Daemons that are no job's are another finding.
+    """
+    for _ in range(_ANCESTORS_MAX):
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                before, _, after = file.read().rpartition(b")")
+            owner = os.stat(f"/proc/{pid}").st_uid
+        except OSError:
+            return True  # gone meanwhile
+        name = before.partition(b"(")[2].decode("utf-8", "replace")
+        if owner == 0 and name in ("slurmstepd", _DAEMON[:_COMM_MAX]):
+            return True
+        pid = int(after.split()[1])
+        if pid <= 1:
+            return False
+    return False
+
+
+@check(
+    "other-daemon",
+    "no control daemon runs but those of jobs",
+    why="A program whose CUDA_MPS_PIPE_DIRECTORY is not set joins whoever's daemon is in /tmp/nvidia-mps; and a daemon "
+    "for all GPUs is in the way of each job's own.",
+    where=COMPUTE,
+)
+def other_daemon(place: Place) -> Iterator[Said]:
+    found = [pid for pid in pids() if _runs(pid, _DAEMON)]
+    if found and not place.is_root:
+        raise NotCheckedError("only root sees whose control daemons these are", needs_root=True)
+    for pid in found:
+        pipe = _pipe_directory(pid)
+        if pipe is not None and not pipe.startswith(f"{STATE_DIRECTORY}/jobs/"):
+            where = printable(pipe or "/tmp/nvidia-mps", 80)  # noqa: S108 - the driver's own default
+            yield warning(f"control daemon {describe(pid)} in {where} is of no job", f"end it: kill {pid}")
+
+
+def _runs(pid: int, program: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return os.path.basename(file.read(4096).partition("\0")[0]) == program
+    except OSError:
+        return False
+
+
+def _pipe_directory(pid: int) -> str | None:
+    """Where a daemon was told to be; "" for the default, None for one that is gone, or sees another /run than we do."""
+    try:
+        theirs, ours = os.stat(f"/proc/{pid}/root/run"), os.stat("/run")
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            words = file.read(65536).split(b"\0")
+    except OSError:
+        return None
+    if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
+        return None
+    given = next((word for word in words if word.startswith(b"CUDA_MPS_PIPE_DIRECTORY=")), b"=")
+    return given.partition(b"=")[2].decode("utf-8", "replace")

@@ -1,0 +1,89 @@
+"""The driver and its GPUs as NVML has them, through the maintained binding (docs/decisions/0003)."""
+
+from __future__ import annotations
+
+from ..errors import NodeError
+from ..record import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+
+@record
+class GpuFacts:
+    """One GPU. None: the driver does not tell. ``error`` is NVML's word where it does not answer at all."""
+
+    index: int
+    uuid: str = ""
+    minor: int | None = None
+    name: str = ""
+    compute_mode: int | None = None
+    persistence: bool | None = None
+    mig: bool | None = None
+    compute_capability: tuple[int, int] | None = None
+    processes: tuple[int, ...] = ()
+    error: str = ""
+
+
+@record
+class Driver:
+    """The driver's version, such as 580.159.04, the newest CUDA it speaks, such as (13, 0), and its GPUs."""
+
+    version: str
+    cuda: tuple[int, int]
+    gpus: tuple[GpuFacts, ...]
+
+    @property
+    def branch(self) -> int:
+        """580 of 580.159.04."""
+        head = self.version.partition(".")[0]
+        return int(head) if head.isdigit() else 0
+
+
+def look_at_gpus() -> Driver:
+    """Raises: NodeError in NVML's words."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        gpus = tuple(_look(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError as error:
+        raise NodeError(str(error)) from None
+    return Driver(version, (cuda // 1000, cuda % 1000 // 10), gpus)
+
+
+def _look(nvml: Any, index: int) -> GpuFacts:
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        uuid = nvml.nvmlDeviceGetUUID(handle)
+        mode = nvml.nvmlDeviceGetComputeMode(handle)
+    except nvml.NVMLError as error:
+        return GpuFacts(index, error=str(error))
+
+    def told(ask: Callable[[], T]) -> T | None:
+        try:
+            return ask()
+        except nvml.NVMLError:
+            return None
+
+    persistence = told(lambda: nvml.nvmlDeviceGetPersistenceMode(handle))
+    mig = told(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    capability = told(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    rows = told(lambda: nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+    return GpuFacts(
+        index,
+        uuid,
+        told(lambda: int(nvml.nvmlDeviceGetMinorNumber(handle))),
+        str(told(lambda: nvml.nvmlDeviceGetName(handle)) or ""),
+        mode,
+        None if persistence is None else bool(persistence),
+        None if mig is None else bool(mig),
+        None if capability is None else (int(capability[0]), int(capability[1])),
+        tuple(row.pid for row in rows or ()),
+    )

@@ -1,0 +1,88 @@
+"""Paths as root must be able to trust them, and as a job's user would walk them; by what stat(2) tells anybody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LINKS_MAX = 16
+_SIZE_MAX = 16 * 2**20
+
+
+def read_text(path: str, limit_bytes: int = _SIZE_MAX) -> str:
+    """Read a file, and wait for nobody: what is no regular file is not read.
+
+    Raises: OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a file", path)
+        return file.read(limit_bytes).decode("utf-8", "replace")
+
+
+def steps(path: str) -> Iterator[str]:
+    """``/a``, ``/a/b``, ... of an absolute path, the path itself last, and the root before all."""
+    yield "/"
+    parts = [part for part in path.split("/") if part]
+    for count in range(1, len(parts) + 1):
+        yield "/" + "/".join(parts[:count])
+
+
+def _chains(path: str) -> Iterator[str]:
+    """The path and, where it is a link, what it leads to."""
+    for _ in range(_LINKS_MAX):
+        yield path
+        try:
+            target = os.readlink(path)
+        except OSError:
+            break
+        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    real = os.path.realpath(path)
+    if real != path:
+        yield real
+
+
+def others_can_write(path: str, *, group_is_trusted: bool = False) -> str:
+    """The first part of a path that others than root can change; "" for none. What is not there is nobody's.
+
+    A sticky directory of root's is safe, as /tmp is.
+    """
+    others = stat.S_IWOTH if group_is_trusted else stat.S_IWOTH | stat.S_IWGRP
+    for one in (step for chain in _chains(path) for step in steps(chain)):
+        try:
+            status = os.lstat(one)
+        except OSError:
+            break
+        if stat.S_ISLNK(status.st_mode):
+            continue
+        safe = not status.st_mode & others or (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
+        if status.st_uid != 0 or not safe:
+            return one
+    return ""
+
+
+def closed_to_users(path: str) -> str:
+    """The first directory on the way to a path that a job's user cannot enter; "" for none."""
+    for chain in _chains(path):
+        for one in list(steps(chain))[:-1]:
+            try:
+                status = os.stat(one)
+            except OSError:
+                break
+            if not status.st_mode & stat.S_IXOTH and not _has_acl(one):
+                return one
+    return ""
+
+
+def _has_acl(path: str) -> bool:
+    """Whether permissions are more than the mode says; then nobody is accused."""
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_access"))
+    except OSError:
+        return False

@@ -1,0 +1,461 @@
+"""One fault at a time, planted in a real site: doctor names it by its id, and names nothing else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+import pytest
+
+from slurm_mps import __version__
+from slurm_mps.doctor.examine import all_checks
+from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.doctor.conftest import Patient
+
+SLURM, GRES, CGROUP = "/etc/slurm/slurm.conf", "/etc/slurm/gres.conf", "/etc/slurm/cgroup.conf"
+PLUGSTACK, MPS = "/etc/slurm/plugstack.conf", "/etc/slurm/mps.toml"
+PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
+PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
+STATE = STATE_DIRECTORY
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to the node, and which checks are to name it: id to severity."""
+
+    plant: Callable[[Patient], object]
+    named: dict[str, str]
+
+
+def problem(*ids: str) -> dict[str, str]:
+    return dict.fromkeys(ids, "problem")
+
+
+def warning(*ids: str) -> dict[str, str]:
+    return dict.fromkeys(ids, "warning")
+
+
+def line(key: str, value: str) -> Callable[[Patient], None]:
+    """Give slurm.conf another value for a key, or the key."""
+
+    def plant(patient: Patient) -> None:
+        text = patient.read(SLURM)
+        new = re.sub(rf"^{key}=.*\n", "", text, flags=re.MULTILINE | re.IGNORECASE)
+        patient.write(SLURM, new + (f"{key}={value}\n" if value else ""))
+
+    return plant
+
+
+def together(*plants: Callable[[Patient], object]) -> Callable[[Patient], None]:
+    def plant(patient: Patient) -> None:
+        for one in plants:
+            one(patient)
+
+    return plant
+
+
+def script(path: str, text: str, mode: int = 0o755) -> Callable[[Patient], object]:
+    return lambda patient: patient.write(path, f"#!/bin/sh\n{text}\n", mode)
+
+
+def hook(key: str, value: str) -> Callable[[Patient], None]:
+    """Have the prolog name another Python or package."""
+
+    def plant(patient: Patient) -> None:
+        patient.write(PROLOG, re.sub(rf"^{key}=.*$", f"{key}={value}", patient.read(PROLOG), flags=re.MULTILINE), 0o755)
+
+    return plant
+
+
+def driver(*settings: str) -> Callable[[Patient], object]:
+    return lambda patient: patient.site.fault("n1", *settings)
+
+
+def another_slurm(release: str) -> Callable[[Patient], None]:
+    """Let Slurm's command say that it is another release."""
+
+    def plant(patient: Patient) -> None:
+        patient.shell("cp -L /usr/bin/scontrol /usr/local/bin/scontrol.real", undo="rm /usr/local/bin/scontrol*")
+        text = f'[ "$1" != -V ] || {{ echo slurm {release}; exit; }}\nexec /usr/local/bin/scontrol.real "$@"'
+        patient.write("/usr/local/bin/scontrol", f"#!/bin/sh\n{text}\n", 0o755)
+
+    return plant
+
+
+def other_plugin_version(patient: Patient) -> None:
+    data = patient.site.machine.path(PLUGIN, node="n1").read_bytes()
+    assert data.count(f"{__version__}\0".encode()) >= 1
+    patient.write(PLUGIN, data.replace(f"{__version__}\0".encode(), b"0.0.9\0"))
+
+
+def old_package(patient: Patient) -> None:
+    old, package = "/usr/local/lib/old", re.search(r"^package=(.*)$", patient.read(PROLOG), re.MULTILINE)
+    assert package
+    patient.shell(
+        f"mkdir {old} && cp -r {package[1]} {old} && sed -i s/{__version__}/0.0.9/ {old}/slurm_mps/__init__.py",
+        f"rm -r {old}",
+    )
+    hook("package", f"{old}/slurm_mps")(patient)
+
+
+def mounted(options: str, directory: str = STATE) -> Callable[[Patient], object]:
+    return lambda patient: patient.shell(f"mkdir -p {directory} && mount {options} {directory}", f"umount {directory}")
+
+
+def crashed_job(patient: Patient) -> None:
+    """A job that Slurm does not know, brought up, and its processes killed."""
+    given = "SLURM_JOB_ID=999 SLURM_JOB_UID=20001 SLURM_JOB_GPUS=1 SLURMD_NODENAME=n1 SPANK_MPS=1"
+    patient.shell(f"{given} {PROLOG}", f"{given} {EPILOG}")
+
+
+def held_by_a_stranger(patient: Patient) -> None:
+    client = patient.site.machine.popen(["simulated-gpus", "client", "--hold", "60"], node="n1", user="alice")
+    inside = patient.site.machine.pid_inside(client)
+    patient.shell("true", undo=f"kill -9 {inside}")
+    end = monotonic() + 10
+    while "plain" not in patient.shell("simulated-gpus show"):
+        assert monotonic() < end
+        sleep(0.02)
+
+
+def a_daemon_of_somebody(patient: Patient) -> None:
+    where = "CUDA_MPS_PIPE_DIRECTORY=/tmp/nvidia-mps CUDA_MPS_LOG_DIRECTORY=/tmp/nvidia-mps"
+    patient.shell(
+        f"mkdir /tmp/nvidia-mps && {where} nvidia-cuda-mps-control -d",
+        f"echo quit | {where} nvidia-cuda-mps-control; rm -r /tmp/nvidia-mps",
+    )
+
+
+def old_control_program(patient: Patient) -> None:
+    patient.shell("mkdir /usr/local/mps; cp /usr/bin/nvidia-cuda-mps-server /usr/local/mps", "rm -r /usr/local/mps")
+    patient.write("/usr/local/mps/control", "#!/bin/sh\necho '  start_server -uid <user id>'\necho '  quit'\n", 0o755)
+    patient.write(MPS, '[paths]\ncontrol_program = "/usr/local/mps/control"\n')
+
+
+def no_server_program(patient: Patient) -> None:
+    patient.shell("mkdir /usr/local/mps; cp /usr/bin/nvidia-cuda-mps-control /usr/local/mps", "rm -r /usr/local/mps")
+    patient.write(MPS, '[paths]\ncontrol_program = "/usr/local/mps/nvidia-cuda-mps-control"\n')
+
+
+def gpus_again(options: str) -> Callable[[Patient], object]:
+    return lambda patient: patient.shell(
+        f"simulated-gpus create 4 --seed n1 {options}", "simulated-gpus create 4 --seed n1"
+    )
+
+
+def set_mode(mode: int) -> Callable[[Patient], object]:
+    return lambda patient: patient.shell(f"simulated-gpus set-mode 2 {mode}", "simulated-gpus set-mode 2 0")
+
+
+REVERSED = "".join(f"NodeName=n1,n2 Name=gpu File=/dev/nvidia{number}\n" for number in (3, 2, 1, 0))
+DEEPOPS = "for pid in $(nvidia-smi --query-compute-apps=pid --format=csv,noheader); do\n  kill -9 $pid\ndone"
+TMPFS = together(line("PrologFlags", "Contain"), line("JobContainerType", "job_container/tmpfs"))
+CONTAINER = "/etc/slurm/job_container.conf"
+
+FAULTS = {
+    # Slurm
+    "an Include that is not there": Fault(
+        lambda p: p.append(SLURM, "Include /etc/slurm/none.conf"), problem("slurm-conf")
+    ),
+    "a slurm.conf that Slurm refuses": Fault(line("JobContainerType", "job_container/tmpfs"), problem("slurm-conf")),
+    "a key that Slurm does not know": Fault(line("PrologFlag", "Alloc"), problem("slurm-conf")),
+    "a Slurm too old": Fault(another_slurm("21.08.8"), problem("slurm-version", "plugin-release")),
+    "a Slurm that nobody tried": Fault(
+        another_slurm("27.05.1"), {**warning("slurm-version"), **problem("plugin-release")}
+    ),
+    "a plugin of another release": Fault(another_slurm("23.02.4"), problem("plugin-release")),
+    "a line not taken over": Fault(line("MessageTimeout", "30"), warning("config-in-force")),
+    "a line taken out, but not taken over": Fault(
+        line("GresTypes", ""), {**problem("gres-types"), **warning("config-in-force")}
+    ),
+    "no slurmd": Fault(
+        lambda p: p.shell("mv /run/slurmd-n1.pid /run/kept", "mv /run/kept /run/slurmd-n1.pid"), warning("slurmd")
+    ),
+    "a pid file of somebody else": Fault(lambda p: p.write("/run/slurmd-n1.pid", "1\n"), warning("slurmd")),
+    "a slurmd whose restart ends all": Fault(
+        lambda p: p.write("/etc/systemd/system/slurmd.service.d/kill.conf", "[Service]\nKillMode=control-group\n"),
+        warning("slurmd-unit"),
+    ),
+    "a drained node": Fault(
+        lambda p: p.shell(
+            "scontrol update NodeName=n1 State=DRAIN Reason='Prolog error'", "scontrol update NodeName=n1 State=RESUME"
+        ),
+        warning("node-drained"),
+    ),
+    "slurmd not as root": Fault(line("SlurmdUser", "slurm"), problem("slurmd-user")),
+    "no PrologFlags": Fault(line("PrologFlags", ""), problem("prolog-flags")),
+    "PrologFlags without Alloc": Fault(line("PrologFlags", "Serial"), problem("prolog-flags")),
+    "processes tracked by group": Fault(line("ProctrackType", "proctrack/pgid"), warning("proctrack")),
+    "devices confined by nobody": Fault(
+        lambda p: p.edit(CGROUP, "ConstrainDevices=no", "ConstrainDevices=yes"), problem("constrain-devices")
+    ),
+    "the other cgroup version": Fault(
+        together(line("TaskPlugin", "task/cgroup"), lambda p: p.edit(CGROUP, "cgroup/v1", "cgroup/v2")),
+        problem("cgroup-plugin"),
+    ),
+    "a cgroup version that Slurm has not": Fault(
+        together(
+            line("TaskPlugin", "task/cgroup"),
+            lambda p: p.shell(f"mv {PLUGIN_DIRECTORY}/cgroup_v1.so /opt", f"mv /opt/cgroup_v1.so {PLUGIN_DIRECTORY}"),
+        ),
+        problem("cgroup-plugin"),
+    ),
+    "no cgroups for cgroups": Fault(
+        together(line("TaskPlugin", "task/cgroup"), lambda p: p.edit(CGROUP, "cgroup/v1", "disabled")),
+        problem("cgroup-plugin"),
+    ),
+    "a short PrologEpilogTimeout": Fault(line("PrologEpilogTimeout", "5"), problem("slurm-timeouts")),
+    "a PrologEpilogTimeout too short for the epilog": Fault(
+        line("PrologEpilogTimeout", "20"), problem("slurm-timeouts")
+    ),
+    "a MessageTimeout shorter than the prolog": Fault(
+        lambda p: p.write(MPS, "[deadlines]\nprolog = 9\n"), warning("message-timeout")
+    ),
+    "a /run for each job": Fault(
+        together(TMPFS, lambda p: p.write(CONTAINER, "BasePath=/x Dirs=/tmp,/run\n")), problem("private-directories")
+    ),
+    "a /run for each job by PAM": Fault(
+        together(
+            line("UsePAM", "1"),
+            lambda p: p.write("/etc/pam.d/slurm", "session required pam_namespace.so\n"),
+            lambda p: p.write("/etc/security/namespace.conf", "/run /run-inst/ user root\n"),
+        ),
+        problem("private-directories"),
+    ),
+    "a /dev/shm for each job and an older driver": Fault(
+        together(TMPFS, driver("driver.version=535.54.03")), warning("private-shm")
+    ),
+    # the plugin
+    "no plugstack.conf": Fault(lambda p: p.remove(PLUGSTACK), problem("plugstack")),
+    "plugstack.conf without the plugin": Fault(lambda p: p.write(PLUGSTACK, "# nothing\n"), problem("plugstack-line")),
+    "an optional plugin": Fault(
+        lambda p: p.edit(PLUGSTACK, "required spank", "optional spank"), problem("plugstack-required")
+    ),
+    "an optional plugin in an included file": Fault(
+        together(
+            lambda p: p.write(PLUGSTACK, "include plugstack.conf.d/*\n"),
+            lambda p: p.write("/etc/slurm/plugstack.conf.d/mps.conf", f"optional {PLUGIN}\n"),
+        ),
+        problem("plugstack-required"),
+    ),
+    "the plugin twice": Fault(lambda p: p.append(PLUGSTACK, "required spank_mps.so"), warning("plugstack-twice")),
+    "no plugin": Fault(lambda p: p.remove(PLUGIN), problem("plugin-file")),
+    "another file for the plugin": Fault(
+        lambda p: p.write(PLUGIN, p.site.machine.path(f"{PLUGIN_DIRECTORY}/auth_munge.so").read_bytes()),
+        problem("plugin-file"),
+    ),
+    "a plugin of another slurm-mps": Fault(other_plugin_version, problem("plugin-version")),
+    "a plugin that all can write": Fault(lambda p: p.chmod(PLUGIN, 0o666), problem("plugin-owner")),
+    "a plugin that users cannot read": Fault(lambda p: p.chmod(PLUGIN, 0o600), problem("plugin-owner")),
+    "a plugin where users cannot go": Fault(
+        together(
+            lambda p: p.shell(f"mkdir -m 700 /opt/slurm && cp {PLUGIN} /opt/slurm", "rm -r /opt/slurm"),
+            lambda p: p.write(PLUGSTACK, "required /opt/slurm/spank_mps.so\n"),
+        ),
+        problem("plugin-owner"),
+    ),
+    "a plugstack.conf of a user": Fault(lambda p: p.chown(PLUGSTACK, 20001), problem("plugin-owner")),
+    # prolog and epilog
+    "no Prolog": Fault(line("Prolog", ""), problem("prolog-wired")),
+    "a Prolog that is another": Fault(line("Prolog", "/etc/slurm/prolog/*"), problem("prolog-wired")),
+    "no Epilog": Fault(line("Epilog", ""), problem("epilog-wired")),
+    "no script of ours among the epilogs": Fault(lambda p: p.remove(EPILOG), problem("epilog-wired")),
+    "a prolog that resets GPUs after ours": Fault(
+        script("/etc/slurm/prolog.d/05-gpus.sh", "nvidia-smi --gpu-reset -i 0"), warning("prolog-order")
+    ),
+    "an epilog that kills before ours": Fault(
+        script("/etc/slurm/epilog.d/99-exclusive-gpu", DEEPOPS), warning("epilog-order")
+    ),
+    "another prolog that sets modes": Fault(
+        script("/etc/slurm/prolog.d/50-mode.sh", "nvidia-smi -c 3"), warning("other-mode-setter")
+    ),
+    "another prolog that starts MPS": Fault(
+        script("/etc/slurm/prolog.d/50-mps.sh", "nvidia-cuda-mps-control -d"), warning("other-mps-script")
+    ),
+    "a prolog that is not executable": Fault(lambda p: p.chmod(PROLOG, 0o644), problem("scripts-executable")),
+    "a backup among the epilogs": Fault(
+        script("/etc/slurm/epilog.d/50-site.sh~", "exit 0", 0o644), problem("scripts-executable")
+    ),
+    "an epilog of a user": Fault(lambda p: p.chown(EPILOG, 20001), problem("scripts-owner")),
+    "a prolog.d that a group can write": Fault(
+        lambda p: p.chmod("/etc/slurm/prolog.d", 0o775), problem("scripts-owner")
+    ),
+    "the prolog twice": Fault(
+        lambda p: p.write(PROLOG.replace("10-", "20-"), p.read(PROLOG), 0o755), warning("hooks-twice")
+    ),
+    "no Python for the hooks": Fault(hook("python", "/opt/gone/bin/python3"), problem("hooks-package", "hooks-python")),
+    "no package for the hooks": Fault(hook("package", "/opt/gone/slurm_mps"), problem("hooks-package", "hooks-python")),
+    "a Python that does not run": Fault(
+        together(
+            script("/usr/local/bin/python-broken", "echo cannot >&2; exit 1"),
+            hook("python", "/usr/local/bin/python-broken"),
+        ),
+        problem("hooks-python"),
+    ),
+    "hooks of another slurm-mps": Fault(old_package, problem("hooks-version", "plugin-version")),
+    "no jsonschema for the hooks": Fault(hook("python", "/usr/bin/python3"), problem("config-compiler")),
+    "a Python where users cannot go": Fault(
+        together(
+            lambda p: p.shell("ln -s /usr/bin/python3 /root/python3", "rm /root/python3"),
+            hook("python", "/root/python3"),
+        ),
+        problem("python-for-users", "config-compiler"),
+    ),
+    # the site
+    "a mistake in mps.toml": Fault(lambda p: p.write(MPS, "[gpus]\nclients = 3\n"), problem("site-config")),
+    "an mps.toml that all can write": Fault(lambda p: p.chmod(MPS, 0o666), problem("site-config-owner")),
+    "an mps.toml that is a link": Fault(
+        lambda p: p.shell(f"mv {MPS} /etc/mps.toml; ln -s /etc/mps.toml {MPS}", f"rm {MPS}; mv /etc/mps.toml {MPS}"),
+        problem("site-config-owner"),
+    ),
+    "a slurm.conf of a user": Fault(lambda p: p.chown(SLURM, 20001), problem("site-config-owner")),
+    "a state directory that is a link": Fault(
+        lambda p: p.shell(
+            f"mv {STATE} /run/kept; mkdir /run/x; ln -s /run/x {STATE}",
+            f"rm {STATE}; rmdir /run/x; mv /run/kept {STATE}",
+        ),
+        problem("state-directory"),
+    ),
+    "a state directory that all can write": Fault(
+        lambda p: p.shell(f"chmod 777 {STATE}", f"chmod 711 {STATE}"), problem("state-directory")
+    ),
+    "a state directory closed to users": Fault(
+        lambda p: p.shell(f"chmod 700 {STATE}", f"chmod 711 {STATE}"), problem("user-path")
+    ),
+    "a /run without ACLs": Fault(mounted("-t ramfs none"), problem("acl")),
+    "a full /run": Fault(
+        together(
+            mounted("-t tmpfs -o size=64k none"),
+            lambda p: p.shell(f"mkdir -m 711 {STATE}/jobs; mkdir -m 700 {STATE}/gpus; : > {STATE}/lock"),
+        ),
+        problem("run-space"),
+    ),
+    "a /run with little room": Fault(
+        together(
+            mounted("-t tmpfs -o size=8m none"),
+            lambda p: p.shell(f"mkdir -m 711 {STATE}/jobs; mkdir -m 700 {STATE}/gpus; : > {STATE}/lock"),
+        ),
+        warning("run-space"),
+    ),
+    "logs below nothing": Fault(
+        lambda p: p.write(MPS, '[paths]\nlogs = "/var/log/none/mps"\n'), warning("logs-directory")
+    ),
+    "a crashed job": Fault(crashed_job, problem("stale-state")),
+    "MPS for everybody": Fault(
+        lambda p: p.write("/etc/profile.d/mps.sh", "export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps\n"),
+        warning("mps-variables"),
+    ),
+    "MPS for everybody by TaskProlog": Fault(
+        together(
+            line("TaskProlog", "/etc/slurm/task-prolog.sh"),
+            script("/etc/slurm/task-prolog.sh", "echo export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps"),
+        ),
+        warning("mps-variables"),
+    ),
+    # the GPUs
+    "no gres/gpu": Fault(line("GresTypes", "craynetwork"), problem("gres-types")),
+    "gres/mps": Fault(
+        lambda p: p.append(GRES, "NodeName=n1 Name=mps Count=400 File=/dev/nvidia0"), problem("gres-mps")
+    ),
+    "gres/mps in slurm.conf": Fault(line("GresTypes", "gpu,mps"), problem("gres-mps")),
+    "no gres.conf": Fault(lambda p: p.remove(GRES), problem("gres-conf")),
+    "a gres.conf for other nodes": Fault(
+        lambda p: p.write(GRES, "NodeName=n2 Name=gpu File=/dev/nvidia[0-3]\n"), problem("gres-conf")
+    ),
+    "GPUs without device files": Fault(lambda p: p.write(GRES, "Name=gpu Count=4\n"), problem("gres-conf")),
+    "AutoDetect without NVML": Fault(lambda p: p.write(GRES, "AutoDetect=nvml\n"), problem("gres-autodetect")),
+    "AutoDetect of others' GPUs": Fault(lambda p: p.append(GRES, "AutoDetect=rsmi"), problem("gres-autodetect")),
+    "a device that is not there": Fault(
+        lambda p: p.write(GRES, "Name=gpu File=/dev/nvidia[0-2],/dev/nvidia9\n"), problem("gres-files", "gres-order")
+    ),
+    "GPUs in another order": Fault(lambda p: p.write(GRES, REVERSED), problem("gres-order")),
+    "a card that was changed": Fault(
+        lambda p: p.write(GRES, "Name=gpu File=/dev/nvidia0 UniqueId=GPU-0\nName=gpu File=/dev/nvidia[1-3]\n"),
+        problem("gres-uuid"),
+    ),
+    "more GPUs than there are": Fault(
+        lambda p: p.edit(SLURM, "Port=17001 Gres=gpu:4", "Port=17001 Gres=gpu:8"), problem("gpu-count")
+    ),
+    "fewer GPUs than there are": Fault(
+        lambda p: p.edit(SLURM, "Port=17001 Gres=gpu:4", "Port=17001 Gres=gpu:tesla:2(S:0-1)"), warning("gpu-count")
+    ),
+    "a driver of another version": Fault(driver("nvml.init=18"), problem("driver")),
+    "a driver that hangs": Fault(driver("nvml.init=hang"), problem("driver")),
+    "a CUDA without memory limits": Fault(gpus_again("--cuda-version 11.4"), problem("driver-version")),
+    "a driver that names no processes": Fault(driver("driver.version=470.57.02"), warning("driver-version")),
+    "GPUs older than Volta": Fault(gpus_again("--compute-capability 6.0"), warning("driver-version")),
+    "no control program": Fault(
+        lambda p: p.write(MPS, '[paths]\ncontrol_program = "/usr/local/mps"\n'), problem("control-program")
+    ),
+    "no server program": Fault(no_server_program, problem("control-program")),
+    "an old control program": Fault(old_control_program, problem("control-commands")),
+    "a lost GPU": Fault(driver("gpu.2=lost"), problem("gpu-answers")),
+    "no persistence mode": Fault(driver("nvml.GetPersistenceMode=off"), warning("persistence-mode")),
+    "MIG": Fault(driver("nvml.GetMigMode=on"), warning("mig")),
+    "a PROHIBITED GPU": Fault(set_mode(2), problem("compute-mode")),
+    "an EXCLUSIVE_PROCESS that nobody holds": Fault(set_mode(3), warning("compute-mode")),
+    "a stranger on a GPU": Fault(held_by_a_stranger, warning("foreign-processes")),
+    "a daemon of somebody": Fault(a_daemon_of_somebody, warning("other-daemon")),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(patient: Patient, name: str) -> None:
+    """By its id, with what to do, and nothing else is blamed, but that slurmctld has not taken the file over."""
+    fault = FAULTS[name]
+    fault.plant(patient)
+    found = patient.examine()
+    ailments = {
+        check: severity
+        for check, severity in found.ailments.items()
+        if check in fault.named or check != "config-in-force"
+    }
+    assert ailments == fault.named, found.findings
+    assert found.status == int("problem" in fault.named.values())
+    for one in found.findings:
+        if one["check"] in fault.named:
+            assert one["what"]
+            assert one["why"]
+            assert one["cure"]
+            assert one["page"] == f"docs/doctor.md#{one['check']}"
+
+
+@pytest.mark.parametrize("whose", ["script", "program", "directory"])
+def test_root_runs_nothing_that_a_user_can_write(patient: Patient, whose: str) -> None:
+    """A prolog that alice can change, or that names what she can: it is named, and nothing of hers runs."""
+    hers = "/usr/local/hers/python3"
+    patient.write(hers, "#!/bin/sh\ntouch /run/was-run\n", 0o755)
+    hook("python", hers)(patient)
+    patient.chown({"script": PROLOG, "program": hers, "directory": "/usr/local/hers"}[whose], 20001)
+    found = patient.examine()
+    assert found.ailments.keys() - {"config-in-force"} == {"scripts-owner"}
+    assert "can be written by others than root, and is not run" in found.of("not checked")["hooks-python"]
+    assert not patient.site.machine.path("/run/was-run", node="n1").exists()
+
+
+def test_a_control_program_of_a_user_is_not_run(patient: Patient) -> None:
+    """Whoever can write mps.toml does not choose what root's doctor runs."""
+    patient.write("/usr/local/bin/hers", "#!/bin/sh\ntouch /run/was-run\n", 0o755)
+    patient.write(MPS, '[paths]\ncontrol_program = "/usr/local/bin/hers"\n')
+    patient.chown(MPS, 20001)
+    assert patient.examine().ailments["site-config-owner"] == "problem"
+    assert not patient.site.machine.path("/run/was-run", node="n1").exists()
+
+
+def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
+    """It is executable to nobody, and nobody waits for it to be written."""
+    fifo = "/etc/slurm/prolog.d/70-fifo"
+    patient.shell(f"mkfifo -m 644 {fifo}", f"rm {fifo}")
+    assert patient.examine().ailments == {"scripts-executable": "problem"}
+
+
+def test_every_check_has_a_fault_that_it_names() -> None:
+    """And there are forty faults at least."""
+    assert {check for fault in FAULTS.values() for check in fault.named} | {"slurmctld"} == all_checks().keys()
+    assert len(FAULTS) >= 40

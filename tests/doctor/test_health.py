@@ -1,0 +1,136 @@
+"""Doctor on clusters as they should be: no false alarm, for nobody, anywhere, and within two seconds."""
+
+from __future__ import annotations
+
+import json
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import pytest
+
+from slurm_mps.doctor.examine import all_checks
+from tests.doctor.conftest import COMMAND
+
+if TYPE_CHECKING:
+    from tests.doctor.conftest import Patient
+
+ROOT_ONLY = {"stale-state"}
+
+
+@pytest.mark.parametrize("user", ["root", "alice"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])
+def test_a_good_cluster_has_nothing(healthy: Patient, user: str, elsewhere: bool) -> None:
+    """Not a warning, and everything was looked at that can be looked at there."""
+    found = healthy.examine("--strict", user=None if user == "root" else user, elsewhere=elsewhere)
+    assert (found.status, found.of("problem", "warning")) == (0, {})
+    left_out = found.of("not checked").keys()
+    if not elsewhere:
+        assert left_out - {"cgroup-plugin"} == (set() if user == "root" else ROOT_ONLY)
+    else:
+        elsewhere_too = {one.id for one in all_checks().values() if one.where == "anywhere"}
+        assert not left_out & elsewhere_too
+
+
+def test_a_job_with_mps_is_no_ailment(healthy: Patient) -> None:
+    """Its daemon, its server, its GPU in EXCLUSIVE_PROCESS and its ranks are as they should be."""
+    cluster = healthy.site.cluster
+    job = cluster.sbatch(
+        "--gres=gpu:1",
+        "--mps",
+        "-wn1",
+        script="simulated-gpus client --hold 0.1; echo ran; simulated-gpus client --hold 60",
+    )
+    cluster.until_output(job, "ran")
+    assert any(gpu["compute_mode"] == 3 for gpu in healthy.site.gpus("n1"))
+    for user in (None, "alice"):
+        found = healthy.examine("--strict", user=user)
+        assert (found.status, found.of("problem", "warning")) == (0, {})
+    cluster.scancel(job)
+    cluster.wait(job)
+
+
+def seconds(patient: Patient, *argv: str) -> float:
+    began = monotonic()
+    patient.run("doctor", *argv)
+    return monotonic() - began
+
+
+def test_all_of_it_takes_less_than_two_seconds(patient: Patient) -> None:
+    """Also where slurmctld and the driver say nothing at all."""
+    assert seconds(patient) < 2
+    patient.site.cluster.stop_daemon("slurmctld")
+    try:
+        assert patient.examine("gres-autodetect", "driver").ailments == {}, "who answers is not blamed for who does not"
+        patient.site.fault("n1", "nvml.init=hang")
+        assert seconds(patient) < 2
+        assert not [one for one in patient.site.machine.processes() if one.comm == "scontrol"]
+        found = patient.examine()
+    finally:
+        patient.site.cluster.start_controller()
+        patient.site.cluster.wait_idle()
+    assert found.ailments == {"slurmctld": "warning", "driver": "problem"}
+
+
+# ------------------------------------------------------------------------------------------------ how it is asked
+
+
+def test_one_check_by_its_id(patient: Patient) -> None:
+    found = patient.examine("driver", "mig")
+    assert [one["check"] for one in found.findings] == ["driver", "mig"]
+    assert "driver 580.159.04, CUDA 13.0: 48 clients" in found.findings[0]["what"]
+
+
+def test_an_unknown_check_is_wrong_usage(patient: Patient) -> None:
+    status, out, errors = patient.run("doctor", "nonsense")
+    assert (status, out) == (2, "")
+    assert errors == "slurm-mps: there is no check 'nonsense'; see slurm-mps doctor --list\n"
+
+
+def test_the_list_names_every_check(patient: Patient) -> None:
+    _, out, _ = patient.run("doctor", "--list", "--noheader")
+    assert [line.split()[0] for line in out.splitlines()] == list(all_checks())
+    _, out, _ = patient.run("doctor", "--list", "--json")
+    assert [one["check"] for one in json.loads(out)["checks"]] == list(all_checks())
+
+
+def test_warnings_fail_only_when_strict(patient: Patient) -> None:
+    patient.site.fault("n1", "nvml.GetPersistenceMode=off")
+    assert patient.examine("persistence-mode").status == 0
+    assert patient.examine("persistence-mode", "--strict").status == 1
+
+
+def test_a_paragraph_says_what_why_and_what_to_do(patient: Patient) -> None:
+    patient.site.fault("n1", "gpu.2=lost")
+    status, out, errors = patient.run("doctor")
+    lines = out.splitlines()
+    assert (status, errors) == (1, "")
+    assert lines[0].startswith("problem: gpu-answers: GPU 2: NVML: ")
+    assert [line.split(":")[0].strip() for line in lines[1:4]] == ["why", "cure", "see"]
+    assert lines[3].endswith("docs/doctor.md#gpu-answers")
+    assert lines[4].startswith(f"{len(all_checks())} checks: 1 problem, ")
+
+
+@pytest.mark.parametrize(("env", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colour_is_for_terminals_that_want_it(patient: Patient, env: dict[str, str], coloured: bool) -> None:
+    patient.site.fault("n1", "gpu.2=lost")
+    command = ["script", "-qec", f"{' '.join(COMMAND)} doctor gpu-answers", "/dev/null"]
+    shown = patient.site.machine.run(command, node="n1", env={"TERM": "xterm", **env}).stdout
+    assert "problem: gpu-answers: GPU 2" in shown
+    assert ("\x1b[31m" in shown, "\x1b[0m" in shown) == (coloured, coloured)
+    assert "\x1b" not in patient.run("doctor", "gpu-answers")[1]
+
+
+def test_a_table_has_the_fields_that_were_asked_for(patient: Patient) -> None:
+    patient.site.fault("n1", "gpu.2=lost", "nvml.GetPersistenceMode=off")
+    _, out, _ = patient.run("doctor", "-n", "-o", "severity,check")
+    assert [line.split() for line in out.splitlines()] == [["problem", "gpu-answers"], ["warning", "persistence-mode"]]
+
+
+def test_where_only_root_can_see_the_status_says_so(patient: Patient) -> None:
+    assert patient.examine("stale-state", user="alice").status == 4
+    assert patient.examine("gpu-count", elsewhere=True).status == 3
+
+
+def test_a_host_without_slurm_is_told_so(patient: Patient) -> None:
+    status, out, _ = patient.run("doctor", SLURM_CONF="/nowhere/slurm.conf")
+    assert (status, "problem" in out) == (3, False)
