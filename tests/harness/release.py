@@ -41,7 +41,7 @@ class Release:
     debootstrap_script: str
     """Debootstrap's own name of how to make it, for suites that came after the debootstrap of Debian 12."""
     said_on_a_node: str
-    """Matches a message of ours in a job's output, with the name of the node that it is from."""
+    """Matches a message of ours in a job's output: the `node` that it is from, and its words, `first` and `last`."""
     epilog_ran: str
     """Matches what slurmd logs of a slow epilog of {job}."""
     autodetect: str
@@ -54,8 +54,8 @@ class Release:
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
 
 
-_BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: "
-_BY_TIME = r"^\[[^]]+\] error: mps: [^:]* on (?P<node>[^:]+): "
+_BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: (?P<first>)(?P<last>.*)"
+_BY_TIME = r"^\[[^]]+\] error: mps: (?P<first>[^:]*) on (?P<node>[^: ]+)(?P<last>: .*)"
 
 RELEASES = {
     one.name: one
