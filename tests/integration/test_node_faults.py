@@ -183,8 +183,9 @@ def test_a_batch_job_ends_or_waits_or_runs_by_the_sites_policy(site: Site, polic
         assert (held.reason, held.fields["Restarts"]) == ("launch_failed_requeued_held", "1")
         return
     state = site.cluster.wait(job).state
-    lines = site.cluster.output(job).splitlines()
-    said = [line for line in lines if f"mps: job {job}: " in line]
+    output = site.cluster.output(job)
+    lines = output.splitlines()
+    said = [words for _, words in site.cluster.said(output) if words.startswith(f"job {job}: ")]
     expected = ("COMPLETED", ["one", "two"], 3) if policy == "run_without_mps" else ("FAILED", [], 1)
     assert (state, [line for line in lines if line in ("one", "two")], len(said)) == expected
 
