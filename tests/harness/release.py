@@ -124,7 +124,7 @@ def chosen() -> Release:
     """The release to run on: what the environment says, else this machine's own."""
     name = os.environ.get(VARIABLE) or own_release()
     if name not in RELEASES:
-        raise SystemExit(f"{VARIABLE}={name}: known are {', '.join(RELEASES)}")
+        raise SystemExit(f"Slurm {name} has no row in {__file__}; {VARIABLE} can be {', '.join(RELEASES)}")
     return RELEASES[name]
 
 
