@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from .cluster import Cluster
+from .cluster import REPOSITORY, Cluster
 from .machine import USERS, Machine
+from .release import chosen, ensure_root
 from .runtime import MOUNT_POINT, ensure_runtime, install_project, mpi_environment
 
 
@@ -40,12 +41,13 @@ def _machine(options: argparse.Namespace) -> Machine:
         inside, _, directory = pair.partition("=")
         overlays.setdefault(inside, []).append(directory)
     binds: dict[str | Path, str] = {}
+    root = ensure_root(chosen(), options.runtime or REPOSITORY / ".cache")
     if options.runtime is not None:
-        runtime = ensure_runtime(options.runtime)
+        runtime = ensure_runtime(options.runtime, root)
         if options.project is not None:
-            install_project(runtime, options.project)
+            install_project(runtime, options.project, root)
         binds[runtime] = MOUNT_POINT
-    return Machine(overlays=overlays, binds=binds)
+    return Machine(overlays=overlays, binds=binds, root=root, shown=[REPOSITORY])
 
 
 def main(argv: list[str]) -> int:

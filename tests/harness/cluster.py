@@ -428,11 +428,10 @@ class Cluster:
 
     # --------------------------------------------------------------------------------------------------- logs
 
-    def node_that_says(self, line: str) -> str:
-        """The node that a message in a job's output is from."""
-        found = re.search(self.release.said_on_a_node, line)
-        assert found, line
-        return found["node"]
+    def said(self, output: str) -> list[tuple[str, str]]:
+        """What our plugin told a job's user from its nodes: node and words, without the node's name in them."""
+        found = (re.search(self.release.said_on_a_node, line) for line in output.splitlines())
+        return [(one["node"], one["first"] + one["last"]) for one in found if one]
 
     def logs(self, lines: int = _LOG_TAIL_LINES) -> str:
         """The tails of all daemon logs, for the message of a failed test."""

@@ -39,7 +39,7 @@ class Release:
     debootstrap_script: str
     """Debootstrap's own name of how to make it, for suites that came after the debootstrap of Debian 12."""
     said_on_a_node: str
-    """Matches a message of ours in a job's output, with the name of the node that it is from."""
+    """Matches a message of ours in a job's output: the `node` that it is from, and its words, `first` and `last`."""
     epilog_ran: str
     """Matches what slurmd logs of a slow epilog of {job}."""
     autodetect: str
@@ -52,8 +52,8 @@ class Release:
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
 
 
-_BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: "
-_BY_TIME = r"^\[[^]]+\] error: mps: [^:]* on (?P<node>[^:]+): "
+_BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: (?P<first>)(?P<last>.*)"
+_BY_TIME = r"^\[[^]]+\] error: mps: (?P<first>[^:]*) on (?P<node>[^: ]+)(?P<last>: .*)"
 
 RELEASES = {
     one.name: one
@@ -125,7 +125,7 @@ def chosen() -> Release:
     """The release to run on: what the environment says, else this machine's own."""
     name = os.environ.get(VARIABLE) or own_release()
     if name not in RELEASES:
-        raise SystemExit(f"{VARIABLE}={name}: known are {', '.join(RELEASES)}")
+        raise SystemExit(f"Slurm {name} has no row in {__file__}; {VARIABLE} can be {', '.join(RELEASES)}")
     return RELEASES[name]
 
 

@@ -26,9 +26,9 @@ def sms(output: str) -> list[int]:
     return sorted(int(found) for found in re.findall(r"sms=(\d+)", output))
 
 
-def said(result: Result) -> list[str]:
+def said(site: Site, text: str) -> list[str]:
     """What the plugin told the user, once for each time it did."""
-    return [line.partition("error: mps: ")[2] for line in result.stderr.splitlines() if "error: mps: " in line]
+    return [words for _, words in site.cluster.said(text)]
 
 
 def test_ranks_that_share_a_gpu_divide_it(any_site: Site) -> None:
@@ -119,10 +119,12 @@ def test_a_script_divides_by_the_tasks_of_the_job(site: Site) -> None:
 def test_auto_in_a_script_of_a_job_that_does_not_say_how_many_tasks_it_has(site: Site, option: str) -> None:
     job = site.cluster.sbatch("-wn1", "--gres=gpu:1", f"--mps-{option}=auto", script="echo ran")
     assert site.cluster.wait(job).state == "FAILED"
-    assert (
-        f"mps: this task cannot start: --mps-{option}=auto divides by the tasks that share a GPU, and the job does not "
-        "say how many it has on this node; give -n or --ntasks-per-node" in site.cluster.output(job)
-    )
+    assert said(site, site.cluster.output(job)) == [
+        (
+            f"this task cannot start: --mps-{option}=auto divides by the tasks that share a GPU, and the job does not "
+            "say how many it has on this node; give -n or --ntasks-per-node"
+        )
+    ]
     assert "ran" not in site.cluster.output(job).splitlines()
 
 
@@ -131,7 +133,7 @@ def test_more_ranks_than_a_gpu_takes_clients_are_refused_before_the_first_starts
     result = srun(any_site, "-n4", "--gres=gpu:1", "--mps", command="echo ran")
     assert result.returncode != 0
     assert "ran" not in result.stdout
-    assert said(result) == [
+    assert said(any_site, result.stderr) == [
         (
             "this task cannot start: 4 tasks of this step share a GPU, and an MPS server takes 3 clients there; "
             "start fewer on this node, or give the job more GPUs"
@@ -158,7 +160,7 @@ def test_too_little_memory_for_each_is_refused_with_the_numbers(site: Site) -> N
     site.configure('[limits.memory]\nmin = "40G"\n')
     result = srun(site, "-n4", "--gres=gpu:1", "--mps-mem=auto", command="echo ran")
     assert "ran" not in result.stdout
-    assert said(result) == [
+    assert said(site, result.stderr) == [
         (
             "this task cannot start: --mps-mem=auto: 4 tasks of this step share a GPU, which is "
             f"{FOR_CLIENTS // 4}M of its memory for each; they need at least 40G"

@@ -23,7 +23,7 @@ def gpu_lines(node: GpuNode, job_id: int = 4711) -> list[str]:
 def daemons_gpus(node: GpuNode, job_id: int = 4711) -> list[str]:
     """The GPUs of the job's daemon, as the daemon lists them."""
     table = node.control(job_id, "device_query --csv").check().stdout.splitlines()
-    return [line.split(",")[2] for line in table[2:]]
+    return [line.split(",")[2] for line in table[1:]]
 
 
 # ------------------------------------------------------------------------------------------------- compute modes
@@ -143,22 +143,23 @@ def test_of_two_jobs_that_want_one_gpu_at_once_one_gets_it(gpu_node: GpuNode) ->
 # -------------------------------------------------------------------------------------------------- their names
 
 
-NAMES: list[tuple[str | None, str | None, list[int]]] = [
-    ("0,2", "0,2", [0, 2]),
-    ("2,0", "2,0", [0, 2]),
-    ("3", None, [3]),
-    (None, "1", [1]),
-    ("2,3", "0,1", [2, 3]),  # ConstrainDevices counts the job's own devices; Slurm's own numbers hold
-    ("0,1", "UUID:3,UUID:1", [1, 3]),
-    (None, "UUID:1,UUID:0", [0, 1]),
-    (None, "UUID:2", [2]),
+# SLURM_JOB_GPUS, CUDA_VISIBLE_DEVICES, the GPUs that they lead to, and Slurm's index of each where it is another.
+NAMES: list[tuple[str | None, str | None, list[int], list[int] | None]] = [
+    ("0,2", "0,2", [0, 2], None),
+    ("2,0", "2,0", [0, 2], None),
+    ("3", None, [3], None),
+    (None, "1", [1], None),
+    ("2,3", "0,1", [2, 3], None),  # ConstrainDevices counts the job's own devices; Slurm's own numbers hold
+    ("0,1", "UUID:3,UUID:1", [1, 3], [1, 0]),
+    (None, "UUID:1,UUID:0", [0, 1], None),
+    (None, "UUID:2", [2], None),
 ]
 
 
 def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
     """Indices and UUIDs, in any order and in either variable, lead to exactly the job's GPUs, in PCI order."""
     known = uuids(gpu_node)
-    for slurm, cuda, wanted in NAMES:
+    for slurm, cuda, wanted, indices in NAMES:
         what = f"SLURM_JOB_GPUS={slurm} CUDA_VISIBLE_DEVICES={cuda}"
         for index, uuid in enumerate(known):
             cuda = cuda and cuda.replace(f"UUID:{index}", uuid)  # noqa: PLW2901
@@ -166,8 +167,8 @@ def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
         environment = job_environment(4711, gpus="", **asked())
         environment |= {name: value for name, value in given.items() if value is not None}
         gpu_node.run(PROLOG, env=environment).check()
-        found = [line.split() for line in gpu_lines(gpu_node)]
-        assert [(minor, uuid) for _, minor, uuid in found] == [(str(index), known[index]) for index in wanted], what
+        numbered = zip(indices or wanted, wanted, strict=True)
+        assert gpu_lines(gpu_node) == [f"{number} {index} {known[index]}" for number, index in numbered], what
         assert daemons_gpus(gpu_node) == [known[index] for index in wanted], what
         assert gpu_node.compute_modes() == [3 if index in wanted else 0 for index in range(4)], what
         gpu_node.epilog(4711).check()

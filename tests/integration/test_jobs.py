@@ -228,9 +228,8 @@ def test_an_impossible_memory_limit_is_refused_with_the_number(site: Site, size:
 def test_every_node_of_the_job_says_it_once_whatever_the_number_of_tasks(site: Site) -> None:
     result = site.cluster.srun("-N2", "-n8", "--mps", "true")
     assert result.returncode != 0
-    assert sorted(
-        site.cluster.node_that_says(line) for line in result.stderr.splitlines() if "error: mps: " in line
-    ) == ["n1", "n2"]
+    assert result.stderr.count("error: mps: ") == 2
+    assert sorted(node for node, _ in site.cluster.said(result.stderr)) == ["n1", "n2"]
 
 
 def test_a_step_that_asks_in_a_job_that_did_not_is_told_how_to(site: Site) -> None:

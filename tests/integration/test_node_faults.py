@@ -183,8 +183,9 @@ def test_a_batch_job_ends_or_waits_or_runs_by_the_sites_policy(site: Site, polic
         assert (held.reason, held.fields["Restarts"]) == ("launch_failed_requeued_held", "1")
         return
     state = site.cluster.wait(job).state
-    lines = site.cluster.output(job).splitlines()
-    said = [line for line in lines if f"mps: job {job}: " in line]
+    output = site.cluster.output(job)
+    lines = output.splitlines()
+    said = [words for _, words in site.cluster.said(output) if words.startswith(f"job {job}: ")]
     expected = ("COMPLETED", ["one", "two"], 3) if policy == "run_without_mps" else ("FAILED", [], 1)
     assert (state, [line for line in lines if line in ("one", "two")], len(said)) == expected
 
@@ -239,7 +240,6 @@ def test_each_node_of_a_job_decides_for_itself(site: Site, faulty: str) -> None:
     state = site.cluster.wait(job).state
     output = site.cluster.output(job).splitlines()
     ran = {line.split()[0]: line for line in output if "uuid=" in line}
-    said = [line for line in output if "error: mps: " in line]
     well = "n2" if faulty == "n1" else "n1"
     assert state == "COMPLETED", site.cluster.output(job)
     assert f"{faulty} without uuid=" in ran[faulty]
@@ -248,7 +248,8 @@ def test_each_node_of_a_job_decides_for_itself(site: Site, faulty: str) -> None:
     assert f"{well}  uuid=" in ran[well]
     assert " sms=32 " in ran[well]
     assert "mps=none" not in ran[well]
-    assert [site.cluster.node_that_says(line) for line in said] == [faulty] * (2 if faulty == "n1" else 1)
+    said = [node for node, _ in site.cluster.said(site.cluster.output(job))]
+    assert said == [faulty] * (2 if faulty == "n1" else 1)
 
 
 def test_verify_says_that_the_job_runs_without_mps(site: Site) -> None:
