@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 # A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
 # 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
 _CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
-#: What the plugin runs to see whether a server takes clients.
-_PROBE = f"{sys.executable} {os.path.dirname(os.path.abspath(__file__))}/probe.py"
+#: What the plugin runs: to see whether a server takes clients, and to say why tasks ended badly.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_PROBE = f"{sys.executable} {_PACKAGE}/probe.py"
+_EXPLAIN = f"{_PACKAGE}/explain.py"
 _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
 
 
@@ -70,6 +72,7 @@ class Plan:
             ("memory_min", self.config.limits_memory_min),
             ("context_mib", str(self.config.limits_memory_context_mib)),
             ("probe", _PROBE),
+            ("explain", _EXPLAIN),
             ("clients_per_gpu", str(self.clients_per_gpu)),
             ("visible_devices", self.config.gpus_client_visible_devices),
         ]

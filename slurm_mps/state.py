@@ -9,6 +9,7 @@
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
         suspect-<n>          0600  a task with the job's n-th GPU ended badly since its server was seen well (plugin's)
+        told                 0600  the job's user has been told why a step ended badly, at that time (plugin's)
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
 
@@ -250,7 +251,7 @@ class NodeState:
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
-        for name in ("verdict", "config"):
+        for name in ("verdict", "config", "told"):
             journal.directory.unlink(name)
         for name in journal.directory.names():
             if name.startswith("suspect"):

@@ -21,6 +21,7 @@
 
 #include <slurm/spank.h>
 
+#include "explain.h"
 #include "limits.h"
 #include "options.h"
 #include "rollcall.h"
@@ -292,19 +293,27 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 {
 	static bool done;
+	uint32_t rank = 0;
+	pid_t pid = 0;
 
-	(void)sp;
 	(void)ac;
 	(void)av;
-	if (!done && !step.failed && step.verdict.status == VERDICT_READY)
+	if (step.failed || step.verdict.status != VERDICT_READY)
+		return ESPANK_SUCCESS;
+	if (!done)
 		suspect_clear(step.job_id, &step.verdict, &step.suspicion);
 	done = true;
+	if (spank_get_item(sp, S_TASK_GLOBAL_ID, &rank) == ESPANK_SUCCESS &&
+	    spank_get_item(sp, S_TASK_PID, &pid) == ESPANK_SUCCESS)
+		explain_task(rank, pid);
 	return ESPANK_SUCCESS;
 }
 
 /* As root, before srun learns that a task has ended. */
 int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 {
+	uint32_t rank = 0;
+	uid_t uid = 0;
 	int status = 0;
 
 	(void)ac;
@@ -312,7 +321,12 @@ int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 	if (spank_context() != S_CTX_REMOTE || step.failed || step.verdict.status != VERDICT_READY ||
 	    rollcall_failed(step.rollcall))
 		return ESPANK_SUCCESS;
-	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) == ESPANK_SUCCESS && status)
+	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS)
+		return ESPANK_SUCCESS;
+	if (status)
 		suspect_mark(step.job_id, &step.verdict);
+	if (spank_get_item(sp, S_TASK_GLOBAL_ID, &rank) == ESPANK_SUCCESS &&
+	    spank_get_item(sp, S_JOB_UID, &uid) == ESPANK_SUCCESS)
+		explain_exit(&step, uid, task_is_script(sp), rank, status);
 	return ESPANK_SUCCESS;
 }

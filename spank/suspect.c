@@ -1,36 +1,18 @@
 #include "suspect.h"
 
 #include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "devices.h"
+#include "helper.h"
+#include "jobdir.h"
 
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)
-#define WAIT_TRIES 500
-/*
- * The probe is in slurmstepd's place among the cgroups, not the step's: its user must not be able to take it over with
- * ptrace(2), which asks for the same gids. The MPS server has gid 0 and is safe by that, too (O51).
- */
-#define PROBE_GID 65534
-#define WAIT_PAUSE_MS 10
-
-/* Only root can write a job's directory, so what is in it is root's. */
-static int open_job_directory(uint32_t job_id)
-{
-	char path[128];
-
-	(void)snprintf(path, sizeof(path), STATE_DIRECTORY "/jobs/%u", job_id);
-	return open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-}
+#define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
 
 static void mark_name(char *name, size_t size, unsigned int gpu)
 {
@@ -40,43 +22,31 @@ static void mark_name(char *name, size_t size, unsigned int gpu)
 static bool read_mark(int directory, unsigned int gpu, struct timespec *when)
 {
 	char name[MARK_SIZE];
-	struct stat st;
 
 	mark_name(name, sizeof(name), gpu);
-	if (fstatat(directory, name, &st, AT_SYMLINK_NOFOLLOW))
-		return false;
-	*when = st.st_mtim;
-	return true;
-}
-
-static void write_mark(int directory, unsigned int gpu)
-{
-	char name[MARK_SIZE];
-	int fd;
-
-	mark_name(name, sizeof(name), gpu);
-	fd = openat(directory, name, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0600);
-	if (fd < 0)
-		return;
-	(void)futimens(fd, NULL);
-	(void)close(fd);
+	return jobdir_read_mark(directory, name, when);
 }
 
 void suspect_mark(uint32_t job_id, const struct verdict *verdict)
 {
-	int directory = open_job_directory(job_id);
+	int directory = jobdir_open(job_id);
+
+	char name[MARK_SIZE];
 
 	if (directory < 0)
 		return; /* the epilog was faster */
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
-		if (device_may_open(&verdict->gpus[gpu]))
-			write_mark(directory, gpu);
+	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
+		if (!device_may_open(&verdict->gpus[gpu]))
+			continue;
+		mark_name(name, sizeof(name), gpu);
+		jobdir_write_mark(directory, name);
+	}
 	(void)close(directory);
 }
 
 void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct suspicion *suspicion)
 {
-	int directory = open_job_directory(job_id);
+	int directory = jobdir_open(job_id);
 	struct timespec now;
 	char name[MARK_SIZE];
 
@@ -94,77 +64,20 @@ void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct 
 	(void)close(directory);
 }
 
-static void close_others(void)
-{
-	long limit = sysconf(_SC_OPEN_MAX);
-
-#ifdef SYS_close_range
-	if (!syscall(SYS_close_range, 3U, ~0U, 0U))
-		return;
-#endif
-	for (int fd = 3; fd < (limit > 0 && limit < 65536 ? limit : 65536); fd++)
-		(void)close(fd);
-}
-
-/* In the child: be the user for good, have nothing of slurmstepd's, and become the probe. */
-static void become_probe(const struct verdict *verdict, const struct verdict_daemon *daemon, const struct task_gpus *gpus)
-{
-	static char visible_variable[GPUS_MAX * sizeof(gpus->gpus[0]->uuid) + 32] = "CUDA_VISIBLE_DEVICES=";
-	static char pipe_variable[VERDICT_PATH_MAX + 32], log_variable[VERDICT_PATH_MAX + 32];
-	char *const argv[] = { (char *)(uintptr_t)verdict->python, "-I", "-S", (char *)(uintptr_t)verdict->probe, NULL };
-	char *const environment[] = { "PATH=/usr/bin:/bin", pipe_variable, log_variable, visible_variable, NULL };
-	uid_t uid = geteuid();
-	sigset_t none;
-	int null = open("/dev/null", O_RDWR);
-
-	task_gpus_list(gpus, false, visible_variable + strlen(visible_variable),
-		       sizeof(visible_variable) - strlen(visible_variable));
-	(void)snprintf(pipe_variable, sizeof(pipe_variable), "CUDA_MPS_PIPE_DIRECTORY=%s", daemon->pipe_directory);
-	(void)snprintf(log_variable, sizeof(log_variable), "CUDA_MPS_LOG_DIRECTORY=%s", daemon->log_directory);
-	(void)sigemptyset(&none);
-	if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0 || chdir("/"))
-		_exit(126);
-	close_others();
-	if (setpgid(0, 0) || sigprocmask(SIG_SETMASK, &none, NULL))
-		_exit(126);
-	if (uid && (seteuid(0) || setresgid(PROBE_GID, PROBE_GID, PROBE_GID)))
-		_exit(126);
-	if (setresuid(uid, uid, uid) || (uid && !setuid(0)))
-		_exit(126);
-	(void)execve(argv[0], argv, environment);
-	_exit(127);
-}
-
+/* Start the probe of one control daemon's GPUs. */
 static pid_t start_probe(const struct verdict *verdict, const struct verdict_daemon *daemon,
 			 const struct task_gpus *gpus)
 {
-	pid_t pid = fork();
+	static char visible_variable[GPUS_MAX * sizeof(gpus->gpus[0]->uuid) + 32];
+	static char pipe_variable[VERDICT_PATH_MAX + 32], log_variable[VERDICT_PATH_MAX + 32];
+	char *const argv[] = { (char *)(uintptr_t)verdict->python, "-I", "-S", (char *)(uintptr_t)verdict->probe, NULL };
+	char *const environment[] = { "PATH=/usr/bin:/bin", pipe_variable, log_variable, visible_variable, NULL };
+	int length = snprintf(visible_variable, sizeof(visible_variable), "CUDA_VISIBLE_DEVICES=");
 
-	if (pid == 0)
-		become_probe(verdict, daemon, gpus);
-	if (pid > 0)
-		(void)setpgid(pid, pid); /* so does the child; whoever comes first */
-	return pid;
-}
-
-/* Whether a probe ended well by the time that is left; one that has not is killed with all that it started. */
-static bool ended_well(pid_t pid, int *tries_left)
-{
-	int status = -1;
-	pid_t ended;
-
-	if (pid < 0)
-		return false;
-	while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && *tries_left > 0) {
-		(void)poll(NULL, 0, WAIT_PAUSE_MS);
-		(*tries_left)--;
-	}
-	if (ended == pid)
-		return WIFEXITED(status) && WEXITSTATUS(status) == 0;
-	(void)kill(-pid, SIGKILL);
-	(void)poll(NULL, 0, WAIT_PAUSE_MS);
-	(void)waitpid(pid, &status, WNOHANG); /* what SIGKILL does not end is init's when this process ends */
-	return false;
+	task_gpus_list(gpus, false, visible_variable + length, sizeof(visible_variable) - (size_t)length);
+	(void)snprintf(pipe_variable, sizeof(pipe_variable), "CUDA_MPS_PIPE_DIRECTORY=%s", daemon->pipe_directory);
+	(void)snprintf(log_variable, sizeof(log_variable), "CUDA_MPS_LOG_DIRECTORY=%s", daemon->log_directory);
+	return helper_start(geteuid(), argv, environment, -1);
 }
 
 /* The noted GPUs of one control daemon. */
@@ -188,7 +101,7 @@ static void probe(const struct verdict *verdict, struct suspicion *suspicion)
 		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i]) : 0;
 	}
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
-		bool well = !gpus[i].count || ended_well(probes[i], &tries_left);
+		bool well = !gpus[i].count || helper_ended_well(probes[i], &tries_left);
 
 		for (unsigned int j = 0; j < gpus[i].count; j++)
 			suspicion->unwell[gpus[i].gpus[j] - verdict->gpus] = !well;
@@ -197,7 +110,7 @@ static void probe(const struct verdict *verdict, struct suspicion *suspicion)
 
 void suspect_look(uint32_t job_id, const struct verdict *verdict, struct suspicion *suspicion)
 {
-	int directory = open_job_directory(job_id);
+	int directory = jobdir_open(job_id);
 	bool any = false;
 
 	memset(suspicion, 0, sizeof(*suspicion));

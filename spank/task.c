@@ -26,8 +26,7 @@ static bool set_variable(spank_t sp, const char *name, const char *value)
 	return spank_setenv(sp, name, value, 1) == ESPANK_SUCCESS;
 }
 
-/* Whether this is the job's script or an interactive shell: one task, which starts the programs that count. */
-static bool is_script(spank_t sp)
+bool task_is_script(spank_t sp)
 {
 	uint32_t step_id = 0;
 
@@ -51,7 +50,7 @@ static unsigned int tasks_of_job(spank_t sp)
 static bool count_ranks(spank_t sp, const struct step *step, const struct task_gpus *task, unsigned int tasks,
 			unsigned int ranks[GPUS_MAX], char *problem, size_t size)
 {
-	if (!is_script(sp)) {
+	if (!task_is_script(sp)) {
 		if (rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks))
 			return true;
 		(void)snprintf(problem, size, "the tasks of this step did not all come as far as to say which GPUs they have");
@@ -96,7 +95,7 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 		(void)snprintf(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 		return false;
 	}
-	if (step->verdict.per_gpu && task->count > 1 && is_script(sp)) {
+	if (step->verdict.per_gpu && task->count > 1 && task_is_script(sp)) {
 		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
 				"each task (--gpus-per-task=1, --ntasks-per-gpu)");
 		task->count = 0;
@@ -242,7 +241,7 @@ static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t s
 
 	if (!find_gpus(sp, step, &task, problem, size))
 		return false;
-	hidden = step->verdict.per_gpu && !task.count && is_script(sp);
+	hidden = step->verdict.per_gpu && !task.count && task_is_script(sp);
 	(void)spank_unsetenv(sp, NODE_FAULT); /* of a script on another node */
 	if (set_visible(sp, step, &task, hidden) && set_limits(sp, step, &task) && set_daemon(sp, step, &task))
 		return true;

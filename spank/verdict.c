@@ -138,6 +138,8 @@ static bool take_line(struct verdict *verdict, char *line)
 		return sscanf(value, "%4u", &verdict->clients_per_gpu) == 1;
 	if (!strcmp(line, "probe"))
 		return take_probe(verdict, value);
+	if (!strcmp(line, "explain"))
+		return take(verdict->explain, sizeof(verdict->explain), value);
 	if (!strcmp(line, "auto"))
 		return take_auto(verdict, value);
 	if (!strcmp(line, "client_priority")) {

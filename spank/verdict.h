@@ -45,6 +45,7 @@ struct verdict {
 	enum verdict_status status;
 	char message[VERDICT_MESSAGE_MAX];
 	char python[VERDICT_PROGRAM_MAX], probe[VERDICT_PROGRAM_MAX]; /* what finds out whether a server is well */
+	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; empty: an older prolog's verdict */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */

@@ -46,6 +46,7 @@ FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes
 STEPS, STATE, UNITS, LOGS = "slurm_mps/steps.py", "slurm_mps/state.py", "slurm_mps/units.py", "slurm_mps/node/logs.py"
 HOOK, HOOKS, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/hooks.py", "slurm_mps/lifecycle.py"
 LIMITS, SUSPECT, VERDICT = "spank/limits.c", "spank/suspect.c", "spank/verdict.c"
+HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
 PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
 
 WALLS: dict[str, tuple[Change, ...]] = {
@@ -201,7 +202,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(VERDICT, "	if (!length || length >= size)\n", "	(void)size;\n	if (!length)\n"),
     ),
     "the mark is no link": (
-        Change(SUSPECT, "O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC", "O_WRONLY | O_CREAT | O_CLOEXEC"),
+        Change(JOBDIR, "O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC", "O_WRONLY | O_CREAT | O_CLOEXEC"),
     ),
     "the probe starts from nothing": (
         Change(
@@ -215,7 +216,12 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(SUSPECT, '"-I", "-S", ', ""),
         Change(
-            SUSPECT,
+            HELPER,
+            "#include <signal.h>\n",
+            "#include <signal.h>\n#include <stdlib.h>\n",
+        ),
+        Change(
+            HELPER,
             "	(void)execve(argv[0], argv, environment);\n",
             "	for (char *const *own = environment; *own; own++)\n"
             "		(void)putenv(*own);\n"
@@ -223,11 +229,15 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "the probe has a group of its own": (
-        Change(SUSPECT, "setresgid(PROBE_GID, PROBE_GID, PROBE_GID)", "setresgid(getegid(), getegid(), getegid())"),
+        Change(HELPER, "setresgid(HELPER_GID, HELPER_GID, HELPER_GID)", "setresgid(getegid(), getegid(), getegid())"),
     ),
     "the probe keeps nothing of slurmstepd's": (
-        Change(SUSPECT, "	close_others();\n", "	(void)close_others;\n"),
-        Change(SUSPECT, "setresuid(uid, uid, uid) || (uid && !setuid(0))", "!uid"),
+        Change(HELPER, "	close_others();\n", "	(void)close_others;\n"),
+        Change(
+            HELPER,
+            " || setresuid(uid, uid, uid))\n		return false;\n	return setuid(0) != 0;",
+            ")\n		return false;\n	return uid != 0;",
+        ),
     ),
 }
 

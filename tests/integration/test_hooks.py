@@ -78,6 +78,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
         "memory_min 1M",
         "context_mib 514",
         f"probe {PYTHON} {PACKAGE}/probe.py",
+        f"explain {PACKAGE}/explain.py",
         "clients_per_gpu 48",
         "visible_devices uuid",
         f"gpu 1 1 {gpus[1]} 142641 143771",

@@ -60,6 +60,7 @@ class CVerdict(ctypes.Structure):
         ("message", ctypes.c_char * 512),
         ("python", ctypes.c_char * 256),
         ("probe", ctypes.c_char * 256),
+        ("explain", ctypes.c_char * 256),
         ("threads_tenths", ctypes.c_uint),
         ("threads_tenths_min", ctypes.c_uint),
         ("mib_min", ctypes.c_uint64),
@@ -151,6 +152,7 @@ SETTINGS = (
     ("thread_percentage", "12.5"),
     ("clients_per_gpu", "48"),
     ("probe", "/opt/slurm-mps/bin/python3 /opt/slurm-mps/probe.py"),
+    ("explain", "/opt/slurm-mps/explain.py"),
     ("thread_percentage_min", "1"),
     ("memory_min", "1M"),
     ("context_mib", "514"),
@@ -196,6 +198,13 @@ def test_the_plugin_reads_what_the_prolog_writes(plugin: ctypes.CDLL, state: Pat
     assert verdict.daemons[0].log_directory == b"/var/log/slurm-mps/4711"
     assert (verdict.threads_tenths, verdict.daemons[0].mib, verdict.clients_per_gpu) == (125, 8192, 48)
     assert (verdict.daemon_count, verdict.gpu_count, verdict.gpus[1].mib_for_clients) == (1, 2, 142641)
+
+
+def test_a_verdict_of_an_older_prolog_has_nobody_to_explain(plugin: ctypes.CDLL, state: Path) -> None:
+    """Which costs nothing but the explanation."""
+    assert read(plugin, state, verdict_file()).explain == b"/opt/slurm-mps/explain.py"
+    older = read(plugin, state, verdict_file(explain=None))
+    assert (older.status, older.explain) == (READY, b"")
 
 
 def test_the_plugin_reads_a_daemon_for_each_gpu(plugin: ctypes.CDLL, state: Path) -> None:

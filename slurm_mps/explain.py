@@ -1,0 +1,50 @@
+"""A program that prints one line on why tasks of a step ended badly, where MPS explains it, and nothing otherwise.
+
+Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012). Arguments: the job's id; when
+the step's tasks were forked, in seconds since 1970; ``step`` or ``script``; a client's memory limit on a GPU in MiB,
+``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between, where the status is as
+wait(2) has it and nothing for a task that runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_LIMIT_BYTES = 4 * 1024**2
+_LINE_MAX = 900
+
+
+def main() -> int:
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
+    from slurm_mps.job_log.blame import Seen, Step, Task, explain
+    from slurm_mps.job_log.read import DaemonLogs, events_of
+    from slurm_mps.status.listen import listener
+    from slurm_mps.status.verdict import read_verdict
+
+    job_id, since, kind, memory, listed = sys.argv[1:6]
+    tasks = tuple(
+        Task(int(rank), int(pid), int(status) if status else None)
+        for rank, pid, status in (task.split(":") for task in listed.split(","))
+    )
+    verdict = read_verdict(int(job_id))
+    if verdict is None:
+        return 0
+    seen = [
+        Seen(
+            place.gpus,
+            events_of(DaemonLogs(place.name, place.log_directory), float(since), _LIMIT_BYTES),
+            gone=listener(place.pipe_directory) is None,
+        )
+        for place in verdict.daemons
+    ]
+    found = explain(Step(tasks, kind == "script", memory), seen)
+    if found:
+        line = f"job {job_id}: {'; '.join(found)}"
+        more = f"; slurm-mps logs {job_id} tells more"
+        sys.stdout.write(f"{line[: _LINE_MAX - len(more)]}{more}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Why tasks of a step ended badly, as far as MPS explains it: one sentence for each cause. Pure."""
+
+from __future__ import annotations
+
+import os
+
+from ..record import record
+from ..units import MIB, describe_memory
+from ..verify.hostlist import join_numbers
+from .events import (
+    CONNECTED,
+    CONTEXT,
+    FAULT,
+    FULL,
+    LEFT,
+    REFUSED,
+    SERVER_DIED,
+    SERVER_FAILED,
+    TERMINATED,
+    Event,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+AUTO = "auto"
+#: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).
+_SOON_SECONDS = 0.5
+_SAME_MOMENT_SECONDS = 0.0015  # the logs count milliseconds
+_ANOTHERS = "or was the next after one that was killed inside a kernel"
+_NAMED_PIDS = 8
+_NOT_READY = 807
+_ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
+
+
+@record
+class Task:
+    """A task of the step on this node: its rank, its pid, and how it ended as wait(2) says it; None: it runs."""
+
+    rank: int
+    pid: int
+    status: int | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended badly, and of itself."""
+        if not self.status:
+            return False
+        return not (os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) in _ENDED_BY_SOMEBODY)
+
+
+@record
+class Seen:
+    """What one control daemon's logs say since the step began; `gpus` are its own, in its order."""
+
+    gpus: tuple[str, ...]
+    events: Sequence[Event]
+    gone: bool  #: nobody listens any more
+
+
+@record
+class Step:
+    """A step on this node. script: it is the job's script. memory: MiB of a client on a GPU, ``auto``, or ``-``."""
+
+    tasks: tuple[Task, ...]
+    script: bool
+    memory: str
+
+
+class _Names:
+    """What the step's processes are called."""
+
+    def __init__(self, step: Step, seen: Iterable[Seen]) -> None:
+        self._ranks = {task.pid: task.rank for task in step.tasks}
+        self._script = step.script
+        clients = {event.pid for one in seen for event in one.events if event.kind in (CONNECTED, CONTEXT)}
+        #: Programs that a wrapper or mpirun started are not known by their pids; then all clients may be the step's.
+        self.any_may_be_ours = not clients & self._ranks.keys()
+
+    def ours(self, pids: Collection[int]) -> bool:
+        return self.any_may_be_ours or bool(self._ranks.keys() & set(pids))
+
+    def who(self, pids: Collection[int]) -> str:
+        if self._script and len(pids) == 1 and self._ranks.keys() & set(pids):
+            return "the script"
+        ranks = sorted(self._ranks[pid] for pid in pids if pid in self._ranks and not self._script)
+        others = [pid for pid in pids if pid not in self._ranks or self._script]
+        words = [f"{'rank' if len(ranks) == 1 else 'ranks'} {join_numbers(ranks)}"] if ranks else []
+        if others:
+            more = f" and {len(others) - _NAMED_PIDS} more" if len(others) > _NAMED_PIDS else ""
+            listed = ", ".join(map(str, others[:_NAMED_PIDS]))
+            words.append(f"{'process' if len(others) == 1 else 'processes'} {listed}{more}")
+        return " and ".join(words)
+
+
+def explain(step: Step, seen: Sequence[Seen]) -> list[str]:
+    """A sentence for each thing that MPS did to the step, the causes first; none where it explains nothing."""
+    names = _Names(step, seen)
+    found: list[str] = []
+    for one in seen:
+        found += _faults(one, names)
+        found += _servers(one, names)
+        found += _refusals(one, names)
+    found += _memory(step, seen, names) if not found else []
+    return list(dict.fromkeys(found))
+
+
+def _faults(seen: Seen, names: _Names) -> list[str]:
+    return [_fault(event, seen, names) for event in seen.events if event.kind == FAULT and names.ours(event.pids)]
+
+
+def _fault(event: Event, seen: Seen, names: _Names) -> str:
+    gpu = seen.gpus[event.device] if 0 <= event.device < len(seen.gpus) else "its GPU"
+    others = [pid for pid in event.pids if pid not in event.culprits]
+    if not event.culprits:
+        return (
+            f"a GPU fault on {gpu} ended {names.who(event.pids)}; the MPS server does not say whose it was "
+            "(a program that is killed inside a kernel causes one, too)"
+        )
+    maybe = f" ({_ANOTHERS})" if _may_be_anothers(event, seen) else ""
+    words = f"{names.who(event.culprits)} hit a GPU fault on {gpu}{maybe}"
+    if others:
+        return f"{words} and took {names.who(others)} along: a fault ends every program on its GPU"
+    return f"{words}; no other program was on that GPU"
+
+
+def _may_be_anothers(event: Event, seen: Seen) -> bool:
+    """Whether the culprit had just come, and another had left before it did (O67)."""
+    came = event.seconds - event.age_seconds - _SAME_MOMENT_SECONDS
+    left = any(before.kind == LEFT and before.seconds < came for before in seen.events)
+    return 0 <= event.age_seconds < _SOON_SECONDS and left
+
+
+def _servers(seen: Seen, names: _Names) -> list[str]:
+    def of(kind: str) -> list[Event]:
+        return [event for event in seen.events if event.kind == kind]
+
+    words = []
+    clients = {event.pid for event in seen.events if event.kind in (CONNECTED, CONTEXT)}
+    if seen.gone:
+        words.append("the MPS control daemon on this node is gone, and its server with it (CUDA error 806)")
+    elif of(SERVER_DIED) and names.ours(clients):
+        words.append("the MPS server died, and its clients lost what they had on the GPU (CUDA error 806)")
+    elif of(SERVER_FAILED):
+        words.append("the MPS server could not be started (CUDA error 805)")
+    return words
+
+
+def _refusals(seen: Seen, names: _Names) -> list[str]:
+    words = []
+    full = [event for event in seen.events if event.kind == FULL and (not event.pid or names.ours([event.pid]))]
+    if full:
+        one = "1 program" if len(full) == 1 else f"{len(full)} programs"
+        words.append(
+            f"the MPS server takes {full[0].number} programs on a GPU and refused {one} more (CUDA error 808): "
+            "start fewer for each GPU"
+        )
+    refused = [event for event in seen.events if event.kind == REFUSED and names.ours([event.pid])]
+    not_ready = [event.pid for event in refused if event.number == _NOT_READY]
+    if not_ready:
+        words.append(
+            f"{names.who(not_ready)} came before all that a GPU fault had hit were gone, and the MPS server refused it "
+            f"(CUDA error {_NOT_READY})"
+        )
+    words += [
+        f"the MPS server refused {names.who([event.pid])} (CUDA error {event.number})"
+        for event in refused
+        if event.number != _NOT_READY
+    ]
+    ended = [event.pid for event in seen.events if event.kind == TERMINATED and names.ours([event.pid])]
+    if ended:
+        words.append(f"{names.who(ended)} was ended through the control daemon, by terminate_client (CUDA error 810)")
+    return words
+
+
+def _memory(step: Step, seen: Sequence[Seen], names: _Names) -> list[str]:
+    """The server does not say who hits a limit (O64), so this says no more than that there is one."""
+    clients = {event.pid for one in seen for event in one.events if event.kind == CONTEXT}
+    failed = [task.pid for task in step.tasks if task.failed and (task.pid in clients or names.any_may_be_ours)]
+    if step.memory == "-" or not failed or not clients:
+        return []
+    limit = "--mps-mem=auto" if step.memory == AUTO else f"{describe_memory(int(step.memory) * MIB)} on each GPU"
+    return [f"{names.who(failed)} failed under a memory limit ({limit}); if out of memory, that limit is why"]

@@ -1,0 +1,56 @@
+"""Where a job's logs lie, and what they say happened; every read is bounded."""
+
+from __future__ import annotations
+
+import os
+
+from ..plain import read_plain
+from ..record import record
+from .events import Event, read_events
+from .lines import parse_lines
+
+CONTROL_LOG, SERVER_LOG = "control.log", "server.log"
+LIMIT_BYTES = 32 * 1024**2  #: of one log; it is longer than the daemon lets it grow by default
+
+
+@record
+class DaemonLogs:
+    """A control daemon's logs: its name ("" for one that serves all of the job's GPUs), and their directory."""
+
+    name: str
+    directory: str
+
+
+def find_logs(root: str, job_id: int) -> list[DaemonLogs]:
+    """The logs of a job below the site's log directory; none where there are none for us to see.
+
+    Raises: PermissionError when they are another user's.
+    """
+    own = f"{root}/{job_id}"
+    try:
+        names = sorted(os.listdir(own))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    parts = [name for name in names if name.startswith("gpu-") and name[4:].isdigit()]
+    whole = [DaemonLogs("", own)] if {CONTROL_LOG, SERVER_LOG} & set(names) else []
+    return whole + [DaemonLogs(name, f"{own}/{name}") for name in sorted(parts, key=lambda part: int(part[4:]))]
+
+
+def read_log(directory: str, name: str, limit_bytes: int = LIMIT_BYTES) -> bytes:
+    """The end of a log; nothing where there is none.
+
+    Raises: NodeError for what is no plain file; PermissionError.
+    """
+    try:
+        return read_plain(f"{directory}/{name}", limit_bytes, tail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+
+
+def events_of(logs: DaemonLogs, since_seconds: float = 0, limit_bytes: int = LIMIT_BYTES) -> list[Event]:
+    """What the logs of a control daemon say happened from a time on; what came before it explains what came after.
+
+    Raises: NodeError, PermissionError.
+    """
+    control, server = (parse_lines(read_log(logs.directory, name, limit_bytes)) for name in (CONTROL_LOG, SERVER_LOG))
+    return [event for event in read_events(control, server) if event.seconds >= since_seconds]

@@ -1,0 +1,164 @@
+#include "explain.h"
+
+#include <fcntl.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <slurm/spank.h>
+
+#include "helper.h"
+#include "jobdir.h"
+#include "options.h"
+
+#define TASKS_MAX 512
+#define TASK_TEXT sizeof("4294967295:2147483647:65535,")
+#define TRIES (2000 / HELPER_PAUSE_MS)
+#define LINE_MAX_BYTES 1024
+#define TOLD "told"
+
+struct task_note {
+	uint32_t rank;
+	pid_t pid;
+	bool ended;
+	int status;
+};
+
+static struct {
+	struct timespec since;
+	unsigned int forked, ended;
+	bool bad, looked, told;
+	unsigned int count;
+	struct task_note tasks[TASKS_MAX]; /* as many as are told by name */
+} seen;
+
+void explain_task(uint32_t rank, pid_t pid)
+{
+	if (!seen.forked++)
+		(void)clock_gettime(CLOCK_REALTIME, &seen.since);
+	if (seen.count < TASKS_MAX)
+		seen.tasks[seen.count++] = (struct task_note){ .rank = rank, .pid = pid };
+}
+
+static bool is_a_signal_that_somebody_sent(int number)
+{
+	return number == SIGTERM || number == SIGKILL || number == SIGINT || number == SIGHUP;
+}
+
+/* A task that was told to end did what it was told; a shell says the same of its program by 128 and the signal. */
+static bool ended_badly(int status)
+{
+	if (WIFSIGNALED(status))
+		return !is_a_signal_that_somebody_sent(WTERMSIG(status));
+	return WEXITSTATUS(status) && !is_a_signal_that_somebody_sent(WEXITSTATUS(status) - 128);
+}
+
+/* What one client may have of a GPU: the least that any GPU of the step has. */
+static void memory_text(const struct step *step, char *out, size_t size)
+{
+	uint64_t least = 0;
+
+	for (unsigned int gpu = 0; gpu < step->verdict.gpu_count; gpu++) {
+		uint64_t mib = step->limits.mib[gpu];
+
+		if (step->limits.divide_memory[gpu]) {
+			(void)snprintf(out, size, "auto");
+			return;
+		}
+		if (mib && (!least || mib < least))
+			least = mib;
+	}
+	(void)snprintf(out, size, least ? "%" PRIu64 : "-", least);
+}
+
+static void tasks_text(char *out, size_t size)
+{
+	size_t at = 0;
+
+	out[0] = '\0';
+	for (unsigned int i = 0; i < seen.count && size - at > TASK_TEXT; i++) {
+		const struct task_note *task = &seen.tasks[i];
+
+		at += (size_t)snprintf(out + at, size - at, "%s%" PRIu32 ":%d:", i ? "," : "", task->rank, (int)task->pid);
+		if (task->ended)
+			at += (size_t)snprintf(out + at, size - at, "%d", task->status);
+	}
+}
+
+/* A script that ends badly because a step of it did: that was told by the step. */
+static void since_text(int directory, bool script, char *out, size_t size)
+{
+	struct timespec since = seen.since, told;
+
+	if (script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
+	    (told.tv_sec > since.tv_sec || (told.tv_sec == since.tv_sec && told.tv_nsec > since.tv_nsec)))
+		since = told;
+	(void)snprintf(out, size, "%lld.%03ld", (long long)since.tv_sec, since.tv_nsec / 1000000);
+}
+
+/* What the program prints, without its line end; empty when it has nothing to say, or is not done in time. */
+static void ask(const struct step *step, uid_t uid, int directory, bool script, char *line, size_t size)
+{
+	static char job_id[16], since[32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
+	char *const argv[] = { (char *)(uintptr_t)step->verdict.python, "-I", "-S",
+			       (char *)(uintptr_t)step->verdict.explain, job_id, since, script ? "script" : "step", memory,
+			       tasks, NULL };
+	char *const environment[] = { "PATH=/usr/bin:/bin", NULL };
+	int pipes[2], tries = TRIES;
+	ssize_t got = 0;
+	pid_t pid;
+
+	line[0] = '\0';
+	(void)snprintf(job_id, sizeof(job_id), "%" PRIu32, step->job_id);
+	since_text(directory, script, since, sizeof(since));
+	memory_text(step, memory, sizeof(memory));
+	tasks_text(tasks, sizeof(tasks));
+	if (pipe2(pipes, O_CLOEXEC | O_NONBLOCK))
+		return;
+	pid = helper_start(uid, argv, environment, pipes[1]);
+	(void)close(pipes[1]);
+	if (helper_ended_well(pid, &tries))
+		got = read(pipes[0], line, size - 1);
+	(void)close(pipes[0]);
+	line[got > 0 ? got : 0] = '\0';
+	line[strcspn(line, "\n")] = '\0';
+}
+
+static void look(const struct step *step, uid_t uid, bool script)
+{
+	static char line[LINE_MAX_BYTES], shown[LINE_MAX_BYTES];
+	int directory = jobdir_open(step->job_id);
+
+	ask(step, uid, directory, script, line, sizeof(line));
+	if (line[0]) {
+		seen.told = true;
+		printable(shown, sizeof(shown), line);
+		slurm_error("mps: %s", shown);
+		if (directory >= 0)
+			jobdir_write_mark(directory, TOLD);
+	}
+	if (directory >= 0)
+		(void)close(directory);
+}
+
+void explain_exit(const struct step *step, uid_t uid, bool script, uint32_t rank, int status)
+{
+	bool first, last = ++seen.ended >= seen.forked;
+
+	for (unsigned int i = 0; i < seen.count; i++) {
+		if (seen.tasks[i].rank == rank) {
+			seen.tasks[i].ended = true;
+			seen.tasks[i].status = status;
+		}
+	}
+	seen.bad |= ended_badly(status);
+	first = seen.bad && !seen.looked;
+	if (!step->verdict.explain[0] || !seen.bad || seen.told || !(first || last))
+		return;
+	seen.looked = true;
+	look(step, uid, script);
+}

@@ -1,0 +1,84 @@
+#include "helper.h"
+
+#include <fcntl.h>
+#include <grp.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/*
+ * A helper is in slurmstepd's place among the cgroups, not the step's: its user must not be able to take it over with
+ * ptrace(2), which asks for the same gids. The MPS server has gid 0 and is safe by that, too (O51).
+ */
+#define HELPER_GID 65534
+
+static void close_others(void)
+{
+	long limit = sysconf(_SC_OPEN_MAX);
+
+#ifdef SYS_close_range
+	if (!syscall(SYS_close_range, 3U, ~0U, 0U))
+		return;
+#endif
+	for (int fd = 3; fd < (limit > 0 && limit < 65536 ? limit : 65536); fd++)
+		(void)close(fd);
+}
+
+/* For good. As root in effect, the groups are slurmd's; as the user they are the user's, who may need them. */
+static bool become_user(uid_t uid)
+{
+	if (!uid)
+		return geteuid() == 0;
+	if (geteuid() == 0 && setgroups(0, NULL))
+		return false;
+	if (seteuid(0) || setresgid(HELPER_GID, HELPER_GID, HELPER_GID) || setresuid(uid, uid, uid))
+		return false;
+	return setuid(0) != 0; /* there is no way back */
+}
+
+static void become_helper(uid_t uid, char *const argv[], char *const environment[], int output)
+{
+	sigset_t none;
+	int null = open("/dev/null", O_RDWR);
+
+	(void)sigemptyset(&none);
+	if (null < 0 || dup2(null, 0) < 0 || dup2(output < 0 ? null : output, 1) < 0 || dup2(null, 2) < 0 || chdir("/"))
+		_exit(126);
+	close_others();
+	if (setpgid(0, 0) || sigprocmask(SIG_SETMASK, &none, NULL) || !become_user(uid))
+		_exit(126);
+	(void)execve(argv[0], argv, environment);
+	_exit(127);
+}
+
+pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int output)
+{
+	pid_t pid = fork();
+
+	if (pid == 0)
+		become_helper(uid, argv, environment, output);
+	if (pid > 0)
+		(void)setpgid(pid, pid); /* so does the child; whoever comes first */
+	return pid;
+}
+
+bool helper_ended_well(pid_t pid, int *tries_left)
+{
+	int status = -1;
+	pid_t ended;
+
+	if (pid < 0)
+		return false;
+	while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && *tries_left > 0) {
+		(void)poll(NULL, 0, HELPER_PAUSE_MS);
+		(*tries_left)--;
+	}
+	if (ended == pid)
+		return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+	(void)kill(-pid, SIGKILL);
+	(void)poll(NULL, 0, HELPER_PAUSE_MS);
+	(void)waitpid(pid, &status, WNOHANG); /* what SIGKILL does not end is init's when this process ends */
+	return false;
+}

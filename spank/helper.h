@@ -1,0 +1,24 @@
+/* The short Python programs of slurm-mps that slurmstepd runs for a step; the verdict names them. */
+#ifndef SLURM_MPS_HELPER_H
+#define SLURM_MPS_HELPER_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+#define HELPER_PAUSE_MS 10
+
+/*
+ * Start a program as user `uid` and nobody's group, in a process group of its own, with nothing of slurmstepd's: no
+ * descriptor, no signal mask, only this environment. Its standard output is `output`, or /dev/null where that is -1.
+ * Returns: its pid; -1 when there can be none.
+ */
+pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int output);
+
+/*
+ * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each); one that has not by then
+ * is killed with all that it started.
+ * Returns: whether its exit status was 0.
+ */
+bool helper_ended_well(pid_t pid, int *tries_left);
+
+#endif

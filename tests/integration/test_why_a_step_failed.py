@@ -1,0 +1,160 @@
+"""What the job's output says when tasks ended badly and MPS explains it, and that it says nothing otherwise."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from tests.harness.cluster import Job
+    from tests.harness.site import Site
+
+CLIENT = "simulated-gpus client"
+TOLD = re.compile(r"^slurmstepd-n1: error: mps: job \d+: (.*); slurm-mps logs \d+ tells more$", re.MULTILINE)
+FAULT = (
+    f"srun -n3 --gpus=1 sh -c 'if [ $SLURM_PROCID = 1 ]; then sleep 1; exec {CLIENT} %s; fi; exec {CLIENT} --work 9'"
+)
+
+
+def start(site: Site, script: str, *options: str) -> Job:
+    return site.cluster.sbatch("-wn1", "-n4", "--gres=gpu:2", *(options or ("--mps",)), script=script)
+
+
+def told(site: Site, job: Job) -> list[str]:
+    """What the user was told, when the job is over."""
+    site.cluster.wait(job)
+    return TOLD.findall(site.cluster.output(job))
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
+def test_a_fault_names_the_rank_the_gpu_and_whom_it_took_along(site: Site, options: list[str]) -> None:
+    """Once: the script that fails because its step did does not tell it again."""
+    (words,) = told(site, start(site, FAULT % "--fault" + "\nexit 3", *options))
+    uuid = site.gpus("n1")[0]["uuid"]
+    assert words == f"rank 1 hit a GPU fault on {uuid} and took ranks 0,2 along: a fault ends every program on its GPU"
+
+
+def test_with_devices_confined_the_job_is_told_the_same(any_site: Site) -> None:
+    (words,) = told(any_site, start(any_site, FAULT % "--trap"))
+    assert re.fullmatch(
+        r"a GPU fault on GPU-51\S+ ended ranks 0-2; the MPS server does not say whose it was \(.*\)", words
+    )
+
+
+def test_what_a_wrapper_or_the_script_itself_started_goes_by_pid(site: Site) -> None:
+    wrapped = start(site, f"srun -n1 --gpus=1 sh -c '{CLIENT} --fault; exit 3'")
+    (words,) = told(site, wrapped)
+    assert re.match(r"process \d+ hit a GPU fault on GPU-51\S+; no other program was on that GPU$", words)
+    (words,) = told(site, start(site, f"{CLIENT} --work 9 &\nsleep 0.7\n{CLIENT} --fault"))
+    assert re.match(r"process \d+ hit a GPU fault on GPU-51\S+ and took process \d+ along", words)
+
+
+def test_a_server_that_dies_is_told(site: Site) -> None:
+    job = start(site, f"srun -n2 {CLIENT} --work 9")
+    site.cluster.until("clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    (server,) = [p.pid for p in site.machine.processes() if p.comm.startswith("nvidia-cuda-mps") and p.uid]
+    site.machine.run(["kill", "-9", str(server)]).check()
+    (words,) = told(site, job)
+    assert words == "the MPS server died, and its clients lost what they had on the GPU (CUDA error 806)"
+
+
+def test_more_programs_than_the_server_takes_are_told_where_the_plugin_could_not_refuse_them(site: Site) -> None:
+    script = f"for i in $(seq 50); do {CLIENT} --device 0 --hold 3 >/dev/null & done; wait; {CLIENT} --fault >/dev/null"
+    (words,) = told(site, start(site, script))
+    assert "the MPS server takes 48 programs on a GPU and refused 2 programs more (CUDA error 808): " in words
+
+
+def test_a_memory_limit_is_named_and_no_more_than_that(site: Site) -> None:
+    (words,) = told(site, start(site, f"srun -n1 {CLIENT} --alloc-mib 3000", "--mps-mem=2G"))
+    assert words == "rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"srun -n2 {CLIENT}",
+        "srun -n2 false\nexit 3",
+        f"srun -n2 {CLIENT} --alloc-mib 300000\nexit 3",
+        f"srun -n2 sh -c '{CLIENT}; kill -9 $$'\nexit 143",
+    ],
+    ids=["all well", "its own failure", "without a limit", "killed"],
+)
+def test_nothing_is_told_of_what_mps_does_not_explain(site: Site, script: str) -> None:
+    job = start(site, script)
+    assert told(site, job) == []
+    assert "mps:" not in site.cluster.output(job)
+
+
+def test_a_step_that_is_cancelled_needs_no_explanation(site: Site) -> None:
+    job = start(site, f"srun -n2 {CLIENT} --spin")
+    site.cluster.until("clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    site.cluster.scancel(job)
+    assert told(site, job) == []
+
+
+def test_a_step_whose_tasks_are_all_well_starts_no_program(site: Site) -> None:
+    """The program that looks is replaced by one that leaves a trace."""
+    site.machine.write("/opt/trace.py", "import os\nopen(f'/home/alice/looked-{os.getpid()}', 'w').close()\n")
+    steps = "srun -n4 true\nls looked-* 2>/dev/null | wc -l\nsrun -n4 false\nls looked-* | wc -l"
+    script = f"while [ ! -e go ]; do sleep 0.1; done\n{steps}"
+    job = start(site, script)
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
+    text = verdict.read_text()
+    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/trace.py", text, flags=re.MULTILINE))
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    said = [line for line in site.cluster.output(job).splitlines() if line.isdecimal()]
+    site.machine.run(["sh", "-c", "rm -f /home/alice/looked-* /home/alice/go"]).check()
+    assert said == ["0", "2"], "after the first task that failed, and after the last"
+
+
+def test_a_program_that_does_not_end_costs_two_seconds_and_says_nothing(site: Site) -> None:
+    site.machine.write("/opt/stay.py", "import time\nprint('never', flush=True)\ntime.sleep(60)\n")
+    job = start(site, "while [ ! -e go ]; do sleep 0.1; done\nsrun -n1 false\necho after")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
+    text = verdict.read_text()
+    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/stay.py", text, flags=re.MULTILINE))
+    began = time.monotonic()
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    site.machine.path("/home/alice/go").unlink()
+    assert "after" in site.cluster.output(job)
+    assert "never" not in site.cluster.output(job)
+    assert 2 < time.monotonic() - began < 8
+
+
+def test_the_program_that_looks_is_the_jobs_user_with_nothing_of_slurmstepds(site: Site) -> None:
+    """No group of slurmd's, no descriptor, no variable; and what it prints is one printable line."""
+    site.machine.write(
+        "/opt/tell.py",
+        "import os, sys\n"
+        "status = open('/proc/self/status').read()\n"
+        "ids = [line.split()[1:] for line in status.splitlines() if line[:4] in ('Uid:', 'Gid:', 'Grou')]\n"
+        "fds = sorted(n for n in os.listdir('/proc/self/fd') if n != '3')\n"
+        "said = (ids, sorted(set(os.environ) - {'LC_CTYPE'}), fds, os.getcwd(), sys.argv[1:4])\n"
+        "print('\\x1b[2J' + repr(said) + '\\nsecond')\n",
+    )
+    script = "while [ ! -e go ]; do sleep 0.1; done\nsrun -n2 env LD_PRELOAD=/x.so PYTHONPATH=/home/alice false"
+    job = start(site, script)
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
+    text = verdict.read_text()
+    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/tell.py", text, flags=re.MULTILINE))
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    site.machine.path("/home/alice/go").unlink()
+    (line,) = [line for line in site.cluster.output(job).splitlines() if "error: mps: " in line and "[2J" in line][:1]
+    said = line.partition("error: mps: ")[2]
+    assert said.startswith("?[2J(")
+    ids, environment, descriptors, directory, words = eval(said[4:])  # our own program's
+    assert ids == [["20001"] * 4, ["65534"] * 4, []]
+    assert (environment, descriptors, directory) == (["PATH"], ["0", "1", "2"], "/")
+    assert (words[0], words[2]) == (str(job.id), "step")
+    assert "second" not in site.cluster.output(job)

@@ -1,0 +1,269 @@
+"""What the logs of real daemons are taken to say (driver 580 on H200s), and that nonsense is taken for nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from time import mktime, strptime
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slurm_mps.errors import NodeError
+from slurm_mps.job_log import events as kinds
+from slurm_mps.job_log.blame import Seen, Step, Task, explain
+from slurm_mps.job_log.events import Event, read_events
+from slurm_mps.job_log.lines import parse_lines
+from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Whole logs, kept from the runs of O30 to O35.
+LOGS = Path(__file__).with_name("logs")
+FIRST, SECOND = "GPU-76bb709d-8deb-98b6-99f4-5d130535bac2", "GPU-9b6acbf3-463e-e0e5-d0ec-e7764b1d43d8"
+GPUS = (FIRST, SECOND)
+DEVICE = f"Device NVIDIA H200 (uuid {FIRST}) is associated"
+
+
+def recorded(name: str) -> list[Event]:
+    control, server = (parse_lines((LOGS / f"{name}.{who}.log").read_bytes()) for who in ("control", "server"))
+    return read_events(control, server)
+
+
+def written(who: str, pid: int, texts: Iterable[str], second: int = 0) -> bytes:
+    lines = [f"[2026-11-23 09:06:{second + n // 1000:02}.{n % 1000:03} {who} {pid:5}] {t}" for n, t in enumerate(texts)]
+    return "\n".join([*lines, ""]).encode()
+
+
+def told(control: Iterable[str] = (), server: Iterable[str] = ()) -> list[Event]:
+    """The events of lines whose times were not kept."""
+    return read_events(parse_lines(written("Control", 953, control, 30)), parse_lines(written("Server", 959, server)))
+
+
+def of(found: Iterable[Event], kind: str) -> list[Event]:
+    return [event for event in found if event.kind == kind]
+
+
+def test_an_illegal_address_has_a_culprit_and_victims() -> None:
+    (fault,) = of(recorded("illegal-address"), kinds.FAULT)
+    assert (fault.culprits, fault.pids, fault.device) == ((586,), (585, 586), 0)
+    assert fault.age_seconds == pytest.approx(1.173, abs=1e-3)
+
+
+def test_a_trap_has_victims_and_no_culprit() -> None:
+    (fault,) = of(recorded("trap"), kinds.FAULT)
+    assert (fault.culprits, fault.pids, fault.device) == ((), (621, 620), 0)
+
+
+def test_every_client_that_came_and_left_is_told_of_with_its_gpu_and_user() -> None:
+    found = recorded("illegal-address")
+    assert {event.pid: event.uid for event in of(found, kinds.CONNECTED)} == {587: 2001, 586: 2001, 585: 2001}
+    assert {event.pid: event.gpu for event in of(found, kinds.CONTEXT)} == {585: FIRST, 587: SECOND, 586: FIRST}
+    assert sorted(event.pid for event in of(found, kinds.LEFT)) == [585, 586, 587]
+
+
+def test_a_server_that_was_asked_to_go_did_not_die() -> None:
+    found = recorded("illegal-address")
+    assert [(event.pid, event.number) for event in of(found, kinds.SERVER_ENDED)] == [(589, 0)]
+    assert not of(found, kinds.SERVER_DIED)
+    assert [event.pid for event in of(found, kinds.DAEMON_ENDED)] == [583]
+
+
+def test_who_came_while_a_victim_lingered_was_refused() -> None:
+    found = recorded("fault-state")
+    assert [(event.pid, event.number) for event in of(found, kinds.REFUSED)] == [(688, 807)]
+    (fault,) = of(found, kinds.FAULT)
+    assert (fault.culprits, fault.pids) == ((676,), (661, 676))
+
+
+def test_a_terminated_client_and_one_that_paid_for_a_killed_one() -> None:
+    """The log names the next client as the culprit (O67); what gives it away is how soon it came."""
+    found = recorded("spinner")
+    assert [event.pid for event in of(found, kinds.TERMINATED)] == [708]
+    (fault,) = of(found, kinds.FAULT)
+    assert fault.culprits == (752,)
+    assert fault.age_seconds == pytest.approx(0.158, abs=1e-3)
+    assert of(found, kinds.SERVER_FORCED)
+    assert not of(found, kinds.SERVER_DIED), "it had clients, said that it stays, and was then forced out"
+
+
+def test_of_the_49th_client_the_log_says_how_many_there_are() -> None:
+    """As an H200 wrote it (O63); its pid is known where it is the only one that waits."""
+    found = told(
+        server=[
+            "Client {PID: 1301, Context ID: 0} connected",
+            "Client {PID: 1301, Context ID: 1} connected",
+            "Creating worker thread for client {PID: 1301, Context ID: 1}",
+            DEVICE,
+            "Failed to accept new client. Maximum number of clients (48) reached.",
+            "Client process 1301 disconnected",
+        ]
+    )
+    assert [(event.pid, event.number) for event in of(found, kinds.FULL)] == [(1301, 48)]
+
+
+def test_a_server_that_was_killed_died() -> None:
+    """As an H200's control.log has it (O65): the status is 0, and nobody had asked."""
+    control = ["Starting new server 959 for user 0", "NEW SERVER 959: Ready", "Server 959 exited with status 0"]
+    assert [event.pid for event in of(told(control), kinds.SERVER_DIED)] == [959]
+    assert not of(told([*control[:2], "Try shutting down server 959, backoff is disabled", control[2]]), "server died")
+    busy = "Server 959 has 2 active worker threads. Server will not shutdown."
+    stayed = [*control[:2], "Try shutting down server 959, backoff is disabled", busy, control[2]]
+    assert of(told(stayed), kinds.SERVER_DIED), "it was asked, stayed, and was killed later"
+
+
+def test_a_server_says_which_limits_it_gives() -> None:
+    (ready,) = of(
+        told(
+            server=[
+                "Active Threads Percentage set to 25.0",
+                "Device pinned memory limit for device 0 set to 0x80000000 bytes",
+                "Server has started",
+            ]
+        ),
+        kinds.SERVER_READY,
+    )
+    assert (ready.threads, ready.memory) == ("25.0", ((0, 2 << 30),))
+
+
+def test_two_contexts_made_at_once_are_not_given_each_others_gpu() -> None:
+    """The line that names the GPU names no client: where two wait, none is said."""
+    found = told(
+        server=[
+            *(f"Client {{PID: {pid}, Context ID: {context}}} connected" for pid in (1, 2) for context in (0, 1)),
+            DEVICE,
+            *(f"Status of client {{PID: {pid}, Context ID: 1}} is ACTIVE" for pid in (1, 2)),
+        ]
+    )
+    assert [event.gpu for event in of(found, kinds.CONTEXT)] == ["", ""]
+
+
+def test_what_came_before_explains_what_came_after(tmp_path: Path) -> None:
+    """A server that was up before the step began, and dies in it, did not fail to start."""
+    before = ["Starting new server 959 for user 2001", "NEW SERVER 959: Ready"]
+    after = ["Server 959 exited with status 0"]
+    (tmp_path / "control.log").write_bytes(written("Control", 953, before, 1) + written("Control", 953, after, 2))
+    since = mktime(strptime("2026-11-23 09:06:02", "%Y-%m-%d %H:%M:%S"))
+    assert [event.kind for event in events_of(DaemonLogs("", str(tmp_path)), since)] == [kinds.SERVER_DIED]
+
+
+@given(st.binary() | st.text("[]-: 0123456789SeverContl{}PID,", max_size=200).map(str.encode))
+def test_nonsense_is_nothing(data: bytes) -> None:
+    for line in parse_lines(data):
+        assert line.who in ("Control", "Server", "Other")
+
+
+TEXTS = [
+    line.text for name in ("control", "server") for line in parse_lines((LOGS / f"spinner.{name}.log").read_bytes())
+]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(TEXTS), st.integers(0, 80), st.text(max_size=6)), max_size=30))
+def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, str, int, str]]) -> None:
+    control, server = (
+        [f"{text[: cut or None]}{junk}" for c, text, cut, junk in lines if c is is_c] for is_c in (True, False)
+    )
+    for event in told(control, server):
+        assert event.pid >= 0
+
+
+# --------------------------------------------------------------------------------------------------------- who is told
+
+
+def explained(found: list[Event], tasks: Iterable[Task], memory: str = "-", *, script: bool = False) -> list[str]:
+    return explain(Step(tuple(tasks), script, memory), [Seen(GPUS, found, gone=False)])
+
+
+def ranks(*pids: int, status: int | None = 256) -> list[Task]:
+    return [Task(rank, pid, status) for rank, pid in enumerate(pids)]
+
+
+def test_the_culprit_and_those_it_took_along_go_by_rank() -> None:
+    assert explained(recorded("illegal-address"), ranks(585, 586, 587)) == [
+        f"rank 1 hit a GPU fault on {FIRST} and took rank 0 along: a fault ends every program on its GPU"
+    ]
+
+
+def test_another_steps_fault_is_told_to_its_victims_and_to_nobody_else() -> None:
+    assert "process 586 hit a GPU fault" in explained(recorded("illegal-address"), ranks(585))[0]
+    assert explained(recorded("illegal-address"), ranks(587)) == []
+
+
+def test_without_a_culprit_nobody_is_blamed() -> None:
+    (words,) = explained(recorded("trap"), ranks(620, 621, 622))
+    assert words.startswith(f"a GPU fault on {FIRST} ended ranks 0-1; the MPS server does not say whose it was")
+
+
+def test_the_next_after_a_killed_one_is_not_simply_blamed() -> None:
+    (words,) = explained(recorded("spinner"), ranks(752))
+    assert "(or was the next after one that was killed inside a kernel)" in words
+    assert words.endswith("no other program was on that GPU")
+
+
+def test_a_victim_that_leaves_in_the_same_millisecond_was_not_there_before() -> None:
+    moment = "[2026-11-23 09:06:01.500 Server   959] "
+    texts = [
+        *(f"Client {{PID: {pid}, Context ID: {context}}} connected" for pid in (1, 2) for context in (0, 1)),
+        *(f"Status of client {{PID: {pid}, Context ID: 1}} is ACTIVE" for pid in (1, 2)),
+        "Client {PID: 2, Context: 1} encountered a fatal GPU error.",
+        *(f"Client {{PID: {pid}, Context ID: 1}} on device 0 to be torn down" for pid in (1, 2)),
+        *(f"Client process {pid} disconnected" for pid in (1, 2)),
+    ]
+    found = read_events([], parse_lines("\n".join(f"{moment}{text}" for text in texts).encode()))
+    assert explained(found, ranks(1, 2)) == [
+        f"rank 1 hit a GPU fault on {FIRST} and took rank 0 along: a fault ends every program on its GPU"
+    ]
+
+
+def test_programs_that_a_wrapper_started_go_by_pid() -> None:
+    (words,) = explained(recorded("illegal-address"), ranks(1, 2))
+    assert words.startswith(f"process 586 hit a GPU fault on {FIRST} and took process 585 along")
+
+
+def test_a_dead_server_and_a_daemon_that_is_gone_are_told() -> None:
+    dead = told(["NEW SERVER 959: Ready", "Server 959 exited with status 0"])
+    assert "the MPS server died" in explained(dead, ranks(1))[0]
+    assert (
+        "control daemon on this node is gone" in explain(Step(tuple(ranks(1)), False, "-"), [Seen(GPUS, [], True)])[0]
+    )
+
+
+def test_a_memory_limit_is_named_where_a_client_failed_of_itself_and_nothing_else_explains_it() -> None:
+    """The server does not tell who hits it (O64)."""
+    client = told(
+        server=["Client {PID: 9, Context ID: 0} connected", "Status of client {PID: 9, Context ID: 1} is ACTIVE"]
+    )
+    said = ["rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"]
+    assert explained(client, ranks(9), "2048") == said
+    assert explained(client, ranks(9), "-") == []
+    assert explained(client, ranks(9, status=9), "2048") == [], "somebody killed it"
+    assert explained(client, ranks(9, status=None), "2048") == [], "it runs"
+    assert explained([], ranks(9), "2048") == [], "it was no client"
+
+
+# ------------------------------------------------------------------------------------------------------ where they lie
+
+
+def test_the_logs_of_a_job_are_found_whichever_way_its_daemons_were_started(tmp_path: Path) -> None:
+    for part in ("", "gpu-10", "gpu-2", "gpu-x"):
+        (tmp_path / "7" / part).mkdir(exist_ok=True, parents=True)
+    assert [one.name for one in find_logs(str(tmp_path), 7)] == ["gpu-2", "gpu-10"]
+    (tmp_path / "7/control.log").touch()
+    assert [one.name for one in find_logs(str(tmp_path), 7)] == ["", "gpu-2", "gpu-10"]
+    assert find_logs(str(tmp_path), 8) == []
+
+
+@pytest.mark.parametrize("what", ["link", "fifo", "directory"])
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "server.log"
+    if what == "link":
+        path.symlink_to("/etc/shadow")
+    elif what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(NodeError):
+        events_of(DaemonLogs("", str(tmp_path)))
