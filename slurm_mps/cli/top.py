@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
 import sys
 from time import monotonic, strftime
 
@@ -57,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     if view is None:
         complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
         return NOT_HERE
+    import signal
+
     signal.signal(signal.SIGTERM, _end)
     view = _live(view, memory, columns, options)
     if view.stuck:
@@ -97,6 +97,8 @@ def _live(view: NodeView, memory: Memory, columns: list[Column], options: argpar
 
 def _told_to_quit(terminal: int, wait_seconds: float) -> bool:
     """Wait, and meanwhile for a key; a terminal that is gone is one that wants no more."""
+    import select
+
     end = monotonic() + wait_seconds
     while (left := end - monotonic()) > 0:
         ready, _, _ = select.select([terminal], [], [], left)

@@ -65,8 +65,10 @@ def _fault(event: Event, gpus: Sequence[str], name: Callable[[int], str]) -> str
         return f"{where}, the server does not say whose: it ended {_names(event.pids, name)}"
     others = [pid for pid in event.pids if pid not in event.culprits]
     along = f" and took {_names(others, name)} along" if others else ""
-    soon = " (just after its context was made: a program killed inside a kernel before it leaves this, too)"
-    return f"{where} by {_names(event.culprits, name)}{soon if 0 <= event.age_seconds < 0.5 else ''}{along}"
+    soon = (
+        f"; {event.age_seconds:.3f} s after its context was made: one killed inside a kernel before it leaves this, too"
+    )
+    return f"{where} by {_names(event.culprits, name)}{along}{soon if 0 <= event.age_seconds < 0.5 else ''}"
 
 
 def _refused(event: Event, _gpus: Sequence[str], name: Callable[[int], str]) -> str:

@@ -211,12 +211,12 @@ class Directory:
 
         Raises: NodeError.
         """
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        how = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK
         try:
             try:
-                fd = os.open(_check_name(name), flags, dir_fd=self.fd)
+                fd = os.open(_check_name(name), how | os.O_NOFOLLOW, dir_fd=self.fd)
             except FileNotFoundError:
-                fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self.fd)
+                fd = os.open(name, how | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
             with open(fd, "ab", buffering=0) as file:
                 status = os.fstat(fd)
                 if not (stat.S_ISREG(status.st_mode) and _only_root_writes(status)):

@@ -290,7 +290,8 @@ def _daemon_view(
             if client.gpu == uuid
         ]
         mode = state.compute_mode if state else None
-        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), tuple(clients)))
+        in_order = tuple(sorted(clients, key=lambda client: client.pid))
+        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order))
     return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
 
 
@@ -365,7 +366,7 @@ def _problems(job: JobView) -> list[str]:
 
 
 def _in_fault(server: Server, daemon: DaemonView) -> str:
-    left = sorted({client.pid for gpu in daemon.gpus for client in gpu.clients})
-    until = f"{'process' if len(left) == 1 else 'processes'} {', '.join(map(str, left[:8]))}" if left else "its clients"
-    verb = "has" if len(left) == 1 else "have"
-    return f"MPS server {server.pid} has a GPU fault and takes no programs until {until} {verb} ended"
+    """The daemon does not say which GPU it is, so all clients may be among those that were hit."""
+    there = sorted({client.pid for gpu in daemon.gpus for client in gpu.clients})
+    which = f" ({'process' if len(there) == 1 else 'of processes'} {', '.join(map(str, there[:8]))})" if there else ""
+    return f"MPS server {server.pid} has a GPU fault and takes no programs until all that it hit have ended{which}"

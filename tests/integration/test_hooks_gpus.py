@@ -23,7 +23,7 @@ def gpu_lines(node: GpuNode, job_id: int = 4711) -> list[str]:
 def daemons_gpus(node: GpuNode, job_id: int = 4711) -> list[str]:
     """The GPUs of the job's daemon, as the daemon lists them."""
     table = node.control(job_id, "device_query --csv").check().stdout.splitlines()
-    return [line.split(",")[2] for line in table[1:]]
+    return [line.split(",")[2] for line in table[2:]]
 
 
 # ------------------------------------------------------------------------------------------------- compute modes

@@ -142,8 +142,8 @@ def test_a_node_without_jobs_is_fine_and_one_without_slurm_mps_is_another_matter
 
 def test_a_daemon_that_is_gone_is_a_problem(gpu_node: GpuNode) -> None:
     with job(gpu_node, 5):
-        (daemon,) = [p for p in gpu_node.mps_processes() if p.uid == 0]
-        gpu_node.run("kill", "-9", str(daemon.pid)).check()
+        daemon = report(gpu_node)["jobs"][0]["daemons"][0]["pid"]
+        gpu_node.run("kill", "-9", str(daemon)).check()
         said = status(gpu_node)
     assert said.returncode == 1
     assert " gone " in said.stdout
@@ -178,7 +178,7 @@ def test_a_server_in_fault_names_who_must_leave(gpu_node: GpuNode) -> None:
         logs = gpu_node.run(COMMAND, "logs", "5", "--trouble")
     assert said.returncode == 1
     assert " FAULT " in said.stdout
-    assert f"has a GPU fault and takes no programs until process {victim} has ended" in said.stderr
+    assert f"has a GPU fault and takes no programs until all that it hit have ended (process {victim})" in said.stderr
     assert logs.returncode == 1
     assert f"took client {victim} (rank 3 of step 0) along" in logs.stdout
 
