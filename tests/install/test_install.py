@@ -56,7 +56,7 @@ def machine(shared_machine: Machine) -> Machine:
 
 
 def a_site_of_its_own(machine: Machine) -> None:
-    """A site whose files are all unusual, and no directory is ours to make."""
+    """A site whose files are all unusual."""
     machine.write("/etc/slurm/slurm.conf", SLURM_CONF)
     machine.write("/etc/slurm/prolog.sh", "#!/bin/sh\nexit 0\n", mode=0o755)
     machine.write("/etc/slurm/tidy/50-gpus.sh", "#!/bin/sh\n", mode=0o755)
@@ -91,7 +91,7 @@ def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     before = snapshot(machine)
     done = report(install(machine, "--json"))
     written = {change["path"]: change["what"] for change in done["changes"]}
-    assert written["/etc/slurm/slurm-mps-prolog.sh"] == "wrote"
+    assert written["/etc/slurm/prolog.d/10-slurm-mps.sh"] == "wrote"
     assert written["/etc/slurm/tidy/95-slurm-mps.sh"] == "wrote"
     assert written[PLUGSTACK] == "added to"
     assert written[PLUGIN] == "replaced"
@@ -99,7 +99,7 @@ def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     assert machine.read(PLUGSTACK).endswith("at the end\n# slurm-mps: the --mps options of srun, sbatch and salloc\n"
                                             "required spank_mps.so\n")  # fmt: skip
     by_hand = {line: todo["where"] for todo in done["by_hand"] for line in todo["lines"]}
-    assert by_hand["/etc/slurm/slurm-mps-prolog.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
+    assert by_hand["/etc/slurm/prolog.d/10-slurm-mps.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
     assert not any(line.startswith(("Prolog=", "Epilog=")) for line in by_hand)
     slurm_mps(machine, "uninstall").check()
     assert snapshot(machine) == before
