@@ -14,12 +14,13 @@ rm -rf "$root"
 mkdir -p "$root$prefix" "$root$plugins" "$root$units" "$root/usr/bin"
 
 "$base" -m venv --without-pip "$root$prefix"
+extras=$(sed -n 's/^metrics = .*/[metrics]/p' pyproject.toml) # nobody can add it to a package later
 sources=$root.sources # setuptools writes beside what it builds
 rm -rf "$sources"
 mkdir "$sources"
 cp -r slurm_mps spank prolog epilog etc pyproject.toml setup.py README.md "$sources"
 find "$sources" -name __pycache__ -prune -exec rm -r {} +
-$pip --quiet --disable-pip-version-check --python "$root$prefix/bin/python3" install --no-compile "$sources"
+$pip --quiet --disable-pip-version-check --python "$root$prefix/bin/python3" install --no-compile "$sources$extras"
 rm -r "$sources"
 site=$("$root$prefix/bin/python3" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 find "$root$prefix/bin" -type f -delete
@@ -37,12 +38,18 @@ ln -s "$prefix/bin/slurm-mps" "$root/usr/bin/slurm-mps"
 
 install -m 644 build/spank/spank_mps.so "$root$plugins/"
 find "$root" -name '*.so' -exec strip --strip-unneeded {} +
-install -m 644 etc/slurm-mps-reconcile.service "$root$units/"
-sed -i "s|^ExecStart=[^ ]*|ExecStart=/usr/bin/slurm-mps|" "$root$units/slurm-mps-reconcile.service"
+for unit in etc/*.service etc/*.timer; do # none of them is switched on
+	[ ! -e "$unit" ] || sed "s|^ExecStart=[^ ]*/slurm-mps |ExecStart=/usr/bin/slurm-mps |" "$unit" >"$root$units/${unit##*/}"
+done
 
 share=$root/usr/share
 mkdir -p "$share/doc/slurm-mps/examples" "$share/slurm-mps"
-install -m 644 etc/*.conf etc/mps.toml etc/job_submit.lua "$share/doc/slurm-mps/examples/"
+for sample in etc/*; do
+	case $sample in
+	*.service | *.timer | *.sh) ;;
+	*) install -m 644 "$sample" "$share/doc/slurm-mps/examples/" ;;
+	esac
+done
 install -m 755 etc/health-check.sh "$share/slurm-mps/"
 install -m 644 etc/plugstack.conf "$share/slurm-mps/plugstack.conf"
 install -m 644 README.md docs/messages.md docs/security.md "$share/doc/slurm-mps/"

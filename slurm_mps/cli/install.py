@@ -200,7 +200,9 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
     for problem in done.problems:
         complain(problem)
     if done.refused:
-        complain("not uninstalled; end the jobs, take the lines out, or say --force")
+        complain(
+            "not uninstalled; end the jobs (slurm-mps reconcile those that are over), take the lines out, or --force"
+        )
     elif done.undone and not dry_run:
         print("\nLeft to do by hand:\n  on each node, where slurmd runs:\n      systemctl restart slurmd")
 

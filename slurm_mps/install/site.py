@@ -194,21 +194,22 @@ def is_plugin_directory(directory: str) -> bool:
 def find_script_place(conf: SlurmConf, setting: str, name: str) -> ScriptPlace:
     """Where the Prolog or Epilog script `name` goes on this site.
 
-    A pattern in slurm.conf that takes the name decides the directory. A single script of the site's has to call ours,
-    which then lies beside slurm.conf. Without either it is the usual ``prolog.d``, ``epilog.d``, and a line to add.
+    A pattern in slurm.conf that takes the name decides the directory. Without one it is the usual ``prolog.d``,
+    ``epilog.d``, and a line to add: for slurm.conf, or for the site's own single script, which has to call ours.
     """
     for value in conf.all(setting):
         path = os.path.join(os.path.dirname(value), name)
         if fnmatch.fnmatchcase(path, value):
             return ScriptPlace(setting, path, value)
     values = conf.all(setting)
+    path = f"{conf.directory}/{setting.lower()}.d/{name}"
     if not values:
-        return ScriptPlace(setting, f"{conf.directory}/{setting.lower()}.d/{name}")
+        return ScriptPlace(setting, path)
     if re.search(r"[*?\[]", values[0]):
         raise MpsError(
             f"{conf.path}: {setting}={values[0]} does not take the name {name}", "let the pattern take *.sh or all"
         )
-    return ScriptPlace(setting, f"{conf.directory}/slurm-mps-{setting.lower()}.sh", values[0], caller=values[0])
+    return ScriptPlace(setting, path, values[0], caller=values[0])
 
 
 def runs_before(place: ScriptPlace) -> list[str]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from slurm_mps.plugin_file import read_plugin
-from tests.harness.cluster import REPOSITORY, Cluster
+from tests.harness.cluster import REPOSITORY
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import PLUGIN_DIRECTORY, gpu_machine
+from tests.install.places import PROGRAM, report, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tests.harness.machine import Machine, Result
 
-PROGRAM = f"{MOUNT_POINT}/bin/slurm-mps"
 BUILT = REPOSITORY / "build/spank/spank_mps.so"
-#: All that an installation may touch.
-PLACES = ("/etc/slurm", "/usr/local/bin", "/etc/systemd/system", PLUGIN_DIRECTORY, "/var/lib/slurm-mps")
 PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 PLUGSTACK = "/etc/slurm/plugstack.conf"
@@ -33,21 +29,6 @@ Prolog=/etc/slurm/prolog.sh
 Epilog=/etc/slurm/tidy/*.sh
 """
 
-Snapshot = dict[str, tuple[int, int, int, bytes]]
-
-
-def snapshot(machine: Machine) -> Snapshot:
-    """Mode, owner, group and content of everything there."""
-    found = {}
-    for place in PLACES:
-        top = machine.path(place)
-        for path in sorted((top, *top.rglob("*"))) if top.exists() else ():
-            status = path.lstat()
-            ours = stat.S_ISREG(status.st_mode) and (place != PLUGIN_DIRECTORY or "mps" in path.name)
-            content = path.read_bytes() if ours else b""
-            found[f"{place}/{path.relative_to(top)}"] = (status.st_mode, status.st_uid, status.st_gid, content)
-    return found
-
 
 def slurm_mps(machine: Machine, *argv: str, env: Mapping[str, str] | None = None, user: str | None = None) -> Result:
     return machine.run([PROGRAM, *argv], env=env, user=user, timeout=60)
@@ -57,11 +38,6 @@ def install(machine: Machine, *argv: str, env: Mapping[str, str] | None = None) 
     """With the plugin that the tests were built with: compiling takes longer than all the rest."""
     machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
     return slurm_mps(machine, "install", "--no-doctor", "--plugin", "/opt/spank_mps.so", *argv, env=env)
-
-
-def report(result: Result) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +56,7 @@ def machine(shared_machine: Machine) -> Machine:
 
 
 def a_site_of_its_own(machine: Machine) -> None:
-    """A site whose files are all unusual, and no directory is ours to make."""
+    """A site whose files are all unusual."""
     machine.write("/etc/slurm/slurm.conf", SLURM_CONF)
     machine.write("/etc/slurm/prolog.sh", "#!/bin/sh\nexit 0\n", mode=0o755)
     machine.write("/etc/slurm/tidy/50-gpus.sh", "#!/bin/sh\n", mode=0o755)
@@ -115,7 +91,7 @@ def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     before = snapshot(machine)
     done = report(install(machine, "--json"))
     written = {change["path"]: change["what"] for change in done["changes"]}
-    assert written["/etc/slurm/slurm-mps-prolog.sh"] == "wrote"
+    assert written["/etc/slurm/prolog.d/10-slurm-mps.sh"] == "wrote"
     assert written["/etc/slurm/tidy/95-slurm-mps.sh"] == "wrote"
     assert written[PLUGSTACK] == "added to"
     assert written[PLUGIN] == "replaced"
@@ -123,7 +99,7 @@ def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     assert machine.read(PLUGSTACK).endswith("at the end\n# slurm-mps: the --mps options of srun, sbatch and salloc\n"
                                             "required spank_mps.so\n")  # fmt: skip
     by_hand = {line: todo["where"] for todo in done["by_hand"] for line in todo["lines"]}
-    assert by_hand["/etc/slurm/slurm-mps-prolog.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
+    assert by_hand["/etc/slurm/prolog.d/10-slurm-mps.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
     assert not any(line.startswith(("Prolog=", "Epilog=")) for line in by_hand)
     slurm_mps(machine, "uninstall").check()
     assert snapshot(machine) == before
@@ -323,68 +299,6 @@ def test_wherever_an_installation_is_killed_it_can_be_undone_or_finished(machine
             number, stops = number + 2, stops + 1  # every second: most of unlinkat's look for what is not there
         assert snapshot(machine) == before
     assert stops >= 15
-
-
-# ------------------------------------------------------------------------------- from a bare site to a verified job
-
-KILLER = """#!/bin/sh
-# Like DeepOps' 50-exclusive-gpu: ends whatever it finds on the GPUs, and says what that was.
-PATH=/usr/bin:/bin
-pgrep -c nvidia-cuda-mps >> /var/log/slurm/left-for-50 || :
-"""
-
-
-def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
-    """What the README says, with what `install` says is left to do by hand; on a Slurm that knows nothing of it."""
-    machine = gpu_machine()
-    plugstack = "include /etc/slurm/plugstack.conf.d/*.conf\n"
-    cluster = Cluster(machine, nodes=1, gpus_per_node=2, plugstack=plugstack, prolog_flags=None)
-    with machine:
-        machine.add_node("n1")
-        machine.run(["simulated-gpus", "create", "2", "--seed", "n1"], node="n1").check()
-        machine.write("/etc/slurm/epilog.d/50-exclusive-gpu", KILLER, mode=0o755)
-        with cluster:
-            assert cluster.srun("-N1", "--mps", "true").returncode != 0
-            before = snapshot(machine)
-
-            # the plugin is built here, by the compiler
-            done = report(machine.run([PROGRAM, "install", "--json"], node="n1", timeout=60).check())
-            assert done["problems"] == []
-            lines = [line for todo in done["by_hand"] for line in todo["lines"] if "slurm.conf" in todo["where"]]
-            assert [line.partition("=")[0] for line in lines] == ["Prolog", "Epilog", "PrologFlags"]
-            conf = machine.read("/etc/slurm/slurm.conf")
-            reconfigure(cluster, conf + "\n".join(lines) + "\n")
-
-            job = cluster.sbatch(
-                "--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2", script="srun slurm-mps verify --no-mpi"
-            )
-            info = cluster.wait(job)
-            assert (info.state, cluster.output(job).count("32/132")) == ("COMPLETED", 2), cluster.output(job)
-            assert "2 ranks, all clients" in cluster.output(job)
-            cluster.wait_idle()
-            assert machine.read("/var/log/slurm/left-for-50", node="n1").split() == ["0"]
-
-            job = cluster.sbatch("--mps", "--gres=gpu:1", script="sleep 60")
-            cluster.wait_running(job)
-            refused = machine.run([PROGRAM, "uninstall"], node="n1")
-            assert f"job {job} has MPS on this node" in refused.stderr
-            cluster.scancel(job)
-            cluster.wait_idle()
-            reconfigure(cluster, conf)
-            machine.run([PROGRAM, "uninstall"], node="n1").check()
-            assert snapshot(machine) == before
-            cluster.srun("-N1", "true").check()
-            assert not any(state.drained for state in cluster.node_states().values())
-
-
-def reconfigure(cluster: Cluster, text: str) -> None:
-    """Change slurm.conf as an admin does: the file, ``scontrol reconfigure``, then slurmd anew."""
-    cluster.machine.write("/etc/slurm/slurm.conf", text)
-    cluster.machine.run(["scontrol", "reconfigure"]).check()
-    cluster.wait_idle()
-    cluster.stop_daemon("slurmd-n1")
-    cluster.start_node("n1")
-    cluster.wait_idle()
 
 
 def test_the_runtime_has_the_sources_from_its_wheel(machine: Machine) -> None:

@@ -80,6 +80,10 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         cluster.until("the ranks' report", lambda: "2 ranks, all clients" in cluster.output(job) or None, 30)
         assert cluster.output(job).count("32/132") == 2
 
+        upgraded = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60).check()
+        assert 'switched on on this node; run "slurm-mps install" again' in upgraded.stdout
+        assert machine.run(["slurm-mps", "install", "--no-doctor"], node="n1").check().stdout.count("is there") == 4
+
         refused = machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1")
         assert refused.returncode != 0
         assert f"job {job} has MPS on this node" in refused.stderr
@@ -126,4 +130,4 @@ def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> 
         name.lstrip(".").replace("vendor-completions", "site-functions") for name in names if not name.endswith("/")
     }
     in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in asked("--list")}
-    assert in_deb - in_rpm == set()
+    assert in_deb - in_rpm == {"/usr/share/doc/slurm-mps/changelog.Debian.gz"}
