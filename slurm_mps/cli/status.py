@@ -62,7 +62,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "servers and clients. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here.",
     )
     parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
-    parser.add_argument("--cluster", action="store_true", help="ask Slurm which jobs and nodes use MPS")
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="ask Slurm which jobs and nodes use MPS; -o then takes job,user,state,daemons,threads,mem,priority,nodes",
+    )
     parser.add_argument("-w", "--nodelist", metavar="NODES", help="with --cluster: on these nodes alone")
     parser.add_argument(
         "--timeout", type=seconds, default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
