@@ -8,7 +8,7 @@ import pytest
 
 from tests.docs.messages import ROOT, c_messages, fragments, plain, python_messages
 
-DOCUMENTED = plain((ROOT / "docs/messages.md").read_text())
+DOCUMENTED = plain("".join((ROOT / "docs" / page).read_text() for page in ("messages.md", "doctor.md")))
 
 
 @pytest.mark.parametrize("messages", [python_messages(), c_messages()], ids=["python", "plugin"])
