@@ -58,17 +58,13 @@ def seconds(patient: Patient, *argv: str) -> float:
 def test_all_of_it_takes_less_than_two_seconds(patient: Patient) -> None:
     """Also where slurmctld and the driver say nothing at all."""
     assert seconds(patient) < 2
-    patient.site.cluster.stop_daemon("slurmctld")
-    try:
-        assert patient.examine("gres-autodetect", "driver").ailments == {}, "who answers is not blamed for who does not"
-        patient.site.fault("n1", "nvml.init=hang")
-        assert seconds(patient) < 2
-        assert not [one for one in patient.site.machine.processes() if one.comm == "scontrol"]
-        found = patient.examine()
-    finally:
-        patient.site.cluster.start_controller()
-        patient.site.cluster.wait_idle()
-    assert found.ailments == {"slurmctld": "warning", "driver": "problem"}
+    controller = " ".join(str(one.pid) for one in patient.site.machine.processes() if one.comm == "slurmctld")
+    patient.shell(f"kill -STOP {controller}", undo=f"kill -CONT {controller}")
+    assert patient.examine("gres-autodetect", "driver").ailments == {}, "who answers is not blamed for who does not"
+    patient.site.fault("n1", "nvml.init=hang")
+    assert seconds(patient) < 2
+    assert not [one for one in patient.site.machine.processes() if one.comm == "scontrol"]
+    assert patient.examine().ailments == {"slurmctld": "warning", "driver": "problem"}
 
 
 # ------------------------------------------------------------------------------------------------ how it is asked
