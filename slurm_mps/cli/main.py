@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import reconcile, verify
+from slurm_mps.cli import logs, reconcile, status, top, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_config_schema)
     verify.add_parser(commands)
     reconcile.add_parser(commands)
+    status.add_parser(commands)
+    top.add_parser(commands)
+    logs.add_parser(commands)
     return parser
 
 

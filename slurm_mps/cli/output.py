@@ -8,6 +8,7 @@ chose (a program's name, say) cannot move the cursor or forge a line.
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from slurm_mps import __version__
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from rich.console import Console
+    from rich.table import Table
 
 FINE, PROBLEM, USAGE, NOT_HERE, NOT_ROOT = range(5)
 EXIT_STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root."
@@ -72,10 +74,10 @@ def console() -> Console:
     return Console(width=None if terminal else _WIDEST, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
-def print_table(
+def make_table(
     rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False, style: str = "style"
-) -> None:
-    """Print `rows`, which name their cells as the columns do; the key `style` holds a row's colour, if any.
+) -> Table:
+    """`rows` name their cells as the columns do; the key `style` holds a row's colour, if any.
 
     None and what is missing show as ``-``.
     """
@@ -87,6 +89,12 @@ def print_table(
     for row in rows:
         cells = [_cell(row.get(column.name)) for column in columns]
         table.add_row(*cells, style=str(row.get(style) or "") or None)
+    return table
+
+
+def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False) -> None:
+    """Print `rows` as make_table() has them: in a pipe as wide as they are and without decoration."""
+    table = make_table(rows, columns, noheader=noheader)
     out = console()
     if out.is_terminal:
         out.print(table)
@@ -104,6 +112,13 @@ def _cell(value: object) -> str:
 def print_json(report: str, **fields: Any) -> None:
     """Print a report for programs; `report` is its kind and version, such as ``status/1``."""
     print(json.dumps({"report": report, "slurm_mps": __version__, **fields}, indent=2), flush=True)
+
+
+def leave(status: int) -> None:
+    """End at once: a thread that waits in a driver that hangs would keep an interpreter from its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def complain(message: str) -> None:

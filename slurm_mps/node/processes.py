@@ -254,6 +254,23 @@ def _proc_bytes(pid: int, name: str) -> bytes:
         return b""
 
 
+def uid_of(pid: int) -> int | None:
+    """The user of a process; None when it is gone."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with, as far as we may read it and it has not written over it.
+
+    Its user's to write: for display, or where its user is asking.
+    """
+    text = _proc_bytes(pid, "environ").decode("utf-8", "surrogateescape")
+    return dict(word.partition("=")[::2] for word in text.split("\0") if "=" in word)
+
+
 def roots_command_line(pid: int) -> str:
     """What a process of root's calls itself, with blanks between the words; empty for any other's."""
     try:

@@ -228,15 +228,23 @@ def own_memory_limit(rank: Report) -> int | None:
 
     Raises: ValueError for a value that the driver cannot use, whereupon it drops every limit (O12).
     """
+    return variable_limit(rank.memory, rank.visible.split(","), rank.ordinal, rank.gpu)
+
+
+def variable_limit(text: str, visible: Sequence[str], ordinal: int, gpu: str) -> int | None:
+    """What CUDA_MPS_PINNED_DEVICE_MEM_LIMIT sets for one of a client's visible devices (UUIDs, in its order).
+
+    Returns: bytes; None when it does not name the device, or is empty.
+    Raises: ValueError for a value that the driver cannot use, whereupon it drops every limit (O12).
+    """
     limit = None
-    visible = rank.visible.split(",")
-    for entry in filter(None, rank.memory.split(",")):
+    for entry in filter(None, text.split(",")):
         device, _, size = entry.partition("=")
-        places = [str(ordinal) for ordinal in range(len(visible))]
+        places = [str(number) for number in range(len(visible))]
         matched = _DRIVER_SIZE.fullmatch(size)
         if device not in (*places, *visible) or not matched or not int(matched[1]):
             raise ValueError(entry)
-        if device in (str(rank.ordinal), rank.gpu):
+        if device in (str(ordinal), gpu):
             limit = int(matched[1]) * (GIB if matched[2] in "Gg" else MIB)
     return limit
 

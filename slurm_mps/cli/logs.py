@@ -1,0 +1,152 @@
+"""``slurm-mps logs``: what a job's control daemons and servers wrote, in plain words."""
+
+from __future__ import annotations
+
+import sys
+from time import localtime, strftime
+
+from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, add_json_option, complain, print_json
+from slurm_mps.cli.status import job_number
+from slurm_mps.units import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+    from typing import Any
+
+    from slurm_mps.job_log.events import Event
+    from slurm_mps.job_log.read import DaemonLogs
+    from slurm_mps.status.verdict import DaemonPlace
+
+_EVENTS_MAX = 20_000
+_LINE_MAX = 1000
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "logs",
+        help="what happened to a job's MPS: who connected, who faulted, who was refused",
+        description="Tells what the logs of a job's control daemons and servers on this node say, of a job that runs "
+        "or of one that is over; of your own jobs, or as root of any. Exit status: 0 nothing went wrong, 1 something "
+        "did, or the logs cannot be read, 2 usage, 3 no logs of this job here.",
+    )
+    parser.add_argument("job", type=job_number, metavar="JOBID")
+    parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")
+    parser.add_argument("--raw", action="store_true", help="the logs as they are, but for characters that do not print")
+    add_json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what the logs of a job say. Returns the exit status."""
+    from slurm_mps.errors import NodeError
+
+    try:
+        places, logs = _find(options.job)
+        if not logs:
+            complain(f"there are no logs of job {options.job} on this node")
+            return NOT_HERE
+        return _print_raw(logs) if options.raw else _print(options, places, logs)
+    except PermissionError:
+        complain(f"the logs of job {options.job} are for its user and for root")
+    except NodeError as error:
+        complain(str(error))
+    return PROBLEM
+
+
+def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
+    """The job's daemons, by name, where it still runs; and where the logs of each lie."""
+    from slurm_mps.job_log.read import DaemonLogs, find_logs
+    from slurm_mps.status.verdict import read_verdict
+
+    verdict = read_verdict(job_id)
+    if verdict and verdict.daemons:
+        places = {place.name: place for place in verdict.daemons}
+        return places, [DaemonLogs(place.name, place.log_directory) for place in verdict.daemons]
+    return {}, find_logs(_log_root(), job_id)
+
+
+def _log_root() -> str:
+    """Where the site keeps logs; the default where its configuration cannot be read."""
+    from slurm_mps.config import DEFAULTS, ConfigError
+    from slurm_mps.config_file import parse_config
+    from slurm_mps.hooks import CONFIG_PATH
+
+    try:
+        with open(CONFIG_PATH, "rb") as file:
+            return parse_config(file.read(), CONFIG_PATH).paths_logs
+    except (OSError, ConfigError):
+        return DEFAULTS.paths_logs
+
+
+def _print_raw(logs: list[DaemonLogs]) -> int:
+    from slurm_mps.job_log.read import CONTROL_LOG, SERVER_LOG, read_log
+
+    for one in logs:
+        for name in (CONTROL_LOG, SERVER_LOG):
+            print(f"==> {one.directory}/{name} <==")
+            for line in read_log(one.directory, name).decode("utf-8", "replace").splitlines():
+                print(printable(line, _LINE_MAX))
+    sys.stdout.flush()
+    return FINE
+
+
+def _print(options: argparse.Namespace, places: dict[str, DaemonPlace], logs: list[DaemonLogs]) -> int:
+    from slurm_mps.job_log.read import events_of
+    from slurm_mps.job_log.words import TROUBLE, describe
+
+    found = [(one, event) for one in logs for event in events_of(one)]
+    found.sort(key=lambda pair: pair[1].seconds)
+    status = PROBLEM if any(event.kind in TROUBLE for _, event in found) else FINE
+    if options.trouble:
+        found = [pair for pair in found if pair[1].kind in TROUBLE]
+    if len(found) > _EVENTS_MAX:
+        complain(f"the last {_EVENTS_MAX} of {len(found)} events are shown; --raw shows all")
+        found = found[-_EVENTS_MAX:]
+    name = _namer(running=bool(places))
+    gpus = {one.name: places[one.name].gpus if one.name in places else () for one in logs}
+    said = [(one.name, event, describe(event, gpus[one.name], name)) for one, event in found]
+    if options.json:
+        print_json("logs/1", job_id=options.job, events=[_report(*row) for row in said], status=status)
+        return status
+    for where, event, words in said:
+        when = f"{strftime('%Y-%m-%d %H:%M:%S', localtime(event.seconds))}.{int(event.seconds * 1000) % 1000:03}"
+        print(f"{when}  {where + ': ' if where else ''}{printable(words, _LINE_MAX)}")
+    if not said:
+        complain("nothing went wrong" if options.trouble else "nothing has happened yet")
+    sys.stdout.flush()
+    return status
+
+
+def _namer(*, running: bool) -> Callable[[int], str]:
+    """What a client is called: while its job runs also by its rank, as far as its environment tells."""
+    from slurm_mps.node.processes import environment_of
+
+    known: dict[int, str] = {}
+
+    def name(pid: int) -> str:
+        if pid not in known:
+            environment = environment_of(pid) if running else {}
+            rank, step = environment.get("SLURM_PROCID", ""), environment.get("SLURM_STEP_ID", "")
+            who = f" (rank {rank} of step {step})" if rank.isdecimal() and step.isdecimal() else ""
+            known[pid] = f"client {pid}{who}"
+        return known[pid]
+
+    return name
+
+
+def _report(where: str, event: Event, words: str) -> dict[str, Any]:
+    return {
+        "seconds": event.seconds,
+        "daemon": where or None,
+        "kind": event.kind,
+        "pid": event.pid or None,
+        "uid": event.uid if event.uid >= 0 else None,
+        "gpu": event.gpu or None,
+        "number": event.number,
+        "culprits": list(event.culprits),
+        "pids": list(event.pids),
+        "words": printable(words, _LINE_MAX),
+    }

@@ -1,0 +1,233 @@
+"""``slurm-mps status``: the jobs with MPS on this node and what each of their clients has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, add_table_options, chosen, complain, print_json
+from slurm_mps.units import MIB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+    from typing import Any
+
+    from slurm_mps.status.node import ClientView, DaemonView, GpuView, JobView, NodeView
+
+COLUMNS = (
+    Column("job", "JOB", right=True),
+    Column("user", "USER"),
+    Column("gpu", "GPU"),
+    Column("mode", "MODE"),
+    Column("found", "FOUND"),
+    Column("daemon", "DAEMON", right=True),
+    Column("server", "SERVER", right=True),
+    Column("state", "STATE"),
+    Column("client", "CLIENT", right=True),
+    Column("task", "TASK", right=True),
+    Column("threads", "SM CAP", right=True),
+    Column("memory", "MEM MIB", right=True),
+    Column("limit", "LIMIT MIB", right=True),
+    Column("command", "COMMAND"),
+    Column("uuid", "UUID", hidden=True),
+)
+#: As nvidia-smi's table writes compute modes.
+MODE_WORDS = {0: "Default", 1: "E. Thread", 2: "Prohibited", 3: "E. Process"}
+_GPU_LETTERS = len("GPU-51000000-99a9")
+_SECONDS_MAX = 60.0
+
+
+def seconds(text: str) -> float:
+    """Raises: ValueError, of which argparse makes a message."""
+    value = float(text)
+    if not 0.1 <= value <= _SECONDS_MAX:
+        raise ValueError(text)
+    return value
+
+
+def job_number(text: str) -> int:
+    """Raises: ValueError, of which argparse makes a message."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
+        raise ValueError(text)
+    return int(text)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "status",
+        help="who uses MPS on this node",
+        description="Shows the jobs with MPS on this node (root: all, a user: their own), their control daemons, "
+        "servers and clients. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here.",
+    )
+    parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
+    parser.add_argument(
+        "--timeout", type=seconds, default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
+    )
+    add_table_options(parser, COLUMNS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is on this node. Returns the exit status."""
+    from slurm_mps.cli.output import leave
+    from slurm_mps.status.node import look
+
+    columns = chosen(COLUMNS, options)
+    view = look(options.jobs, options.timeout)
+    if view is None:
+        complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
+        return NOT_HERE
+    status = PROBLEM if view.problems else FINE
+    _print(view, columns, options, status)
+    if view.stuck:
+        leave(status)
+    return status
+
+
+def _print(view: NodeView, columns: list[Column], options: argparse.Namespace, status: int) -> None:
+    from slurm_mps.cli.output import print_table
+
+    if options.json:
+        print_json("status/1", **document(view), status=status)
+        return
+    print_table(list(rows(view)), columns, noheader=options.noheader)
+    for line in remarks(view):
+        complain(line)
+
+
+def remarks(view: NodeView) -> list[str]:
+    """What the table does not say."""
+    lines = [f"job {job.job_id} has no MPS here: {job.message}" for job in view.jobs if job.message]
+    if not view.jobs and not view.problems:
+        lines.append("no job has MPS on this node" if view.of_all else "no job of yours has MPS on this node")
+    return [*lines, *view.problems]
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def rows(view: NodeView) -> Iterator[dict[str, object]]:
+    """A row for each client on each GPU, and one for each GPU without."""
+    for job in view.jobs:
+        yield from _job_rows(job)
+
+
+@cache
+def user_name(uid: int) -> str:
+    """A user's name, looked up once: where accounts are kept elsewhere that can take its time."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _job_rows(job: JobView) -> Iterator[dict[str, object]]:
+    here: dict[str, object] = {"job": job.job_id, "user": user_name(job.uid)}
+    if not job.daemons:
+        yield {**here, "state": job.state, "style": "yellow"}
+    for daemon in job.daemons:
+        for gpu in daemon.gpus:
+            on_gpu = {**here, **_daemon_cells(job, daemon), **_gpu_cells(gpu)}
+            if not gpu.clients:
+                yield on_gpu
+            for client in gpu.clients:
+                yield {**on_gpu, **_client_cells(client)}
+
+
+def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
+    if daemon.pid is None:
+        return {"state": "gone", "style": "red"}
+    if not daemon.servers:
+        state = "silent" if daemon.problem else job.state if job.state != "ready" else None
+        return {"daemon": daemon.pid or None, "state": state, "style": "red" if daemon.problem else ""}
+    server = daemon.servers[0]
+    well = server.state == "ACTIVE"
+    state = server.state or "silent"
+    return {"daemon": daemon.pid or None, "server": server.pid, "state": state, "style": "" if well else "red"}
+
+
+def _gpu_cells(gpu: GpuView) -> dict[str, object]:
+    return {
+        "gpu": gpu.uuid[:_GPU_LETTERS],
+        "uuid": gpu.uuid,
+        "mode": None if gpu.mode is None else MODE_WORDS.get(gpu.mode, gpu.mode),
+        "found": None if gpu.mode_found is None else MODE_WORDS.get(gpu.mode_found, gpu.mode_found),
+    }
+
+
+def _client_cells(client: ClientView) -> dict[str, object]:
+    return {
+        "client": client.pid,
+        "server": client.server,
+        "task": task(client),
+        "threads": None if client.threads is None else f"{client.threads:g}%",
+        "memory": None if client.memory_bytes is None else client.memory_bytes // MIB,
+        "limit": None if client.limit_bytes is None else client.limit_bytes // MIB,
+        "command": client.command,
+    }
+
+
+def task(client: ClientView) -> str:
+    """Step and rank as Slurm counts them: ``0.3``; ``batch`` for what the job's script started itself."""
+    return f"{client.step}.{client.rank}" if client.rank else client.step
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def document(view: NodeView) -> dict[str, Any]:
+    """The same for programs: modes in NVML's words, sizes in bytes; null for what is not known or not there."""
+    return {"jobs": [_job(job) for job in view.jobs], "problems": list(view.problems)}
+
+
+def _job(job: JobView) -> dict[str, Any]:
+    return {
+        "job_id": job.job_id,
+        "uid": job.uid,
+        "user": user_name(job.uid),
+        "state": job.state,
+        "message": job.message or None,
+        "thread_percentage": float(job.threads) if job.threads else None,
+        "auto": list(job.auto),
+        "daemons": [_daemon(daemon) for daemon in job.daemons],
+    }
+
+
+def _daemon(daemon: DaemonView) -> dict[str, Any]:
+    return {
+        "pipe_directory": daemon.place.pipe_directory,
+        "log_directory": daemon.place.log_directory,
+        "pid": daemon.pid or None,
+        "problem": daemon.problem or None,
+        "limit_bytes": daemon.place.memory_bytes,
+        "servers": [{"pid": server.pid, "state": server.state or None} for server in daemon.servers],
+        "gpus": [_gpu(gpu) for gpu in daemon.gpus],
+    }
+
+
+def _gpu(gpu: GpuView) -> dict[str, Any]:
+    from slurm_mps.node.gpus import COMPUTE_MODES
+
+    return {
+        "uuid": gpu.uuid,
+        "compute_mode": None if gpu.mode is None else COMPUTE_MODES.get(gpu.mode),
+        "compute_mode_found": None if gpu.mode_found is None else COMPUTE_MODES.get(gpu.mode_found),
+        "clients": [
+            {
+                "pid": client.pid,
+                "server": client.server,
+                "uid": client.uid,
+                "step": client.step or None,
+                "rank": int(client.rank) if client.rank.isdecimal() else None,
+                "command": client.command,
+                "thread_percentage": client.threads,
+                "memory_bytes": client.memory_bytes,
+                "limit_bytes": client.limit_bytes,
+            }
+            for client in gpu.clients
+        ],
+    }

@@ -1,0 +1,134 @@
+"""``slurm-mps top``: what ``status`` shows, again and again, in a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import monotonic, strftime
+
+from slurm_mps.cli.output import FINE, NOT_HERE, Column, chosen, complain, leave
+from slurm_mps.cli.status import COLUMNS, job_number, remarks, rows, seconds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from rich.console import RenderableType
+
+    from slurm_mps.status.daemon import Memory
+    from slurm_mps.status.node import NodeView
+
+_QUIT = (b"q", b"Q", b"\x03", b"\x04")
+_REMARKS_MAX = 5
+_OVERHEAD_LINES = 3  # the line on top, an empty one, the headings
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "top",
+        help="what status shows, live",
+        description="Shows in a terminal what slurm-mps status shows, until q or Ctrl-C. Exit status: 0 fine, 2 usage, "
+        "3 not in a terminal, or slurm-mps has not been used on this node.",
+    )
+    parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
+    parser.add_argument(
+        "-i", "--iterate", type=seconds, default=2.0, metavar="SECONDS", help="look again after so long (2)"
+    )
+    names = ",".join(column.name for column in COLUMNS)
+    parser.add_argument("-o", "--format", metavar="FIELDS", help=f"which columns, in this order: {names}")
+    parser.add_argument("-n", "--noheader", action="store_true", help="leave out the headings")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show this node until told to stop. Returns the exit status."""
+    columns = chosen(COLUMNS, options)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
+        complain("top needs a terminal; slurm-mps status prints the same once")
+        return NOT_HERE
+    from slurm_mps.status.daemon import Memory
+    from slurm_mps.status.node import look
+
+    memory = Memory()
+    view = look(options.jobs, memory=memory)
+    if view is None:
+        complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
+        return NOT_HERE
+    import signal
+
+    signal.signal(signal.SIGTERM, _end)
+    view = _live(view, memory, columns, options)
+    if view.stuck:
+        leave(FINE)
+    return FINE
+
+
+def _end(_number: int, _frame: object) -> None:
+    """As Ctrl-C: the terminal is put back on the way out."""
+    raise KeyboardInterrupt
+
+
+def _live(view: NodeView, memory: Memory, columns: list[Column], options: argparse.Namespace) -> NodeView:
+    import termios
+    import tty
+
+    from rich.live import Live
+
+    from slurm_mps.cli.output import console
+    from slurm_mps.status.node import look
+
+    out = console()
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    try:
+        tty.setcbreak(terminal)
+        with Live(console=out, screen=True, auto_refresh=False) as live:
+            while True:
+                live.update(_frame(view, columns, out.size.height, options), refresh=True)
+                if _told_to_quit(terminal, options.iterate):
+                    return view
+                view = look(options.jobs, memory=memory) or view
+    except KeyboardInterrupt:
+        return view
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _told_to_quit(terminal: int, wait_seconds: float) -> bool:
+    """Wait, and meanwhile for a key; a terminal that is gone is one that wants no more."""
+    import select
+
+    end = monotonic() + wait_seconds
+    while (left := end - monotonic()) > 0:
+        ready, _, _ = select.select([terminal], [], [], left)
+        if ready:
+            key = os.read(terminal, 1)
+            if not key or key in _QUIT:
+                return True
+    return False
+
+
+def _frame(view: NodeView, columns: list[Column], height: int, options: argparse.Namespace) -> RenderableType:
+    """One screen: who is here, the table as far as it fits, what is wrong."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from slurm_mps.cli.output import make_table
+    from slurm_mps.units import printable
+
+    clients = {client.pid for job in view.jobs for d in job.daemons for gpu in d.gpus for client in gpu.clients}
+    said = [Text(printable(line, 500), style="red", no_wrap=True) for line in remarks(view)[:_REMARKS_MAX]]
+    room = max(1, height - _OVERHEAD_LINES - len(said))
+    listed = list(rows(view))
+    more = f", {len(listed) - room} lines do not fit" if len(listed) > room else ""
+    head = (
+        f"slurm-mps  {os.uname().nodename}  {strftime('%H:%M:%S')}  {_count(len(view.jobs), 'job')}, "
+        f"{_count(len(clients), 'client')}{more}  (q quits)"
+    )
+    table = make_table(listed[:room], columns, noheader=options.noheader)
+    return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *said)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -1,0 +1,144 @@
+"""What a job's control daemon says of its servers and clients, within a deadline."""
+
+from __future__ import annotations
+
+import re
+from time import monotonic
+
+from ..errors import MpsError
+from ..node.control import ControlDaemon
+from ..node.processes import identify
+from ..plain import small_number
+from ..record import record
+from .listen import listener
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..node.processes import ProcessIdentity
+    from .verdict import DaemonPlace
+
+#: Told between answers that may be empty, since the control program puts nothing between them (O7).
+_MARK = "get_default_active_thread_percentage"
+_PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
+_CLIENTS_MAX = 4096
+_ANEW_SECONDS, _BLIND_SECONDS = 60.0, 10.0
+ACTIVE, FAULT = "ACTIVE", "FAULT"
+
+
+@record
+class Server:
+    """An MPS server: its state in the daemon's word, and what percentage of a GPU's threads it gives a client."""
+
+    pid: int
+    state: str
+    threads: str
+
+
+@record
+class Client:
+    """A client on one GPU, as the control program's ``ps`` lists it; gpu: a UUID, "" for one that is not known here."""
+
+    pid: int
+    server: int
+    gpu: str
+    command: str
+
+
+@record
+class DaemonAnswer:
+    """pid: None when nobody listens. problem: why it did not answer, or not all; empty when it did.
+
+    clients: None when it was not asked for them.
+    """
+
+    pid: int | None
+    problem: str
+    servers: tuple[Server, ...] = ()
+    clients: tuple[Client, ...] | None = ()
+
+
+class Memory:
+    """What control daemons said before, for who looks again and again.
+
+    Each question is some lines in a daemon's log, which has a bound (O49). A daemon is asked anew when NVML lists other
+    clients than it did then, when a server was not well, when the daemon is another process, and now and then.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[float, ProcessIdentity | None, frozenset[int] | None, DaemonAnswer]] = {}
+
+    def recall(self, place: DaemonPlace, clients: frozenset[int] | None) -> DaemonAnswer | None:
+        """What still holds; `clients` are those that NVML lists on the daemon's GPUs, None where it does not tell."""
+        when, process, then, answer = self._said.get(place.pipe_directory, (0.0, None, None, None))
+        if answer is None or answer.problem or process is None or identify(process.pid) != process:
+            return None
+        if clients != then or any(server.state != ACTIVE for server in answer.servers):
+            return None
+        return answer if monotonic() - when < (_ANEW_SECONDS if clients is not None else _BLIND_SECONDS) else None
+
+    def keep(self, place: DaemonPlace, clients: frozenset[int] | None, answer: DaemonAnswer) -> None:
+        process = identify(answer.pid) if answer.pid else None
+        self._said[place.pipe_directory] = (monotonic(), process, clients, answer)
+
+
+def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bool = True) -> DaemonAnswer:
+    """Ask a control daemon, twice at most, and with `listing` for its clients; each time may take `timeout_seconds`."""
+    pid = listener(place.pipe_directory)
+    if pid is None:
+        return DaemonAnswer(None, "its control daemon is gone")
+    daemon = ControlDaemon(program, place.pipe_directory, place.log_directory)
+    questions = ["get_server_list", _MARK, "ps"] if listing else ["get_server_list"]
+    try:
+        pids, listed = parse_clients(daemon.command(questions, timeout_seconds), place.gpus)
+    except MpsError as error:
+        return DaemonAnswer(pid, f"its control daemon does not answer: {error.message}")
+    clients = listed if listing else None
+    if not pids:
+        return DaemonAnswer(pid, "")
+    questions = [
+        f"{what} {server}" for server in pids for what in ("get_server_status", "get_active_thread_percentage")
+    ]
+    try:
+        answers = daemon.command(questions, timeout_seconds)
+    except MpsError:
+        silent = tuple(Server(server, "", "") for server in pids)
+        return DaemonAnswer(pid, f"its MPS server does not say how it is within {timeout_seconds:g} s", silent, clients)
+    return DaemonAnswer(pid, "", parse_servers(pids, answers), clients)
+
+
+def parse_clients(lines: Sequence[str], gpus: Sequence[str]) -> tuple[tuple[int, ...], tuple[Client, ...]]:
+    """Read the answers to ``get_server_list`` and ``ps``. Pure."""
+    servers: list[int] = []
+    clients: list[Client] = []
+    marked = False
+    for line in lines:
+        words = line.split(None, 5)
+        pid = small_number(line.strip())
+        if not marked and _PERCENTAGE.fullmatch(line.strip()):
+            marked = True
+        elif not marked and pid is not None:
+            servers.append(pid)
+        elif marked and len(words) >= 5:
+            clients += _client(words, gpus)
+    return tuple(servers), tuple(clients[:_CLIENTS_MAX])
+
+
+def _client(words: Sequence[str], gpus: Sequence[str]) -> list[Client]:
+    """A row of ``ps``, whose UUIDs are cut to 22 characters (O32); nothing for another line."""
+    pid, server = small_number(words[0]), small_number(words[2])
+    if pid is None or server is None:
+        return []
+    known = [gpu for gpu in gpus if gpu.startswith(words[3])]
+    command = words[5].strip() if len(words) > 5 else ""
+    return [Client(pid, server, known[0] if len(known) == 1 else "", command)]
+
+
+def parse_servers(pids: Sequence[int], lines: Sequence[str]) -> tuple[Server, ...]:
+    """Read two answers for each server, its state and its percentage; one that went meanwhile has none. Pure."""
+    states = [line.strip() for line in lines if line.strip().isupper()]
+    percentages = [line.strip() for line in lines if _PERCENTAGE.fullmatch(line.strip())]
+    if len(states) != len(pids) or len(percentages) != len(pids):
+        return tuple(Server(pid, "", "") for pid in pids)
+    return tuple(Server(*one) for one in zip(pids, states, percentages, strict=True))

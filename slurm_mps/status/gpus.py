@@ -1,0 +1,72 @@
+"""Compute modes, and how much memory each client uses, as NVML has it; the driver may hang, we do not."""
+
+from __future__ import annotations
+
+import _thread
+
+from ..record import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@record
+class GpuState:
+    """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66)."""
+
+    compute_mode: int
+    memory_bytes: Mapping[int, int]
+
+
+@record
+class NvmlAnswer:
+    """By UUID; why it is not all, if it is not; and whether a thread still waits for a driver that hangs."""
+
+    gpus: Mapping[str, GpuState]
+    problem: str = ""
+    stuck: bool = False
+
+
+_asking = _thread.allocate_lock()  # whoever asks again and again starts no second thread while one hangs
+
+
+def ask_nvml(uuids: Iterable[str], timeout_seconds: float) -> NvmlAnswer:
+    """What NVML says of these GPUs within a time."""
+    if not _asking.acquire(blocking=False):
+        return NvmlAnswer({}, "the NVIDIA driver still does not answer", stuck=True)
+    answer: list[NvmlAnswer] = []
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def look() -> None:
+        try:
+            answer.append(_look(uuids))
+        finally:
+            _asking.release()
+            done.release()
+
+    _thread.start_new_thread(look, ())
+    if not done.acquire(timeout=timeout_seconds):
+        return NvmlAnswer({}, f"the NVIDIA driver did not answer within {timeout_seconds:g} s", stuck=True)
+    return answer[0] if answer else NvmlAnswer({}, "the NVIDIA driver could not be asked")
+
+
+def _look(uuids: Iterable[str]) -> NvmlAnswer:
+    import pynvml
+
+    found: dict[str, GpuState] = {}
+    problem = ""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return NvmlAnswer({}, f"NVML: {error}")
+    for uuid in uuids:
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            clients = pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)
+            used = {client.pid: client.usedGpuMemory or 0 for client in clients}
+            found[uuid] = GpuState(pynvml.nvmlDeviceGetComputeMode(handle), used)
+        except pynvml.NVMLError as error:
+            problem = f"{uuid}: NVML: {error}"
+    return NvmlAnswer(found, problem)

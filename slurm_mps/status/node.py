@@ -1,0 +1,372 @@
+"""What MPS does on this node: every job that we may see, its control daemons, servers, clients and GPUs.
+
+Root sees all jobs, a user their own. Facts come from root's files, the control daemons, NVML and the kernel; what a
+client's own environment says (its rank, a lower limit of its own) is its user's to write and is for display alone.
+"""
+
+from __future__ import annotations
+
+import os
+from shutil import which
+
+from ..config import DEFAULTS
+from ..errors import MpsError, NodeError, RequestError
+from ..node import processes, slurm
+from ..node.control import DAEMON_PROGRAM
+from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..plain import small_number
+from ..record import record
+from ..state import STATE_DIRECTORY, Journal, NodeState
+from ..steps import side_by_side
+from ..units import describe_memory, parse_thread_percentage, printable
+from ..verify.judge import variable_limit
+from .daemon import FAULT, Client, DaemonAnswer, Memory, Server, ask
+from .gpus import GpuState, NvmlAnswer, ask_nvml
+from .verdict import JOBS, DaemonPlace, JobVerdict, read_verdict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+#: How a job stands on this node.
+BEGINNING, READY, REFUSED, WITHOUT, ENDING, UNKNOWN = "beginning", "ready", "refused", "without", "ending", "unknown"
+TIMEOUT_SECONDS = 2.0
+BATCH = "batch"
+
+
+@record
+class ClientView:
+    """A client on one GPU. step, rank: of its task ("" where it does not say). threads: percent of the GPU's threads.
+
+    memory_bytes: what it uses, None where NVML does not say. limit_bytes: None for no limit.
+    """
+
+    pid: int
+    server: int
+    uid: int | None
+    step: str
+    rank: str
+    command: str
+    threads: float | None
+    memory_bytes: int | None
+    limit_bytes: int | None
+
+
+@record
+class GpuView:
+    """A GPU of a job: the mode it is in, the one that was found (None: it was not changed, or only root may know)."""
+
+    uuid: str
+    mode: int | None
+    mode_found: int | None
+    clients: tuple[ClientView, ...]
+
+
+@record
+class DaemonView:
+    """A control daemon of a job; pid: None when it is gone, 0 when it cannot be told."""
+
+    place: DaemonPlace
+    pid: int | None
+    problem: str
+    servers: tuple[Server, ...]
+    gpus: tuple[GpuView, ...]
+
+
+@record
+class JobView:
+    """A job on this node, and how it stands; `message` says why, where it has no MPS."""
+
+    job_id: int
+    uid: int
+    state: str
+    message: str
+    threads: str
+    auto: tuple[str, ...]
+    daemons: tuple[DaemonView, ...]
+
+
+@record
+class NodeView:
+    """All that was seen; `problems` in words, those of a job with its number in front."""
+
+    jobs: tuple[JobView, ...]
+    problems: tuple[str, ...]
+    of_all: bool  #: whether jobs of all users were looked for
+    stuck: bool  #: whether a thread of this process waits for a driver that hangs
+
+
+@record
+class _Job:
+    """What the files say of a job."""
+
+    job_id: int
+    uid: int
+    state: str
+    verdict: JobVerdict | None
+    program: str
+    modes_found: Mapping[str, int]
+    shares: bool = False  #: a GPU of it with another job, as far as is known
+
+
+def look(
+    job_ids: Sequence[int] = (),
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    *,
+    memory: Memory | None = None,
+    sparing: bool = False,
+) -> NodeView | None:
+    """Look at this node, at these jobs alone if any are given. None where slurm-mps was not used since the boot.
+
+    memory: of whoever looks again and again. sparing: clients by NVML's word alone where it tells all of them, without
+    what their daemons know of them.
+    """
+    if not os.path.isdir(STATE_DIRECTORY):
+        return None
+    problems: list[str] = []
+    root = os.geteuid() == 0
+    jobs = _roots_jobs(job_ids, problems) if root else _own_jobs(job_ids, problems)
+    seen = {job.job_id for job in jobs}
+    whose = "" if root else ", or it is not yours"
+    problems += [f"job {job}: nothing of it is on this node{whose}" for job in job_ids if job not in seen]
+    gpus = _ask_gpus(jobs, timeout_seconds)
+    problems += [gpus.problem] if gpus.problem else []
+    answers = _ask_daemons(jobs, gpus.gpus, timeout_seconds, memory or Memory(), sparing=sparing)
+    views = tuple(_view(job, answers, gpus.gpus) for job in jobs)
+    for view in views:
+        problems += [f"job {view.job_id}: {words}" for words in _problems(view)]
+    return NodeView(views, tuple(problems), root, gpus.stuck)
+
+
+# ------------------------------------------------------------------------------------------------------ which jobs
+
+
+def own_job_ids() -> list[int]:
+    """Jobs that may be ours: of which a step runs here, and which our own processes are told that they belong to."""
+    found = slurm.jobs_with_steps()
+    own = os.geteuid()
+    for pid in processes.pids():
+        if processes.uid_of(pid) == own:
+            job = small_number(processes.environment_of(pid).get("SLURM_JOB_ID", ""))
+            if job is not None:
+                found.add(job)
+    return sorted(found)
+
+
+def _own_jobs(job_ids: Sequence[int], problems: list[str]) -> list[_Job]:
+    program = which(DAEMON_PROGRAM) or DEFAULTS.paths_control_program
+    found = []
+    for job_id in dict.fromkeys(job_ids or own_job_ids()):
+        verdict = _read_verdict(job_id, problems)
+        if verdict or os.access(f"{JOBS}/{job_id}", os.R_OK):
+            state = verdict.status if verdict else UNKNOWN
+            found.append(_Job(job_id, os.geteuid(), state, verdict, program, {}))
+    return found
+
+
+def _read_verdict(job_id: int, problems: list[str]) -> JobVerdict | None:
+    try:
+        return read_verdict(job_id)
+    except NodeError as error:
+        problems.append(f"job {job_id}: {error}")
+        return None
+
+
+def _roots_jobs(job_ids: Sequence[int], problems: list[str]) -> list[_Job]:
+    try:
+        state = NodeState(make=False)
+    except (NodeError, FileNotFoundError) as error:
+        problems.append(str(error))
+        return []
+    there = state.job_ids()
+    found = []
+    for job_id in dict.fromkeys(job_ids or there):
+        if job_id not in there:
+            continue
+        try:
+            journal = state.look_at_journal(job_id)
+            if journal:
+                found.append(_roots_job(state, journal, problems))
+        except MpsError as error:
+            problems.append(f"job {job_id}: {error}")
+    return found
+
+
+def _roots_job(state: NodeState, journal: Journal, problems: list[str]) -> _Job:
+    job_id = journal.job_id
+    verdict = _read_verdict(job_id, problems)
+    config = journal.read_config() or DEFAULTS
+    stage = verdict.status if verdict else BEGINNING
+    if verdict and verdict.status == READY and not journal.ready:
+        stage = ENDING
+    if journal.boot_id != state.boot_id:
+        problems.append(f"job {job_id}: it is of an earlier boot; slurm-mps reconcile takes it down")
+        stage, verdict = ENDING, None
+    modes, shares = {}, False
+    for uuid in {gpu for place in (verdict.daemons if verdict else ()) for gpu in place.gpus}:
+        entry = state.read_ledger(uuid)
+        shares |= len(entry.holders) > 1
+        if entry.mode_found is not None and job_id in entry.holders:
+            modes[uuid] = entry.mode_found
+    return _Job(job_id, journal.uid, stage, verdict, config.paths_control_program, modes, shares)
+
+
+# -------------------------------------------------------------------------------------------------- who is asked what
+
+
+def _places(jobs: Iterable[_Job]) -> list[tuple[_Job, DaemonPlace]]:
+    return [(job, place) for job in jobs if job.verdict for place in job.verdict.daemons]
+
+
+def _ask_daemons(
+    jobs: Iterable[_Job], gpus: Mapping[str, GpuState], timeout_seconds: float, memory: Memory, *, sparing: bool
+) -> dict[str, DaemonAnswer]:
+    """All at once: one that is stuck keeps nobody else waiting."""
+    answers: dict[str, DaemonAnswer] = {}
+
+    def ask_one(one: tuple[_Job, DaemonPlace]) -> None:
+        job, place = one
+        there = _nvmls_clients(place, gpus)
+        answer = memory.recall(place, there)
+        if answer is None:
+            listing = not sparing or there is None or job.shares
+            answer = ask(place, job.program, timeout_seconds, listing=listing)
+            memory.keep(place, there, answer)
+        answers[place.pipe_directory] = answer
+
+    places = _places(jobs)
+    if places:
+        side_by_side(ask_one, places)
+    return answers
+
+
+def _nvmls_clients(place: DaemonPlace, gpus: Mapping[str, GpuState]) -> frozenset[int] | None:
+    """The clients on a daemon's GPUs, by NVML; None where it does not tell of each GPU."""
+    if not all(uuid in gpus for uuid in place.gpus):
+        return None
+    return frozenset(pid for uuid in place.gpus for pid in gpus[uuid].memory_bytes)
+
+
+def _ask_gpus(jobs: Iterable[_Job], timeout_seconds: float) -> NvmlAnswer:
+    uuids = dict.fromkeys(gpu for _, place in _places(jobs) for gpu in place.gpus)
+    return ask_nvml(uuids, timeout_seconds) if uuids else NvmlAnswer({})
+
+
+# ---------------------------------------------------------------------------------------------------- put together
+
+
+def _view(job: _Job, answers: Mapping[str, DaemonAnswer], gpus: Mapping[str, GpuState]) -> JobView:
+    verdict = job.verdict
+    daemons = [
+        _daemon_view(job, verdict, place, answers[place.pipe_directory], gpus)
+        for place in (verdict.daemons if verdict else ())
+        if verdict
+    ]
+    return JobView(
+        job_id=job.job_id,
+        uid=job.uid,
+        state=job.state,
+        message=verdict.message if verdict else "",
+        threads=verdict.threads if verdict else "",
+        auto=verdict.auto if verdict else (),
+        daemons=tuple(daemons),
+    )
+
+
+def _daemon_view(
+    job: _Job, verdict: JobVerdict, place: DaemonPlace, answer: DaemonAnswer, gpus: Mapping[str, GpuState]
+) -> DaemonView:
+    threads = {server.pid: server.threads for server in answer.servers}
+    views = []
+    for uuid in place.gpus:
+        state = gpus.get(uuid)
+        listed = answer.clients
+        if listed is None:
+            server = answer.servers[0].pid if answer.servers else 0
+            listed = tuple(Client(pid, server, uuid, "") for pid in (state.memory_bytes if state else ()))
+        clients = [
+            _client_view(client, uuid, place, threads.get(client.server) or verdict.threads, state)
+            for client in listed
+            if client.gpu == uuid
+        ]
+        mode = state.compute_mode if state else None
+        in_order = tuple(sorted(clients, key=lambda client: client.pid))
+        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order))
+    return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
+
+
+def _client_view(client: Client, uuid: str, place: DaemonPlace, threads: str, state: GpuState | None) -> ClientView:
+    environment = processes.environment_of(client.pid)
+    own_threads = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "")
+    limits = [place.memory_bytes]
+    try:
+        visible = _visible(environment.get("CUDA_VISIBLE_DEVICES", ""), place.gpus)
+        ordinal = visible.index(uuid) if uuid in visible else -1
+        own_memory = environment.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "")
+        limits.append(variable_limit(own_memory, visible, ordinal, uuid))
+    except ValueError:
+        limits = []  # a value that the driver cannot use lifts every limit (O12)
+    step = small_number(environment.get("SLURM_STEP_ID", ""))
+    rank = small_number(environment.get("SLURM_PROCID", ""))
+    return ClientView(
+        pid=client.pid,
+        server=client.server,
+        uid=processes.uid_of(client.pid),
+        step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else "",
+        rank=str(rank) if step is not None and rank is not None else "",
+        command=printable(os.path.basename(client.command), 60),
+        threads=min(filter(None, map(_percentage, (threads, own_threads))), default=None),
+        memory_bytes=state.memory_bytes.get(client.pid) if state else None,
+        limit_bytes=min((limit for limit in limits if limit is not None), default=None),
+    )
+
+
+def _visible(text: str, gpus: Sequence[str]) -> list[str]:
+    """A client's devices: what its CUDA_VISIBLE_DEVICES names, or all of the daemon's."""
+    names = [name for name in text.split(",") if name]
+    if not names:
+        return list(gpus)
+    ordinals = [small_number(name) for name in names]
+    return [
+        gpus[ordinal] if ordinal is not None and ordinal < len(gpus) else name
+        for name, ordinal in zip(names, ordinals, strict=True)
+    ]
+
+
+def _percentage(text: str) -> float | None:
+    try:
+        return parse_thread_percentage(text)
+    except RequestError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------- what is wrong
+
+
+def _problems(job: JobView) -> list[str]:
+    found = []
+    for daemon in job.daemons:
+        where = f" ({daemon.place.name})" if daemon.place.name else ""
+        if daemon.problem:
+            found.append(f"{daemon.problem}{where}")
+        found += [_in_fault(server, daemon) for server in daemon.servers if server.state == FAULT]
+        for gpu in daemon.gpus:
+            if gpu.mode_found is not None and gpu.mode not in (None, EXCLUSIVE_PROCESS):
+                found.append(
+                    f"{gpu.uuid} is {COMPUTE_MODES.get(gpu.mode or 0)}, though the job holds it EXCLUSIVE_PROCESS"
+                )
+            lifted = [client.pid for client in gpu.clients if daemon.place.memory_bytes and client.limit_bytes is None]
+            if lifted:
+                limit = describe_memory(daemon.place.memory_bytes or 0)
+                found.append(
+                    f"process {', '.join(map(str, lifted[:8]))} may take more than {limit} of {gpu.uuid}: the driver "
+                    "cannot use its CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, and then drops every limit"
+                )
+    return found
+
+
+def _in_fault(server: Server, daemon: DaemonView) -> str:
+    """The daemon does not say which GPU it is, so all clients may be among those that were hit."""
+    there = sorted({client.pid for gpu in daemon.gpus for client in gpu.clients})
+    which = f" ({'process' if len(there) == 1 else 'of processes'} {', '.join(map(str, there[:8]))})" if there else ""
+    return f"MPS server {server.pid} has a GPU fault and takes no programs until all that it hit have ended{which}"
