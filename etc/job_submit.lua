@@ -1,14 +1,18 @@
--- Job submit plugin (JobSubmitPlugins=lua): refuses a request that no prolog could be given.
+-- Job submit plugin (JobSubmitPlugins=lua): refuses a request that no prolog could be given, and marks jobs with MPS.
 --
 -- Any user can send SPANK_* variables of any length. slurmd puts them into the environment of every Prolog and Epilog,
 -- whatever these do; where one of them is over 128 KiB, or all together over a quarter of the stack limit, execve(2)
 -- fails, and Slurm takes that for a prolog that failed: it drains the node and gives the job another one.
+--
+-- Slurm shows these variables to nobody, so that no command could say which jobs asked for MPS. The admin comment of
+-- such a job begins with "mps", as `slurm-mps status --cluster` reads it: mps:threads=25,mem=8G
 
 local LONGEST, TOTAL = 4096, 65536
+local SHOWN = { { "MPS_THREADS", "threads" }, { "MPS_MEM", "mem" }, { "MPS_PRIORITY", "priority" } }
 
-local function too_much(job_desc)
+local function too_much(variables)
 	local total = 0
-	for _, variable in pairs(job_desc.spank_job_env or {}) do
+	for _, variable in pairs(variables) do
 		total = total + #variable
 		if #variable > LONGEST or total > TOTAL then
 			return true
@@ -17,14 +21,54 @@ local function too_much(job_desc)
 	return false
 end
 
+-- The request as the job sent it, which is its user's text: what the plugin would not take is left out.
+local function request(variables)
+	local asked, words = {}, {}
+	for _, variable in pairs(variables) do
+		-- Slurm puts the SPANK_ in front of those that have none later on.
+		local name, value = variable:gsub("^SPANK_", ""):match("^(MPS[%u_]*)=([%w.:,-]*)$")
+		if name and #value <= 64 then
+			asked[name] = value
+		end
+	end
+	if not (asked.MPS or asked.MPS_THREADS or asked.MPS_MEM or asked.MPS_PRIORITY) then
+		return nil
+	end
+	if asked.MPS == "per-gpu" then
+		words[1] = "per-gpu"
+	end
+	for _, shown in ipairs(SHOWN) do
+		local value = asked[shown[1]]
+		if value then
+			words[#words + 1] = shown[2] .. "=" .. value:gsub(",", "+")
+		end
+	end
+	return #words > 0 and "mps:" .. table.concat(words, ",") or "mps"
+end
+
+local function mark(job_desc, variables)
+	local mps, comment = request(variables), job_desc.admin_comment
+	if mps and comment and comment ~= "" then
+		job_desc.admin_comment = mps .. ";" .. comment
+	elseif mps then
+		job_desc.admin_comment = mps
+	end
+end
+
 function slurm_job_submit(job_desc, part_list, submit_uid)
-	if too_much(job_desc) then
+	local variables = job_desc.spank_job_env or {}
+	if too_much(variables) then
 		slurm.log_user("the variables that plugins send along with this job are too long")
 		return slurm.ERROR
 	end
+	mark(job_desc, variables)
 	return slurm.SUCCESS
 end
 
 function slurm_job_modify(job_desc, job_rec, part_list, modify_uid)
-	return slurm_job_submit(job_desc, part_list, modify_uid)
+	if too_much(job_desc.spank_job_env or {}) then
+		slurm.log_user("the variables that plugins send along with this job are too long")
+		return slurm.ERROR
+	end
+	return slurm.SUCCESS
 end

@@ -1,4 +1,4 @@
-"""``slurm-mps status``: the jobs with MPS on this node and what each of their clients has."""
+"""``slurm-mps status``: the jobs with MPS on this node and what each of their clients has; or which the cluster has."""
 
 from __future__ import annotations
 
@@ -57,11 +57,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command."""
     parser = commands.add_parser(
         "status",
-        help="who uses MPS on this node",
+        help="who uses MPS on this node, or with --cluster in the cluster",
         description="Shows the jobs with MPS on this node (root: all, a user: their own), their control daemons, "
         "servers and clients. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here.",
     )
     parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="ask Slurm which jobs and nodes use MPS; -o then takes job,user,state,daemons,threads,mem,priority,nodes",
+    )
+    parser.add_argument("-w", "--nodelist", metavar="NODES", help="with --cluster: on these nodes alone")
     parser.add_argument(
         "--timeout", type=seconds, default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
     )
@@ -71,6 +77,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Print what is on this node. Returns the exit status."""
+    if options.cluster:
+        from slurm_mps.cli import cluster
+
+        return cluster.run(options)
+    if options.nodelist:
+        complain("-w goes with --cluster; without it status shows the node that it runs on")
+        return 2
     from slurm_mps.cli.output import leave
     from slurm_mps.status.node import look
 

@@ -44,3 +44,13 @@ def test_wrong_usage_is_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
+
+
+def test_the_help_of_status_names_the_fields_of_the_cluster_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are another module's, which is imported only when it is asked for."""
+    from slurm_mps.cli.cluster import COLUMNS
+
+    with pytest.raises(SystemExit):
+        main(["status", "--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert ",".join(column.name for column in COLUMNS) in said

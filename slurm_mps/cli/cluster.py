@@ -1,0 +1,81 @@
+"""``slurm-mps status --cluster``: which jobs and nodes of the cluster use MPS."""
+
+from __future__ import annotations
+
+from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, USAGE, Column, chosen, complain, print_json, print_table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from slurm_mps.status.cluster import MpsJob
+
+COLUMNS = (
+    Column("job", "JOB", right=True),
+    Column("user", "USER"),
+    Column("state", "STATE"),
+    Column("daemons", "DAEMONS"),
+    Column("threads", "THREADS", right=True),
+    Column("mem", "MEM", right=True),
+    Column("priority", "PRIORITY", hidden=True),
+    Column("nodes", "NODES"),
+)
+_SLURM_SECONDS = 15.0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what Slurm says. Returns the exit status."""
+    from slurm_mps.errors import NodeError
+    from slurm_mps.status.cluster import by_node, marks_jobs, mps_jobs, open_source
+    from slurm_mps.verify.hostlist import expand_hosts
+
+    columns = chosen(COLUMNS, options)
+    try:
+        nodes = expand_hosts(options.nodelist) if options.nodelist else []
+    except ValueError as error:
+        complain(f"-w: {error}")
+        return USAGE
+    source = open_source()
+    try:
+        jobs = mps_jobs(source.jobs(_SLURM_SECONDS), nodes)
+    except NodeError as error:
+        complain(str(error))
+        return PROBLEM
+    if options.jobs:
+        jobs = [job for job in jobs if job.job_id in options.jobs]
+    if not jobs and not marks_jobs(_SLURM_SECONDS):
+        complain(
+            "Slurm does not show what jobs ask of plugins, and no job_submit script marks them here; "
+            "install etc/job_submit.lua of slurm-mps on the controller (JobSubmitPlugins=lua)"
+        )
+        return NOT_HERE
+    if options.json:
+        listed = [_report(job) for job in jobs]
+        print_json("cluster/1", asked=source.name, jobs=listed, nodes=by_node(jobs), status=FINE)
+        return FINE
+    print_table([_row(job) for job in jobs], columns, noheader=options.noheader)
+    if not jobs:
+        complain("no job that Slurm shows you asks for MPS")
+    return FINE
+
+
+def _row(job: MpsJob) -> dict[str, object]:
+    return {
+        "job": job.job_id,
+        "user": job.user,
+        "state": job.state,
+        "daemons": "per-gpu" if job.per_gpu else "per-node",
+        **job.request,
+        "nodes": job.node_list,
+    }
+
+
+def _report(job: MpsJob) -> dict[str, object]:
+    return {
+        "job_id": job.job_id,
+        "user": job.user,
+        "state": job.state,
+        "nodes": list(job.nodes),
+        "daemons": "per-gpu" if job.per_gpu else "per-node",
+        "request": dict(job.request),
+    }

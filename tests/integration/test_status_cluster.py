@@ -1,0 +1,197 @@
+"""``slurm-mps status --cluster``: its adapters, against the real Slurm of the tests and against pyslurm's interface."""
+
+from __future__ import annotations
+
+import json
+import types
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from slurm_mps.errors import NodeError
+from slurm_mps.status.cluster import Pyslurm, SlurmJob, Squeue, by_node, mps_jobs, parse_squeue
+from tests.harness.cluster import SAMPLES
+from tests.harness.runtime import MOUNT_POINT
+from tests.harness.site import Site
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.harness.machine import Result
+
+COMMAND = f"{MOUNT_POINT}/bin/slurm-mps"
+
+
+class MarkedSite(Site):
+    """A site whose controller marks jobs as etc/job_submit.lua does."""
+
+    def configure(self, text: str) -> None:
+        super().configure(text)
+        self.machine.write("/etc/slurm/job_submit.lua", (SAMPLES / "job_submit.lua").read_text())
+
+
+@pytest.fixture(scope="module")
+def marked() -> Iterator[MarkedSite]:
+    with MarkedSite(extra_slurm_conf="JobSubmitPlugins=lua") as site:
+        yield site
+
+
+def cluster(site: Site, *options: str, user: str = "bob") -> Result:
+    return site.machine.run([COMMAND, "status", "--cluster", *options], user=user)
+
+
+def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> None:
+    """On the real Slurm, by any user: what they asked, and nothing of the job that did not ask."""
+    submit = marked.cluster.sbatch
+    asks = [
+        ["--gres=gpu:1", "--mps"],
+        ["--gres=gpu:2", "--mps=per-gpu", "--mps-mem=0:8G,1:4G"],
+        ["--gres=gpu:1", "--mps-threads=12.5", "--mps-mem=8G", "-N2"],
+        ["--gres=gpu:1"],
+    ]
+    jobs = [submit(*ask, script="sleep 60") for ask in asks]
+    ids = [job.id for job in jobs]
+    for job in jobs:
+        marked.cluster.wait_running(job)
+    said = cluster(marked, "-o", "job,user,daemons,threads,mem,nodes", "-n")
+    report = json.loads(cluster(marked, "--json").stdout)
+    first_node = report["jobs"][0]["nodes"][0]
+    there = json.loads(cluster(marked, "--json", "-w", first_node).stdout)
+    elsewhere = json.loads(cluster(marked, "--json", "-w", "n[7-9]").stdout)
+    comment = marked.cluster.job_info(jobs[2]).fields["AdminComment"]
+    marked.machine.run(["scancel", *map(str, ids)]).check()
+    marked.cluster.wait_idle()
+    after = cluster(marked)
+
+    rows = [line.split() for line in said.stdout.splitlines()]
+    assert (said.returncode, said.stderr) == (0, "")
+    assert [row[:5] for row in rows] == [
+        [str(ids[0]), "alice", "per-node", "-", "-"],
+        [str(ids[1]), "alice", "per-gpu", "-", "0:8G,1:4G"],
+        [str(ids[2]), "alice", "per-node", "12.5", "8G"],
+    ]
+    assert rows[2][5] == "n[1-2]"
+    assert report["asked"] == "squeue --json"
+    assert report["nodes"]["n2"][-1] == ids[2]
+    assert {one["job_id"] for one in there["jobs"]} >= {ids[0], ids[2]}
+    assert elsewhere["jobs"] == []
+    assert comment == "mps:threads=12.5,mem=8G"
+    assert (after.returncode, after.stdout.splitlines()[1:]) == (0, [])
+
+
+def test_a_mark_is_not_the_users_to_write(marked: MarkedSite) -> None:
+    job = marked.cluster.sbatch("--gres=gpu:1", script="sleep 60")
+    forged = marked.machine.run(["scontrol", "update", f"JobId={job}", "AdminComment=mps"], user="alice")
+    said = cluster(marked)
+    marked.cluster.scancel(job)
+    marked.cluster.wait(job)
+    assert forged.returncode != 0
+    assert str(job) not in said.stdout.split()
+
+
+def test_a_cluster_that_marks_nothing_is_not_taken_for_one_without_jobs(site: Site) -> None:
+    said = cluster(site)
+    assert (said.returncode, said.stdout) == (3, "")
+    assert "install etc/job_submit.lua of slurm-mps on the controller" in said.stderr
+
+
+def test_a_slurm_that_does_not_answer_is_a_problem(site: Site) -> None:
+    said = site.machine.run([COMMAND, "status", "--cluster"], env={"SLURM_CONF": "/dev/null"})
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith("slurm-mps: squeue --json: ")
+
+
+# ------------------------------------------------------------------------------------- what the adapters have in common
+
+EXPECTED = [SlurmJob(7, "alice", "RUNNING", "n[1-2]", "mps:per-gpu,threads=25"), SlurmJob(8, "bob", "PENDING", "", "")]
+
+
+def squeue(*changes: dict[str, Any]) -> bytes:
+    jobs = [
+        {
+            "job_id": 7,
+            "user_name": "alice",
+            "job_state": "RUNNING",
+            "nodes": "n[1-2]",
+            "admin_comment": EXPECTED[0].admin_comment,
+        },
+        {"job_id": 8, "user_name": "bob", "job_state": "PENDING", "nodes": "", "admin_comment": ""},
+    ]
+    for job, change in zip(jobs, changes, strict=False):
+        job.update(change)
+    return json.dumps({"meta": {}, "errors": [], "jobs": jobs}).encode()
+
+
+def test_squeues_json_is_read_as_older_and_newer_releases_write_it() -> None:
+    newer = {"job_id": {"set": True, "infinite": False, "number": 7}, "job_state": ["RUNNING", "CONFIGURING"]}
+    assert parse_squeue(squeue()) == EXPECTED
+    assert parse_squeue(squeue(newer)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b'{"jobs": 7}', b'{"jobs": [{}]}', squeue({"job_id": "x"}), squeue()[:-9]]
+)
+def test_what_is_no_list_of_jobs_is_an_error(data: bytes) -> None:
+    with pytest.raises(NodeError):
+        parse_squeue(data)
+
+
+def recorded_pyslurm(problem: Exception | None = None) -> types.SimpleNamespace:
+    """pyslurm's interface as its source has it since 23.02; no release of it fits the Slurm of the tests."""
+
+    def load() -> dict[int, types.SimpleNamespace]:
+        if problem:
+            raise problem
+        return {
+            job.job_id: types.SimpleNamespace(
+                id=job.job_id,
+                user_name=job.user,
+                user_id=20001,
+                state=job.state,
+                allocated_nodes=job.nodes or None,
+                admin_comment=job.admin_comment or None,
+            )
+            for job in EXPECTED
+        }
+
+    return types.SimpleNamespace(Jobs=types.SimpleNamespace(load=load))
+
+
+def test_pyslurm_gives_the_same() -> None:
+    assert Pyslurm(recorded_pyslurm()).jobs(1) == EXPECTED
+
+
+def test_what_goes_wrong_in_pyslurm_is_an_error_of_ours() -> None:
+    with pytest.raises(NodeError, match=r"pyslurm: Unable to contact"):
+        Pyslurm(recorded_pyslurm(RuntimeError("Unable to contact slurm controller"))).jobs(1)
+
+
+def test_a_squeue_that_hangs_or_fails_or_is_not_there_is_an_error(tmp_path: Path) -> None:
+    hangs = tmp_path / "squeue"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    for program in (str(hangs), "/nonexistent/squeue", "/usr/bin/false"):
+        with pytest.raises(NodeError):
+            Squeue(program).jobs(0.3)
+
+
+@pytest.mark.parametrize(
+    ("comment", "state", "asks"),
+    [
+        ("mps", "RUNNING", {}),
+        ("mps:threads=25,mem=0:8G+1:4G;other", "RUNNING", {"threads": "25", "mem": "0:8G,1:4G"}),
+        ("mps;x", "PENDING", {}),
+        ("mps", "COMPLETED", None),
+        ("mpsx", "RUNNING", None),
+        ("x;mps", "RUNNING", None),
+        ("", "RUNNING", None),
+        ("mps:\x1b[2J", "RUNNING", None),
+    ],
+)
+def test_a_mark_is_read_and_nothing_else_is_taken_for_one(
+    comment: str, state: str, asks: dict[str, str] | None
+) -> None:
+    found = mps_jobs([SlurmJob(7, "alice", state, "n[1-2]", comment)])
+    assert [dict(job.request) for job in found] == ([] if asks is None else [asks])
+    assert by_node(found) == ({} if asks is None else {"n1": [7], "n2": [7]})
