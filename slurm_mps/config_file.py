@@ -44,6 +44,8 @@ def _allowed(error: ValidationError) -> str:
         return f"{error.instance} is greater than {wanted}"
     if rule == "pattern" and "MGT" in str(wanted):
         return 'expected a size such as "8G" or "512M"' + (' or "none"' if "none" in str(wanted) else "")
+    if rule == "pattern" and "prom" in str(wanted):
+        return 'expected an absolute path that ends in .prom, or "none"'
     if rule == "pattern":
         return "expected an absolute path of plain characters"
     return error.message

@@ -19,7 +19,14 @@ class MpsError(Exception):
 
 
 class RequestError(MpsError):
-    """The job cannot have what it asked for. The job fails with the message; the node stays in service."""
+    """The job cannot have what it asked for. The job fails with the message; the node stays in service.
+
+    ``reason`` is one word, for who counts them.
+    """
+
+    def __init__(self, message: str, hint: str = "", reason: str = "request") -> None:
+        super().__init__(message, hint)
+        self.reason = reason
 
 
 class NodeError(MpsError):

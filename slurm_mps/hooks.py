@@ -110,6 +110,11 @@ class Watch:
         """Seconds until what is brought up must be so."""
         return max(0.0, self._started + _BRING_UP_SHARE * self._seconds - monotonic())
 
+    @property
+    def spent(self) -> float:
+        """Seconds since the start, without Python's own."""
+        return monotonic() - self._started
+
     def at(self, share: float) -> float:
         """The monotonic time at which this share of the whole time is over."""
         return self._started + share * self._seconds
@@ -150,9 +155,10 @@ class _Prolog:
     def run(self) -> int:
         try:
             self._run()
+            self._note("ready")
             return 0
         except RequestError as error:
-            return self._refuse(str(error))
+            return self._refuse(str(error), error.reason)
         except MpsError as error:
             return self._node_fault(str(error))
         except Exception:
@@ -202,7 +208,7 @@ class _Prolog:
     def _site(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobSite:
         return JobSite(state, journal, self._gpus, config, self._watch.at(_BRING_UP_SHARE), self._watch.at(UNDO_SHARE))
 
-    def _refuse(self, message: str) -> int:
+    def _refuse(self, message: str, reason: str) -> int:
         """The job's tasks fail with the message; the node has nothing to do with it."""
         if self._journal is None:
             return self._node_fault(message)
@@ -210,11 +216,16 @@ class _Prolog:
             self._tell_tasks(refused(message))
         except NodeError as error:
             return self._node_fault(f"{message}; and the verdict cannot be written: {error}")
+        self._note("refused", reason)
         return 0
+
+    def _note(self, outcome: str, reason: str = "-") -> None:
+        note_hook(self._state, self._config, "prolog", outcome, self._watch, reason)
 
     def _node_fault(self, message: str) -> int:
         """Tell the admin, then do as the site wants: fail the job here, let it run, or have Slurm drain the node."""
         tell_fault(self._state, f"{self._who}: {message}")
+        self._note("node_fault")
         policy = self._config.policy_node_fault
         try:
             if policy != "drain" and self._job_id is not None:
@@ -257,20 +268,34 @@ def tell_fault(state: NodeState | None, message: str) -> None:
         pass  # it has been told
 
 
+def note_hook(
+    state: NodeState | None, config: SiteConfig, hook: str, outcome: str, watch: Watch, reason: str = "-"
+) -> None:
+    """Where the site wants metrics, note how a hook ended and after how long; that it cannot be noted is no fault."""
+    if state is None or config.metrics_textfile == "none":
+        return
+    try:
+        state.note_event(f"{hook} {outcome} {watch.spent:.4f} {reason}")
+    except NodeError:
+        pass
+
+
 def prolog(environment: Mapping[str, str], gpus: Gpus) -> int:
     """Bring up the job's MPS. Returns slurmd's answer: 0, or 1 to have the node drained and the job requeued."""
     return _Prolog(environment, gpus).run()
 
 
-def _epilog(state: NodeState, job_id: int, watch: Watch, gpus: Gpus) -> None:
+def _epilog(state: NodeState, job_id: int, watch: Watch, gpus: Gpus, learn: Callable[[SiteConfig], None]) -> None:
     state.lock_job(job_id, watch.left)
     journal = state.open_journal(job_id)
     if journal is None:
         return
     config = journal.read_config() or DEFAULTS
+    learn(config)
     watch.set(config.deadlines_epilog)
     end = watch.at(UNDO_SHARE)
     take_down(JobSite(state, journal, gpus, config, end, end))
+    note_hook(state, config, "epilog", "done", watch)
 
 
 def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
@@ -280,17 +305,23 @@ def epilog(environment: Mapping[str, str], gpus: Gpus) -> int:
     """
     who = "epilog"
     state: NodeState | None = None
+    config = DEFAULTS
 
     def report(message: str) -> int:
         tell_fault(state, f"{who}: {message}")
+        note_hook(state, config, "epilog", "node_fault", watch)
         return 1
+
+    def learn(jobs_own: SiteConfig) -> None:
+        nonlocal config
+        config = jobs_own
 
     watch = Watch(DEFAULTS.deadlines_epilog, report)
     try:
         job_id = slurm_number(environment, "SLURM_JOB_ID")
         who = f"job {job_id}"
         state = NodeState()
-        _epilog(state, job_id, watch, gpus)
+        _epilog(state, job_id, watch, gpus, learn)
         return 0
     except MpsError as error:
         return report(str(error))

@@ -117,7 +117,7 @@ def _thread_percentage(request: JobRequest, config: SiteConfig) -> float:
     if percent is None:
         return config.limits_thread_percentage_default
     if not low <= percent <= high:
-        raise RequestError(f"--mps-threads={percent:g}: this site allows {low:g} to {high:g}")
+        raise RequestError(f"--mps-threads={percent:g}: this site allows {low:g} to {high:g}", reason="threads")
     return percent
 
 
@@ -134,6 +134,7 @@ def _checked_limit(limit: int, smallest: Gpu, percent: float, config: SiteConfig
         raise RequestError(
             f"{asked} is more than {smallest.uuid} has ({describe_memory(smallest.memory_bytes)})",
             hint=f"ask for at most {format_memory(smallest.memory_bytes // MIB * MIB)}, or leave it out for no limit",
+            reason="memory",
         )
     context = _context_bytes(percent, config)
     if limit <= context:
@@ -141,12 +142,13 @@ def _checked_limit(limit: int, smallest: Gpu, percent: float, config: SiteConfig
             f"{asked} is less than a CUDA context costs with {percent:g} % of the threads "
             f"(about {describe_memory(context)})",
             hint=f"ask for more than {format_memory(context)}",
+            reason="memory",
         )
     low, high = memory_bytes(config.limits_memory_min), memory_bytes(config.limits_memory_max)
     if low is not None and limit < low:
-        raise RequestError(f"{asked}: this site allows {config.limits_memory_min} and more")
+        raise RequestError(f"{asked}: this site allows {config.limits_memory_min} and more", reason="memory")
     if high is not None and limit > high:
-        raise RequestError(f"{asked}: this site allows at most {config.limits_memory_max}")
+        raise RequestError(f"{asked}: this site allows at most {config.limits_memory_max}", reason="memory")
     return limit
 
 
@@ -171,7 +173,7 @@ def _check_gpu_numbers(request: JobRequest, count: int) -> None:
     beyond = [number for number, _ in request.memory_by_gpu if number >= count]
     if beyond:
         has = "one GPU on this node, which is 0" if count == 1 else f"{count} GPUs on this node, 0 to {count - 1}"
-        raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}")
+        raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}", reason="memory")
 
 
 def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> tuple[JobDaemon, ...]:
@@ -193,7 +195,9 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     Raises: RequestError when it cannot have what it asks; NodeError when Slurm named one GPU twice.
     """
     if not gpus:
-        raise RequestError("this job has no GPU on this node", hint="ask for one, such as --gres=gpu:1")
+        raise RequestError(
+            "this job has no GPU on this node", hint="ask for one, such as --gres=gpu:1", reason="no_gpu"
+        )
     if len(gpus) > GPUS_MAX:
         raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
     gpus = tuple(sorted(gpus, key=lambda gpu: gpu.index))

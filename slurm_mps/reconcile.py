@@ -108,7 +108,13 @@ class Reconciler:
         self._environment = environment
         self._gpus = gpus
         self._watch = watch
-        self._report = report
+        self._told: dict[str, int] = {}
+
+        def tell(finding: Finding) -> None:
+            self._told[finding.outcome] = self._told.get(finding.outcome, 0) + 1
+            report(finding)
+
+        self._report = tell
         self._dry_run = dry_run
         self._in_slurm: dict[int, SlurmJob] = {}
         self._silence = ""  #: why Slurm gave no answer
@@ -162,6 +168,12 @@ class Reconciler:
             self._report(Finding(path, LEFT, "slurm-mps did not put it there"))
         for job_id in self._untidy_logs(config, [*jobs, *lost]):
             self._locked(state, job_id, partial(self._tidy, state, job_id, config))
+        if not self._dry_run and config.metrics_textfile != "none":
+            self._guarded("metrics", partial(self._note, state))
+
+    def _note(self, state: NodeState) -> None:
+        for outcome in (REPAIRED, LEFT):
+            state.note_event(f"reconcile {outcome} {self._told.get(outcome, 0)} -")
 
     # ---------------------------------------------------------------------------------------------- who is over
 

@@ -100,7 +100,7 @@ def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     gpus = tuple(name for name in names.split(",") if name)
     for name in gpus:
         if name.startswith("MIG-"):
-            raise RequestError(f"{printable(name, 48)} is a MIG device; slurm-mps serves whole GPUs only")
+            raise RequestError(f"{printable(name, 48)} is a MIG device; slurm-mps serves whole GPUs only", reason="mig")
         if not (name.startswith("GPU-") or (name.isascii() and name.isdigit() and len(name) <= 4)):
             raise NodeError(f"slurmd gave the prolog a GPU it cannot name: {printable(name)!r}")
     return gpus

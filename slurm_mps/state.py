@@ -4,6 +4,8 @@
       lock                   locks by number: a job's id, 0 for what all share: ledgers, config
       config                 the compiled site configuration
       last-fault             what the last prolog or epilog that failed had to say
+      events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
+      metrics                what was counted since the boot
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
         journal              0600  what is to be undone, newest last
         config               0600  the configuration the job was brought up with
@@ -30,6 +32,9 @@ STATE_DIRECTORY = "/run/slurm-mps"
 VERSION = 1
 _LEDGER_LOCK = 0
 _SKELETON = ("jobs", "gpus", "lock")
+EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
+_EVENTS_LIMIT_BYTES = 1024**2
+_METRICS_LOCK = 1 << 40  # beyond all job ids
 
 
 @record
@@ -194,7 +199,8 @@ class NodeState:
 
     def strangers(self) -> list[str]:
         """The paths of what no slurm-mps of this version puts where they are."""
-        root = [name for name in self.root.names() if whole_name(name) not in (*_SKELETON, "config", "last-fault")]
+        ours = (*_SKELETON, "config", "last-fault", EVENTS, EVENTS_TAKEN, METRICS)
+        root = [name for name in self.root.names() if whole_name(name) not in ours]
         jobs = [name for name in self._jobs.names() if not name.isdigit()]
         return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
 
@@ -308,6 +314,17 @@ class NodeState:
 
     def write_compiled_config(self, stamp: str, config: SiteConfig) -> None:
         self.root.write("config", encode("config", VERSION, [stamp, *to_lines(config)]))
+
+    def note_event(self, words: str) -> None:
+        """Note what a hook did, for who counts it; lost where nobody has counted for long.
+
+        Raises: NodeError.
+        """
+        self.root.append(EVENTS, f"{words}\n".encode("ascii", "replace"), _EVENTS_LIMIT_BYTES)
+
+    def lock_metrics(self, timeout_seconds: float) -> None:
+        """Keep others who count out until this process ends; no hook waits for it."""
+        self._locks.acquire(_METRICS_LOCK, timeout_seconds)
 
     def write_last_fault(self, text: str) -> None:
         self.root.write("last-fault", text.encode("utf-8", "replace"))

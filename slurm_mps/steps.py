@@ -174,7 +174,9 @@ class HoldGpu:
         others = [job for job in entry.holders if job != job_id]
         if others and not self.may_share:
             raise RequestError(
-                f"{self.gpu} is held by MPS job {others[0]}", hint="this site does not share a GPU between MPS jobs"
+                f"{self.gpu} is held by MPS job {others[0]}",
+                hint="this site does not share a GPU between MPS jobs",
+                reason="shared_gpu",
             )
         if not others and self.mode == EXCLUSIVE_PROCESS:
             self._see_it_free(site)

@@ -11,7 +11,7 @@ import json
 import sys
 
 from slurm_mps import __version__
-from slurm_mps.cli import logs, reconcile, status, top, verify
+from slurm_mps.cli import logs, metrics, reconcile, status, top, verify
 
 
 def _config_check(options: argparse.Namespace) -> int:
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_parser(commands)
     top.add_parser(commands)
     logs.add_parser(commands)
+    metrics.add_parser(commands)
     return parser
 
 

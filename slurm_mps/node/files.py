@@ -127,6 +127,10 @@ class Directory:
             return (0, 0)
         return (status.st_ino, status.st_ctime_ns)
 
+    def changed_ns(self, name: str) -> int:
+        """When a file was last written to, in nanoseconds since 1970."""
+        return os.stat(_check_name(name), dir_fd=self.fd, follow_symlinks=False).st_mtime_ns
+
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))
 
@@ -201,6 +205,36 @@ class Directory:
         except OSError as error:
             self.unlink(name, temporary_only=True)
             raise self._fault(name, error) from None
+
+    def append(self, name: str, data: bytes, limit_bytes: int) -> None:
+        """Add to a file of root's, in one write; what would make it longer than `limit_bytes` is dropped.
+
+        Raises: NodeError.
+        """
+        how = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK
+        try:
+            try:
+                fd = os.open(_check_name(name), how | os.O_NOFOLLOW, dir_fd=self.fd)
+            except FileNotFoundError:
+                fd = os.open(name, how | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
+            with open(fd, "ab", buffering=0) as file:
+                status = os.fstat(fd)
+                if not (stat.S_ISREG(status.st_mode) and _only_root_writes(status)):
+                    raise NodeError(f"{self.path}/{name} is not a file that only root writes")
+                if status.st_size + len(data) <= limit_bytes:
+                    file.write(data)
+        except OSError as error:
+            raise self._fault(name, error) from None
+
+    def rename(self, name: str, new_name: str) -> bool:
+        """Give a file another name, over one that has it; False when there is none."""
+        try:
+            os.rename(_check_name(name), _check_name(new_name), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._fault(name, error) from None
+        return True
 
     def unlink(self, name: str, *, temporary_only: bool = False) -> None:
         """Remove a file or a link, and what a write() of it that was cut short left; none there is fine."""

@@ -146,7 +146,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(STATE, '    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]', "    return text"),
     ),
     "a user's mistake is not the node's fault": (
-        Change(HOOKS, "return self._refuse(str(error))", "return self._node_fault(str(error))"),
+        Change(HOOKS, "return self._refuse(str(error), error.reason)", "return self._node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
     "the pid file is root's alone to write": (Change(STEPS, "        daemon.protect(pipe)\n", ""),),

@@ -30,6 +30,7 @@ REQUIREMENTS = (
     "mpi4py>=4.1,<5",
     "mpich>=5,<6",
     "rich>=13",
+    "prometheus-client>=0.16",
     "setuptools>=69",
     "wheel",
 )

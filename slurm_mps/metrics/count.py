@@ -1,0 +1,129 @@
+"""Count what hooks noted and what the jobs' logs say, once each."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import NodeError
+from ..job_log import events as kinds
+from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_logs
+from ..state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
+from ..wordfile import DamagedFileError
+from .totals import LOG_COUNTS, Totals, decode_totals
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+_EVENTS_LIMIT_BYTES = 2 * 1024**2
+_TOTALS_LIMIT_BYTES = 1024**2
+_LOG_LIMIT_BYTES = 32 * 1024**2
+_LOCK_SECONDS = 1.0
+_NOTHING = (0,) * len(LOG_COUNTS)
+_COUNTED_AS = {
+    kinds.FAULT: 0,
+    kinds.FULL: 1,
+    kinds.REFUSED: 1,
+    kinds.SERVER_DIED: 2,
+    kinds.SERVER_FAILED: 2,
+}
+
+
+def count(state: NodeState, log_root: str, *, keep: bool) -> Totals:
+    """Everything that was counted since the boot, with what is new; without `keep` nothing on disk changes.
+
+    Raises: NodeError; DeadlineError when another counts.
+    """
+    state.lock_metrics(_LOCK_SECONDS)
+    totals, first = _read(state)
+    _count_logs(totals, log_root, state.job_ids(), first=first)
+    if not keep:
+        for name in (EVENTS_TAKEN, EVENTS):
+            if state.root.exists(name) and _stamp(state, name) != totals.taken:
+                totals.count_events(_text(state, name))
+        return totals
+    _count_taken(state, totals)
+    if state.root.rename(EVENTS, EVENTS_TAKEN):
+        _count_taken(state, totals)
+    state.root.write(METRICS, totals.encode())
+    return totals
+
+
+def _read(state: NodeState) -> tuple[Totals, bool]:
+    try:
+        return decode_totals(state.root.read(METRICS, _TOTALS_LIMIT_BYTES)), False
+    except (FileNotFoundError, DamagedFileError):
+        return Totals(), True  # counters begin anew, which Prometheus expects of them
+
+
+def _count_taken(state: NodeState, totals: Totals) -> None:
+    """Count the events that were set aside, and forget them only when the count is on disk."""
+    if not state.root.exists(EVENTS_TAKEN):
+        return
+    stamp = _stamp(state, EVENTS_TAKEN)
+    if stamp != totals.taken:
+        totals.count_events(_text(state, EVENTS_TAKEN))
+        totals.taken = stamp
+        state.root.write(METRICS, totals.encode())
+    state.root.unlink(EVENTS_TAKEN)
+
+
+def _stamp(state: NodeState, name: str) -> str:
+    inode, _ = state.root.stamp(name)
+    return f"{inode}:{state.root.changed_ns(name)}"
+
+
+def _text(state: NodeState, name: str) -> str:
+    return state.root.read(name, _EVENTS_LIMIT_BYTES).decode("ascii", "replace")
+
+
+# --------------------------------------------------------------------------------------------------------- the logs
+
+
+def _count_logs(totals: Totals, root: str, running: Collection[int], *, first: bool) -> None:
+    """Look into the logs that have changed. Those of jobs that were over before the first count are not counted."""
+    there = _jobs_with_logs(root)
+    for job_id in [job for job in totals.logs if job not in there]:
+        totals.forget_log(job_id)
+    for job_id in there:
+        logs = find_logs(root, job_id)
+        size = _size(logs)
+        before, counted = totals.logs.get(job_id, ("", _NOTHING))
+        if size == before:
+            continue
+        if first and job_id not in running:
+            totals.logs[job_id] = (size, _NOTHING)
+            continue
+        found = _count_job(logs)
+        totals.logs[job_id] = (size, tuple(map(max, counted, found)))  # a log that was cut has less
+
+
+def _jobs_with_logs(root: str) -> list[int]:
+    try:
+        return sorted(int(name) for name in os.listdir(root) if name.isdigit() and len(name) <= 10)
+    except OSError:
+        return []
+
+
+def _size(logs: Iterable[DaemonLogs]) -> str:
+    sizes = []
+    for one in logs:
+        for name in (CONTROL_LOG, SERVER_LOG):
+            try:
+                sizes.append(os.lstat(f"{one.directory}/{name}").st_size)
+            except OSError:
+                sizes.append(0)
+    return f"{sum(sizes)}:{len(sizes)}"
+
+
+def _count_job(logs: Iterable[DaemonLogs]) -> tuple[int, ...]:
+    found = [0] * len(LOG_COUNTS)
+    for one in logs:
+        try:
+            events = events_of(one, limit_bytes=_LOG_LIMIT_BYTES)
+        except (NodeError, OSError):
+            continue
+        for event in events:
+            if event.kind in _COUNTED_AS:
+                found[_COUNTED_AS[event.kind]] += 1
+    return tuple(found)
