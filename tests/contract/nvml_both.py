@@ -1,6 +1,7 @@
 """Put one question to NVML twice, through slurm_mps's own binding and through the maintained pynvml.
 
 Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.gpus.Gpu``, ``mode UUID``, ``processes UUID``,
+``clients UUID`` (each MPS client's pid and MiB),
 ``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads what it is now.
 Prints a line of JSON, [ours, pynvml's]; each is {"value": …} or {"number": …, "words": …} of an NVML error, ours with
 the "function" that it names. With MINORS_FROM=N in the environment the first GPU's minor number reads N, and so on: on
@@ -20,6 +21,7 @@ import pynvml
 
 from slurm_mps.errors import NodeError
 from slurm_mps.node.gpus import Gpus
+from slurm_mps.status.gpus import ask_nvml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +67,9 @@ def ours(question: str, name: str, detail: str) -> Answer:
             return {"value": getattr(gpus.resolve(name), detail)}
         if question == "processes":
             return {"value": sorted(gpus.processes(name))}
+        if question == "clients":
+            used = ask_nvml([name], 10).gpus[name].memory_bytes
+            return {"value": sorted([pid, size >> 20] for pid, size in used.items())}
         if question in ("set-mode", "set-ours"):
             gpus.set_compute_mode(name, int(detail))
         return {"value": gpus.compute_mode(name)}
@@ -86,6 +91,9 @@ def pynvmls(question: str, name: str, detail: str) -> Answer:
             return {"value": FIELDS[detail](handle)}
         if question == "processes":
             return {"value": sorted(one.pid for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))}
+        if question == "clients":
+            clients = pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)
+            return {"value": sorted([one.pid, one.usedGpuMemory >> 20] for one in clients)}
         if question == "set-mode":
             pynvml.nvmlDeviceSetComputeMode(handle, int(detail))
         return {"value": pynvml.nvmlDeviceGetComputeMode(handle)}

@@ -72,6 +72,21 @@ def test_o60_who_is_on_a_gpu(driver: Driver) -> None:
     assert driver.place.ask_nvml("processes", gpu) == [{"value": [server]}] * 2
 
 
+def test_o66_how_much_memory_each_client_uses(driver: Driver) -> None:
+    """What it allocated and what its context costs; the server is not among the clients."""
+    gpu = driver.uuids[0]
+    daemon = driver.daemon(sees(gpu))
+    clients = [daemon.client(sees(gpu)) for _ in range(2)]
+    before = dict(driver.place.ask_nvml("clients", gpu)[0]["value"])
+    assert clients[0].ask("allocate 1000") == 0
+    ours, pynvmls = driver.place.ask_nvml("clients", gpu)
+    assert ours == pynvmls
+    used = dict(ours["value"])
+    assert used.keys() == before.keys() == {client.pid for client in clients}
+    assert used[clients[0].pid] - before[clients[0].pid] == 1000
+    assert used[clients[1].pid] == before[clients[1].pid] > 0
+
+
 @pytest.mark.parametrize("mode", [DEFAULT, PROHIBITED, EXCLUSIVE_PROCESS])
 @pytest.mark.usefixtures("compute_modes")
 def test_a_compute_mode_is_set_and_read(driver: Driver, mode: int) -> None:

@@ -21,7 +21,8 @@ def test_a_user_sees_their_job_from_within_it(any_site: Site) -> None:
             {COMMAND} status --json > st
             [ $(grep -c '"rank": [0-9]' st) = 4 ] && break
         done
-        cat st
+        sleep 1 # a client is listed before it has its memory
+        {COMMAND} status --json
         scancel -s TERM $SLURM_JOB_ID.0
         wait
     """

@@ -83,3 +83,13 @@ def test_show_of_a_wrong_file_says_what_is_wrong(capsys: pytest.CaptureFixture[s
     assert main(["config", "show", str(file)]) == 1
     told = capsys.readouterr()
     assert (told.out, told.err) == ("", f"slurm-mps: {file}: logs.max_jobs: 0 is less than 1\n")
+
+
+def test_the_help_of_status_names_the_fields_of_the_cluster_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are another module's, which is imported only when it is asked for."""
+    from slurm_mps.cli.cluster import COLUMNS
+
+    with pytest.raises(SystemExit):
+        main(["status", "--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert ",".join(column.name for column in COLUMNS) in said
