@@ -52,7 +52,7 @@ for sample in etc/*; do
 done
 install -m 755 etc/health-check.sh "$share/slurm-mps/"
 install -m 644 etc/plugstack.conf "$share/slurm-mps/plugstack.conf"
-install -m 644 README.md docs/messages.md docs/security.md "$share/doc/slurm-mps/"
+install -m 644 README.md docs/[!i]*.md "$share/doc/slurm-mps/"
 gzip -9n <CHANGELOG.md >"$share/doc/slurm-mps/changelog.gz"
 for section in 1 5 7; do
 	for page in build/docs/man/*."$section"; do
