@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,9 +16,6 @@ import slurm_mps
 from slurm_mps.errors import MpsError
 from slurm_mps.plugin_file import PluginFile, read_plugin
 from tests.harness.cluster import REPOSITORY
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLUGIN = REPOSITORY / "build/spank/spank_mps.so"
 OTHERS = {
@@ -92,3 +91,18 @@ def test_only_releases_of_the_same_year_and_month_take_it() -> None:
     assert [plugin.loads_in(one) for one in ("24.11.5", "24.11.0", "24.05.5", "25.11.5", "2.4")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_make_builds_it_anew_when_slurms_headers_are_of_another_release(tmp_path: Path) -> None:
+    """A package's headers keep the time of their package, which is older than any plugin."""
+    version = Path("/usr/include/slurm/slurm_version.h").read_text()
+    header = tmp_path / "slurm/slurm_version.h"
+    header.parent.mkdir()
+    found = []
+    for patch in ("7f", "7e", "7f"):
+        header.write_text(re.sub(r"(define SLURM_VERSION_NUMBER 0x....)..", rf"\g<1>{patch}", version))
+        os.utime(header, (0, 0))
+        make = ["make", "-s", "-C", str(REPOSITORY / "spank"), f"BUILD={tmp_path}", f"CPPFLAGS=-I{tmp_path}"]
+        subprocess.run(make, check=True)
+        found.append(read_plugin(tmp_path / "spank_mps.so").slurm_release.rpartition(".")[2])
+    assert found == ["127", "126", "127"]
