@@ -64,7 +64,7 @@ def test_slurm_may_count_gpus_in_another_order_than_nvml() -> None:
 @pytest.fixture(scope="module")
 def run_in_job() -> Iterator[Site]:
     if RELEASE.no_run_in_job:
-        pytest.skip(RELEASE.no_run_in_job)
+        pytest.skip(f"PrologFlags=RunInJob: {RELEASE.no_run_in_job}")
     with Site(nodes=1, constrain_devices=True, extra_slurm_conf="PrologFlags=RunInJob") as site:
         yield site
 
