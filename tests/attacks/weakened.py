@@ -132,8 +132,13 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(
             CONTROL,
-            "            size = format_memory(limits.memory_bytes)",
-            '            size = processes.os.environ["SPANK_MPS_MEM"]',
+            "        size = format_memory(limits.memory_bytes)",
+            '        size = processes.os.environ["SPANK_MPS_MEM"]',
+        ),
+        Change(
+            CONTROL,
+            "            expected += [format_memory(limits.memory_bytes)] * device_count",
+            '            expected += [processes.os.environ["SPANK_MPS_MEM"]] * device_count',
         ),
     ),
     "what was set is read back": (Change(CONTROL, "        if answer != expected:", "        if False:"),),
