@@ -137,8 +137,10 @@ def run(one: Release, *, short: bool) -> Outcome:
     line += ["-m", "every_release"] if short else []
     began = time.monotonic()
     limit = SHORT_TIMEOUT_SECONDS if short else FULL_TIMEOUT_SECONDS
-    stream(one.name, [*line, *(f"tests/{suite}" for suite in SUITES)], environment, limit)
-    counts, failures, skips = read_report(report) if report.exists() else ({}, ["pytest did not come to its end"], {})
+    status = stream(one.name, [*line, *(f"tests/{suite}" for suite in SUITES)], environment, limit)
+    counts, failures, skips = read_report(report) if report.exists() else ({}, [], {})
+    if status and not failures:
+        failures = [f"pytest did not come to its end (exit {status})"]
     return Outcome(
         one.name,
         release.version_in(root),

@@ -197,7 +197,7 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
         if dry_run:
             print("would be done:")
         print_table([{"what": one.what, "path": one.path} for one in done.undone], _COLUMNS)
-    for problem in done.problems:
+    for problem in [*done.problems, *done.remarks]:
         complain(problem)
     if done.refused:
         complain(
@@ -215,11 +215,14 @@ def _doctor() -> None:
         return
     print("\nslurm-mps doctor:", flush=True)
     try:
-        subprocess.run(
-            [sys.executable, "-m", "slurm_mps.cli.main", "doctor"],
+        status = subprocess.run(  # isolated, and not from here: root runs no module that lies in a user's directory
+            [sys.executable, "-I", "-m", "slurm_mps.cli.main", "doctor"],
             stdin=subprocess.DEVNULL,
+            cwd="/",
             timeout=_DOCTOR_SECONDS,
             check=False,
-        )
+        ).returncode
+        if status not in range(NOT_ROOT + 1):
+            complain(f"doctor did not run to its end (exit {status})")
     except subprocess.TimeoutExpired:
         complain(f"doctor did not end within {_DOCTOR_SECONDS} s")

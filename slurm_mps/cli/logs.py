@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from time import localtime, strftime
 
-from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, add_json_option, complain, print_json
+from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, add_json_option, complain, print_json
 from slurm_mps.cli.status import job_number
 from slurm_mps.units import printable
 
@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what happened to a job's MPS: who connected, who faulted, who was refused",
         description="Tells what the logs of a job's control daemons and servers on this node say, of a job that runs "
         "or of one that is over; of your own jobs, or as root of any. Exit status: 0 nothing went wrong, 1 something "
-        "did, or the logs cannot be read, 2 usage, 3 no logs of this job here.",
+        "did, or the logs cannot be read, 2 usage, 3 no logs of this job here, 4 of another user's job.",
     )
     parser.add_argument("job", type=job_number, metavar="JOBID")
     parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
         return _print_raw(logs) if options.raw else _print(options, places, logs)
     except PermissionError:
         complain(f"the logs of job {options.job} are for its user and for root")
+        return NOT_ROOT
     except NodeError as error:
         complain(str(error))
     return PROBLEM

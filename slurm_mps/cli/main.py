@@ -7,6 +7,8 @@ imported when it runs: 64 ranks of a step run one of them at once.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 
 from slurm_mps import __version__
@@ -23,6 +25,9 @@ from slurm_mps.cli import (
     top,
     verify,
 )
+from slurm_mps.cli.output import PROBLEM, complain
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +63,19 @@ def command_names(parser: argparse.ArgumentParser) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
     options = build_parser().parse_args(argv)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has enough
+        status = PROBLEM
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        complain(f"what is to be printed cannot be written: {error.strerror}")
+        status = PROBLEM
+    else:
+        return status
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter, too, flushes at its end
     return status
 
 

@@ -31,11 +31,12 @@ _WIDEST = 100_000  # a table in a pipe is never folded
 class Column:
     """One field of a table: its name for ``-o`` and its heading."""
 
-    def __init__(self, name: str, heading: str, *, right: bool = False, hidden: bool = False) -> None:
+    def __init__(self, name: str, heading: str, *, right: bool = False, hidden: bool = False, spare: int = 0) -> None:
         self.name = name
         self.heading = heading
         self.right = right  #: numbers stand right
         self.hidden = hidden  #: shown only when asked for
+        self.spare = spare  #: where a terminal is too narrow, the highest goes first
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +67,11 @@ def chosen(columns: Sequence[Column], options: argparse.Namespace) -> list[Colum
     return [known[name] for name in names]
 
 
-def console() -> Console:
-    """Stdout as rich knows it."""
+def console(*, fitted: bool = False) -> Console:
+    """Stdout as rich knows it: of the terminal's width if `fitted`, else as wide as what is printed."""
     from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    return Console(width=None if terminal else _WIDEST, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return Console(width=None if fitted else _WIDEST, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def make_table(
@@ -93,16 +93,25 @@ def make_table(
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False) -> None:
-    """Print `rows` as make_table() has them: in a pipe as wide as they are and without decoration."""
+    """Print `rows` as make_table() has them, as wide as they are: a number is never cut, a terminal wraps the line."""
     table = make_table(rows, columns, noheader=noheader)
     out = console()
-    if out.is_terminal:
-        out.print(table)
-        return
     with out.capture() as capture:
         out.print(table)
     for line in capture.get().splitlines():
         print(line.rstrip())
+
+
+def fitting(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], width: int) -> list[Column]:
+    """The columns that fit into `width` characters, each whole: what is spare goes first, then the last; one stays."""
+    widths = {
+        column.name: max([len(column.heading), *(len(_cell(row.get(column.name))) for row in rows)])
+        for column in columns
+    }
+    fits = list(columns)
+    while len(fits) > 1 and sum(widths[column.name] + 2 for column in fits) - 2 > width:
+        fits.remove(max(reversed(fits), key=lambda column: column.spare))
+    return fits
 
 
 def _cell(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from functools import cache
 
 from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, add_table_options, chosen, complain, print_json
@@ -19,17 +20,17 @@ COLUMNS = (
     Column("job", "JOB", right=True),
     Column("user", "USER"),
     Column("gpu", "GPU"),
-    Column("mode", "MODE"),
-    Column("found", "FOUND"),
-    Column("daemon", "DAEMON", right=True),
-    Column("server", "SERVER", right=True),
+    Column("mode", "MODE", spare=4),
+    Column("found", "FOUND", spare=5),
+    Column("daemon", "DAEMON", right=True, spare=3),
+    Column("server", "SERVER", right=True, spare=2),
     Column("state", "STATE"),
     Column("client", "CLIENT", right=True),
     Column("task", "TASK", right=True),
     Column("threads", "SM CAP", right=True),
     Column("memory", "MEM MIB", right=True),
     Column("limit", "LIMIT MIB", right=True),
-    Column("command", "COMMAND"),
+    Column("command", "COMMAND", spare=1),
     Column("uuid", "UUID", hidden=True),
 )
 #: As nvidia-smi's table writes compute modes.
@@ -39,17 +40,20 @@ _SECONDS_MAX = 60.0
 
 
 def seconds(text: str) -> float:
-    """Raises: ValueError, of which argparse makes a message."""
-    value = float(text)
+    """Raises: ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.1 <= value <= _SECONDS_MAX:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r}: expected seconds, 0.1 to {_SECONDS_MAX:g}")
     return value
 
 
 def job_number(text: str) -> int:
-    """Raises: ValueError, of which argparse makes a message."""
+    """Raises: ArgumentTypeError."""
     if not (text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r}: expected a job's number, such as 4711")
     return int(text)
 
 

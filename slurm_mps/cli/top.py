@@ -78,14 +78,14 @@ def _live(view: NodeView, memory: Memory, columns: list[Column], options: argpar
     from slurm_mps.cli.output import console
     from slurm_mps.status.node import look
 
-    out = console()
+    out = console(fitted=True)
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     try:
         tty.setcbreak(terminal)
         with Live(console=out, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(_frame(view, columns, out.size.height, options), refresh=True)
+                live.update(_frame(view, columns, out.size.width, out.size.height, options), refresh=True)
                 if _told_to_quit(terminal, options.iterate):
                     return view
                 view = look(options.jobs, memory=memory) or view
@@ -109,12 +109,14 @@ def _told_to_quit(terminal: int, wait_seconds: float) -> bool:
     return False
 
 
-def _frame(view: NodeView, columns: list[Column], height: int, options: argparse.Namespace) -> RenderableType:
+def _frame(
+    view: NodeView, columns: list[Column], width: int, height: int, options: argparse.Namespace
+) -> RenderableType:
     """One screen: who is here, the table as far as it fits, what is wrong."""
     from rich.console import Group
     from rich.text import Text
 
-    from slurm_mps.cli.output import make_table
+    from slurm_mps.cli.output import fitting, make_table
     from slurm_mps.units import printable
 
     clients = {client.pid for job in view.jobs for d in job.daemons for gpu in d.gpus for client in gpu.clients}
@@ -126,7 +128,10 @@ def _frame(view: NodeView, columns: list[Column], height: int, options: argparse
         f"slurm-mps  {os.uname().nodename}  {strftime('%H:%M:%S')}  {_count(len(view.jobs), 'job')}, "
         f"{_count(len(clients), 'client')}{more}  (q quits)"
     )
-    table = make_table(listed[:room], columns, noheader=options.noheader)
+    shown = fitting(listed[:room], columns, width)
+    if len(shown) < len(columns):
+        head += f"; too narrow for {', '.join(column.name for column in columns if column not in shown)}"
+    table = make_table(listed[:room], shown, noheader=options.noheader)
     return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *said)
 
 

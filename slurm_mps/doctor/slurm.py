@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: The oldest and the newest Slurm that slurm-mps was run with.
 _TRIED = ((22, 5), (26, 5))
+#: Before it slurmstepd drops its privileges while it ends the extern step, in which RunInJob runs the epilog.
+_RUN_IN_JOB_WORKS = (26, 5)
 _COMPARED = (
     "Prolog",
     "Epilog",
@@ -40,6 +42,11 @@ _IMPLY_ALLOC = {"contain", "deferbatch", "runinjob", "x11"}
 _UNITS = ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system")
 _OUR_DIRECTORIES = ("/run/slurm-mps", "/var/log/slurm-mps")
 _SHM_KNOWN_BRANCH = 580
+
+
+def _number(release: str) -> tuple[int, ...]:
+    """Year and month."""
+    return tuple(int(part) for part in release.split(".")[:2])
 
 
 @check(
@@ -66,7 +73,7 @@ def slurm_conf(place: Place) -> Iterator[Said]:
     why="What Slurm gives to prologs and plugins differs between releases; others than these were never tried.",
 )
 def slurm_version(place: Place) -> Iterator[Said]:
-    numbers = tuple(int(part) for part in place.release.split(".")[:2])
+    numbers = _number(place.release)
     oldest, newest = (f"{year}.{month:02d}" for year, month in _TRIED)
     if numbers < _TRIED[0]:
         yield problem(f"Slurm {place.release} is older than {oldest}", "upgrade Slurm")
@@ -231,6 +238,9 @@ def prolog_flags(place: Place) -> Iterator[Said]:
     if not place.words("PrologFlags") & ({"alloc"} | _IMPLY_ALLOC):
         has = f"PrologFlags={given} has no Alloc" if given else "PrologFlags=Alloc is not set"
         yield problem(has, f"{place.where('PrologFlags')}: PrologFlags={','.join(filter(None, ['Alloc', given]))}")
+    if "runinjob" in place.words("PrologFlags") and _number(place.release) < _RUN_IN_JOB_WORKS:
+        told = f"PrologFlags={given}: Slurm before 26.05 now and then runs an epilog as the job's user; the node drains"
+        yield problem(told, f"{place.where('PrologFlags')}: PrologFlags without RunInJob")
 
 
 @check(

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from ..hooks import CONFIG_PATH
 from . import changes
 from .build import PLUGIN
-from .plan import Options, Plan, jobs_with_mps, make_plan, stack_still_names_it, still_needed
+from .plan import Options, Plan, jobs_with_mps, make_plan, stack_still_names_it, still_in_force, still_needed
 from .site import read_slurm_conf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from .changes import Step, Undone
+    from .site import SlurmConf
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Uninstalled:
 
     undone: list[Undone] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -83,8 +85,7 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
         ours = manifest.entries.keys()
         removes_plugin = any(path.endswith(f"/{PLUGIN}") for path in ours)
         if not force:
-            result.refused += [f"job {job} has MPS on this node" for job in jobs_with_mps()]
-            result.refused += still_needed(conf, ours)
+            _look_who_needs_it(conf, ours, environment, result)
         if removes_plugin:
             result.refused += [_names_it(where) for where in stack_still_names_it(conf, ours)]
         if result.refused:
@@ -99,6 +100,22 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
         if not dry_run:
             manifest.remove()
     return result
+
+
+def _look_who_needs_it(
+    conf: SlurmConf, ours: Container[str], environment: Mapping[str, str], result: Uninstalled
+) -> None:
+    """Jobs, slurm.conf as it stands, and slurmctld, which may not have taken over what was changed there."""
+    result.refused += [f"job {job} has MPS on this node" for job in jobs_with_mps()]
+    result.refused += still_needed(conf, ours)
+    if result.refused:
+        return
+    in_force = still_in_force(conf, ours, environment)
+    if in_force is None:
+        result.remarks.append(
+            "slurmctld does not answer: if it still has our Prolog or Epilog, this node drains at its next job"
+        )
+    result.refused += in_force or []
 
 
 def _names_it(where: str) -> str:

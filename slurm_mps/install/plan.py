@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import MpsError
 from ..hooks import CONFIG_PATH
@@ -23,6 +23,7 @@ from .site import (
     PROLOG,
     ScriptPlace,
     SlurmConf,
+    ask_running,
     find_plugin_directory,
     find_release,
     find_script_place,
@@ -30,6 +31,7 @@ from .site import (
     is_plugin_directory,
     read_slurm_conf,
     runs_before,
+    slurmd_runs,
     stack_lines,
 )
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 SCRIPTS = {PROLOG: "10-slurm-mps.sh", EPILOG: "95-slurm-mps.sh"}
 STACK_FILE = "slurm-mps.conf"
+_OURS = "# slurm-mps: the --mps options of srun, sbatch and salloc\n"  # above our line in plugstack.conf
 _COMMAND, _COMMAND_PLACES = "slurm-mps", ("/usr/local/bin", "/usr/bin")
 _UNITS, _UNIT = "/etc/systemd/system", "slurm-mps-reconcile.service"
 _PACKAGED_UNITS = ("/lib/systemd/system", "/usr/lib/systemd/system")
@@ -186,7 +189,7 @@ def _stack(conf: SlurmConf, directory: str, ours: Container[str]) -> tuple[list[
     """The line for plugstack.conf, unless one is there already; on a configless node it is the controller's to add."""
     plugin = PLUGIN if is_plugin_directory(directory) else f"{directory}/{PLUGIN}"
     place = find_stack_place(conf, STACK_FILE)
-    theirs = [(path, line) for path, line in stack_lines(place.files, PLUGIN) if os.path.realpath(path) not in ours]
+    theirs = _admins_lines(place.files, ours)
     for path, line in theirs:
         if not line.startswith("required"):
             why = "what an optional plugin says is ignored: a task would then run without MPS, unnoticed"
@@ -195,7 +198,7 @@ def _stack(conf: SlurmConf, directory: str, ours: Container[str]) -> tuple[list[
     if conf.is_copy:
         why = "this node takes its configuration from the controller"
         return [], [Todo("plugstack.conf on the controller", (f"required {plugin}",), why)]
-    text = f"# slurm-mps: the --mps options of srun, sbatch and salloc\nrequired {plugin}\n".encode()
+    text = f"{_OURS}required {plugin}\n".encode()
     return [Change(place.path, data=text) if place.own_file else Change(place.path, LINES, text)], []
 
 
@@ -293,6 +296,20 @@ def still_needed(conf: SlurmConf, ours: Container[str]) -> list[str]:
     return problems
 
 
+def still_in_force(conf: SlurmConf, ours: Container[str], environment: Mapping[str, str]) -> list[str] | None:
+    """The same of what slurmctld has, which is what slurmd does until ``scontrol reconfigure``.
+
+    Returns: nothing where no slurmd runs; None when slurmctld is silent.
+    """
+    if not slurmd_runs():
+        return []
+    running = ask_running(environment)
+    if running is None:
+        return None
+    told = replace(conf, settings={**conf.settings, **running})
+    return [f"{problem} (so slurmctld has it; scontrol reconfigure)" for problem in still_needed(told, ours)]
+
+
 def _matching(pattern: str) -> list[str]:
     import glob
 
@@ -301,5 +318,18 @@ def _matching(pattern: str) -> list[str]:
 
 def stack_still_names_it(conf: SlurmConf, ours: Container[str]) -> list[str]:
     """The admin's own lines in plugstack.conf, which need the plugin that we would remove."""
-    lines = stack_lines(find_stack_place(conf, STACK_FILE).files, PLUGIN)
-    return [f"{path}: {line}" for path, line in lines if os.path.realpath(path) not in ours]
+    return [f"{path}: {line}" for path, line in _admins_lines(find_stack_place(conf, STACK_FILE).files, ours)]
+
+
+def _admins_lines(files: tuple[str, ...], ours: Container[str]) -> list[tuple[str, str]]:
+    """The lines in force that name the plugin and that `install` did not write: file and line.
+
+    A file that was once changed by us may have been written anew since: ours is the one line below our remark.
+    """
+    lines = stack_lines(files, PLUGIN)
+    for path in {path for path, _ in lines if os.path.realpath(path) in ours}:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            own = re.search(f"^{re.escape(_OURS)}(required \\S+)$", file.read(), re.MULTILINE)
+        if own and (path, own[1]) in lines:
+            lines.remove((path, own[1]))
+    return lines

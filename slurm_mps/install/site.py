@@ -171,6 +171,36 @@ def find_release(environment: Mapping[str, str]) -> tuple[str, str]:
     return said[first], first
 
 
+def slurmd_runs() -> bool:
+    """Whether a program of that name runs here; a user's that is called so costs a question to slurmctld."""
+    for path in glob.glob("/proc/[0-9]*/comm"):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if file.read() == "slurmd\n":
+                    return True
+        except OSError:  # it has ended
+            pass
+    return False
+
+
+def ask_running(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
+    """Prolog and Epilog as slurmctld has them, by name in lower case; None when it does not answer."""
+    program = _find_program("scontrol", environment)
+    if program is None:
+        return None
+    given = {name: environment[name] for name in ("PATH", "SLURM_CONF") if name in environment}
+    try:
+        outcome = processes.run([program, "show", "config"], given, _ASK_SECONDS)
+    except MpsError:
+        return None
+    if outcome.status:
+        return None
+    found: dict[str, tuple[str, ...]] = {"prolog": (), "epilog": ()}
+    for name, value in re.findall(r"(?m)^(Prolog|Epilog)(?:\[\d+\])?\s*=\s*(.*?)\s*$", outcome.output):
+        found[name.lower()] += (value,)
+    return found
+
+
 def find_plugin_directory(conf: SlurmConf, slurm_program: str) -> str:
     """Where Slurm looks for plugins: slurm.conf's PluginDir, or where its own are.
 

@@ -11,6 +11,7 @@ import pytest
 
 from slurm_mps import __version__
 from slurm_mps.doctor.examine import all_checks
+from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -403,6 +404,11 @@ FAULTS = {
     "a stranger on a GPU": Fault(held_by_a_stranger, warning("foreign-processes")),
     "a daemon of somebody": Fault(a_daemon_of_somebody, warning("other-daemon")),
 }
+if chosen().no_run_in_job:
+    FAULTS["the prolog in the job, where that drains"] = Fault(
+        line("PrologFlags", "Alloc,RunInJob"),
+        problem("prolog-flags") if chosen().knows_run_in_job else problem("prolog-flags", "slurm-conf"),
+    )
 
 
 @pytest.mark.parametrize("name", FAULTS)

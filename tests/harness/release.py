@@ -48,6 +48,8 @@ class Release:
     """What CUDA_VISIBLE_DEVICES names GPUs by in prolog and epilog with AutoDetect: indices or UUIDs (S17)."""
     no_run_in_job: str = ""
     """Why PrologFlags=RunInJob cannot be used; empty where it can."""
+    knows_run_in_job: bool = True
+    """Whether Slurm takes the word at all."""
     upgrades_from: str = ""
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
 
@@ -67,6 +69,7 @@ RELEASES = {
             autodetect="",
             prolog_sees="indices",
             no_run_in_job="Slurm has it from 24.05 on",
+            knows_run_in_job=False,
         ),
         Release(
             name="24.11",

@@ -238,7 +238,31 @@ def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
     assert not machine.path(PROLOG).exists()
 
 
+def test_root_runs_no_module_that_lies_where_it_stands(machine: Machine) -> None:
+    """install starts doctor; a user's argparse.py in the directory that root happens to be in is not for root."""
+    machine.make_directory("/tmp/checkout", user="alice")
+    machine.write("/tmp/checkout/argparse.py", "open('/tmp/caught', 'w')\nraise SystemExit(9)\n", user="alice")
+    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    told = machine.run([PROGRAM, "install", "--plugin", "/opt/spank_mps.so"], cwd="/tmp/checkout", timeout=60)
+    assert "slurm-mps doctor:" in told.stdout
+    assert "did not run to its end" not in told.stderr
+    assert not machine.path("/tmp/caught").exists()
+
+
 # ---------------------------------------------------------------------------------------------- what the admin changed
+
+
+def test_a_line_that_the_admin_came_to_write_is_not_ours(machine: Machine) -> None:
+    """Configuration management wrote plugstack.conf anew, with the plugin: no second line, and none taken away."""
+    machine.write(PLUGSTACK, "# before\n")
+    install(machine).check()
+    machine.write(PLUGSTACK, "# managed\nrequired spank_mps.so\n")
+    install(machine)
+    assert machine.read(PLUGSTACK).count("spank_mps.so") == 1
+    refused = slurm_mps(machine, "uninstall")
+    assert refused.returncode == 1
+    assert "without the plugin this line stops every srun" in refused.stderr
+    assert machine.path(PROLOG).exists()
 
 
 def test_what_the_admin_changed_stays_and_is_named(machine: Machine) -> None:

@@ -49,6 +49,10 @@ def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
             assert f"job {job} has MPS on this node" in refused.stderr
             cluster.scancel(job)
             cluster.wait_idle()
+            machine.write("/etc/slurm/slurm.conf", conf)  # and no `scontrol reconfigure`
+            refused = machine.run([PROGRAM, "uninstall"], node="n1")
+            assert "so slurmctld has it; scontrol reconfigure" in refused.stderr
+            assert refused.returncode == 1
             reconfigure(cluster, conf)
             machine.run([PROGRAM, "uninstall"], node="n1").check()
             assert snapshot(machine) == before

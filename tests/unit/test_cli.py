@@ -1,6 +1,9 @@
 """The command: its answers on stdout, its exit status."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,26 @@ def test_show_of_a_wrong_file_says_what_is_wrong(capsys: pytest.CaptureFixture[s
     assert main(["config", "show", str(file)]) == 1
     told = capsys.readouterr()
     assert (told.out, told.err) == ("", f"slurm-mps: {file}: logs.max_jobs: 0 is less than 1\n")
+
+
+@pytest.mark.parametrize("command", [["config", "schema"], ["completion", "bash"]])
+def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
+    """As of `slurm-mps logs 1 | head`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "slurm_mps.cli.main", *command], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_full_disk_is_said() -> None:
+    with open("/dev/full", "wb") as full:
+        line = [sys.executable, "-m", "slurm_mps.cli.main", "config", "schema"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, check=False)
+    told = b"slurm-mps: what is to be printed cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, told)
 
 
 def test_the_help_of_status_names_the_fields_of_the_cluster_too(capsys: pytest.CaptureFixture[str]) -> None:
