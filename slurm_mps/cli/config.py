@@ -7,6 +7,7 @@ import json
 from slurm_mps.cli.output import (
     EXIT_STATUSES,
     FINE,
+    NOT_ROOT,
     PROBLEM,
     Column,
     add_json_option,
@@ -74,14 +75,21 @@ def _path(options: argparse.Namespace) -> str:
     return path
 
 
+def _unreadable(path: str, error: OSError) -> int:
+    """Say why. Returns the exit status."""
+    complain(f"{path}: {error.strerror}")
+    return NOT_ROOT if isinstance(error, PermissionError) else PROBLEM
+
+
 def _check(options: argparse.Namespace) -> int:
     """Report every problem of a configuration file, one a line."""
     path = _path(options)
     try:
         there, problems = _problems(path)
     except OSError as error:
-        complain(f"{path}: {error.strerror}")
-        return PROBLEM
+        return _unreadable(path, error)
+    if options.file and not there:
+        problems = [f"{path}: no such file"]
     status = PROBLEM if problems else FINE
     if options.json:
         print_json("config-check/1", status=status, file=path, exists=there, problems=problems)
@@ -101,8 +109,7 @@ def _show(options: argparse.Namespace) -> int:
     try:
         settings = effective(_read(path) or b"", path)
     except OSError as error:
-        complain(f"{path}: {error.strerror}")
-        return PROBLEM
+        return _unreadable(path, error)
     except ConfigError as error:
         for problem in error.problems:
             complain(problem)

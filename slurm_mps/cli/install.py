@@ -115,7 +115,9 @@ def run_uninstall(options: argparse.Namespace) -> int:
         return PROBLEM
     if options.json:
         changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
-        print_json("uninstall/1", dry_run=options.dry_run, changes=changes, problems=done.problems)
+        status = PROBLEM if done.problems else FINE
+        problems = done.problems + done.remarks
+        print_json("uninstall/1", status=status, dry_run=options.dry_run, changes=changes, problems=problems)
     else:
         _print_uninstall(done, dry_run=options.dry_run)
     return PROBLEM if done.problems else FINE
@@ -139,6 +141,7 @@ def _what(step: Step, *, dry_run: bool) -> str:
 def _report_install(done: Installed) -> None:
     print_json(
         "install/1",
+        status=PROBLEM if done.problems else FINE,
         dry_run=done.dry_run,
         slurm_release=done.plan.release,
         changes=[

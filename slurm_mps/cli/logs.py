@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from time import localtime, strftime
 
-from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, add_json_option, complain, print_json
+from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json
 from slurm_mps.cli.status import job_number
 from slurm_mps.units import printable
 
@@ -43,10 +43,13 @@ def run(options: argparse.Namespace) -> int:
     """Print what the logs of a job say. Returns the exit status."""
     from slurm_mps.errors import NodeError
 
+    if options.raw and (options.trouble or options.json):
+        complain("--raw prints the logs themselves; leave out --trouble and --json")
+        return USAGE
     try:
         places, logs = _find(options.job)
         if not logs:
-            complain(f"there are no logs of job {options.job} on this node")
+            complain(f"there are no logs of job {options.job} on this node; ask on a node that it ran on")
             return NOT_HERE
         return _print_raw(logs) if options.raw else _print(options, places, logs)
     except PermissionError:

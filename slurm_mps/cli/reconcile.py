@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
-from slurm_mps.cli.output import NOT_HERE, NOT_ROOT, add_json_option, complain
+from slurm_mps.cli.output import NOT_HERE, NOT_ROOT, add_json_option, complain, print_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,8 +66,9 @@ def _print(findings: list[Finding], options: argparse.Namespace) -> int:
 
     status = int(any(finding.outcome == LEFT for finding in findings))
     if options.json:
-        report = {"dry_run": options.dry_run, "status": status, "findings": [vars(finding) for finding in findings]}
-        print(json.dumps(report), flush=True)
+        print_json(
+            "reconcile/1", status=status, dry_run=options.dry_run, findings=[vars(finding) for finding in findings]
+        )
         return status
     shown = [finding for finding in findings if finding.outcome != KEPT]
     width = max((len(finding.thing) for finding in shown), default=0)

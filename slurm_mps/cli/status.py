@@ -94,7 +94,10 @@ def run(options: argparse.Namespace) -> int:
     columns = chosen(COLUMNS, options)
     view = look(options.jobs, options.timeout)
     if view is None:
-        complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
+        complain(
+            "slurm-mps has not been used on this node since it was started; is this a compute node? "
+            "Of a job elsewhere: srun --overlap --jobid=JOBID slurm-mps status"
+        )
         return NOT_HERE
     status = PROBLEM if view.problems else FINE
     _print(view, columns, options, status)

@@ -32,9 +32,14 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"{file}: logs.max_jobs: 0 is less than 1" in out
 
 
-def test_no_file_means_the_defaults(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    status, out = run(capsys, "config", "check", str(tmp_path / "none"))
+def test_no_file_means_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm_mps.hooks.CONFIG_PATH", "/nonexistent/mps.toml")
+    status, out = run(capsys, "config", "check")
     assert (status, "the defaults hold" in out) == (0, True)
+
+
+def test_a_file_that_was_named_must_be_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(capsys, "config", "check", str(tmp_path / "none")) == (1, f"{tmp_path / 'none'}: no such file\n")
 
 
 def test_the_schema_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
