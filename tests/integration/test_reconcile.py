@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps import __version__
 from tests.harness.gpunode import PROLOG, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY
 from tests.torture.node import COMMAND, REAL_BOOT_ID, MistreatedNode
@@ -406,7 +407,9 @@ def test_its_exit_status_and_streams(node: MistreatedNode) -> None:
     assert result.stderr == "slurm-mps: job 4711 is not over: to Slurm it is RUNNING\n"
     report = json.loads(node.reconcile("--json", "--dry-run").stdout)
     why = "to Slurm it is RUNNING"
+    assert report.pop("slurm_mps") == __version__
     assert report == {
+        "report": "reconcile/1",
         "dry_run": True,
         "status": 0,
         "findings": [{"thing": "job 4711", "outcome": "kept", "why": why}],
