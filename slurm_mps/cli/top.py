@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         return NOT_HERE
     import signal
 
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):  # who started us may have had SIGINT ignored, as nohup and `&` do
+        signal.signal(number, _end)
     view = _live(view, memory, columns, options)
     if view.stuck:
         leave(FINE)
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _end(_number: int, _frame: object) -> None:
-    """As Ctrl-C: the terminal is put back on the way out."""
+    """The terminal is put back on the way out."""
     raise KeyboardInterrupt
 
 
