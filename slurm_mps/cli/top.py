@@ -55,22 +55,30 @@ def run(options: argparse.Namespace) -> int:
     if view is None:
         complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
         return NOT_HERE
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # who started us may have had SIGINT ignored, as nohup and `&` do
-        signal.signal(number, _end)
-    view = _live(view, memory, columns, options)
+    ends = _ends()
+    view = _live(view, memory, columns, options, ends)
     if view.stuck:
         leave(FINE)
     return FINE
 
 
-def _end(_number: int, _frame: object) -> None:
-    """The terminal is put back on the way out."""
-    raise KeyboardInterrupt
+def _ends() -> int:
+    """A descriptor that can be read when a signal wants this to end.
+
+    A handler that raises would do so anywhere, also where nobody is told of it; and who started us may have had SIGINT
+    ignored, as nohup and a shell's `&` do.
+    """
+    import signal
+
+    ends, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    return ends
 
 
-def _live(view: NodeView, memory: Memory, columns: list[Column], options: argparse.Namespace) -> NodeView:
+def _live(view: NodeView, memory: Memory, columns: list[Column], options: argparse.Namespace, ends: int) -> NodeView:
     import termios
     import tty
 
@@ -87,22 +95,22 @@ def _live(view: NodeView, memory: Memory, columns: list[Column], options: argpar
         with Live(console=out, screen=True, auto_refresh=False) as live:
             while True:
                 live.update(_frame(view, columns, out.size.width, out.size.height, options), refresh=True)
-                if _told_to_quit(terminal, options.iterate):
+                if _told_to_quit(terminal, ends, options.iterate):
                     return view
                 view = look(options.jobs, memory=memory) or view
-    except KeyboardInterrupt:
-        return view
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
-def _told_to_quit(terminal: int, wait_seconds: float) -> bool:
-    """Wait, and meanwhile for a key; a terminal that is gone is one that wants no more."""
+def _told_to_quit(terminal: int, ends: int, wait_seconds: float) -> bool:
+    """Wait, and meanwhile for a key or a signal; a terminal that is gone is one that wants no more."""
     import select
 
     end = monotonic() + wait_seconds
     while (left := end - monotonic()) > 0:
-        ready, _, _ = select.select([terminal], [], [], left)
+        ready, _, _ = select.select([terminal, ends], [], [], left)
+        if ends in ready:
+            return True
         if ready:
             key = os.read(terminal, 1)
             if not key or key in _QUIT:
