@@ -129,17 +129,18 @@ def _frame(
     from slurm_mps.units import printable
 
     clients = {client.pid for job in view.jobs for d in job.daemons for gpu in d.gpus for client in gpu.clients}
-    said = [Text(printable(line, 500), style="red", no_wrap=True) for line in remarks(view)[:_REMARKS_MAX]]
-    room = max(1, height - _OVERHEAD_LINES - len(said))
     listed = list(rows(view))
-    more = f", {len(listed) - room} lines do not fit" if len(listed) > room else ""
+    shown = fitting(listed, columns, width)
+    left_out = ", ".join(column.name for column in columns if column not in shown)
+    said = [Text(printable(line, 500), style="red", no_wrap=True) for line in remarks(view)[:_REMARKS_MAX]]
+    if left_out:
+        said.append(Text(f"too narrow for {left_out}", style="dim", no_wrap=True))
+    room = max(1, height - _OVERHEAD_LINES - len(said))
+    more = f", {len(listed) - room} not shown" if len(listed) > room else ""
     head = (
         f"slurm-mps  {os.uname().nodename}  {strftime('%H:%M:%S')}  {_count(len(view.jobs), 'job')}, "
         f"{_count(len(clients), 'client')}{more}  (q quits)"
     )
-    shown = fitting(listed[:room], columns, width)
-    if len(shown) < len(columns):
-        head += f"; too narrow for {', '.join(column.name for column in columns if column not in shown)}"
     table = make_table(listed[:room], shown, noheader=options.noheader)
     return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *said)
 

@@ -108,12 +108,17 @@ def _spec(node: GpuNode, options: argparse.Namespace) -> Spec:
     )
 
 
-def _measured_on(node: GpuNode, real: bool) -> dict[str, str | int | float]:
+def cpu_model() -> str:
+    """What this machine computes with."""
     models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return (models or ["unknown CPU"])[0].strip()
+
+
+def _measured_on(node: GpuNode, real: bool) -> dict[str, str | int | float]:
     simulated = f"a simulated GPU node, {_GPUS} GPUs, latencies as observed on an H200"
     return {
         "node": ", ".join(_cards(node)) if real else simulated,
-        "cpu": (models or ["unknown CPU"])[0].strip(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": node.run(PYTHON, "-I", "-S", "-V").check().stdout.split()[-1],

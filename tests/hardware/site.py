@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tests.bench.__main__ import cpu_model
 from tests.harness.cluster import REPOSITORY
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
@@ -67,10 +68,9 @@ def _state(process: Path) -> str:
 
 def measured_on() -> dict[str, Any]:
     """What a figure is to be read with."""
-    models = [line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "gpus": cards(),
-        "cpu": (models or ["unknown CPU"])[0].strip(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "date": time.strftime("%Y-%m-%d"),

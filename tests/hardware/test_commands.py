@@ -93,7 +93,7 @@ def test_the_heavy_step_has_its_own_limit(simulated: SimulatedSite, monkeypatch:
     assert "heavy_per_second" not in alone
 
 
-def test_what_it_costs_a_user_is_kept(
+def test_what_it_costs_a_user_has_a_sample_a_round(
     simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both parts, with as many samples as rounds; what is printed says which is which."""

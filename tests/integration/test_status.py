@@ -322,10 +322,12 @@ def test_the_site_may_keep_logs_elsewhere(gpu_node: GpuNode) -> None:
 class Terminal:
     """``slurm-mps top`` in a terminal of its own; `said` is all that it wrote."""
 
-    def __init__(self, node: GpuNode, *options: str, user: str | None = None) -> None:
+    def __init__(
+        self, node: GpuNode, *options: str, user: str | None = None, lines: int = 12, columns: int = 200
+    ) -> None:
         self._node = node
         self.ours, theirs = os.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 200, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self._theirs = theirs
         self.child = node.machine.popen(
@@ -391,12 +393,16 @@ def test_top_that_is_ended_gives_the_terminal_back_too(gpu_node: GpuNode) -> Non
 
 
 def test_top_fits_what_it_shows_into_the_terminal(gpu_node: GpuNode) -> None:
-    """Twelve lines; with four daemons that do not answer there is more to say than room."""
+    """Four daemons want four lines, and there is room for two of them, or one while something is to be said; of the
+    columns what is spare goes before a number is cut."""
     with job(gpu_node, 5, gpus="0,1,2,3", SPANK_MPS="per-gpu"):
         gpu_node.fault("command.ps=hang")
-        top = Terminal(gpu_node, "--iterate", "0.2")
+        top = Terminal(gpu_node, "--iterate", "0.2", lines=6, columns=80)
+        top.until("3 not shown")
         top.until("does not answer")
         gpu_node.fault()
+        top.until("2 not shown")
+        top.until("too narrow for mode, found, daemon")
         top.until(" ACTIVE ")
         assert top.press(b"q") == 0
         assert top.close()[0]
