@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .conf import ConfLine
+    from ..slurm_conf import ConfLine
     from .finding import Said
     from .gpus import GpuFacts
     from .place import Place

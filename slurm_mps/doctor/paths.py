@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 
@@ -11,19 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LINKS_MAX = 16
-_SIZE_MAX = 16 * 2**20
-
-
-def read_text(path: str, limit_bytes: int = _SIZE_MAX) -> str:
-    """Read a file, and wait for nobody: what is no regular file is not read.
-
-    Raises: OSError.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a file", path)
-        return file.read(limit_bytes).decode("utf-8", "replace")
 
 
 def steps(path: str) -> Iterator[str]:

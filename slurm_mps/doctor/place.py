@@ -15,17 +15,18 @@ from functools import cached_property
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
+from .. import slurm_conf as conf
 from ..config import DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
 from ..hooks import CONFIG_PATH
 from ..node import processes
+from ..plain import read_text
 from ..record import record
 from ..units import printable
 from ..verify.hostlist import expand_hosts
-from . import conf
 from .finding import NoAnswerError, NotCheckedError
 from .gpus import Driver, look_at_gpus
-from .paths import others_can_write, read_text
+from .paths import others_can_write
 from .stale import stale_state
 
 TYPE_CHECKING = False

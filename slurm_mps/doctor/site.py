@@ -6,11 +6,12 @@ import errno
 import os
 
 from ..hooks import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH
+from ..plain import read_text
 from ..reconcile import BUSY, KEPT
 from ..state import STATE_DIRECTORY
 from ..units import printable
 from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
-from .paths import closed_to_users, others_can_write, read_text, steps
+from .paths import closed_to_users, others_can_write, steps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import re
 
 from ..deadlines import DeadlineProblem, check_deadlines
 from ..errors import MpsError
+from ..plain import read_text
 from .finding import COMPUTE, NoAnswerError, NotCheckedError, check, fine, problem, warning
-from .paths import read_text
 from .place import UNSET_BY_DEFAULT, RefusedError
 
 TYPE_CHECKING = False

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 from ..errors import MpsError
 from ..node import processes
+from ..plain import read_text
+from ..slurm_conf import logical_lines, read_conf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 #: Where Slurm's packages, its own build and cloud images have the file; the last is a configless node's copy.
 _CONFIGLESS = "/run/slurm/conf"
@@ -38,7 +40,6 @@ _PLUGIN_PLACES = (
 )
 _ASK_SECONDS = 10
 _INCLUDES_MAX = 100
-_SETTING = re.compile(r'([A-Za-z]\w*)\s*=\s*("[^"]*"|\S+)')
 
 PROLOG, EPILOG = "Prolog", "Epilog"
 
@@ -95,25 +96,8 @@ class StackPlace:
     files: tuple[str, ...]
 
 
-def _lines(path: str) -> Iterator[str]:
-    """The lines of a configuration file without comments, joined where they are continued."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read()
-    for line in text.replace("\\\n", " ").splitlines():
-        yield re.sub(r"(^|[^\\])#.*", r"\1", line).strip()
-
-
-def _settings(path: str, found: dict[str, tuple[str, ...]], seen: list[str]) -> None:
-    if len(seen) > _INCLUDES_MAX:
-        raise MpsError(f"{path}: more than {_INCLUDES_MAX} files are included")
-    seen.append(path)
-    for line in _lines(path):
-        word, _, rest = line.partition(" ")
-        if word.lower() == "include" and rest:
-            _settings(os.path.join(os.path.dirname(path), rest.strip()), found, seen)
-            continue
-        for name, value in _SETTING.findall(line):
-            found[name.lower()] = (*found.get(name.lower(), ()), value.strip('"'))
+def _lines(path: str) -> list[str]:
+    return [line.text for line in logical_lines(path, read_text(path))]
 
 
 def read_slurm_conf(path: str | None, environment: Mapping[str, str]) -> SlurmConf:
@@ -127,9 +111,14 @@ def read_slurm_conf(path: str | None, environment: Mapping[str, str]) -> SlurmCo
         return SlurmConf()
     found: dict[str, tuple[str, ...]] = {}
     try:
-        _settings(chosen, found, [])
+        conf = read_conf(chosen)
     except OSError as error:
         raise MpsError(f"{error.filename}: {error.strerror}") from None
+    if conf.problems:
+        raise MpsError(conf.problems[0])
+    for line in conf.lines:
+        for name, value in line.pairs().items():
+            found[name] = (*found.get(name, ()), value)
     return SlurmConf(os.path.abspath(chosen), found)
 
 

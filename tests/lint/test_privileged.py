@@ -200,6 +200,7 @@ def test_the_privileged_code_is_what_the_hooks_import() -> None:
         "slurm_mps/plugin_file.py",
         "slurm_mps/probe.py",
         "slurm_mps/rehearsal.py",
+        "slurm_mps/slurm_conf.py",
     ]
 
 

@@ -9,8 +9,8 @@ import glob
 import os
 import re
 
-from ..record import record
-from .paths import read_text
+from .plain import read_text
+from .record import record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Conf:
         return [(line, pairs[key.lower()]) for line in self.lines if key.lower() in (pairs := line.pairs())]
 
 
-def _logical_lines(path: str, text: str) -> Iterator[ConfLine]:
+def logical_lines(path: str, text: str) -> Iterator[ConfLine]:
+    """A file's lines without comments, joined where they are continued."""
     begun, number = "", 0
     for count, raw in enumerate(text.splitlines(), start=1):
         number = number or count
@@ -84,7 +85,7 @@ def read_conf(path: str, *, globs: bool = False) -> Conf:
 
 
 def _read(path: str, text: str, globs: bool, problems: list[str], depth: int) -> Iterator[ConfLine]:
-    for line in _logical_lines(path, text):
+    for line in logical_lines(path, text):
         match = _INCLUDE.match(line.text)
         if not match:
             yield line
