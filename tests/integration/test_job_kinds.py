@@ -233,3 +233,21 @@ def test_a_job_is_warned_or_ended_at_its_time_limit(site: Site) -> None:
     for job in (warned, ended):
         servers(site.cluster.output(job))
     assert site.mps_processes() == []
+
+
+def test_a_suspended_job_keeps_its_mps_and_its_gpus(any_site: Site) -> None:
+    """No prolog or epilog runs, and reconcile takes nothing of a job that only stands still."""
+    script = f"{CLIENT} --hold 2; exec {CLIENT}"
+    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script)
+    any_site.cluster.until_output(job, "uuid=")
+    before = (any_site.compute_modes("n1"), any_site.state_files("n1"), any_site.mps_processes())
+    any_site.machine.run(("scontrol", "suspend", str(job))).check()
+    assert any_site.cluster.job_info(job).state == "SUSPENDED"
+    any_site.node("n1", "slurm-mps", "reconcile").check()
+    during = (any_site.compute_modes("n1"), any_site.state_files("n1"), any_site.mps_processes())
+    any_site.machine.run(("scontrol", "resume", str(job))).check()
+    state = any_site.cluster.wait(job).state
+    output = any_site.cluster.output(job)
+    assert during == before
+    assert (state, len(clients(output))) == ("COMPLETED", 2), output
+    assert len(servers(output)) == 1
