@@ -33,6 +33,7 @@
 
 /* For tools that look at the file, beside plugin_version, which is the release of Slurm's headers (plugin_file.py). */
 const char slurm_mps_version[] = SLURM_MPS_VERSION;
+const unsigned int slurm_mps_verdict_version = VERDICT_VERSION;
 
 SPANK_PLUGIN(mps, 1)
 
