@@ -8,7 +8,6 @@ here as they are.
 from __future__ import annotations
 
 import re
-import subprocess
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps.state import JOURNAL_VERSION, VERDICT_VERSION
-from tests.harness.cluster import REPOSITORY
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY, Site
@@ -139,7 +137,7 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded() -> None:
 class UpgradedSite:
     """A cluster that has the old version, the new one, or one's hooks with the other's plugin."""
 
-    def __init__(self, site: Site, plugins: dict[str, Path], packages: dict[str, str]) -> None:
+    def __init__(self, site: Site, plugins: dict[str, bytes], packages: dict[str, str]) -> None:
         self.site = site
         self._plugins = plugins
         self._packages = packages
@@ -148,7 +146,7 @@ class UpgradedSite:
         """Put a version's files in place as its own installer would: each whole, by rename."""
         machine = self.site.machine
         machine.run(["rm", "-f", "/etc/slurm/mps.toml"]).check()  # the old one would have it compiled by the new one
-        machine.path(f"{PLUGIN_DIRECTORY}/.next").write_bytes(self._plugins[plugin].read_bytes())
+        machine.path(f"{PLUGIN_DIRECTORY}/.next").write_bytes(self._plugins[plugin])
         machine.run(["mv", f"{PLUGIN_DIRECTORY}/.next", f"{PLUGIN_DIRECTORY}/spank_mps.so"]).check()
         for script in (PROLOG, EPILOG):
             machine.run(["sed", "-i", f"s|^package=.*|package={self._packages[hooks]}|", script]).check()
@@ -174,26 +172,20 @@ WAIT = "wait_for_go() { echo waits; while [ ! -e go ]; do sleep 0.1; done; }\n"
 
 
 @pytest.fixture(scope="module")
-def built_old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The old plugin, built for the Slurm of this machine."""
-    directory = tmp_path_factory.mktemp("old")
-    with tarfile.open(Path(__file__).with_name("data") / "spank-verdict-1.tar.xz") as archive:
-        archive.extractall(directory)
-    subprocess.run(["make", "-s", "-C", directory / "spank", f"BUILD={directory}"], check=True)
-    return directory / "spank_mps.so"
-
-
-@pytest.fixture(scope="module")
-def site_of_both(built_old: Path) -> Iterator[UpgradedSite]:
+def site_of_both() -> Iterator[UpgradedSite]:
+    """A site with this version installed, and the old one below OLD, its plugin built for the Slurm that runs there."""
     with Site(gpus_per_node=2) as site:
         machine = site.machine
         machine.make_directory(OLD)
-        with tarfile.open(Path(__file__).with_name("data") / "slurm_mps-journal-1.tar.xz") as archive:
-            archive.extractall(machine.path(OLD))
+        for name in ("slurm_mps-journal-1", "spank-verdict-1"):
+            with tarfile.open(Path(__file__).with_name("data") / f"{name}.tar.xz") as archive:
+                archive.extractall(machine.path(OLD))
+        machine.run(["make", "-s", "-C", f"{OLD}/spank", f"BUILD={OLD}/built"]).check()
         package = next(line for line in machine.read(PROLOG).splitlines() if line.startswith("package="))
+        plugins = {"old": f"{OLD}/built/spank_mps.so", "new": f"{PLUGIN_DIRECTORY}/spank_mps.so"}
         yield UpgradedSite(
             site,
-            {"old": built_old, "new": REPOSITORY / "build/spank/spank_mps.so"},
+            {name: machine.path(path).read_bytes() for name, path in plugins.items()},
             {"old": f"{OLD}/slurm_mps", "new": package.removeprefix("package=")},
         )
 
