@@ -1,4 +1,4 @@
-"""What a plugin file says of itself, read without loading it: the Slurm it was built for, and its own version.
+"""What a plugin file says of itself, read without loading it: the Slurm it was built for, its own version and format.
 
 Slurm refuses a SPANK plugin of another release, and a required one that is refused fails every srun, sbatch and
 salloc and drains every node that starts a job. So whoever puts one in place looks first.
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 _SIZE_MAX = 16 * 2**20
 _VERSION_MAX = 64
+_VERDICT = "slurm_mps_verdict_version"
 _DYNAMIC_SYMBOLS, _SYMBOL_SIZE, _LOADED = 11, 24, 1  # SHT_DYNSYM, sizeof(Elf64_Sym), PT_LOAD (elf(5))
 
 
 @record
 class PluginFile:
-    """``slurm_release`` such as 22.05.8: of the headers that it was built with. ``version`` is slurm-mps' own."""
+    """``slurm_release`` such as 22.05.8: of the headers that it was built with. ``version`` is slurm-mps' own.
+
+    ``verdict_version`` is the newest that it reads; a plugin that does not say reads the first.
+    """
 
     slurm_release: str
     version: str
+    verdict_version: int
 
     def loads_in(self, slurm_release: str) -> bool:
         """Whether a Slurm of this release takes it: one of the same year and month does."""
@@ -88,6 +93,9 @@ class _Library:
         """The value of an unsigned int."""
         return self._unpack("I", self._place_of(symbol))[0]
 
+    def has(self, symbol: str) -> bool:
+        return any(name == symbol for name, _ in self._exported())
+
 
 def read_plugin(path: str | PathLike[str]) -> PluginFile:
     """Read what a plugin file says of itself; nothing of it is run.
@@ -104,8 +112,9 @@ def read_plugin(path: str | PathLike[str]) -> PluginFile:
         kind = library.text("plugin_type")
         release = library.number("plugin_version")
         version = library.text("slurm_mps_version")
+        verdict_version = library.number(_VERDICT) if library.has(_VERDICT) else 1
     except (ValueError, OverflowError, struct.error) as error:
         raise MpsError(f"{path} is not the plugin of slurm-mps: {error}") from None
     if len(data) > _SIZE_MAX or kind != "spank" or not 0 < len(version) <= _VERSION_MAX or not version.isprintable():
         raise MpsError(f"{path} is not the plugin of slurm-mps")
-    return PluginFile(f"{release >> 16 & 255}.{release >> 8 & 255:02d}.{release & 255}", version)
+    return PluginFile(f"{release >> 16 & 255}.{release >> 8 & 255:02d}.{release & 255}", version, verdict_version)

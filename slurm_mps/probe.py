@@ -2,7 +2,8 @@
 
 Run by the plugin, as the job's user, before the tasks of a step that follows one that ended badly. The failed context
 of a first attempt is what cures a server that a killed client poisoned (O46); one in FAULT takes clients again when
-the last victim has left (O34, O47). Exit status 0: a client was let in, so the next one will be.
+the last victim has left (O34, O47). Exit status 0: a client was let in, so the next one will be; 3: none was. Any other
+tells nothing of the server: this program did not run.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from time import monotonic, sleep
 
 _SECONDS = 4.0
 _PAUSE_SECONDS = 0.1
+_TAKES_NOBODY = 3  # spank/suspect.c
 #: A server that says so is well: out of memory (2), and no room for another client (808).
 _GOOD_NUMBERS = (2, 808)
 
 
 def _is_let_in() -> bool:
     """Be a client on every GPU there is. Once it has failed a process cannot try again."""
-    from slurm_mps.cuda import Cuda, CudaError
+    from slurm_mps.cuda import Cuda, CudaError  # which main() has found to be there
 
     try:
         cuda = Cuda()
@@ -34,6 +36,8 @@ def _is_let_in() -> bool:
 
 def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
+    import slurm_mps.cuda  # noqa: F401 - a part that is gone says nothing of the server
+
     end = monotonic() + _SECONDS
     while monotonic() < end:
         pid = os.fork()
@@ -42,7 +46,7 @@ def main() -> int:
         if os.waitpid(pid, 0)[1] == 0:
             return 0
         sleep(_PAUSE_SECONDS)
-    return 1
+    return _TAKES_NOBODY
 
 
 if __name__ == "__main__":

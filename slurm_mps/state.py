@@ -30,8 +30,9 @@ from .record import record
 from .wordfile import DamagedFileError, decode, encode, fields, with_fields
 
 STATE_DIRECTORY = "/run/slurm-mps"
-VERSION = 1  # of all files but journals
+VERSION = 1  # of all files but journals and verdicts
 JOURNAL_VERSION = 2
+VERDICT_VERSION = 2  # spank/verdict.h reads the same, and doctor compares
 _LEDGER_LOCK = 0
 _SKELETON = ("jobs", "gpus", "lock")
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
@@ -56,7 +57,7 @@ class Verdict:
 
     def encode(self) -> bytes:
         """The file that the plugin reads."""
-        return encode("verdict", VERSION, self.lines())
+        return encode("verdict", VERDICT_VERSION, self.lines())
 
 
 def _one_line(text: str) -> str:

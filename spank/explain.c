@@ -121,7 +121,7 @@ static void ask(const struct step *step, uid_t uid, int directory, bool script, 
 		return;
 	pid = helper_start(uid, argv, environment, pipes[1]);
 	(void)close(pipes[1]);
-	if (helper_ended_well(pid, &tries))
+	if (helper_end(pid, &tries) == 0)
 		got = read(pipes[0], line, size - 1);
 	(void)close(pipes[0]);
 	line[got > 0 ? got : 0] = '\0';

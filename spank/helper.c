@@ -64,21 +64,21 @@ pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int
 	return pid;
 }
 
-bool helper_ended_well(pid_t pid, int *tries_left)
+int helper_end(pid_t pid, int *tries_left)
 {
 	int status = -1;
 	pid_t ended;
 
 	if (pid < 0)
-		return false;
+		return HELPER_DIED;
 	while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && *tries_left > 0) {
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 		(*tries_left)--;
 	}
 	if (ended == pid)
-		return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+		return WIFEXITED(status) ? WEXITSTATUS(status) : HELPER_DIED;
 	(void)kill(-pid, SIGKILL);
 	(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	(void)waitpid(pid, &status, WNOHANG); /* what SIGKILL does not end is init's when this process ends */
-	return false;
+	return HELPER_LATE;
 }

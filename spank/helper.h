@@ -14,11 +14,15 @@
  */
 pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int output);
 
+/* How a program ended that has no exit status. What could not be executed has 126 or 127. */
+enum { HELPER_LATE = -1, HELPER_DIED = -2 };
+
 /*
  * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each); one that has not by then
  * is killed with all that it started.
- * Returns: whether its exit status was 0.
+ * Returns: its exit status; HELPER_LATE where it was killed for that; HELPER_DIED where a signal ended it, or it was
+ * never started.
  */
-bool helper_ended_well(pid_t pid, int *tries_left);
+int helper_end(pid_t pid, int *tries_left);
 
 #endif

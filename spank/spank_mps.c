@@ -33,6 +33,7 @@
 
 /* For tools that look at the file, beside plugin_version, which is the release of Slurm's headers (plugin_file.py). */
 const char slurm_mps_version[] = SLURM_MPS_VERSION;
+const unsigned int slurm_mps_verdict_version = VERDICT_VERSION;
 
 SPANK_PLUGIN(mps, 1)
 
@@ -224,8 +225,12 @@ static void fail_step(const char *message)
 /* Why no task can use a GPU: its control daemon is gone, or the server takes nobody after what an earlier task did. */
 static void find_trouble(void)
 {
+	static char untried[2 * VERDICT_PROGRAM_MAX + 192];
 	bool answers[GPUS_MAX] = { false };
 
+	(void)snprintf(untried, sizeof(untried), "its MPS server on this node was not tried after an earlier step ended badly, "
+						 "for %s -I -S %s does not run; was slurm-mps moved or removed?",
+		       step.verdict.python, step.verdict.probe);
 	for (unsigned int i = 0; i < step.verdict.daemon_count; i++)
 		answers[i] = verdict_daemon_answers(&step.verdict.daemons[i]);
 	suspect_look(step.job_id, &step.verdict, &step.suspicion);
@@ -237,6 +242,8 @@ static void find_trouble(void)
 		else if (step.suspicion.unwell[gpu])
 			step.trouble[gpu] = "its MPS server on this node takes no programs: one that an earlier step's fault "
 					    "has hit, or that hangs, is still there; end it, or the job";
+		else if (step.suspicion.untried[gpu])
+			step.trouble[gpu] = untried;
 	}
 }
 

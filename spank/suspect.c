@@ -13,6 +13,8 @@
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
+#define TAKES_NOBODY 3 /* of the server, in slurm_mps/probe.py */
+#define TOOK_NOBODY 1  /* the same up to verdicts of version 1 */
 
 static void mark_name(char *name, size_t size, unsigned int gpu)
 {
@@ -35,6 +37,10 @@ void suspect_mark(uint32_t job_id, const struct verdict *verdict)
 
 	if (directory < 0)
 		return; /* the epilog was faster */
+	if (!verdict->probe[0]) {
+		(void)close(directory);
+		return;
+	}
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
 		if (!device_may_open(&verdict->gpus[gpu]))
 			continue;
@@ -55,7 +61,8 @@ void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct 
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
 		const struct timespec *then = &suspicion->since[gpu];
 
-		if (!suspicion->probed[gpu] || suspicion->unwell[gpu] || !read_mark(directory, gpu, &now) ||
+		if (!suspicion->probed[gpu] || suspicion->unwell[gpu] || suspicion->untried[gpu] ||
+		    !read_mark(directory, gpu, &now) ||
 		    now.tv_sec != then->tv_sec || now.tv_nsec != then->tv_nsec)
 			continue;
 		mark_name(name, sizeof(name), gpu);
@@ -101,10 +108,14 @@ static void probe(const struct verdict *verdict, struct suspicion *suspicion)
 		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i]) : 0;
 	}
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
-		bool well = !gpus[i].count || helper_ended_well(probes[i], &tries_left);
+		int status = gpus[i].count ? helper_end(probes[i], &tries_left) : 0;
+		bool unwell = status == TAKES_NOBODY || status == HELPER_LATE ||
+			      (status == TOOK_NOBODY && verdict->version == 1);
 
-		for (unsigned int j = 0; j < gpus[i].count; j++)
-			suspicion->unwell[gpus[i].gpus[j] - verdict->gpus] = !well;
+		for (unsigned int j = 0; j < gpus[i].count; j++) {
+			suspicion->unwell[gpus[i].gpus[j] - verdict->gpus] = unwell;
+			suspicion->untried[gpus[i].gpus[j] - verdict->gpus] = status && !unwell;
+		}
 	}
 }
 
@@ -116,7 +127,7 @@ void suspect_look(uint32_t job_id, const struct verdict *verdict, struct suspici
 	memset(suspicion, 0, sizeof(*suspicion));
 	if (directory < 0)
 		return;
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
+	for (unsigned int gpu = 0; verdict->probe[0] && gpu < verdict->gpu_count; gpu++) {
 		suspicion->probed[gpu] = read_mark(directory, gpu, &suspicion->since[gpu]) &&
 					 device_may_open(&verdict->gpus[gpu]);
 		any |= suspicion->probed[gpu];

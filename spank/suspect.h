@@ -12,10 +12,14 @@
 struct suspicion {
 	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so it was tried */
 	bool unwell[GPUS_MAX]; /* and its server takes no programs */
+	bool untried[GPUS_MAX]; /* or that is not known: the program that tries it did not run */
 	struct timespec since[GPUS_MAX];
 };
 
-/* Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. */
+/*
+ * Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. Nothing is
+ * noted of a job whose verdict names no program that could try them, and whose epilog may not know such notes.
+ */
 void suspect_mark(uint32_t job_id, const struct verdict *verdict);
 
 /*

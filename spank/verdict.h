@@ -15,6 +15,12 @@
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
 
+/*
+ * The newest version that is read here, as slurm_mps/state.py writes it. Of version 1 every form is read that a prolog
+ * ever wrote, for jobs that began under it (docs/decisions/0018).
+ */
+#define VERDICT_VERSION 2
+
 #define VERDICT_MESSAGE_MAX 512
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
 #define VERDICT_PROGRAM_MAX 256
@@ -30,7 +36,7 @@ struct verdict_gpu {
 	unsigned int slurm_index; /* what Slurm calls it in SLURM_JOB_GPUS and CUDA_VISIBLE_DEVICES */
 	unsigned int minor;       /* its device node is /dev/nvidia<minor> */
 	uint64_t mib_for_clients; /* how much of its memory they can share out */
-	uint64_t mib;             /* all of it */
+	uint64_t mib;             /* all of it; 0, and perhaps the one above, too: a verdict of version 1 that did not say */
 	char uuid[48];
 };
 
@@ -43,9 +49,11 @@ struct verdict_daemon {
 
 struct verdict {
 	enum verdict_status status;
+	unsigned int version;
 	char message[VERDICT_MESSAGE_MAX];
-	char python[VERDICT_PROGRAM_MAX], probe[VERDICT_PROGRAM_MAX]; /* what finds out whether a server is well */
-	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; empty: an older prolog's verdict */
+	char python[VERDICT_PROGRAM_MAX];
+	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well; empty: a verdict of version 1 */
+	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; empty: a verdict of version 1 */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */
@@ -65,8 +73,8 @@ struct verdict {
 const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, const struct verdict_gpu *gpu);
 
 /*
- * Read the verdict on `job_id`. A file that is there but cannot be read or understood is a refusal that says so:
- * a job is never taken for one that did not ask because its verdict was damaged.
+ * Read the verdict on `job_id`. A file that is there but cannot be read or understood, or that a newer slurm-mps wrote,
+ * is a refusal that says so: a job is never taken for one that did not ask because its verdict was damaged.
  */
 void verdict_read(uint32_t job_id, struct verdict *verdict);
 

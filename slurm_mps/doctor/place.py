@@ -446,16 +446,24 @@ class Place:
 
     def hook_python(self) -> str:
         """The version of slurm-mps that the hooks import, as they import it. Raises: NodeError, NotCheckedError."""
-        return self._hook_python.get()
+        return self._hook_python.get()[0]
 
-    def _ask_hook_python(self) -> str:
+    def hook_verdict_version(self) -> int:
+        """The version of the verdicts that they write. Raises: NodeError, NotCheckedError."""
+        return int(self._hook_python.get()[1])
+
+    def _ask_hook_python(self) -> tuple[str, str]:
         values = self.hook_values()
-        code = "import sys; sys.path.append(sys.argv[1]); import slurm_mps.hooks as hooks; print(hooks.__version__)"
+        code = (
+            "import sys; sys.path.append(sys.argv[1]); import slurm_mps.hooks as hooks, slurm_mps.state as state; "
+            "print(hooks.__version__); print(getattr(state, 'VERDICT_VERSION', 1))"
+        )
         argv = [values["python"], "-I", "-S", "-c", code, os.path.dirname(values["package"])]
         said = self.run(argv, self._hook().path, values["package"])
         if said.status:
             raise NodeError(printable((said.errors.strip() or f"status {said.status}").splitlines()[-1], 200))
-        return said.output.strip()
+        version, verdict_version = said.output.split()[-2:]
+        return version, verdict_version
 
     def compiler(self) -> str:
         """What is wrong with the program that checks mps.toml for the prolog; "" for nothing.

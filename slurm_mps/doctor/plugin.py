@@ -120,6 +120,24 @@ def plugin_version(place: Place) -> Iterator[Said]:
 
 
 @check(
+    "plugin-format",
+    "the plugin reads the verdicts that the hooks write",
+    why="A plugin refuses a verdict that is newer than it knows, and with it every task of a job with MPS.",
+)
+def plugin_format(place: Place) -> Iterator[Said]:
+    plugin = _plugin(place)
+    try:
+        written = place.hook_verdict_version()
+    except MpsError:
+        raise NotCheckedError("the hooks' version is not known") from None
+    if plugin.verdict_version < written:
+        yield problem(
+            f"{place.plugin_path} reads verdicts up to version {plugin.verdict_version}, the prolog writes {written}",
+            "slurm-mps install, or the package's plugin of the same version",
+        )
+
+
+@check(
     "plugin-owner",
     "only root can write the plugin, and everybody can read it",
     why="slurmd and slurmstepd load it as root: who can write it is root. Who cannot read it cannot run srun.",

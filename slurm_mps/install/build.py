@@ -9,6 +9,7 @@ from .. import __version__
 from ..errors import MpsError
 from ..node import processes
 from ..plugin_file import read_plugin
+from ..state import VERDICT_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,9 +67,16 @@ def _program(name: str, environment: Mapping[str, str]) -> str:
 def read_plugin_for(release: str, path: str, hint: str = "build it where that Slurm is") -> bytes:
     """Read a plugin that must be for this Slurm.
 
-    Raises: MpsError when it is not: a `required` plugin of another release stops every srun, and slurmd itself.
+    Raises: MpsError when it is not: a `required` plugin of another release stops every srun, and slurmd itself; or when
+    it does not read our prolog's verdicts: then it refuses the tasks of every job with MPS.
     """
     plugin = read_plugin(path)
+    if plugin.verdict_version < VERDICT_VERSION:
+        raise MpsError(
+            f"the plugin {path} is from before this slurm-mps: it reads verdicts up to version "
+            f"{plugin.verdict_version}, and the prolog writes {VERDICT_VERSION}",
+            "build it of the same checkout",
+        )
     if not plugin.loads_in(release):
         raise MpsError(f"the plugin is for Slurm {plugin.slurm_release}, and {release} runs here", hint)
     with open(path, "rb") as file:

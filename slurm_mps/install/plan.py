@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from ..errors import MpsError
 from ..hooks import CONFIG_PATH
 from ..plugin_file import read_plugin
+from ..state import VERDICT_VERSION
 from .build import PLUGIN, build_plugin, read_plugin_for, share_directory
 from .changes import DIRECTORY, LINES, Change, require_roots
 from .site import (
@@ -144,7 +145,8 @@ def _plugin(
         return [Change(target, data=read_plugin_for(release, options.plugin))]
     if os.path.exists(target) and os.path.realpath(target) not in ours:
         try:
-            if read_plugin(target).loads_in(release):
+            found = read_plugin(target)
+            if found.loads_in(release) and found.verdict_version >= VERDICT_VERSION:
                 return []
         except MpsError:
             pass  # no plugin of ours, or an old one: it is kept, and put back at the end

@@ -10,7 +10,7 @@ import os
 from ..errors import RequestError
 from ..plain import read_plain
 from ..record import record
-from ..state import STATE_DIRECTORY, VERSION
+from ..state import STATE_DIRECTORY, VERDICT_VERSION
 from ..units import parse_memory
 from ..wordfile import DamagedFileError, decode
 
@@ -51,12 +51,21 @@ def _daemon(words: str, gpus: Sequence[str]) -> DaemonPlace:
     return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, tuple(gpus))
 
 
+def _from_1(lines: list[str]) -> list[str]:
+    """At first, version 1 had one daemon for each job, on three lines."""
+    known = dict(line.partition(" ")[::2] for line in lines)
+    words = [known.get(key, "") for key in ("pipe_directory", "log_directory")]
+    if not all(words):
+        return lines
+    return [*lines, f"daemon {' '.join(words)} {known.get('memory_limit', '-')}"]
+
+
 def parse_verdict(data: bytes) -> JobVerdict:
     """Read a verdict's file.
 
     Raises: NodeError when it is damaged, or of a newer slurm-mps.
     """
-    lines = [line.partition(" ")[::2] for line in decode(data, "verdict", VERSION)]
+    lines = [line.partition(" ")[::2] for line in decode(data, "verdict", VERDICT_VERSION, (_from_1,))]
     known = dict(lines)
     gpus = [value.split(" ")[2] for key, value in lines if key == "gpu" and value.count(" ") >= 2]
     daemons = [value for key, value in lines if key == "daemon"]

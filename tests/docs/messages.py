@@ -16,9 +16,8 @@ PACKAGE = ROOT / "slurm_mps"
 SAYING = {"complain", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
 #: Files that are sentences from end to end.
 SENTENCES = {"slurm_mps/job_log/blame.py", "slurm_mps/verify/judge.py"}
-#: Of the plugin: the first line of a file, and an option's help (that of the others is known by its end).
+#: Of the plugin: an option's help (that of the others is known by its end).
 NO_MESSAGES = {
-    "slurm-mps verdict 1",
     "share this job's GPUs between its processes through CUDA MPS, "  # noqa: ISC004
     "with one control daemon on each node (so does --mps alone) or on each GPU",
 }

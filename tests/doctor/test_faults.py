@@ -11,6 +11,7 @@ import pytest
 
 from slurm_mps import __version__
 from slurm_mps.doctor.examine import all_checks
+from slurm_mps.state import VERDICT_VERSION
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
 
@@ -103,6 +104,18 @@ def old_package(patient: Patient) -> None:
         f"rm -r {old}",
     )
     hook("package", f"{old}/slurm_mps")(patient)
+
+
+def newer_verdicts(patient: Patient) -> None:
+    """Hooks that write verdicts of a later version, under the same name."""
+    new, package = "/usr/local/lib/new", re.search(r"^package=(.*)$", patient.read(PROLOG), re.MULTILINE)
+    assert package
+    number = f"s/^VERDICT_VERSION = {VERDICT_VERSION}/VERDICT_VERSION = {VERDICT_VERSION + 1}/"
+    patient.shell(
+        f"mkdir {new} && cp -r {package[1]} {new} && sed -i '{number}' {new}/slurm_mps/state.py",
+        f"rm -r {new}",
+    )
+    hook("package", f"{new}/slurm_mps")(patient)
 
 
 def mounted(options: str, directory: str = STATE) -> Callable[[Patient], object]:
@@ -299,6 +312,7 @@ FAULTS = {
         ),
         problem("hooks-python"),
     ),
+    "a plugin from before the hooks' verdicts": Fault(newer_verdicts, problem("plugin-format")),
     "hooks of another slurm-mps": Fault(old_package, problem("hooks-version", "plugin-version")),
     "no jsonschema for the hooks": Fault(hook("python", "/usr/bin/python3"), problem("config-compiler")),
     "a Python where users cannot go": Fault(

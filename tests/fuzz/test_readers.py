@@ -17,7 +17,7 @@ from slurm_mps.config import DEFAULTS, ConfigError, SiteConfig, from_lines, to_l
 from slurm_mps.config_file import parse_config
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.request import JobRequest, read_request
-from slurm_mps.state import JOURNAL_VERSION, VERSION, Journal, LedgerEntry, NodeState, Verdict
+from slurm_mps.state import JOURNAL_VERSION, VERDICT_VERSION, VERSION, Journal, LedgerEntry, NodeState, Verdict
 from slurm_mps.steps import read_undo
 from slurm_mps.units import MIB
 from slurm_mps.wordfile import DamagedFileError, decode, encode, quote, unquote
@@ -126,7 +126,10 @@ def read_journal(state: NodeState, _journal: Journal) -> object:
 KINDS: dict[str, tuple[str, Callable[[NodeState, Journal], object]]] = {
     "journal": ("jobs/4711/journal", read_journal),
     "config": ("jobs/4711/config", lambda _state, journal: journal.read_config()),
-    "verdict": ("jobs/4711/verdict", lambda _state, journal: decode(journal.directory.read("verdict"), "verdict", 1)),
+    "verdict": (
+        "jobs/4711/verdict",
+        lambda _state, journal: decode(journal.directory.read("verdict"), "verdict", VERDICT_VERSION),
+    ),
     "ledger": (f"gpus/{GPU}", lambda state, _journal: state.read_ledger(GPU)),
 }
 

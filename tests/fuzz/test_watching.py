@@ -14,6 +14,7 @@ from slurm_mps.cli.status import document, rows
 from slurm_mps.errors import NodeError
 from slurm_mps.metrics.totals import KIND, VERSION, Totals, decode_totals
 from slurm_mps.node import processes
+from slurm_mps.state import VERDICT_VERSION
 from slurm_mps.status import node
 from slurm_mps.status.cluster import SlurmJob, mps_jobs, parse_squeue
 from slurm_mps.status.daemon import Client, DaemonAnswer, Server, parse_clients, parse_servers
@@ -98,7 +99,7 @@ def test_any_verdict_is_read_or_refused(data: bytes) -> None:
 )
 def test_a_whole_verdict_with_other_lines_is_read_or_refused(lines: list[str]) -> None:
     try:
-        verdict = parse_verdict(encode("verdict", 1, lines))
+        verdict = parse_verdict(encode("verdict", VERDICT_VERSION, lines))
     except NodeError:
         return
     assert verdict.status

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.site import STATE_DIRECTORY
+import slurm_mps.probe
+from slurm_mps.state import VERDICT_VERSION
+from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from tests.harness.cluster import Job
@@ -127,6 +130,67 @@ def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site)
         "CUDA_VISIBLE_DEVICES",
     }
     assert descriptors == {"/dev/null"}
+
+
+@pytest.mark.parametrize(
+    ("python", "probe"),
+    [
+        (PYTHON, "/opt/gone/slurm_mps/probe.py"),
+        ("/opt/gone/bin/python3", "/opt/gone/slurm_mps/probe.py"),
+        (PYTHON, "/opt/alone/slurm_mps/probe.py"),
+    ],
+    ids=["no program", "no Python", "no package"],
+)
+def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
+    site: Site, python: str, probe: str
+) -> None:
+    """An upgrade moved what the verdict names: nothing is known of the server, and it is not blamed.
+
+    When the program is back the same job's next step runs.
+    """
+    site.machine.write("/opt/alone/slurm_mps/probe.py", Path(slurm_mps.probe.__file__).read_text())
+    script = (
+        "while [ ! -e go ]; do sleep 0.1; done; srun false\n"
+        f"srun -n2 {CLIENT}; touch refused; while [ -e refused ]; do sleep 0.1; done\necho next\nsrun {CLIENT}\n"
+    )
+    job = start(site, script, "-n2", "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    whole = verdict.read_text()
+    verdict.write_text(re.sub("^probe .*$", f"probe {python} {probe}", whole, flags=re.MULTILINE))
+    flag = site.machine.path("/home/alice/refused")
+    site.machine.write("/home/alice/go", "")
+    site.cluster.until("the refused step", lambda: flag.exists() or None, 20)
+    refused = site.cluster.output(job)
+    verdict.write_text(whole)
+    flag.unlink()
+    said = after(site, job)
+    site.machine.path("/home/alice/go").unlink()
+    messages = [line for line in refused.splitlines() if "error: mps: " in line]
+    assert len(messages) == 1
+    assert f"was not tried after an earlier step ended badly, for {python} -I -S {probe} does not run" in messages[0]
+    assert "uuid=" not in refused
+    assert GOOD.search(said), site.cluster.output(job)
+    assert "error: mps" not in said
+
+
+@pytest.mark.parametrize("version", [1, VERDICT_VERSION])
+def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site, version: int) -> None:
+    """Here the probe ends as the script wants. Of a server that takes nobody it says 3; up to version 1 it said 1."""
+    endings = {"1": version == 1, "3": True, "2": False, "-9": False}
+    script = "while [ ! -e go ]; do sleep 0.1; done; srun false\n" + "".join(
+        f"echo 'import os; os.kill(os.getpid(), 9) if {n} < 0 else os._exit({n})' >probe.py; echo next; srun echo ran\n"
+        for n in endings
+    )
+    job = start(site, script, "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    text = verdict.read_text().replace(f"verdict {VERDICT_VERSION}", f"verdict {version}")
+    verdict.write_text(re.sub("^probe .*$", f"probe {PYTHON} /home/alice/probe.py", text, flags=re.MULTILINE))
+    site.machine.write("/home/alice/go", "")
+    said = after(site, job).split("next\n")
+    for name in ("go", "probe.py"):
+        site.machine.path(f"/home/alice/{name}").unlink()
+    assert ["takes no programs" in words for words in said] == list(endings.values()), said
+    assert ["was not tried after" in words for words in said] == [not nobody for nobody in endings.values()], said
 
 
 def test_a_step_that_the_plugin_refused_leaves_no_mark(any_site: Site) -> None:

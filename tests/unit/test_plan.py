@@ -9,7 +9,7 @@ from slurm_mps.node.gpus import EXCLUSIVE_PROCESS, Gpu
 from slurm_mps.plan import Plan, make_plan
 from slurm_mps.record import replace
 from slurm_mps.request import PER_GPU, JobRequest
-from slurm_mps.state import Verdict
+from slurm_mps.state import VERDICT_VERSION, Verdict
 from slurm_mps.steps import (
     AdmitUser,
     HoldGpu,
@@ -43,6 +43,34 @@ def verdict(plan: Plan) -> Verdict:
 
 def values(plan: Plan, key: str) -> list[str]:
     return [value for name, value in verdict(plan).settings if name == key]
+
+
+def test_the_form_of_a_verdict_moves_with_its_number() -> None:
+    """A plugin of another slurm-mps knows keys and words by it.
+
+    Changed here? A key that an older plugin may pass over is added to the list; for any other change raise
+    VERDICT_VERSION here and in spank/verdict.h, have both readers take the older form, and record that one.
+    """
+    request = replace(ask(), daemons=PER_GPU, auto_threads=True, auto_memory=True, client_priority=1)
+    forms = {(key, len(value.split(" "))) for key, value in verdict(make_plan(request, DEFAULTS, GPUS)).settings}
+    assert (VERDICT_VERSION, sorted(forms)) == (
+        2,
+        [
+            ("auto", 1),
+            ("client_priority", 1),
+            ("clients_per_gpu", 1),
+            ("context_mib", 1),
+            ("daemon", 3),
+            ("daemons", 1),
+            ("explain", 1),
+            ("gpu", 5),
+            ("memory_min", 1),
+            ("probe", 2),
+            ("thread_percentage", 1),
+            ("thread_percentage_min", 1),
+            ("visible_devices", 1),
+        ],
+    )
 
 
 def test_the_steps_in_order() -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 import slurm_mps
 from slurm_mps.errors import MpsError
+from slurm_mps.install.build import read_plugin_for
 from slurm_mps.plugin_file import PluginFile, read_plugin
+from slurm_mps.state import VERDICT_VERSION
 from tests.harness.cluster import REPOSITORY
 
 PLUGIN = REPOSITORY / "build/spank/spank_mps.so"
@@ -36,7 +38,7 @@ def test_it_names_the_release_of_the_headers_and_our_own_version() -> None:
     )
     number = int(found.stdout.split()[-1], 16)
     release = f"{number >> 16}.{number >> 8 & 255:02}.{number & 255}"
-    assert read_plugin(PLUGIN) == PluginFile(release, slurm_mps.__version__)
+    assert read_plugin(PLUGIN) == PluginFile(release, slurm_mps.__version__, VERDICT_VERSION)
 
 
 def test_a_stripped_plugin_is_read_as_well(tmp_path: Path) -> None:
@@ -52,10 +54,27 @@ def test_another_file_is_none(path: str) -> None:
         read_plugin(path)
 
 
+def compiled(path: Path, source: str) -> Path:
+    line = ["cc", "-shared", "-fPIC", "-o", str(path), "-x", "c", "-"]
+    subprocess.run(line, input=f"#include <stdint.h>\n#include <slurm/spank.h>\n{source}\n", text=True, check=True)
+    return path
+
+
+def test_a_plugin_that_does_not_say_reads_the_first_verdicts(tmp_path: Path) -> None:
+    source = 'const char slurm_mps_version[] = "0.1.0"; SPANK_PLUGIN(mps, 1)'
+    assert read_plugin(compiled(tmp_path / "old.so", source)).verdict_version == 1
+    source += "\nconst unsigned int slurm_mps_verdict_version = 7;"
+    assert read_plugin(compiled(tmp_path / "new.so", source)).verdict_version == 7
+
+
+def test_a_plugin_that_does_not_read_our_verdicts_is_not_installed(tmp_path: Path) -> None:
+    old = compiled(tmp_path / "old.so", 'const char slurm_mps_version[] = "0.1.0"; SPANK_PLUGIN(mps, 1)')
+    with pytest.raises(MpsError, match=r"reads verdicts up to version 1, and the prolog writes"):
+        read_plugin_for(read_plugin(PLUGIN).slurm_release, str(old))
+
+
 def test_another_spank_plugin_is_none(tmp_path: Path) -> None:
-    source = "#include <stdint.h>\n#include <slurm/spank.h>\nSPANK_PLUGIN(renice, 1)\n"
-    line = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "renice.so"), "-x", "c", "-"]
-    subprocess.run(line, input=source, text=True, check=True)
+    compiled(tmp_path / "renice.so", "SPANK_PLUGIN(renice, 1)")
     with pytest.raises(MpsError, match="it has no slurm_mps_version"):
         read_plugin(tmp_path / "renice.so")
 
@@ -87,7 +106,7 @@ def test_damaged_headers_are_an_error(tmp_path_factory: pytest.TempPathFactory, 
 
 
 def test_only_releases_of_the_same_year_and_month_take_it() -> None:
-    plugin = PluginFile("24.11.5", "1")
+    plugin = PluginFile("24.11.5", "1", 1)
     assert [plugin.loads_in(one) for one in ("24.11.5", "24.11.0", "24.05.5", "25.11.5", "2.4")] == [
         True, True, False, False, False,
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,15 +19,19 @@ from slurm_mps.errors import RequestError
 from slurm_mps.node.gpus import Gpu
 from slurm_mps.plan import make_plan
 from slurm_mps.request import JobRequest
-from slurm_mps.state import Verdict, refused, without
+from slurm_mps.state import VERDICT_VERSION, Verdict, refused, without
 from slurm_mps.units import MIB, parse_memory, parse_memory_by_gpu, parse_thread_percentage
-from slurm_mps.wordfile import encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPANK = Path(__file__).parents[2] / "spank"
 NONE, READY, REFUSED, WITHOUT = range(4)
+#: What the prologs of these commits wrote for a job with --mps-threads=25 --mps-mem=8G; the first form is the oldest.
+OLDER = [
+    Path(__file__).with_name("verdicts") / f"1-{commit}"
+    for commit in ("3fb0dc7", "966d76a", "75b9804", "2dd492c", "8c0a137")
+]
 JOB = 4711
 
 
@@ -57,6 +62,7 @@ class CVerdict(ctypes.Structure):
 
     _fields_ = (
         ("status", ctypes.c_int),
+        ("version", ctypes.c_uint),
         ("message", ctypes.c_char * 512),
         ("python", ctypes.c_char * 256),
         ("probe", ctypes.c_char * 256),
@@ -173,7 +179,7 @@ def settings(**changes: str | list[str] | None) -> tuple[tuple[str, str], ...]:
 
 
 def verdict_file(**changes: str | list[str] | None) -> bytes:
-    return encode("verdict", 1, Verdict("ready", settings=settings(**changes)).lines())
+    return Verdict("ready", settings=settings(**changes)).encode()
 
 
 PER_GPU = [f"{PIPE}/gpu-0 /var/log/slurm-mps/4711/gpu-0 8G", f"{PIPE}/gpu-1 /var/log/slurm-mps/4711/gpu-1 4G"]
@@ -192,19 +198,72 @@ def read(plugin: ctypes.CDLL, state: Path, data: bytes | None) -> CVerdict:
 
 
 def test_the_plugin_reads_what_the_prolog_writes(plugin: ctypes.CDLL, state: Path) -> None:
-    verdict = read(plugin, state, encode("verdict", 1, Verdict("ready", settings=SETTINGS).lines()))
-    assert verdict.status == READY
+    verdict = read(plugin, state, WHOLE)
+    assert (verdict.status, verdict.version) == (READY, VERDICT_VERSION)
     assert verdict.daemons[0].pipe_directory == b"/run/slurm-mps/jobs/4711/pipe"
     assert verdict.daemons[0].log_directory == b"/var/log/slurm-mps/4711"
     assert (verdict.threads_tenths, verdict.daemons[0].mib, verdict.clients_per_gpu) == (125, 8192, 48)
     assert (verdict.daemon_count, verdict.gpu_count, verdict.gpus[1].mib_for_clients) == (1, 2, 142641)
 
 
-def test_a_verdict_of_an_older_prolog_has_nobody_to_explain(plugin: ctypes.CDLL, state: Path) -> None:
-    """Which costs nothing but the explanation."""
-    assert read(plugin, state, verdict_file()).explain == b"/opt/slurm-mps/explain.py"
-    older = read(plugin, state, verdict_file(explain=None))
-    assert (older.status, older.explain) == (READY, b"")
+@pytest.mark.parametrize("form", OLDER, ids=[form.name for form in OLDER])
+def test_the_plugin_reads_what_every_older_prolog_wrote(plugin: ctypes.CDLL, state: Path, form: Path) -> None:
+    """A job that began before an upgrade has its daemon, limits and GPUs in the steps that begin after it."""
+    text = form.read_text()
+    verdict = read(plugin, state, text.encode())
+    assert (verdict.status, verdict.version, verdict.daemon_count, verdict.gpu_count) == (READY, 1, 1, 2)
+    assert verdict.daemons[0].pipe_directory == b"/run/slurm-mps/jobs/4711/pipe"
+    assert verdict.daemons[0].log_directory == b"/var/log/slurm-mps/4711"
+    assert (verdict.threads_tenths, verdict.daemons[0].mib, verdict.clients_per_gpu) == (250, 8192, 48)
+    uuids = re.findall(r"^gpu . . (\S+)", text, re.MULTILINE)
+    assert [(gpu.slurm_index, gpu.minor, gpu.uuid.decode()) for gpu in verdict.gpus[:2]] == list(
+        zip((0, 1), (0, 1), uuids, strict=True)
+    )
+    for key in ("probe", "explain"):
+        assert bool(getattr(verdict, key)) is (f"\n{key} " in text), key
+
+
+def test_what_the_first_form_did_not_say_is_not_made_up(plugin: ctypes.CDLL, state: Path) -> None:
+    """An even part of an unknown size is refused; what the job has and can be lowered is not."""
+    first, second = (form.read_bytes() for form in OLDER[:2])
+    assert "the job began under an older slurm-mps" in str(of_step(plugin, state, job=first, mem="auto"))
+    divided, lowered = (of_step(plugin, state, job=second, mem="auto"), of_step(plugin, state, job=first, mem="2G"))
+    assert isinstance(divided, CLimits)
+    assert isinstance(lowered, CLimits)
+    assert (divided.divide_memory[0], lowered.mib[:2]) == (True, [2048, 2048])
+    assert "is more than the job has (8G)" in str(of_step(plugin, state, job=first, mem="9G"))
+
+
+@pytest.mark.parametrize("line", ["pipe_directory /run/other", "daemon /p /l 8G", "daemons per-gpu", "memory_limit 8"])
+def test_a_mixture_of_forms_is_none(plugin: ctypes.CDLL, state: Path, line: str) -> None:
+    text = OLDER[0].read_bytes().replace(b"gpu 0", f"{line}\ngpu 0".encode())
+    assert b"cannot be understood" in read(plugin, state, text).message
+
+
+@pytest.mark.parametrize("key", ["pipe_directory", "log_directory", "thread_percentage", "gpu"])
+def test_the_first_form_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, key: str) -> None:
+    lines = OLDER[0].read_text().splitlines(keepends=True)
+    data = "".join(line for line in lines if not line.startswith(f"{key} ")).encode()
+    assert read(plugin, state, data).status == REFUSED
+
+
+def test_a_form_of_version_1_that_calls_itself_2_is_a_refusal(plugin: ctypes.CDLL, state: Path) -> None:
+    for form in OLDER[:4]:
+        data = form.read_bytes().replace(b"verdict 1", b"verdict 2")
+        assert (read(plugin, state, data).status == READY) is (b"probe" in data and b"143771" in data)
+
+
+@pytest.mark.parametrize("number", ["3", "999999999"])
+def test_a_newer_verdict_is_a_refusal_that_says_so(plugin: ctypes.CDLL, state: Path, number: str) -> None:
+    verdict = read(plugin, state, WHOLE.replace(b"verdict 2", f"verdict {number}".encode()))
+    assert verdict.status == REFUSED
+    assert f"newer slurm-mps than spank_mps.so (verdict version {number}," in verdict.message.decode()
+
+
+@pytest.mark.parametrize("number", ["", "0", "02", "+2", "2 ", "x", "9999999999"])
+def test_a_verdict_of_no_version_is_none(plugin: ctypes.CDLL, state: Path, number: str) -> None:
+    verdict = read(plugin, state, WHOLE.replace(b"verdict 2", f"verdict {number}".encode()))
+    assert b"cannot be understood" in verdict.message
 
 
 def test_the_plugin_reads_a_daemon_for_each_gpu(plugin: ctypes.CDLL, state: Path) -> None:
@@ -234,7 +293,7 @@ def test_a_verdict_whose_parts_do_not_fit_together_is_a_refusal(
 
 
 def test_a_refusal_brings_its_message(plugin: ctypes.CDLL, state: Path) -> None:
-    verdict = read(plugin, state, encode("verdict", 1, refused("no\nGPU \x1b[2J").lines()))
+    verdict = read(plugin, state, refused("no\nGPU \x1b[2J").encode())
     assert (verdict.status, verdict.message) == (REFUSED, b"no?GPU ?[2J")
 
 
@@ -262,7 +321,7 @@ def test_no_verdict_is_none(plugin: ctypes.CDLL, state: Path) -> None:
     assert read(plugin, state, None).status == NONE
 
 
-WHOLE = encode("verdict", 1, Verdict("ready", settings=SETTINGS).lines())
+WHOLE = Verdict("ready", settings=SETTINGS).encode()
 
 
 @pytest.mark.parametrize("length", range(len(WHOLE) - len("end 00000000\n") + 1))

@@ -10,7 +10,16 @@ from slurm_mps.config import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError
 from slurm_mps.node.control import PIPE_DIRECTORY_MAX
 from slurm_mps.request import ID_MAX
-from slurm_mps.state import JOURNAL_VERSION, STATE_DIRECTORY, Journal, LedgerEntry, NodeState, Verdict, refused
+from slurm_mps.state import (
+    JOURNAL_VERSION,
+    STATE_DIRECTORY,
+    VERDICT_VERSION,
+    Journal,
+    LedgerEntry,
+    NodeState,
+    Verdict,
+    refused,
+)
 from slurm_mps.steps import gpu_daemon_name
 from slurm_mps.units import GPUS_MAX
 from slurm_mps.wordfile import DamagedFileError, NewerFileError, decode, encode
@@ -220,7 +229,7 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
     """Whatever a message holds, it cannot start a line of its own, and is not longer than the plugin reads."""
     journal = begin(state)
     journal.write_verdict(refused("no\nstatus ready\r\x1b[2Jé" + "x" * 10_000))
-    lines = decode((place / "jobs/4711/verdict").read_bytes(), "verdict", 1)
+    lines = decode((place / "jobs/4711/verdict").read_bytes(), "verdict", VERDICT_VERSION)
     assert lines[0] == "status refused"
     assert lines[1].startswith("message no?status ready??[2J?xxx")
     assert (len(lines), len(lines[1])) == (2, len("message ") + 480)

@@ -106,7 +106,9 @@ static void check_ready(const struct verdict *verdict)
 	CHECK(verdict->gpu_count > 0 && verdict->threads_tenths > 0 && verdict->threads_tenths <= 1000);
 	CHECK(verdict->clients_per_gpu > 0);
 	CHECK(verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1));
-	CHECK(IS_WORD(verdict->python) && IS_WORD(verdict->probe));
+	CHECK(verdict->version == 1 || verdict->version == 2);
+	CHECK((IS_WORD(verdict->python) && IS_WORD(verdict->probe)) ||
+	      (verdict->version == 1 && !verdict->python[0] && !verdict->probe[0]));
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
 		CHECK(verdict_daemon_of(verdict, &verdict->gpus[i]) == &verdict->daemons[verdict->per_gpu ? i : 0]);
 }
@@ -118,7 +120,7 @@ static void check_verdict(const struct verdict *verdict)
 	CHECK(verdict->gpu_count <= GPUS_MAX && verdict->daemon_count <= GPUS_MAX);
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
 		CHECK(IS_WORD(verdict->gpus[i].uuid) && !strchr(verdict->gpus[i].uuid, ','));
-	for (unsigned int i = 0; i < verdict->daemon_count; i++)
+	for (unsigned int i = 0; i < verdict->daemon_count && verdict->status == VERDICT_READY; i++)
 		CHECK(IS_WORD(verdict->daemons[i].pipe_directory) && IS_WORD(verdict->daemons[i].log_directory));
 	if (verdict->status == VERDICT_READY)
 		check_ready(verdict);
@@ -136,7 +138,8 @@ static void check_limits(const struct verdict *verdict, const struct limits *lim
 
 		CHECK(!job || (limits->mib[gpu] && limits->mib[gpu] <= job));
 		CHECK(limits->mib[gpu] == job || limits->mib[gpu] >= verdict->mib_min);
-		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib);
+		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib ||
+		      (verdict->version == 1 && !verdict->gpus[gpu].mib));
 	}
 }
 
