@@ -12,7 +12,7 @@ export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
 PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
 	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace \
-	debootstrap rpm
+	debootstrap rpm man-db zsh fish
 
 all: plugin
 

@@ -3,7 +3,9 @@
 #
 # dpkg-deb and no debhelper: the package is a tree that stage.sh makes, one plugin that needs the C library alone, and
 # no service that is enabled. Its version and its dependency name the release of Slurm that the plugin was built for;
-# the dependency is on the package that has Slurm's own plugins, Debian's or SchedMD's.
+# the dependency is on the package that has Slurm's own plugins, Debian's or SchedMD's. dpkg without apt lets the
+# dependency of another package break; by Conflicts (Breaks keeps nothing from being unpacked) it leaves out each part
+# of a newer Slurm, which this plugin would stop.
 set -eu
 plugins=$1
 here=${0%/*} top=build/deb
@@ -17,6 +19,8 @@ print('.'.join(read_plugin('root$plugins/spank_mps.so').slurm_release.split('.')
 python=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
 after=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1] + 1}")')
 slurm=$(for one in "$plugins"/proctrack_*.so; do dpkg -S "$one"; done | sed 's/:.*//' | sort -u | head -n 1)
+newer=$(printf '%s\n' slurm-wlm-basic-plugins slurmd slurmctld slurm-client slurm-smd slurm-smd-slurmd \
+	slurm-smd-slurmctld slurm-smd-client | sed "s/.*/& (>= $release.99)/" | paste -sd, | sed 's/,/, /g')
 architecture=$(dpkg --print-architecture)
 libc=$(objdump -T "root$plugins/spank_mps.so" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
 
@@ -30,6 +34,7 @@ Section: admin
 Priority: optional
 Installed-Size: $(du -sk root | cut -f1)
 Depends: python3 (>= $python), python3 (<< $after), libc6 (>= ${libc#GLIBC_}), $slurm (>= $release), $slurm (<< $release.99)
+Conflicts: $newer
 Suggests: bash-completion
 Description: CUDA MPS as an option of Slurm (for Slurm $release)
  sbatch --mps-threads=25 --mps-mem=8G: a job that asks gets an MPS control

@@ -18,7 +18,8 @@ extras=$(sed -n 's/^metrics = .*/[metrics]/p' pyproject.toml) # nobody can add i
 sources=$root.sources # setuptools writes beside what it builds
 rm -rf "$sources"
 mkdir "$sources"
-cp -r slurm_mps spank prolog epilog etc pyproject.toml setup.py README.md "$sources"
+cp -r slurm_mps spank prolog epilog etc pyproject.toml setup.py README.md docs "$sources"
+rm "$sources/docs/conf.py" # the man pages are made already
 find "$sources" -name __pycache__ -prune -exec rm -r {} +
 $pip --quiet --disable-pip-version-check --python "$root$prefix/bin/python3" install --no-compile "$sources$extras"
 rm -r "$sources"
@@ -43,7 +44,10 @@ for unit in etc/*.service etc/*.timer; do # none of them is switched on
 done
 
 share=$root/usr/share
-mkdir -p "$share/doc/slurm-mps/examples" "$share/slurm-mps"
+mkdir -p "$share/doc" "$share/slurm-mps"
+mv "$root$prefix/share/doc/slurm-mps" "$share/doc/"
+ln -s /usr/share/doc/slurm-mps "$root$prefix/share/doc/" # where slurm-mps doctor looks for its page
+mkdir "$share/doc/slurm-mps/examples"
 for sample in etc/*; do
 	case $sample in
 	*.service | *.timer | *.sh) ;;
@@ -52,7 +56,6 @@ for sample in etc/*; do
 done
 install -m 755 etc/health-check.sh "$share/slurm-mps/"
 install -m 644 etc/plugstack.conf "$share/slurm-mps/plugstack.conf"
-install -m 644 README.md docs/[!i]*.md "$share/doc/slurm-mps/"
 gzip -9n <CHANGELOG.md >"$share/doc/slurm-mps/changelog.gz"
 for section in 1 5 7; do
 	for page in build/docs/man/*."$section"; do

@@ -29,18 +29,29 @@ def run(options: argparse.Namespace) -> int:
     import shtab
 
     from slurm_mps.cli.main import build_parser
+    from slurm_mps.doctor.examine import all_checks
 
     parser = build_parser()
-    _tell_files(parser, {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY})
-    print(shtab.complete(parser, options.shell))
+    _tell_values(parser, {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}, {"CHECK": list(all_checks())})
+    script: str = shtab.complete(parser, options.shell)
+    if options.shell == "zsh":  # shtab 1.7 has one value only completed where there may be several; `*:` is zsh's word
+        script = script.replace('"(*)::', '"*:')
+    print(script)
     return 0
 
 
-def _tell_files(parser: argparse.ArgumentParser, kinds: Mapping[str, object]) -> None:
-    """What an option's word in the help calls a file or a directory is completed as one."""
+def _tell_values(parser: argparse.ArgumentParser, kinds: Mapping[str, object], words: Mapping[str, list[str]]) -> None:
+    """What a value's word in the help calls a file or a directory is completed as one, and what has `words` by them.
+
+    The parser itself does without these, for to know them costs the other commands time.
+    """
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way to walk a parser; shtab does it, too
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            for one in action.choices.values():
-                _tell_files(one, kinds)
+            helps = {choice.dest: choice.help for choice in action._choices_actions}  # noqa: SLF001
+            for name, one in action.choices.items():
+                one.description = helps.get(name)  # one line, where its page has a paragraph
+                _tell_values(one, kinds, words)
+        elif action.metavar in words:
+            action.choices = words[str(action.metavar)]
         elif action.metavar in kinds or action.dest == "file":
             action.complete = kinds.get(str(action.metavar), kinds["FILE"])  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from slurm_mps.cli.output import (
     NOT_HERE,
     NOT_ROOT,
     PROBLEM,
+    USAGE,
     Column,
     add_json_option,
     complain,
@@ -81,7 +82,7 @@ def run_install(options: argparse.Namespace) -> int:
         return NOT_ROOT
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import install
-    from slurm_mps.install.plan import Options
+    from slurm_mps.install.plan import Options, WrongOptionError
     from slurm_mps.install.site import NoSlurmError
 
     os.umask(0o022)
@@ -93,7 +94,7 @@ def run_install(options: argparse.Namespace) -> int:
         return NOT_HERE
     except MpsError as error:
         complain(str(error))
-        return PROBLEM
+        return USAGE if isinstance(error, WrongOptionError) else PROBLEM
     (_report_install if options.json else _print_install)(done)
     if not (options.dry_run or options.json or options.no_doctor):
         _doctor()
@@ -185,8 +186,7 @@ def _print_difference(step: Step) -> None:
 
 
 def _print_by_hand(todos: list[Todo]) -> None:
-    if todos:
-        print("\nLeft to do by hand:")
+    print("\nLeft to do by hand:" if todos else "\nNothing is left to do by hand on this node.")
     for todo in todos:
         print(f"  {todo.where}{f' ({todo.why})' if todo.why else ''}:")
         for line in todo.lines:

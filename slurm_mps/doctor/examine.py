@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 from ..errors import MpsError
 from . import devices, plugin, scripts, site, slurm
 from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding, NotCheckedError
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 #: The modules whose checks register themselves, in the order in which they are told.
 _MODULES = (slurm, plugin, scripts, site, devices)
+_PAGE = "docs/doctor.md"
 
 
 def all_checks() -> dict[str, Check]:
@@ -40,8 +44,19 @@ def examine(environment: Mapping[str, str], ids: Sequence[str] = ()) -> list[Fin
 
 
 def page_of(check_id: str) -> str:
-    """Where a check is explained."""
-    return f"docs/doctor.md#{check_id}"
+    """Where a check is explained: a path where this installation has its pages, or else the page of the sources."""
+    return f"{_page()}#{check_id}"
+
+
+@cache
+def _page() -> str:
+    """doctor.md in a checkout, or below the prefix of a site-packages, where pip and the packages put it."""
+    top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    prefix = os.path.dirname(os.path.dirname(os.path.dirname(top)))
+    for place in (f"{top}/{_PAGE}", f"{prefix}/share/doc/slurm-mps/{_PAGE}", f"{top}/share/doc/slurm-mps/{_PAGE}"):
+        if os.path.exists(place):
+            return place
+    return _PAGE
 
 
 def _run(one: Check, place: Place) -> list[Finding]:

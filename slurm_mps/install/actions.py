@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..hooks import CONFIG_PATH
 from . import changes
 from .build import PLUGIN
-from .plan import Options, Plan, jobs_with_mps, make_plan, stack_still_names_it, still_in_force, still_needed
+from .plan import (
+    Options,
+    Plan,
+    afterwards,
+    jobs_with_mps,
+    make_plan,
+    stack_still_names_it,
+    still_in_force,
+    still_needed,
+)
 from .site import read_slurm_conf
 
 TYPE_CHECKING = False
@@ -58,14 +67,17 @@ def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) 
             plan = make_plan(options, environment, manifest.entries.keys())
             steps = changes.look(plan.changes, manifest)
             gone = changes.no_longer_wanted(plan.changes, manifest)
-            undone = [changes.undo(entry, manifest, dry_run=dry_run) for entry in gone]
+            changed = {step.change.path for step in steps if step.needed}
+            left = plan.by_hand + afterwards(options, plan, changed, environment)
             if not dry_run:
                 changes.apply(steps, manifest)
+            undone = [changes.undo(entry, manifest, dry_run=dry_run) for entry in gone]
+            if not dry_run:
                 manifest.forget(gone)
         finally:
             if not manifest.entries and not dry_run:
                 manifest.remove()
-    return Installed(plan, steps, undone, dry_run)
+    return Installed(replace(plan, by_hand=left), steps, undone, dry_run)
 
 
 def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: bool, dry_run: bool) -> Uninstalled:

@@ -7,6 +7,7 @@ on Slurm 22.05).
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ from .site import (
     find_release,
     find_script_place,
     find_stack_place,
-    is_plugin_directory,
+    plugin_directories,
     read_slurm_conf,
     runs_before,
     slurmd_runs,
@@ -60,6 +61,10 @@ class Options:
     login_node: bool = False
 
 
+class WrongOptionError(MpsError):
+    """An option of `install` names what cannot be meant."""
+
+
 @dataclass(frozen=True)
 class Todo:
     """Something to do by hand: where, the lines to put there or to type, and why."""
@@ -71,23 +76,28 @@ class Todo:
 
 @dataclass(frozen=True)
 class Plan:
-    """What installing comes to on this node."""
+    """What installing comes to here. `by_hand`: what the site's files lack. `read_at_start`: what slurmd reads then."""
 
     release: str
     conf: SlurmConf
     changes: list[Change]
     by_hand: list[Todo]
+    read_at_start: tuple[str, ...]
 
 
 def make_plan(options: Options, environment: Mapping[str, str], ours: Container[str]) -> Plan:
     """Look at this node's Slurm, build the plugin if none is given, and say what is to be done.
 
     `ours` are the paths that an earlier installation wrote.
-    Raises: NoSlurmError; MpsError when something is missing, is of another release, or is not root's alone.
+    Raises: NoSlurmError; WrongOptionError; MpsError when something is missing, is of another release, or is not root's
+    alone.
     """
+    directory = _named("--plugin-dir", options.plugin_dir)
+    if options.slurm_include is not None:
+        _named("--slurm-include", options.slurm_include, holds="slurm/spank.h")
     release, program = find_release(environment)
     conf = read_slurm_conf(options.slurm_conf, environment)
-    directory = options.plugin_dir or find_plugin_directory(conf, program)
+    directory = directory or find_plugin_directory(conf, program)
     changes: list[Change] = []
     by_hand: list[Todo] = []
     if not options.login_node:
@@ -97,11 +107,28 @@ def make_plan(options: Options, environment: Mapping[str, str], ours: Container[
         places = [find_script_place(conf, setting, name) for setting, name in SCRIPTS.items()]
         changes += [change for place in places for change in _script(place)]
         changes += [*_command(ours), *_unit(ours)]
-        by_hand += _slurm_conf_lines(conf, places) + _callers(places) + _order(places)
-    stack_changes, stack_by_hand = _stack(conf, directory, ours)
+        by_hand += _slurm_conf_lines(conf, places) + _callers(places)
+    stack_changes, stack_by_hand = _stack(conf, program, directory, ours)
     changes += stack_changes
-    by_hand += stack_by_hand + _last(options, conf)
-    return Plan(release, conf, _with_directories(changes), by_hand)
+    stack = find_stack_place(conf, STACK_FILE)
+    read_at_start = (f"{directory}/{PLUGIN}", stack.path, *stack.files)
+    return Plan(release, conf, _with_directories(changes), by_hand + stack_by_hand, read_at_start)
+
+
+def _named(option: str, directory: str | None, *, holds: str = "") -> str | None:
+    """The directory that an option names, if it was given: a place that is there, for nothing is made on a typo's word.
+
+    Slurm ends a word of plugstack.conf at a blank, and make and its shell take a name apart at more than that.
+    """
+    if directory is None:
+        return None
+    if not re.fullmatch(r"/[\w./+@=,-]*", directory, re.ASCII):
+        raise WrongOptionError(f"{option}={directory!r}: expected an absolute path of letters, digits and _./+@=,-")
+    if not os.path.isdir(directory):
+        raise WrongOptionError(f"{option}={directory}: there is no such directory")
+    if holds and not os.path.exists(f"{directory}/{holds}"):
+        raise WrongOptionError(f"{option}={directory}: there is no {holds} in it")
+    return directory.rstrip("/") or "/"
 
 
 def _share(name: str) -> bytes:
@@ -187,15 +214,27 @@ def _unit(ours: Container[str]) -> list[Change]:
     return [Change(f"{_UNITS}/{_UNIT}", data=text.encode())]
 
 
-def _stack(conf: SlurmConf, directory: str, ours: Container[str]) -> tuple[list[Change], list[Todo]]:
-    """The line for plugstack.conf, unless one is there already; on a configless node it is the controller's to add."""
-    plugin = PLUGIN if is_plugin_directory(directory) else f"{directory}/{PLUGIN}"
+def _stack(
+    conf: SlurmConf, slurm_program: str, directory: str, ours: Container[str]
+) -> tuple[list[Change], list[Todo]]:
+    """The line for plugstack.conf, unless one is there already; on a configless node it is the controller's to add.
+
+    The plugin goes by its name where Slurm looks for plugins, and by its path elsewhere.
+    """
+    searched = [os.path.realpath(one) for one in plugin_directories(conf, slurm_program)]
+    plugin = PLUGIN if os.path.realpath(directory) in searched else f"{directory}/{PLUGIN}"
     place = find_stack_place(conf, STACK_FILE)
     theirs = _admins_lines(place.files, ours)
     for path, line in theirs:
+        instead = f"{path}, in place of '{line}'"
         if not line.startswith("required"):
             why = "what an optional plugin says is ignored: a task would then run without MPS, unnoticed"
-            return [], [Todo(f"{path}, in place of '{line}'", (f"required {plugin}",), why)]
+            return [], [Todo(instead, (f"required {plugin}",), why)]
+        named = line.split()[1]
+        found = [named] if os.path.isabs(named) else [f"{one}/{named}" for one in searched]
+        if os.path.realpath(f"{directory}/{PLUGIN}") not in map(os.path.realpath, found):
+            why = "Slurm would look for another file than the one that is installed"
+            return [], [Todo(instead, (f"required {plugin}",), why)]
         return [], []
     if conf.is_copy:
         why = "this node takes its configuration from the controller"
@@ -254,19 +293,42 @@ def _order(places: list[ScriptPlace]) -> list[Todo]:
     return [Todo(f"{directory}: if one of these ends GPU processes, a name below 95", tuple(before), why)]
 
 
-def _last(options: Options, conf: SlurmConf) -> list[Todo]:
-    """What makes Slurm take it up."""
-    lines = [] if conf.is_copy else ["scontrol reconfigure"]
+def afterwards(options: Options, plan: Plan, changed: Container[str], environment: Mapping[str, str]) -> list[Todo]:
+    """What makes Slurm take up what is in its files now, as far as it has not done so yet.
+
+    `changed` are the paths that this run writes.
+    """
     if options.login_node:
         return []
-    todo = [Todo("then, once", tuple(lines), "the controller and slurmd read slurm.conf again")] if lines else []
-    todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
-    if os.path.isdir(_UNITS):
+    conf, units = plan.conf, os.path.isdir(_UNITS)
+    anything = any(change.path in changed for change in plan.changes)
+    places = [find_script_place(conf, setting, name) for setting, name in SCRIPTS.items()]
+    todo = _order(places) if anything else []
+    if not conf.is_copy and (plan.by_hand or not _is_in_force(conf, places, environment)):
+        todo.append(Todo("then, once", ("scontrol reconfigure",), "the controller and slurmd read slurm.conf again"))
+    newest = max([_changed_at(path) for path in plan.read_at_start])
+    if plan.by_hand or any(path in changed for path in plan.read_at_start) or not slurmd_runs(since=newest):
+        todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
+    if units and not glob.glob(f"{_UNITS}/*.wants/{_UNIT}"):
         todo.append(
             Todo("on this node, if you like", (f"systemctl enable {_UNIT}",), "repairs at boot what a crash left")
         )
-    todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
+    if anything:
+        todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
     return todo
+
+
+def _changed_at(path: str) -> float:
+    try:
+        return os.stat(path).st_ctime
+    except OSError:
+        return 0
+
+
+def _is_in_force(conf: SlurmConf, places: list[ScriptPlace], environment: Mapping[str, str]) -> bool:
+    """Whether slurmctld has the scripts' settings as slurm.conf has them; it is asked only where slurmd runs."""
+    running = ask_running(environment) if slurmd_runs() else None
+    return running is not None and all(running[place.setting.lower()] == conf.all(place.setting) for place in places)
 
 
 # ------------------------------------------------------------------------------------------------- before uninstalling
@@ -292,7 +354,7 @@ def still_needed(conf: SlurmConf, ours: Container[str]) -> list[str]:
         if place.caller and os.path.realpath(place.path) in ours and calls(place.caller, place.path):
             problems.append(f"{place.caller} runs {place.path}")
         elif place.value and not place.caller and os.path.realpath(place.path) in ours:
-            left = [path for path in _matching(place.value) if os.path.realpath(path) not in ours]
+            left = [path for path in glob.glob(place.value) if os.path.realpath(path) not in ours]
             if not left:
                 problems.append(f"{where} would match no file, and Slurm drains a node whose {setting} matches none")
     return problems
@@ -310,12 +372,6 @@ def still_in_force(conf: SlurmConf, ours: Container[str], environment: Mapping[s
         return None
     told = replace(conf, settings={**conf.settings, **running})
     return [f"{problem} (so slurmctld has it; scontrol reconfigure)" for problem in still_needed(told, ours)]
-
-
-def _matching(pattern: str) -> list[str]:
-    import glob
-
-    return glob.glob(pattern)
 
 
 def stack_still_names_it(conf: SlurmConf, ours: Container[str]) -> list[str]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import math
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass, field
 
 from ..errors import MpsError
@@ -160,16 +162,23 @@ def find_release(environment: Mapping[str, str]) -> tuple[str, str]:
     return said[first], first
 
 
-def slurmd_runs() -> bool:
-    """Whether a program of that name runs here; a user's that is called so costs a question to slurmctld."""
-    for path in glob.glob("/proc/[0-9]*/comm"):
+def slurmd_runs(since: float = math.inf) -> bool:
+    """Whether a program of that name runs here; a user's that is called so costs a question to slurmctld.
+
+    With `since` (seconds of the epoch): whether root's runs here, and was started after that.
+    """
+    asked = not math.isinf(since)
+    ages = []
+    for path in glob.glob("/proc/[0-9]*/stat"):
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
-                if file.read() == "slurmd\n":
-                    return True
-        except OSError:  # it has ended
+                before, _, after = file.read().rpartition(")")
+            if before.endswith("(slurmd") and not (asked and os.stat(path).st_uid):
+                started = int(after.split()[19]) / os.sysconf("SC_CLK_TCK")  # after boot: starttime, field 22
+                ages.append(time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+        except (OSError, ValueError, IndexError):  # it has ended
             pass
-    return False
+    return bool(ages) and not (asked and max(ages) > time.time() - since)
 
 
 def ask_running(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]] | None:
@@ -190,8 +199,17 @@ def ask_running(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]] | 
     return found
 
 
+def plugin_directories(conf: SlurmConf, slurm_program: str) -> list[str]:
+    """Where Slurm looks for plugins that plugstack.conf names without a path: PluginDir's, or where its own are."""
+    named = [place for value in conf.all("PluginDir") for place in value.split(":")]
+    try:
+        return named or [find_plugin_directory(conf, slurm_program)]
+    except MpsError:
+        return []
+
+
 def find_plugin_directory(conf: SlurmConf, slurm_program: str) -> str:
-    """Where Slurm looks for plugins: slurm.conf's PluginDir, or where its own are.
+    """The directory with Slurm's own plugins, of slurm.conf's PluginDir or of the usual ones.
 
     Raises: MpsError when none is found.
     """

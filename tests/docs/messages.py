@@ -14,8 +14,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "slurm_mps"
 #: Functions whose text a person reads: on stderr, in syslog, in a report of findings.
 SAYING = {"complain", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
+#: The same of Python itself and of what stands behind a terminal or a parser.
+SAYING |= {"print", "write", "exit", "error", "ArgumentTypeError", "SystemExit"}
 #: Files that are sentences from end to end.
-SENTENCES = {"slurm_mps/job_log/blame.py", "slurm_mps/verify/judge.py"}
+SENTENCES = {"slurm_mps/job_log/blame.py", "slurm_mps/job_log/words.py", "slurm_mps/verify/judge.py"}
+SENTENCES |= {"slurm_mps/verify/table.py"}
+#: Caught on the way: of a rank's report, and a programmer's own.
+NOT_SAID = {"slurm_mps/record.py", "slurm_mps/verify/report.py"}
 #: Of the plugin: an option's help (that of the others is known by its end).
 NO_MESSAGES = {
     "share this job's GPUs between its processes through CUDA MPS, "  # noqa: ISC004
@@ -49,15 +54,15 @@ def _error_names() -> set[str]:
 ERRORS = _error_names()
 
 
-def _texts(path: Path) -> Iterator[tuple[int, ast.expr]]:
-    """Line and expression of what a file says."""
+def texts(tree: ast.Module, *, everything: bool = False) -> Iterator[tuple[int, ast.expr]]:
+    """Line and expression of what a file says; of one that is all sentences, every text with a value in it."""
     saying = SAYING | ERRORS
-    tree = ast.parse(path.read_text())
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    everything = str(path.relative_to(ROOT)) in SENTENCES
     for node in ast.walk(tree):
         if everything and isinstance(node, ast.JoinedStr) and id(node) not in docstrings:
             yield node.lineno, node
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):  # whatever class it is of
+            yield from ((node.lineno, argument) for argument in node.exc.args)
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -66,14 +71,23 @@ def _texts(path: Path) -> Iterator[tuple[int, ast.expr]]:
                 yield node.lineno, argument
 
 
+def _longest(text: ast.expr) -> str:
+    """The longest literal part that stands in one line."""
+    parts = [line for part in fragments(text) for line in part.split("\n")]
+    return max(parts, key=len, default="").strip()
+
+
 def python_messages() -> list[tuple[str, str]]:
     """Where, and the longest literal part of each text that a message is made from."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for line, text in _texts(path):
-            longest = max(fragments(text), key=len, default="").strip()
+        name = str(path.relative_to(ROOT))
+        if name in NOT_SAID:
+            continue
+        for line, text in texts(ast.parse(path.read_text()), everything=name in SENTENCES):
+            longest = _longest(text)
             if len(longest) >= _SHORTEST and " " in longest:
-                found.append((f"{path.relative_to(ROOT)}:{line}", longest))
+                found.append((f"{name}:{line}", longest))
     return found
 
 

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.docs.messages import ROOT, c_messages, fragments, plain, python_messages
+from tests.docs.messages import ROOT, c_messages, fragments, plain, python_messages, texts
 
 DOCUMENTED = plain("".join((ROOT / "docs" / page).read_text() for page in ("messages.md", "doctor.md")))
 
@@ -29,3 +29,26 @@ def test_a_message_is_found_in_all_its_forms() -> None:
         ["a", "b ", "", " d"],
         ["one ", "two"],
     ]
+
+
+def test_whatever_way_it_is_said_it_is_seen() -> None:
+    """print() and stderr, errors of any class, a parser's own, and a file of sentences."""
+    said = """
+print(f"{n} jobs are left here")
+sys.stderr.write("no one answers")
+raise ValueError(f"{x}: no host list")
+raise Weird("this is odd")
+sys.exit("and so it ends")
+raise argparse.ArgumentTypeError("give a number")
+"""
+    found = {part.strip() for _, text in texts(ast.parse(said)) for part in fragments(text)}
+    assert found >= {
+        "jobs are left here",
+        "no one answers",
+        ": no host list",
+        "this is odd",
+        "and so it ends",
+        "give a number",
+    }
+    assert not [text for _, text in texts(ast.parse('f"{a} is b"'))]
+    assert len([text for _, text in texts(ast.parse('a = f"{a} is b"'), everything=True)]) == 1

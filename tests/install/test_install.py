@@ -203,6 +203,46 @@ def test_without_compiler_headers_slurm_or_root_it_says_what_is_missing() -> Non
         assert snapshot(machine).keys() - before.keys() == set()
 
 
+def test_a_directory_that_cannot_be_meant_is_wrong_usage(machine: Machine) -> None:
+    """A typo is no directory to make, and Slurm, make and its shell would take a name with a blank apart."""
+    before = snapshot(machine)
+    machine.write("/opt/file", "")
+    machine.make_directory("/opt/with blank")
+    for option, directory, why in (
+        ("--plugin-dir", "/opt/typo", "there is no such directory"),
+        ("--plugin-dir", "/opt/file", "there is no such directory"),
+        ("--plugin-dir", "opt", "expected an absolute path"),
+        ("--plugin-dir", "", "expected an absolute path"),
+        ("--plugin-dir", "/opt/with blank", "expected an absolute path"),
+        ("--slurm-include", "/opt", "there is no slurm/spank.h in it"),
+        ("--slurm-include", "/opt;touch /etc/slurm/x", "expected an absolute path"),
+    ):
+        refused = slurm_mps(machine, "install", option, directory)
+        assert (refused.returncode, f"{option}=" in refused.stderr, why in refused.stderr) == (2, True, True), refused
+    assert snapshot(machine) == before
+    assert not machine.path("/opt/typo").exists()
+
+
+def test_a_plugin_directory_of_the_sites_own(machine: Machine) -> None:
+    """plugstack.conf names the plugin by its path where Slurm does not search, and by its name where PluginDir says."""
+    conf = "ClusterName=c\nSlurmctldHost=localhost\n"
+    machine.write("/etc/slurm/slurm.conf", conf)
+    machine.make_directory("/opt/plugins")
+    install(machine, "--plugin-dir", "/opt/plugins/").check()
+    assert machine.path("/opt/plugins/spank_mps.so").exists()
+    assert not machine.path(PLUGIN).exists()
+    assert "\nrequired /opt/plugins/spank_mps.so\n" in machine.read(PLUGSTACK)
+    assert "--mps-threads" in machine.run(["srun", "--help"]).stdout
+    machine.write("/etc/slurm/slurm.conf", f"{conf}PluginDir={PLUGIN_DIRECTORY}:/opt/plugins\n")
+    install(machine, "--plugin-dir", "/opt/plugins").check()
+    assert "\nrequired spank_mps.so\n" in machine.read(PLUGSTACK)
+    slurm_mps(machine, "uninstall").check()
+
+    machine.write(PLUGSTACK, "required /opt/elsewhere/spank_mps.so\n")
+    told = report(install(machine, "--json"))["by_hand"]
+    assert any(todo["why"].startswith("Slurm would look for another file") for todo in told)
+
+
 def test_a_place_that_others_can_write_is_refused(machine: Machine) -> None:
     """Root would run what somebody else put there."""
     machine.make_directory("/etc/slurm/prolog.d", user="alice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ from slurm_mps.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.site import FAKES, PLUGIN_DIRECTORY
+from tests.install.places import report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,8 +22,9 @@ PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 RELEASE = ".".join(read_plugin(REPOSITORY / "build/spank/spank_mps.so").slurm_release.split(".")[:2])
 
 
+@cache
 def make(target: str) -> Path:
-    """Run make, whose last line is the path of what it built."""
+    """Run make, once, whose last line is the path of what it built."""
     done = subprocess.run(
         ["make", "-s", target], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
     )
@@ -71,6 +74,9 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         packaged = machine.path(PLUGIN).read_bytes()
 
         machine.run(["slurm-mps", "install"], node="n1").check()
+        (found,) = report(machine.run(["slurm-mps", "doctor", "--json", "prolog-flags"], node="n1"))["findings"]
+        page, _, _ = found["page"].partition("#")
+        machine.run(["grep", "-qx", "### prolog-flags", page]).check()
         assert machine.path(PLUGIN).read_bytes() == packaged
         lines = ["Prolog=/etc/slurm/prolog.d/*", "Epilog=/etc/slurm/epilog.d/*", "PrologFlags=Alloc"]
         machine.write("/etc/slurm/slurm.conf", "\n".join([conf, *lines, ""]))
@@ -108,13 +114,14 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
     machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 24.11."))
     refused = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60)
     assert refused.returncode != 0
-    assert f"(<< {RELEASE}.99)" in refused.stderr
+    assert "slurm-mps conflicts with slurm-wlm-basic-plugins" in refused.stderr
+    assert f"(<< {RELEASE}.99)" in machine.run(["dpkg-deb", "-f", "/opt/slurm-mps.deb", "Depends"]).check().stdout
     shown = machine.run(["dpkg-deb", "-f", "/opt/slurm-mps.deb", "Version"]).check().stdout
     assert shown.strip().endswith(f"+slurm{RELEASE}")
 
 
 def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
-    """Built here; it cannot be installed on Debian, whose packages are not rpm's, so its scripts are not run."""
+    """Both are the same tree; that of the .rpm goes where Red Hat's zsh looks."""
     rpm = make("rpm")
 
     def asked(*what: str) -> set[str]:

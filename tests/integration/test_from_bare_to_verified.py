@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tests.harness.cluster import Cluster
 from tests.harness.site import gpu_machine
 from tests.install.places import PROGRAM, report, snapshot
+
+if TYPE_CHECKING:
+    from tests.harness.machine import Machine
 
 KILLER = """#!/bin/sh
 # Like DeepOps' 50-exclusive-gpu: ends whatever it finds on the GPUs, and says what that was.
@@ -32,7 +37,9 @@ def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
             lines = [line for todo in done["by_hand"] for line in todo["lines"] if "slurm.conf" in todo["where"]]
             assert [line.partition("=")[0] for line in lines] == ["Prolog", "Epilog", "PrologFlags"]
             conf = machine.read("/etc/slurm/slurm.conf")
+            assert "scontrol reconfigure" in left_to_do(machine)
             reconfigure(cluster, conf + "\n".join(lines) + "\n")
+            assert set(left_to_do(machine)) <= {"systemctl enable slurm-mps-reconcile.service"}
 
             job = cluster.sbatch(
                 "--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2", script="srun slurm-mps verify --no-mpi"
@@ -58,6 +65,13 @@ def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
             assert snapshot(machine) == before
             cluster.srun("-N1", "true").check()
             assert not any(state.drained for state in cluster.node_states().values())
+
+
+def left_to_do(machine: Machine) -> list[str]:
+    """What `install` says is left, run again on a node where it has nothing to write."""
+    again = report(machine.run([PROGRAM, "install", "--json"], node="n1", timeout=60).check())
+    assert {change["what"] for change in again["changes"]} == {"is there"}
+    return [line for todo in again["by_hand"] for line in todo["lines"]]
 
 
 def reconfigure(cluster: Cluster, text: str) -> None:
