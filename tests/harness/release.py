@@ -24,7 +24,7 @@ BUNDLE_VARIABLE = "SLURM_MPS_BUNDLE"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 PACKAGES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libslurm-dev", "munge"),
-    *("gcc", "libc6-dev", "make", "python3"),
+    *("gcc", "libc6-dev", "make", "python3", "strace"),
 )
 _LAYOUT = "1"  # to be raised when this module makes a root in another way
 _TIMEOUT_SECONDS = 900.0
@@ -52,6 +52,11 @@ class Release:
     """Whether Slurm takes the word at all."""
     upgrades_from: str = ""
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
+
+    @property
+    def no_packages(self) -> str:
+        """Why `make deb` and `make rpm` cannot be tried: they build for the Slurm of the machine they run on."""
+        return "" if self.name == own_release() else "packages are built on a machine that has this Slurm itself"
 
 
 _BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: (?P<first>)(?P<last>.*)"
