@@ -51,12 +51,17 @@ Python, the plugin built there against its headers, on simulated GPUs. CI runs a
 PAGE_TAIL = """
 - **The plugin** is loaded by the Slurm of the year and month that it was built for, whatever its patch, and by no
   other: build it on each upgrade of Slurm (docs/decisions/0010). Prolog and epilog are the same for all.
-- **cgroups.** Devices are confined through cgroup v1 in these runs. With cgroup v2 it ran on real GPUs (docs/hardware),
-  on Slurm 22.05.
+- **Releases between these** were never tried; `slurm-mps doctor slurm-version` says so where one runs.
+- **cgroups.** Where devices are confined in these runs, it is through cgroup v1, on 26.05 too. With cgroup v2 slurm-mps
+  ran on real GPUs (docs/hardware), on Slurm 22.05. With 24.11 and 26.05 and cgroup v2 it was not run: Slurm's plugin
+  for v2 refuses a host that has v1 mounted as well, such as the one of these runs ("Hybrid mode is not supported").
 - **An upgrade of Slurm under running jobs** is tested from 24.11 to 26.05, one of slurm-mps on each release.
 - **GPUs** have been real ones with Slurm 22.05 only (docs/hardware).
-- **pyslurm** is no part of these runs, for no registry has one that fits a Slurm of Debian's: v24.11.0 from its own
-  repository was tried with Slurm 24.11.5 by hand (docs/decisions/0010), none with the others.
+- **Packages** are built for the Slurm of the machine that builds them, and were for 22.05 only; `slurm-mps install`,
+  which builds the plugin, is run on each release.
+- **pyslurm**, which `status --cluster` takes where it can be loaded, is in no registry for these releases. Built from
+  its repository, v22.5.3 and v24.11.0 gave what squeue gives on Slurm 22.05.8 and 24.11.5; with 26.05 there is none
+  (docs/decisions/0010). These runs have squeue, and pyslurm where somebody built it.
 """
 
 
