@@ -55,7 +55,8 @@ PAGE_TAIL = """
 - **cgroups.** Where devices are confined in these runs, it is through cgroup v1, on 26.05 too. With cgroup v2 slurm-mps
   ran on real GPUs (docs/hardware), on Slurm 22.05. With 24.11 and 26.05 and cgroup v2 it was not run: Slurm's plugin
   for v2 refuses a host that has v1 mounted as well, such as the one of these runs ("Hybrid mode is not supported").
-- **An upgrade of Slurm under running jobs** is tested from 24.11 to 26.05, one of slurm-mps on each release.
+- **An upgrade of Slurm under running jobs** is tested from 24.11 to 26.05, with GPUs by index and with AutoDetect and
+  confined devices; one of slurm-mps on each release.
 - **GPUs** have been real ones with Slurm 22.05 only (docs/hardware).
 - **Packages** are built for the Slurm of the machine that builds them, and were for 22.05 only; `slurm-mps install`,
   which builds the plugin, is run on each release.
