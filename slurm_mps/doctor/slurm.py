@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .finding import Said
     from .place import Place
 
-#: The oldest and the newest Slurm that slurm-mps was run with.
-_TRIED = ((22, 5), (26, 5))
+#: The releases of Slurm that slurm-mps was run with, oldest first (docs/support.md).
+TRIED = ((22, 5), (24, 11), (26, 5))
 #: Before it slurmstepd drops its privileges while it ends the extern step, in which RunInJob runs the epilog.
 _RUN_IN_JOB_WORKS = (26, 5)
 _COMPARED = (
@@ -74,13 +74,20 @@ def slurm_conf(place: Place) -> Iterator[Said]:
 )
 def slurm_version(place: Place) -> Iterator[Said]:
     numbers = _number(place.release)
-    oldest, newest = (f"{year}.{month:02d}" for year, month in _TRIED)
-    if numbers < _TRIED[0]:
-        yield problem(f"Slurm {place.release} is older than {oldest}", "upgrade Slurm")
-    elif numbers > _TRIED[1]:
-        yield warning(f"Slurm {place.release} is newer than {newest}", "try one job; see README, what it was run with")
-    else:
+    tried = [f"{year}.{month:02d}" for year, month in TRIED]
+    try_it = "try it: srun --mps --gres=gpu:1 slurm-mps verify; docs/support.md says what was run on which release"
+    if numbers in TRIED:
         yield fine(f"Slurm {place.release}")
+    elif numbers < TRIED[0]:
+        yield problem(f"Slurm {place.release} is older than {tried[0]}", "upgrade Slurm")
+    elif numbers > TRIED[-1]:
+        yield warning(f"Slurm {place.release} is newer than {tried[-1]}", try_it)
+    else:
+        after = next(index for index, one in enumerate(TRIED) if one > numbers)
+        told = (
+            f"slurm-mps was run with Slurm {tried[after - 1]} and {tried[after]}, and not with {place.release} between"
+        )
+        yield warning(f"{told} them", try_it)
 
 
 @check(

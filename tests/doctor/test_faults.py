@@ -11,8 +11,9 @@ import pytest
 
 from slurm_mps import __version__
 from slurm_mps.doctor.examine import all_checks
+from slurm_mps.doctor.slurm import TRIED
 from slurm_mps.state import VERDICT_VERSION
-from tests.harness.release import chosen
+from tests.harness.release import RELEASES, chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PLUGSTACK, MPS = "/etc/slurm/plugstack.conf", "/etc/slurm/mps.toml"
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
 STATE = STATE_DIRECTORY
+ANOTHER_RELEASE = next(name for name in RELEASES if name != chosen().name)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,13 @@ FAULTS = {
     "a Slurm that nobody tried": Fault(
         another_slurm("27.05.1"), {**warning("slurm-version"), **problem("plugin-release")}
     ),
-    "a plugin of another release": Fault(another_slurm("23.02.4"), problem("plugin-release")),
+    **{
+        f"a Slurm between those that were tried, {release}": Fault(
+            another_slurm(release), {**warning("slurm-version"), **problem("plugin-release")}
+        )
+        for release in ("23.02.7", "25.11.0")
+    },
+    "a plugin of another release": Fault(another_slurm(f"{ANOTHER_RELEASE}.4"), problem("plugin-release")),
     "a line not taken over": Fault(line("MessageTimeout", "30"), warning("config-in-force")),
     "a line taken out, but not taken over": Fault(
         line("GresTypes", ""), {**problem("gres-types"), **warning("config-in-force")}
@@ -473,6 +481,21 @@ def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
     fifo = "/etc/slurm/prolog.d/70-fifo"
     patient.shell(f"mkfifo -m 644 {fifo}", f"rm {fifo}")
     assert patient.examine().ailments == {"scripts-executable": "problem"}
+
+
+def test_the_releases_that_doctor_knows_are_those_that_the_tests_run_on() -> None:
+    assert [f"{year}.{month:02d}" for year, month in TRIED] == list(RELEASES)
+
+
+@pytest.mark.parametrize(
+    ("release", "tried"),
+    [("23.11.4", "22.05 and 24.11, and not with 23.11.4"), ("25.05.0", "24.11 and 26.05, and not")],
+)
+def test_a_release_that_nobody_tried_is_placed_between_those_that_were(
+    patient: Patient, release: str, tried: str
+) -> None:
+    another_slurm(release)(patient)
+    assert f"slurm-mps was run with Slurm {tried}" in patient.examine("slurm-version").of("warning")["slurm-version"]
 
 
 def test_every_check_has_a_fault_that_it_names() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROOT_ONLY = {"stale-state"}
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("user", ["root", "alice"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])
 def test_a_good_cluster_has_nothing(healthy: Patient, user: str, elsewhere: bool) -> None:

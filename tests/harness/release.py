@@ -24,7 +24,7 @@ BUNDLE_VARIABLE = "SLURM_MPS_BUNDLE"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 PACKAGES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libslurm-dev", "munge"),
-    *("gcc", "libc6-dev", "make", "python3"),
+    *("gcc", "libc6-dev", "make", "python3", "strace"),
 )
 _LAYOUT = "1"  # to be raised when this module makes a root in another way
 _TIMEOUT_SECONDS = 900.0
@@ -53,9 +53,22 @@ class Release:
     upgrades_from: str = ""
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
 
+    no_init_failure_mode: str = ""
+    """Why a plugin's slurm_spank_init_failure_mode is not looked at; empty where it is."""
+    pyslurm: str = ""
+    """The tag of pyslurm's repository that builds against this Slurm and has what status --cluster asks of it."""
+    no_pyslurm: str = ""
+    """Why there is none."""
+
+    @property
+    def no_packages(self) -> str:
+        """Why `make deb` and `make rpm` cannot be tried: they build for the Slurm of the machine they run on."""
+        return "" if self.name == own_release() else "packages are built on a machine that has this Slurm itself"
+
 
 _BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: (?P<first>)(?P<last>.*)"
 _BY_TIME = r"^\[[^]]+\] error: mps: (?P<first>[^:]*) on (?P<node>[^: ]+)(?P<last>: .*)"
+_SINCE_25_05 = "Slurm has it from 25.05 on"
 
 RELEASES = {
     one.name: one
@@ -70,6 +83,8 @@ RELEASES = {
             prolog_sees="indices",
             no_run_in_job="Slurm has it from 24.05 on",
             knows_run_in_job=False,
+            no_init_failure_mode=_SINCE_25_05,
+            pyslurm="v22.5.3",
         ),
         Release(
             name="24.11",
@@ -80,6 +95,8 @@ RELEASES = {
             autodetect="nvidia",
             prolog_sees="indices",
             no_run_in_job="slurmstepd of 24.05 to 25.11 runs an epilog as the job's user at times",
+            no_init_failure_mode=_SINCE_25_05,
+            pyslurm="v24.11.0",
         ),
         Release(
             name="26.05",
@@ -90,6 +107,7 @@ RELEASES = {
             autodetect="nvidia",
             prolog_sees="UUIDs",
             upgrades_from="24.11",
+            no_pyslurm="pyslurm's newest is for Slurm 25.11",
         ),
     )
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from . import bundle, release
-from .cluster import CPUS_PER_NODE, REPOSITORY, Cluster
+from .cluster import CPUS_PER_NODE, REPOSITORY, SAMPLES, Cluster
 from .machine import GPU_DEVICES, Machine
 from .runtime import MOUNT_POINT, build_plugin, ensure_runtime, install_project, mpi_environment
 
@@ -253,6 +253,17 @@ class Site:
             tuple(sorted(directories)),
             tuple(modes),
         )
+
+
+class MarkedSite(Site):
+    """A site whose controller marks jobs as etc/job_submit.lua does."""
+
+    def __init__(self) -> None:
+        super().__init__(extra_slurm_conf="JobSubmitPlugins=lua")
+
+    def configure(self, text: str) -> None:
+        super().configure(text)
+        self.machine.write("/etc/slurm/job_submit.lua", (SAMPLES / "job_submit.lua").read_text())
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from slurm_mps.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY
+from tests.harness.release import RELEASES, chosen
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import PLUGIN_DIRECTORY, gpu_machine
 from tests.install.places import PROGRAM, report, snapshot
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.harness.machine import Machine, Result
 
-BUILT = REPOSITORY / "build/spank/spank_mps.so"
+BUILT = str(REPOSITORY / "build/spank/spank_mps.so")  # within a machine, where it is of the machine's release
 PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 PLUGSTACK = "/etc/slurm/plugstack.conf"
@@ -34,9 +35,15 @@ def slurm_mps(machine: Machine, *argv: str, env: Mapping[str, str] | None = None
     return machine.run([PROGRAM, *argv], env=env, user=user, timeout=60)
 
 
+def lay_plugin(machine: Machine) -> bytes:
+    data = machine.path(BUILT).read_bytes()
+    machine.path("/opt/spank_mps.so").write_bytes(data)
+    return data
+
+
 def install(machine: Machine, *argv: str, env: Mapping[str, str] | None = None) -> Result:
     """With the plugin that the tests were built with: compiling takes longer than all the rest."""
-    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    lay_plugin(machine)
     return slurm_mps(machine, "install", "--no-doctor", "--plugin", "/opt/spank_mps.so", *argv, env=env)
 
 
@@ -79,6 +86,7 @@ def test_dry_run_shows_every_file_and_line_and_changes_nothing(machine: Machine)
     assert "Prolog=/etc/slurm/prolog.d/*" in told
 
 
+@pytest.mark.every_release
 def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     """Contents, modes, groups, and no directory more; first on a bare machine, then where all was there before."""
     before = snapshot(machine)
@@ -112,7 +120,7 @@ def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machi
     assert {change["what"] for change in report(install(machine, "--json"))["changes"]} == {"is there"}
     assert snapshot(machine) == once
 
-    other = BUILT.read_bytes() + b"of another version"
+    other = lay_plugin(machine) + b"of another version"
     machine.path("/opt/other.so").write_bytes(other)
     done = slurm_mps(machine, "install", "--no-doctor", "--json", "--plugin", "/opt/other.so")
     assert [c["path"] for c in report(done)["changes"] if c["what"] == "replaced"] == [PLUGIN]
@@ -158,28 +166,31 @@ def test_a_script_moves_with_the_sites_pattern(machine: Machine) -> None:
 def test_a_plugin_for_another_slurm_is_refused_and_nothing_changes(machine: Machine) -> None:
     """With it in plugstack.conf no srun would start, nor slurmd."""
     before = snapshot(machine)
-    runs = read_plugin(BUILT).slurm_release
+    data = lay_plugin(machine)
+    runs = read_plugin(machine.path(BUILT)).slurm_release
     year, month, patch = map(int, runs.split("."))
     number = (year << 16 | month << 8 | patch).to_bytes(4, "little")
     other = (year << 16 | (month + 1) << 8 | patch).to_bytes(4, "little")
-    machine.path("/opt/other.so").write_bytes(BUILT.read_bytes().replace(number, other))
+    machine.path("/opt/other.so").write_bytes(data.replace(number, other))
     refused = slurm_mps(machine, "install", "--plugin", "/opt/other.so")
     assert refused.returncode == 1
     assert f"the plugin is for Slurm {year}.{month + 1:02d}.{patch}, and {runs} runs here" in refused.stderr
 
+    foreign = next(name for name in RELEASES if name != chosen().name)
+    year, month = map(int, foreign.split("."))
     headers = "/opt/headers"
     machine.run(["sh", "-c", f"mkdir {headers} && cp -r /usr/include/slurm {headers}/"]).check()
     machine.run(
         [
             "sed",
             "-i",
-            "s/^#define SLURM_VERSION_NUMBER .*/#define SLURM_VERSION_NUMBER 0x180b05/",
+            f"s/^#define SLURM_VERSION_NUMBER .*/#define SLURM_VERSION_NUMBER {year << 16 | month << 8 | 5:#x}/",
             f"{headers}/slurm/slurm_version.h",
         ]
     ).check()
     refused = slurm_mps(machine, "install", "--slurm-include", headers)
     assert refused.returncode == 1
-    assert f"the plugin is for Slurm 24.11.5, and {runs} runs here; install the headers" in refused.stderr
+    assert f"the plugin is for Slurm {foreign}.5, and {runs} runs here; install the headers" in refused.stderr
     assert snapshot(machine) == before
 
 
@@ -282,7 +293,7 @@ def test_root_runs_no_module_that_lies_where_it_stands(machine: Machine) -> None
     """install starts doctor; a user's argparse.py in the directory that root happens to be in is not for root."""
     machine.make_directory("/tmp/checkout", user="alice")
     machine.write("/tmp/checkout/argparse.py", "open('/tmp/caught', 'w')\nraise SystemExit(9)\n", user="alice")
-    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    lay_plugin(machine)
     told = machine.run([PROGRAM, "install", "--plugin", "/opt/spank_mps.so"], cwd="/tmp/checkout", timeout=60)
     assert "slurm-mps doctor:" in told.stdout
     assert "did not run to its end" not in told.stderr
@@ -329,7 +340,7 @@ def test_what_the_admin_changed_stays_and_is_named(machine: Machine) -> None:
 
 def killed(machine: Machine, call: str, number: int, *argv: str) -> bool:
     """Run a command that dies of SIGKILL at its `number`-th system call of a kind; False when it came to its end."""
-    machine.path("/opt/spank_mps.so").write_bytes(BUILT.read_bytes())
+    lay_plugin(machine)
     inject = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}"]
     return machine.run(["strace", "-f", "-qq", "-o", "/dev/null", *inject, PROGRAM, *argv], timeout=60).returncode != 0
 

@@ -11,6 +11,7 @@ import pytest
 from slurm_mps.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
+from tests.harness.release import chosen
 from tests.harness.site import FAKES, PLUGIN_DIRECTORY
 from tests.install.places import report
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
+pytestmark = pytest.mark.skipif(bool(chosen().no_packages), reason=chosen().no_packages)
 RELEASE = ".".join(read_plugin(REPOSITORY / "build/spank/spank_mps.so").slurm_release.split(".")[:2])
 
 
@@ -111,7 +113,7 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
     status = machine.read("/var/lib/dpkg/status")
     package = f"\nVersion: {RELEASE}."
     assert package in status
-    machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 24.11."))
+    machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 20.11."))
     refused = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60)
     assert refused.returncode != 0
     assert "slurm-mps conflicts with slurm-wlm-basic-plugins" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from slurm_mps.config import DEFAULTS
 from slurm_mps.deadlines import check_deadlines
 from slurm_mps.plugin_file import read_plugin
+from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY
 
 if TYPE_CHECKING:
@@ -59,3 +61,31 @@ def test_slurm_shows_the_timeouts_that_are_checked(site: Site) -> None:
     assert check_deadlines(config, DEFAULTS.deadlines_prolog, DEFAULTS.deadlines_epilog) == []
     found = check_deadlines(config, 1000, 1000)
     assert [problem.serious for problem in found] == [True, True, False], shown
+
+
+# --------------------------------------------------------------------------------------- beside other SPANK plugins
+
+PLUGSTACK, OTHER = "/etc/slurm/plugstack.conf", "/etc/slurm/other.so"
+
+
+@pytest.mark.parametrize("mode", ["", "ESPANK_NODE_FAILURE", "ESPANK_JOB_FAILURE"])
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+def test_a_step_that_another_plugin_fails_leaves_nothing_of_ours(site: Site, mode: str, first: bool) -> None:
+    """The prolog has brought MPS up by then. What becomes of the node is that plugin's to say."""
+    if mode and chosen().no_init_failure_mode:
+        pytest.skip(f"slurm_spank_init_failure_mode: {chosen().no_init_failure_mode}")
+    ours, source = site.machine.read(PLUGSTACK), Path(__file__).with_name("failing_spank.c")
+    site.machine.run(["cc", "-shared", "-fPIC", *([f"-DMODE={mode}"] if mode else []), "-o", OTHER, source]).check()
+    theirs = f"required {OTHER}\n"
+    site.machine.write(PLUGSTACK, theirs + ours if first else ours + theirs)
+    try:
+        job = site.cluster.sbatch("--gres=gpu:1", "--mps", "--no-requeue", "-wn1", script="echo ran")
+        site.cluster.wait(job)
+        site.cluster.wait_idle()
+    finally:
+        site.machine.write(PLUGSTACK, ours)
+        site.machine.path(OTHER).unlink()
+    state = site.cluster.node_states()["n1"]
+    if state.drained:
+        site.cluster.resume("n1")
+    assert state.reason.partition(" [")[0] == ("" if mode == "ESPANK_JOB_FAILURE" else "batch job complete failure")

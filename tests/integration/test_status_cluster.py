@@ -10,30 +10,24 @@ import pytest
 
 from slurm_mps.errors import NodeError
 from slurm_mps.status.cluster import Pyslurm, SlurmJob, Squeue, by_node, mps_jobs, parse_squeue
-from tests.harness.cluster import SAMPLES
+from tests.harness import pyslurm
+from tests.harness.release import RELEASES, chosen
 from tests.harness.runtime import MOUNT_POINT
-from tests.harness.site import Site
+from tests.harness.site import MarkedSite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from tests.harness.machine import Result
+    from tests.harness.site import Site
 
 COMMAND = f"{MOUNT_POINT}/bin/slurm-mps"
 
 
-class MarkedSite(Site):
-    """A site whose controller marks jobs as etc/job_submit.lua does."""
-
-    def configure(self, text: str) -> None:
-        super().configure(text)
-        self.machine.write("/etc/slurm/job_submit.lua", (SAMPLES / "job_submit.lua").read_text())
-
-
 @pytest.fixture(scope="module")
 def marked() -> Iterator[MarkedSite]:
-    with MarkedSite(extra_slurm_conf="JobSubmitPlugins=lua") as site:
+    with MarkedSite() as site:
         yield site
 
 
@@ -137,34 +131,53 @@ def test_what_is_no_list_of_jobs_is_an_error(data: bytes) -> None:
         parse_squeue(data)
 
 
-def recorded_pyslurm(problem: Exception | None = None) -> types.SimpleNamespace:
-    """pyslurm's interface as its source has it since 23.02; no release of it fits the Slurm of the tests."""
+RECORDS = [name for name, one in RELEASES.items() if one.pyslurm]
+
+
+def record_of(release: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((pyslurm.DATA / f"pyslurm-{release}.json").read_text())
+    return record
+
+
+def recorded_pyslurm(jobs: list[dict[str, Any]], problem: Exception | None = None) -> types.SimpleNamespace:
+    """pyslurm's interface with jobs as it had them (tests/harness/pyslurm.py)."""
 
     def load() -> dict[int, types.SimpleNamespace]:
         if problem:
             raise problem
-        return {
-            job.job_id: types.SimpleNamespace(
-                id=job.job_id,
-                user_name=job.user,
-                user_id=20001,
-                state=job.state,
-                allocated_nodes=job.nodes or None,
-                admin_comment=job.admin_comment or None,
-            )
-            for job in EXPECTED
-        }
+        return {job["id"]: types.SimpleNamespace(**job) for job in jobs}
 
     return types.SimpleNamespace(Jobs=types.SimpleNamespace(load=load))
 
 
-def test_pyslurm_gives_the_same() -> None:
-    assert Pyslurm(recorded_pyslurm()).jobs(1) == EXPECTED
+@pytest.mark.parametrize("release", RECORDS)
+def test_pyslurm_gives_what_squeue_gave_of_the_same_jobs(release: str) -> None:
+    """By a record from a Slurm of that release."""
+    record = record_of(release)
+    runs, waits = Pyslurm(recorded_pyslurm(record["jobs"])).jobs(1)
+    assert [runs, waits] == [SlurmJob(*one) for one in record["by_squeue"]]
+    assert (runs.state, runs.nodes, runs.admin_comment) == ("RUNNING", "n[1-2]", "mps:per-gpu,threads=25")
+    assert (waits.state, waits.nodes, waits.admin_comment) == ("PENDING", "", "")
+
+
+NO_PYSLURM = chosen().no_pyslurm or "no registry has a fitting pyslurm; python3 -m tests.harness.pyslurm builds it"
+
+
+@pytest.mark.skipif(pyslurm.built(chosen()) is None, reason=NO_PYSLURM)
+def test_pyslurm_itself_gives_what_squeue_gives(marked: MarkedSite) -> None:
+    """And has of a job what it had when it was recorded."""
+    package = pyslurm.built(chosen())
+    assert package
+    told, record = pyslurm.told_of_jobs(marked, package), record_of(chosen().name)
+    assert told["by_pyslurm"] == told["by_squeue"]
+    assert [one[1:] for one in told["by_squeue"]] == [one[1:] for one in record["by_squeue"]]
+    for job, then in zip(told["jobs"], record["jobs"], strict=True):
+        assert {key: type(value) for key, value in job.items()} == {key: type(value) for key, value in then.items()}
 
 
 def test_what_goes_wrong_in_pyslurm_is_an_error_of_ours() -> None:
     with pytest.raises(NodeError, match=r"pyslurm: Unable to contact"):
-        Pyslurm(recorded_pyslurm(RuntimeError("Unable to contact slurm controller"))).jobs(1)
+        Pyslurm(recorded_pyslurm([], RuntimeError("Unable to contact slurm controller"))).jobs(1)
 
 
 def test_a_squeue_that_hangs_or_fails_or_is_not_there_is_an_error(tmp_path: Path) -> None:

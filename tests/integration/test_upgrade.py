@@ -109,11 +109,18 @@ def test_a_gpu_that_a_job_of_each_version_holds_gets_back_its_mode(node: GpuNode
     assert node.compute_modes() == [0, 0]
 
 
-@pytest.mark.every_release
 @pytest.mark.skipif(not chosen().upgrades_from, reason="no other release here can be upgraded to this one")
-def test_a_job_goes_on_and_ends_while_slurm_is_upgraded() -> None:
-    """Its daemon serves on, a step of the new Slurm has its limits, and the new epilog leaves nothing."""
-    with Site(nodes=1, upgraded_from=chosen().upgrades_from) as site:
+@pytest.mark.parametrize(
+    "autodetect",
+    [pytest.param(True, id="by UUID, confined", marks=pytest.mark.every_release), pytest.param(False, id="by index")],
+)
+def test_a_job_goes_on_and_ends_while_slurm_is_upgraded(autodetect: bool) -> None:
+    """Its daemon serves on, a step of the new Slurm has its limits, and the new epilog leaves nothing.
+
+    With AutoDetect the old prolog was told indices, and the new Slurm speaks of UUIDs; devices are confined then.
+    """
+    found = chosen().autodetect if autodetect else ""
+    with Site(nodes=1, upgraded_from=chosen().upgrades_from, autodetect=found, constrain_devices=bool(found)) as site:
         before = site.snapshot()
         version = site.machine.run(["srun", "--version"]).stdout
         script = "simulated-gpus client; while [ ! -e go ]; do sleep 0.1; done; srun simulated-gpus client"
@@ -129,6 +136,7 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded() -> None:
         drained = site.cluster.node_states()["n1"].drained
         left = site.snapshot()
     assert (state, output.count(" sms=32 ")) == ("COMPLETED", 2), output
+    assert len(set(re.findall(r"uuid=\S+", output))) == 1, output
     assert " sms=66 " in after.stdout, after
     assert not drained
     assert left == before
