@@ -261,9 +261,15 @@ class Cluster:
     def stop_daemon(self, name: str, number: int = signal.SIGTERM) -> None:
         """End one daemon (``slurmctld``, ``slurmd-n1``) and wait until it is gone."""
         daemon = self._daemons.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            self.machine.signal(daemon, number)
-        daemon.wait(_STOP_TIMEOUT_SECONDS)
+        for last in (False, False, True):  # slurmd misses a signal that comes while it reads slurm.conf again
+            with contextlib.suppress(ProcessLookupError):
+                self.machine.signal(daemon, number)
+            try:
+                daemon.wait(_STOP_TIMEOUT_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if last:
+                    raise
 
     def close(self) -> None:
         """End the daemons, all at once; one that does not end in time is killed, or ends with the machine."""
