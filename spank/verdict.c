@@ -67,13 +67,14 @@ static bool take_daemon(struct verdict *verdict, char *value)
 static bool take_gpu(struct verdict *verdict, const char *value)
 {
 	struct verdict_gpu *gpu;
+	int words;
 
 	if (verdict->gpu_count == GPUS_MAX)
 		return false;
 	gpu = &verdict->gpus[verdict->gpu_count++];
-	return sscanf(value, "%9u %9u %47s %9" SCNu64 " %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
-		      &gpu->mib_for_clients, &gpu->mib) >= (verdict->version == 1 ? 3 : 5) &&
-	       !strchr(gpu->uuid, ',');
+	words = sscanf(value, "%9u %9u %47s %9" SCNu64 " %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
+		       &gpu->mib_for_clients, &gpu->mib);
+	return (verdict->version == 1 ? words >= 3 : words == 5 && gpu->mib) && !strchr(gpu->uuid, ',');
 }
 
 /* What only version 1 had, before each GPU could have a daemon of its own. Returns: whether the line is such a one. */

@@ -284,6 +284,7 @@ def test_the_plugin_reads_a_daemon_for_each_gpu(plugin: ctypes.CDLL, state: Path
         {"daemon": f"/{'x' * 104} /log -"},
         {"auto": "everything"},
         {"gpu": "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c"},
+        {"gpu": "2 2 GPU-51000000-99a9-0495-d04f-b3afe1238f4c 142641 0"},
     ],
 )
 def test_a_verdict_whose_parts_do_not_fit_together_is_a_refusal(
