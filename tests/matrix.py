@@ -1,6 +1,6 @@
 """``make test-matrix``: the tests that need a Slurm, on every release of the table in tests/harness/release.py.
 
-Each release runs the same tests unchanged, all of SUITES, or with ``--short``, as part of ``make test``, those marked
+Each release runs the same tests unchanged, all of TESTS, or with ``--short``, as part of ``make test``, those marked
 every_release on the releases that this machine has not itself. Once all have run in full on one commit of slurm-mps,
 in one go or release by release, docs/support.md and README's table are written anew from what they said.
 """
@@ -32,8 +32,19 @@ from tests.harness.site import CACHE
 if TYPE_CHECKING:
     from pathlib import Path
 
-#: The folders below tests that run, and what the page calls them.
-SUITES = {"integration": "integration", "colocation": "ranks", "doctor": "doctor", "install": "install"}
+#: The folders below tests, and what the page calls them.
+SUITES = {
+    "integration": "integration",
+    "colocation": "ranks",
+    "doctor": "doctor",
+    "install": "install",
+    "attacks": "attacks through Slurm",
+}
+#: Of the attacks those that come by Slurm; the others need none.
+TESTS = (
+    *("tests/integration", "tests/colocation", "tests/doctor", "tests/install"),
+    *("tests/attacks/test_slurm.py", "tests/attacks/test_suspect.py"),
+)
 RESULTS = CACHE / "matrix"
 PAGE = REPOSITORY / "docs/support.md"
 README = REPOSITORY / "README.md"
@@ -167,7 +178,7 @@ def run(one: Release, *, short: bool) -> Outcome:
     line += ["-m", "every_release"] if short else []
     began, before = time.monotonic(), commit_of(REPOSITORY)
     limit = SHORT_TIMEOUT_SECONDS if short else FULL_TIMEOUT_SECONDS
-    status = stream(one.name, [*line, *(f"tests/{suite}" for suite in SUITES)], environment, limit)
+    status = stream(one.name, [*line, *TESTS], environment, limit)
     counts, failures, skips = read_report(report) if report.exists() else ({}, [], {})
     if status and not failures:
         failures = [f"pytest did not come to its end (exit {status})"]

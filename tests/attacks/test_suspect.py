@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +65,13 @@ def test_a_mark_of_the_users_own(node: GpuNode, works: bool) -> None:
 
 
 @pytest.fixture
-def sprung(cluster: Site, tmp_path: Path) -> Iterator[Site]:
+def sprung(cluster: Site) -> Iterator[Site]:
     """A site on which alice has a module and a library to spring on the probe, and slurmstepd a file of root's."""
     machine = cluster.machine
-    (tmp_path / "own.c").write_text("int users_own;\n")
-    for source, target in ((tmp_path / "own.c", f"{LIB}/users-own.so"), (HERE / "leaky_spank.c", "/opt/leaky.so")):
-        machine.make_directory(LIB, user="alice")
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", machine.path(target), source], check=True)
+    machine.make_directory(LIB, user="alice")
+    machine.write(f"{LIB}/own.c", "int users_own;\n")
+    for source, target in ((f"{LIB}/own.c", f"{LIB}/users-own.so"), (HERE / "leaky_spank.c", "/opt/leaky.so")):
+        machine.run(["cc", "-shared", "-fPIC", "-o", target, source]).check()
     machine.write(f"{LIB}/sitecustomize.py", SITECUSTOMIZE, user="alice")
     machine.write("/root/secret", "secret", mode=0o600)
     plugstack = machine.read("/etc/slurm/plugstack.conf")

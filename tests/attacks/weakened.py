@@ -8,9 +8,7 @@ fallen already and this one alone must hold. The test states ``assert what_the_a
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING
 
@@ -22,10 +20,11 @@ from tests.harness.site import PLUGIN_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from tests.harness.machine import Machine
 
-WEAK_PACKAGE = "/srv/weakened/slurm_mps"
+WEAK_PACKAGE, WEAK_PLUGIN = "/srv/weakened/slurm_mps", "/srv/weakened/plugin"
 
 
 @dataclass(frozen=True)
@@ -292,10 +291,7 @@ def weaken(machine: Machine, walls: Sequence[str]) -> None:
         machine.write(PROLOG, patched(PROLOG, by_file[PROLOG_SCRIPT], text), mode=0o755)
     plugin = {name: of_file for name, of_file in by_file.items() if name.startswith("spank/")}
     if plugin:
-        with tempfile.TemporaryDirectory() as build:
-            library = build_plugin(Path(build), plugin)
-            machine.path(f"{PLUGIN_DIRECTORY}/.weakened").write_bytes(library.read_bytes())
-        machine.run(["mv", f"{PLUGIN_DIRECTORY}/.weakened", f"{PLUGIN_DIRECTORY}/spank_mps.so"]).check()
+        _weaken_plugin(machine, plugin)
 
 
 def _weaken_package(machine: Machine, by_file: dict[str, list[Change]]) -> None:
@@ -310,12 +306,25 @@ def _weaken_package(machine: Machine, by_file: dict[str, list[Change]]) -> None:
         machine.run(["sed", "-i", f"s|^package=.*|package={WEAK_PACKAGE}|", script]).check()
 
 
-def build_plugin(build: Path, by_file: dict[str, list[Change]] | None = None, *make: str) -> Path:
-    """Build the plugin below `build`, with changes if there are any."""
-    source = build / "spank"
-    copytree(REPOSITORY / "spank", source, dirs_exist_ok=True)
-    for name, of_file in (by_file or {}).items():
+def _weaken_plugin(machine: Machine, by_file: dict[str, list[Change]]) -> None:
+    """Build it in the machine, with the headers of the Slurm there."""
+    lay_sources(machine.path(WEAK_PLUGIN), by_file)
+    line = ["make", "-s", "-C", f"{WEAK_PLUGIN}/spank", f"BUILD={WEAK_PLUGIN}"]
+    machine.run(line, timeout=60).check()
+    machine.run(["mv", f"{WEAK_PLUGIN}/spank_mps.so", f"{PLUGIN_DIRECTORY}/spank_mps.so"]).check()
+
+
+def lay_sources(build: Path, by_file: dict[str, list[Change]]) -> Path:
+    """Copy the plugin's sources below `build`, with changes if there are any. Returns where they are."""
+    copytree(REPOSITORY / "spank", build / "spank", dirs_exist_ok=True)
+    for name, of_file in by_file.items():
         place = build / name
         place.write_text(patched(name, of_file, place.read_text()))
+    return build / "spank"
+
+
+def build_plugin(build: Path, by_file: dict[str, list[Change]] | None = None, *make: str) -> Path:
+    """Build the plugin below `build` for this machine's Slurm, with changes if there are any."""
+    source = lay_sources(build, by_file or {})
     subprocess.run(["make", "-s", "-C", source, f"BUILD={build}", *make], check=True)
     return build / "spank_mps.so"

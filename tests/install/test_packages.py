@@ -113,7 +113,7 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
     status = machine.read("/var/lib/dpkg/status")
     package = f"\nVersion: {RELEASE}."
     assert package in status
-    machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 20.11."))
+    machine.write("/var/lib/dpkg/status", status.replace(package, "\nVersion: 99.11."))
     refused = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60)
     assert refused.returncode != 0
     assert "slurm-mps conflicts with slurm-wlm-basic-plugins" in refused.stderr

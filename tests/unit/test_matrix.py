@@ -41,7 +41,9 @@ def test_the_short_form_counts_all_tests_and_names_the_commit() -> None:
     told = short_form(page_of(all_of_them()))
     rows = [line for line in told.splitlines() if line.startswith("| 2")]
     assert len(rows) == len(RELEASES)
-    assert rows[0].startswith("| 22.05.1 (Debian bookworm) | 3.11.2 | 32 of 33 passed, 3 skipped | 2026-01-01")
+    others = len(matrix.SUITES) - 1
+    shown = f"{10 * others + 2} of {10 * others + 3} passed, {others} skipped"
+    assert rows[0] == f"| 22.05.1 (Debian bookworm) | 3.11.2 | {shown} | 2026-01-01 |"
     assert f"slurm-mps at commit {COMMIT}" in told
     assert f"slurm-mps at commit {COMMIT}" in page_of(all_of_them())
 
