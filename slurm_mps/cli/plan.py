@@ -7,7 +7,6 @@ import pwd
 import sys
 
 from slurm_mps.cli.output import (
-    EXIT_STATUSES,
     FINE,
     NOT_HERE,
     PROBLEM,
@@ -15,6 +14,7 @@ from slurm_mps.cli.output import (
     add_json_option,
     complain,
     print_json,
+    refuse,
 )
 
 TYPE_CHECKING = False
@@ -32,7 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         help="on a compute node: what the prolog would do for a job, changing nothing",
         description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
-        f"node, in order, each with the line that undoes it. Changes nothing and asks no daemon. {EXIT_STATUSES}",
+        "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Exit status: 0 the job "
+        "would have MPS, 1 it would not, 2 usage, 3 this is no GPU node.",
     )
     parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
     parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
@@ -41,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mps-mem", metavar="SIZE|auto", help="as for sbatch")
     parser.add_argument("--mps-priority", metavar="normal|low", help="as for sbatch")
     parser.add_argument("--user", help="whose job (default: yours)")
-    add_json_option(parser)
+    add_json_option(parser, "plan/1")
     parser.set_defaults(run=run)
 
 
@@ -49,16 +50,13 @@ def run(options: argparse.Namespace) -> int:
     """Make the plan and print it. Returns the exit status."""
     uid = _uid(options.user)
     if uid is None:
-        complain(f"--user={options.user}: there is no such user")
-        return USAGE
+        return refuse(options, USAGE, f"--user={options.user}: there is no such user")
     if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
-        complain("a job without an --mps option has no plan: its prolog does nothing")
-        return USAGE
+        return refuse(options, USAGE, "a job without an --mps option has no plan: its prolog does nothing")
     from slurm_mps.hooks import Watch
 
     def give_up(message: str) -> int:
-        complain(message)
-        return PROBLEM
+        return refuse(options, PROBLEM, message)
 
     Watch(_DEADLINE_SECONDS, give_up)
     status = _answer(options, uid)
@@ -78,8 +76,7 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         return _refuse(str(error), "the job's tasks would fail with this", options)
     except NodeError as error:
         if not os.path.exists("/dev/nvidiactl"):
-            complain(f"this is no GPU node: {error}")
-            return NOT_HERE
+            return refuse(options, NOT_HERE, f"this is no GPU node: {error}")
         return _refuse(str(error), "a fault of this node", options)
     _print(plan, options)
     return FINE
@@ -110,7 +107,7 @@ def _gpu_count() -> int:
 def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
     """Tell the message that the job's user, or the admin, would read."""
     if options.json:
-        print_json("plan/1", status=PROBLEM, problem=message, meaning=meaning, steps=[])
+        print_json(options, PROBLEM, problem=message, meaning=meaning, steps=[])
     else:
         complain(f"{message} ({meaning})")
     return PROBLEM
@@ -129,7 +126,7 @@ def _print(plan: Plan, options: argparse.Namespace) -> None:
         )
     if options.json:
         gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
-        print_json("plan/1", status=FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, steps=steps)
+        print_json(options, FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, steps=steps)
         return
     for number, one in enumerate(steps, start=1):
         print(f"{number:2}. {one['step']}")

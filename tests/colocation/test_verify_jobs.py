@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT, mpi_environment
 
 if TYPE_CHECKING:
@@ -32,11 +33,10 @@ def run_verify(
 def report_of(site: Site, job: Any) -> tuple[int, dict[str, Any]]:
     info = site.cluster.wait(job)
     output = site.cluster.output(job)
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    if len(lines) != 1:
+    found = re.findall(r"^{$.*?^}$", output, re.MULTILINE | re.DOTALL)
+    if len(found) != 1:
         pytest.fail(f"the job printed not one report: {output}")
-    report: dict[str, Any] = json.loads(lines[0])
-    return info.exit_code, report
+    return info.exit_code, checked(found[0])
 
 
 @pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])

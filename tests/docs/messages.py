@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "slurm_mps"
 #: Functions whose text a person reads: on stderr, in syslog, in a report of findings.
-SAYING = {"complain", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
+SAYING = {"complain", "refuse", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
 #: Files that are sentences from end to end.
 SENTENCES = {"slurm_mps/job_log/blame.py", "slurm_mps/verify/judge.py"}
 #: Of the plugin: the first line of a file, and an option's help (that of the others is known by its end).
