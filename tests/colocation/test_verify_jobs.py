@@ -89,6 +89,18 @@ def test_the_table_is_grouped_and_says_that_all_is_well(site: Site) -> None:
     assert lines[-1] == "8 ranks, all clients, each GPU's ranks share one server"
 
 
+def test_the_fields_asked_for_and_nothing_else(site: Site) -> None:
+    """A program reads the table; words on what is wrong go to stderr."""
+    uuid = site.gpus("n1")[0]["uuid"]
+    options = ("-wn1", "-n2", "--gres=gpu:1", *ASKED)
+    result = site.cluster.srun(*options, *VERIFY.split(), "--noheader", "-o", "rank,uuid")
+    assert [line.split() for line in result.stdout.splitlines()] == [["0", uuid], ["1", uuid]]
+    command = f"unset CUDA_MPS_PIPE_DIRECTORY; exec {VERIFY} -o rank"
+    result = site.cluster.srun(*options, "sh", "-c", command)
+    assert result.stdout.split() == ["RANK", "0", "1"]
+    assert "slurm-mps: ranks 0-1 run without MPS" in result.stderr
+
+
 def test_64_ranks_are_done_in_five_seconds(site: Site) -> None:
     """32 ranks on each of two nodes of this machine's few processors."""
     srun = f"srun --overcommit -n64 -N2 --ntasks-per-node=32 {VERIFY} --json"
