@@ -18,7 +18,6 @@ sys.path.insert(0, str(HERE.parent))
 
 from slurm_mps import __version__  # noqa: E402
 from slurm_mps.cli.main import build_parser  # noqa: E402
-from slurm_mps.cli.output import EXIT_STATUSES  # noqa: E402
 from slurm_mps.config_file import schema  # noqa: E402
 
 project = "slurm-mps"
@@ -86,8 +85,6 @@ def page(name: str, parser: argparse.ArgumentParser, purpose: str) -> str:
     example = HERE / f"examples/{name}.md"
     if example.exists():
         parts += ["## Examples\n", example.read_text()]
-    if "Exit status" not in (parser.description or ""):
-        parts += ["## Exit status\n", f"{EXIT_STATUSES.removeprefix('Exit status: ').capitalize()}\n"]
     return "\n".join([*parts, "## See also\n", "slurm-mps(1), slurm-mps(7), mps.toml(5)\n"])
 
 
@@ -157,11 +154,45 @@ def keys(properties: dict[str, Any], definitions: dict[str, Any], prefix: str = 
     return "\n".join(items)
 
 
+# ------------------------------------------------------------------------------------------ reports for programs
+
+
+def fields(shape: dict[str, Any], path: str = "") -> list[str]:
+    """A line for each field of a report, those inside it after it."""
+    kinds = shape.get("type", [])
+    if "array" in kinds and "items" in shape:
+        return fields(shape["items"], f"{path}[]")
+    lines = []
+    for name, one in shape.get("properties", {}).items():
+        whole = f"{path}.{name}".removeprefix(".")
+        kind = one.get("type", [])
+        words = [f"`{whole}`", f"({kind if isinstance(kind, str) else ' or '.join(kind)})"]
+        may = ", ".join(f"`{value}`" for value in one.get("enum", ()))
+        words += (
+            [f": {'; '.join(filter(None, [may, one.get('description', '')]))}"] if may or "description" in one else []
+        )
+        lines += [" ".join(words[:2]) + "".join(words[2:])] if "const" not in one else []
+        lines += fields(one, whole)
+    return lines
+
+
+def reports() -> str:
+    """What each report has, from its schema."""
+    shapes = json.loads((HERE / "reports.schema.json").read_text())["$defs"]
+    parts = []
+    for shape in shapes.values():
+        if "const" in shape.get("properties", {}).get("report", {}):
+            parts += [f"## {shape['properties']['report']['const']}: {shape['title']}\n", f"{shape['description']}\n"]
+            parts += [f"- {line}" for line in fields(shape)] + [""]
+    return "\n".join(parts)
+
+
 SCHEMA = schema()
 write(
     GENERATED,
     {
         "index.md": INDEX.format(list=LIST),
+        "reports.inc": reports(),
         "keys.inc": keys(SCHEMA["properties"], SCHEMA.get("$defs", {})),
         **{f"{name}.md": page(name, parser, text) for name, (parser, text) in COMMAND_PARSERS.items()},
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from .errors import RequestError
@@ -9,6 +10,8 @@ from .hooks import load_config
 from .plan import make_plan
 from .record import record
 from .request import PER_GPU, PER_NODE, read_request
+from .state import NodeState
+from .steps import HoldGpu
 from .units import printable
 
 TYPE_CHECKING = False
@@ -74,8 +77,28 @@ def environment_of(wish: Wish, uid: int, gpus_here: int) -> dict[str, str]:
 def rehearse(wish: Wish, uid: int, gpus_here: int, gpus: Gpus) -> Plan:
     """The plan that the prolog would make, of this node's GPUs and site configuration.
 
-    Raises: RequestError with what the job's user would be told; NodeError, ConfigError with what the admin would.
+    Raises: RequestError with what the job's user would be told, also where another job holds one of the GPUs, as far as
+    sees_holders(); NodeError, ConfigError with what the admin would.
     """
     config = load_config(None, _COMPILE_SECONDS)
     request = read_request(environment_of(wish, uid, gpus_here))
-    return make_plan(request, config, tuple(gpus.resolve(name) for name in request.gpus))
+    plan = make_plan(request, config, tuple(gpus.resolve(name) for name in request.gpus))
+    if sees_holders():
+        _refuse_beside_others(plan)
+    return plan
+
+
+def sees_holders() -> bool:
+    """Whether we may read which job holds a GPU: that is root's."""
+    return os.geteuid() == 0
+
+
+def _refuse_beside_others(plan: Plan) -> None:
+    try:
+        state = NodeState(make=False)
+    except FileNotFoundError:
+        return  # no job had MPS here since the boot
+    for step in plan.steps:
+        if isinstance(step, HoldGpu):
+            step.refuse_beside(state.read_ledger(step.gpu).holders)
+    state.close()

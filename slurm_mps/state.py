@@ -180,8 +180,8 @@ class NodeState:
         self.root = make_trusted(path, 0o711) if make else open_trusted(path)
         if not make and not all(map(self.root.exists, _SKELETON)):
             raise NodeError(f"{path} is not whole; the next job, or reconcile, makes what is missing")
-        self._jobs = self.root.make("jobs", 0o711)
-        self._gpus = self.root.make("gpus", 0o700)
+        self._jobs = self.root.make("jobs", 0o711) if make else self.root.subdirectory("jobs")
+        self._gpus = self.root.make("gpus", 0o700) if make else self.root.subdirectory("gpus")
         self._locks = LockFile(self.root)
         self.boot_id = processes.boot_id()
 

@@ -177,16 +177,20 @@ class HoldGpu:
         finally:
             site.state.unlock_ledgers()
 
-    def _hold(self, site: JobSite) -> None:
-        job_id = site.journal.job_id
-        entry = site.state.read_ledger(self.gpu)
-        others = [job for job in entry.holders if job != job_id]
+    def refuse_beside(self, others: Sequence[int]) -> None:
+        """Raises: RequestError where other jobs hold the GPU and the site does not share one."""
         if others and not self.may_share:
             raise RequestError(
                 f"{self.gpu} is held by MPS job {others[0]}",
                 hint="this site does not share a GPU between MPS jobs",
                 reason="shared_gpu",
             )
+
+    def _hold(self, site: JobSite) -> None:
+        job_id = site.journal.job_id
+        entry = site.state.read_ledger(self.gpu)
+        others = [job for job in entry.holders if job != job_id]
+        self.refuse_beside(others)
         if not others and self.mode == EXCLUSIVE_PROCESS:
             self._see_it_free(site)
         found = entry.mode_found

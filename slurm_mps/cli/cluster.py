@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, USAGE, Column, chosen, complain, print_json, print_table
+from slurm_mps.cli.output import (
+    FINE,
+    NOT_HERE,
+    PROBLEM,
+    USAGE,
+    Column,
+    chosen,
+    complain,
+    print_json,
+    print_table,
+    refuse,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,29 +40,29 @@ def run(options: argparse.Namespace) -> int:
     from slurm_mps.status.cluster import by_node, marks_jobs, mps_jobs, open_source
     from slurm_mps.verify.hostlist import expand_hosts
 
+    options.report = "cluster/1"
     columns = chosen(COLUMNS, options)
     try:
         nodes = expand_hosts(options.nodelist) if options.nodelist else []
     except ValueError as error:
-        complain(f"-w: {error}")
-        return USAGE
+        return refuse(options, USAGE, f"-w: {error}")
     source = open_source()
     try:
         jobs = mps_jobs(source.jobs(_SLURM_SECONDS), nodes)
     except NodeError as error:
-        complain(str(error))
-        return PROBLEM
+        return refuse(options, PROBLEM, str(error))
     if options.jobs:
         jobs = [job for job in jobs if job.job_id in options.jobs]
     if not jobs and not marks_jobs(_SLURM_SECONDS):
-        complain(
+        return refuse(
+            options,
+            NOT_HERE,
             "Slurm does not show what jobs ask of plugins, and no job_submit script marks them here; "
-            "install etc/job_submit.lua of slurm-mps on the controller (JobSubmitPlugins=lua)"
+            "install etc/job_submit.lua of slurm-mps on the controller (JobSubmitPlugins=lua)",
         )
-        return NOT_HERE
     if options.json:
         listed = [_report(job) for job in jobs]
-        print_json("cluster/1", asked=source.name, jobs=listed, nodes=by_node(jobs), status=FINE)
+        print_json(options, FINE, asked=source.name, jobs=listed, nodes=by_node(jobs))
         return FINE
     print_table([_row(job) for job in jobs], columns, noheader=options.noheader)
     if not jobs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from slurm_mps.cli.output import (
-    EXIT_STATUSES,
     FINE,
     NOT_ROOT,
     PROBLEM,
@@ -13,9 +12,9 @@ from slurm_mps.cli.output import (
     add_json_option,
     add_table_options,
     chosen,
-    complain,
     print_json,
     print_table,
+    refuse,
 )
 
 TYPE_CHECKING = False
@@ -33,15 +32,29 @@ COLUMNS = (
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command with its three parts."""
     parts = commands.add_parser("config", help="the site configuration").add_subparsers(required=True, metavar="PART")
-    check = parts.add_parser("check", help="report every problem of the file", description=EXIT_STATUSES)
+    check = parts.add_parser(
+        "check",
+        help="report every problem of the file",
+        description="Says all that is wrong with the file, a line for each. Exit status: 0 fine, 1 a problem was "
+        "found, 2 usage, 4 only others may read the file.",
+    )
     check.set_defaults(run=_check)
-    add_json_option(check)
-    show = parts.add_parser("show", help="what holds, and where it comes from", description=EXIT_STATUSES)
+    add_json_option(check, "config-check/1")
+    show = parts.add_parser(
+        "show",
+        help="what holds, and where it comes from",
+        description="Prints every setting, also what the file leaves out. Exit status: 0 fine, 1 the file is wrong, "
+        "2 usage, 4 only others may read it.",
+    )
     show.set_defaults(run=_show)
-    add_table_options(show, COLUMNS)
+    add_table_options(show, COLUMNS, "config/1")
     for parser in (check, show):
         parser.add_argument("file", nargs="?", help="default: the one that the prolog reads")
-    schema = parts.add_parser("schema", help="print the JSON Schema of the file")
+    schema = parts.add_parser(
+        "schema",
+        help="print the JSON Schema of the file",
+        description="Prints what the file may hold, for editors. Exit status: 0 fine, 2 usage.",
+    )
     schema.set_defaults(run=_schema)
 
 
@@ -75,10 +88,10 @@ def _path(options: argparse.Namespace) -> str:
     return path
 
 
-def _unreadable(path: str, error: OSError) -> int:
+def _unreadable(options: argparse.Namespace, path: str, error: OSError) -> int:
     """Say why. Returns the exit status."""
-    complain(f"{path}: {error.strerror}")
-    return NOT_ROOT if isinstance(error, PermissionError) else PROBLEM
+    status = NOT_ROOT if isinstance(error, PermissionError) else PROBLEM
+    return refuse(options, status, f"{path}: {error.strerror}")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -87,12 +100,12 @@ def _check(options: argparse.Namespace) -> int:
     try:
         there, problems = _problems(path)
     except OSError as error:
-        return _unreadable(path, error)
+        return _unreadable(options, path, error)
     if options.file and not there:
         problems = [f"{path}: no such file"]
     status = PROBLEM if problems else FINE
     if options.json:
-        print_json("config-check/1", status=status, file=path, exists=there, problems=problems)
+        print_json(options, status, file=path, exists=there, problems=problems)
     elif problems:
         print("\n".join(problems))
     else:
@@ -105,23 +118,22 @@ def _show(options: argparse.Namespace) -> int:
     from slurm_mps.config import ConfigError
     from slurm_mps.config_file import effective
 
+    columns = chosen(COLUMNS, options)
     path = _path(options)
     try:
         settings = effective(_read(path) or b"", path)
     except OSError as error:
-        return _unreadable(path, error)
+        return _unreadable(options, path, error)
     except ConfigError as error:
-        for problem in error.problems:
-            complain(problem)
-        return PROBLEM
+        return refuse(options, PROBLEM, *error.problems)
     rows = [
         {"setting": one.name, "value": one.value, "from": path if one.given else "default", "default": one.default}
         for one in settings
     ]
     if options.json:
-        print_json("config/1", status=FINE, file=path, settings=rows)
+        print_json(options, FINE, file=path, settings=rows)
     else:
-        print_table(rows, chosen(COLUMNS, options), noheader=options.noheader)
+        print_table(rows, columns, noheader=options.noheader)
     return FINE
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 
 from slurm_mps.cli.output import (
-    EXIT_STATUSES,
     FINE,
     NOT_HERE,
     NOT_ROOT,
@@ -19,6 +18,7 @@ from slurm_mps.cli.output import (
     console,
     print_json,
     print_table,
+    refuse,
 )
 from slurm_mps.units import printable
 
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
 
     from slurm_mps.doctor.finding import Check, Finding
 
+_TEXT_MAX = 600
 COLUMNS = (
     Column("check", "CHECK"),
     Column("severity", "SEVERITY"),
-    Column("what", "WHAT"),
-    Column("why", "WHY", hidden=True),
-    Column("cure", "CURE"),
+    Column("what", "WHAT", longest=_TEXT_MAX),
+    Column("why", "WHY", hidden=True, longest=_TEXT_MAX),
+    Column("cure", "CURE", longest=_TEXT_MAX),
     Column("page", "PAGE", hidden=True),
 )
+#: Of --list.
+LIST_COLUMNS = (Column("check", "CHECK"), Column("question", "QUESTION"), Column("where", "WHERE"))
 _STYLES = {"problem": "red", "warning": "yellow", "not checked": "dim"}
-_TEXT_MAX = 600
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,13 +50,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what this host allows, and what is wrong with it",
         description="Looks at Slurm's files, the plugin, prolog and epilog, the driver and the GPUs of this host, be "
         "it a login node, a compute node or the controller, and names what is wrong, why it matters and what cures it. "
-        f"Changes nothing. Root sees more than a user. {EXIT_STATUSES} Warnings are no problem without --strict.",
+        "Changes nothing. Root sees more than a user. Exit status: 0 fine, 1 a problem was found (with --strict also a "
+        "warning), 2 usage, 3 nothing to look at: there is no Slurm here, or the checks that were named are for other "
+        "hosts, 4 the same, and root could look.",
     )
     parser.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks (default: all)")
-    parser.add_argument("--list", action="store_true", help="list the checks and what each asks")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help=f"list the checks and what each asks; -o then takes {','.join(column.name for column in LIST_COLUMNS)}",
+    )
     parser.add_argument("--strict", action="store_true", help="take warnings for problems")
     parser.add_argument("-v", "--verbose", action="store_true", help="show also what is fine, and what was not checked")
-    add_table_options(parser, COLUMNS)
+    add_table_options(parser, COLUMNS, "doctor/1")
     parser.set_defaults(run=run)
 
 
@@ -67,14 +75,14 @@ def run(options: argparse.Namespace) -> int:
         return _print_checks(checks, options)
     unknown = [check for check in options.checks if check not in checks]
     if unknown:
-        complain(f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
-        return USAGE
+        return refuse(options, USAGE, f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
+    columns = chosen(COLUMNS, options)
     findings = examine(os.environ, options.checks)
     status = _status(findings, strict=options.strict)
     if options.json:
-        print_json("doctor/1", status=status, root=os.geteuid() == 0, findings=[vars(one) for one in findings])
+        print_json(options, status, root=os.geteuid() == 0, findings=[vars(one) for one in findings])
     elif options.format or options.noheader:
-        _print_rows(findings, options)
+        _print_rows(findings, columns, options)
     else:
         _print_paragraphs(findings, verbose=options.verbose or bool(options.checks))
         _print_summary(findings)
@@ -93,12 +101,13 @@ def _status(findings: Sequence[Finding], *, strict: bool) -> int:
 
 
 def _print_checks(checks: Mapping[str, Check], options: argparse.Namespace) -> int:
+    options.report = "doctor-checks/1"
+    columns = chosen(LIST_COLUMNS, options)
     rows = [{"check": one.id, "question": one.question, "where": one.where} for one in checks.values()]
     if options.json:
-        print_json("doctor-checks/1", checks=rows)
-        return FINE
-    columns = (Column("check", "CHECK"), Column("question", "QUESTION"), Column("where", "WHERE"))
-    print_table(rows, columns, noheader=options.noheader)
+        print_json(options, FINE, checks=rows)
+    else:
+        print_table(rows, columns, noheader=options.noheader)
     return FINE
 
 
@@ -106,9 +115,9 @@ def _shown(findings: Sequence[Finding], *, verbose: bool) -> list[Finding]:
     return [one for one in findings if verbose or one.severity in ("problem", "warning")]
 
 
-def _print_rows(findings: Sequence[Finding], options: argparse.Namespace) -> None:
+def _print_rows(findings: Sequence[Finding], columns: Sequence[Column], options: argparse.Namespace) -> None:
     rows = [{**vars(one), "style": _STYLES.get(one.severity, "")} for one in _shown(findings, verbose=options.verbose)]
-    print_table(rows, chosen(COLUMNS, options), noheader=options.noheader)
+    print_table(rows, columns, noheader=options.noheader)
 
 
 def _print_paragraphs(findings: Sequence[Finding], *, verbose: bool) -> None:

@@ -17,6 +17,7 @@ from slurm_mps.cli.output import (
     complain,
     print_json,
     print_table,
+    refuse,
 )
 
 TYPE_CHECKING = False
@@ -49,37 +50,35 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--plugin-dir", metavar="DIR", help="where Slurm's plugins are (default: slurm.conf's PluginDir)"
     )
     parser.add_argument("--slurm-include", metavar="DIR", help="the directory that holds slurm/spank.h")
-    _common_options(parser)
+    _common_options(parser, "install/1")
     parser.add_argument("--no-doctor", action="store_true", help="do not run slurm-mps doctor at the end")
     parser.set_defaults(run=run_install)
     parser = commands.add_parser(
         "uninstall",
         help="as root: put this node's Slurm back as slurm-mps install found it",
         description="Undoes what slurm-mps install noted, newest first. What was changed since stays, and is named. "
-        f"Refuses while a job has MPS on this node, or while slurm.conf still runs what would go. {_STATUSES}",
+        "Refuses while a job has MPS on this node, or while slurm.conf still runs what would go. "
+        "Exit status: 0 fine, 1 a problem was found, 2 usage, 4 not root.",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be put back, and change nothing")
     parser.add_argument("--force", action="store_true", help="do not refuse for jobs with MPS, nor for slurm.conf")
-    _common_options(parser)
+    _common_options(parser, "uninstall/1")
     parser.set_defaults(run=run_uninstall)
 
 
-def _common_options(parser: argparse.ArgumentParser) -> None:
+def _common_options(parser: argparse.ArgumentParser, report: str) -> None:
     parser.add_argument("--slurm-conf", metavar="FILE", help="the site's slurm.conf (default: where Slurm looks)")
-    add_json_option(parser)
+    add_json_option(parser, report)
 
 
-def _is_root(command: str) -> bool:
-    if os.geteuid() == 0:
-        return True
-    complain(f"{command} reads and changes what belongs to root; run it as root")
-    return False
+def _not_root(command: str, options: argparse.Namespace) -> int:
+    return refuse(options, NOT_ROOT, f"{command} reads and changes what belongs to root; run it as root")
 
 
 def run_install(options: argparse.Namespace) -> int:
     """Install, or show what would be done. Returns the exit status."""
-    if not _is_root("install"):
-        return NOT_ROOT
+    if os.geteuid() != 0:
+        return _not_root("install", options)
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import install
     from slurm_mps.install.plan import Options, WrongOptionError
@@ -90,12 +89,13 @@ def run_install(options: argparse.Namespace) -> int:
     try:
         done = install(chosen, os.environ, dry_run=options.dry_run)
     except NoSlurmError as error:
-        complain(str(error))
-        return NOT_HERE
+        return refuse(options, NOT_HERE, str(error))
     except MpsError as error:
-        complain(str(error))
-        return USAGE if isinstance(error, WrongOptionError) else PROBLEM
-    (_report_install if options.json else _print_install)(done)
+        return refuse(options, USAGE if isinstance(error, WrongOptionError) else PROBLEM, str(error))
+    if options.json:
+        _report_install(done, options)
+    else:
+        _print_install(done)
     if not (options.dry_run or options.json or options.no_doctor):
         _doctor()
     return PROBLEM if done.problems else FINE
@@ -103,8 +103,8 @@ def run_install(options: argparse.Namespace) -> int:
 
 def run_uninstall(options: argparse.Namespace) -> int:
     """Uninstall, or say what would be done. Returns the exit status."""
-    if not _is_root("uninstall"):
-        return NOT_ROOT
+    if os.geteuid() != 0:
+        return _not_root("uninstall", options)
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import uninstall
 
@@ -112,13 +112,12 @@ def run_uninstall(options: argparse.Namespace) -> int:
     try:
         done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
     except MpsError as error:
-        complain(str(error))
-        return PROBLEM
+        return refuse(options, PROBLEM, str(error))
     if options.json:
         changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
         status = PROBLEM if done.problems else FINE
         problems = done.problems + done.remarks
-        print_json("uninstall/1", status=status, dry_run=options.dry_run, changes=changes, problems=problems)
+        print_json(options, status, dry_run=options.dry_run, changes=changes, problems=problems)
     else:
         _print_uninstall(done, dry_run=options.dry_run)
     return PROBLEM if done.problems else FINE
@@ -139,10 +138,10 @@ def _what(step: Step, *, dry_run: bool) -> str:
     return verb[0 if dry_run else 1]
 
 
-def _report_install(done: Installed) -> None:
+def _report_install(done: Installed, options: argparse.Namespace) -> None:
     print_json(
-        "install/1",
-        status=PROBLEM if done.problems else FINE,
+        options,
+        PROBLEM if done.problems else FINE,
         dry_run=done.dry_run,
         slurm_release=done.plan.release,
         changes=[

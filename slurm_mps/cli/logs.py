@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from time import localtime, strftime
 
-from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json
+from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json, refuse
 from slurm_mps.cli.status import job_number
 from slurm_mps.units import printable
 
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("job", type=job_number, metavar="JOBID")
     parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")
     parser.add_argument("--raw", action="store_true", help="the logs as they are, but for characters that do not print")
-    add_json_option(parser)
+    add_json_option(parser, "logs/1")
     parser.set_defaults(run=run)
 
 
@@ -44,20 +44,17 @@ def run(options: argparse.Namespace) -> int:
     from slurm_mps.errors import NodeError
 
     if options.raw and (options.trouble or options.json):
-        complain("--raw prints the logs themselves; leave out --trouble and --json")
-        return USAGE
+        return refuse(options, USAGE, "--raw prints the logs themselves; leave out --trouble and --json")
     try:
         places, logs = _find(options.job)
         if not logs:
-            complain(f"there are no logs of job {options.job} on this node; ask on a node that it ran on")
-            return NOT_HERE
+            message = f"there are no logs of job {options.job} on this node; ask on a node that it ran on"
+            return refuse(options, NOT_HERE, message)
         return _print_raw(logs) if options.raw else _print(options, places, logs)
     except PermissionError:
-        complain(f"the logs of job {options.job} are for its user and for root")
-        return NOT_ROOT
+        return refuse(options, NOT_ROOT, f"the logs of job {options.job} are for its user and for root")
     except NodeError as error:
-        complain(str(error))
-    return PROBLEM
+        return refuse(options, PROBLEM, str(error))
 
 
 def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
@@ -113,7 +110,7 @@ def _print(options: argparse.Namespace, places: dict[str, DaemonPlace], logs: li
     gpus = {one.name: places[one.name].gpus if one.name in places else () for one in logs}
     said = [(one.name, event, describe(event, gpus[one.name], name)) for one, event in found]
     if options.json:
-        print_json("logs/1", job_id=options.job, events=[_report(*row) for row in said], status=status)
+        print_json(options, status, job_id=options.job, events=[_report(*row) for row in said])
         return status
     for where, event, words in said:
         when = f"{strftime('%Y-%m-%d %H:%M:%S', localtime(event.seconds))}.{int(event.seconds * 1000) % 1000:03}"

@@ -25,14 +25,14 @@ from slurm_mps.cli import (
     top,
     verify,
 )
-from slurm_mps.cli.output import PROBLEM, complain
+from slurm_mps.cli.output import PROBLEM, Parser, complain, parse
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The one parser, of which man pages and shell completion are made, too."""
-    parser = argparse.ArgumentParser(prog="slurm-mps", description="CUDA MPS as an option of Slurm.")
+    parser: argparse.ArgumentParser = Parser(prog="slurm-mps", description="CUDA MPS as an option of Slurm.")
     parser.add_argument("--version", action="version", version=f"slurm-mps {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     config.add_parser(commands)
@@ -62,7 +62,7 @@ def command_names(parser: argparse.ArgumentParser) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
-    options = build_parser().parse_args(argv)
+    options = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     try:
         status: int = options.run(options)
         sys.stdout.flush()

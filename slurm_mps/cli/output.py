@@ -1,12 +1,15 @@
 """What all commands have in common: exit statuses, tables for people, reports for programs.
 
-Promises: the answer goes to stdout and commentary to stderr; there is colour only on a terminal, and none where
-NO_COLOR is set; a table in a pipe is as wide as it needs to be and has no decoration; text that a user of the node
-chose (a program's name, say) cannot move the cursor or forge a line.
+Promises: the answer goes to stdout and commentary to stderr. With ``--json`` stdout has exactly one JSON object,
+however a command ends: ``report`` (its kind and version), ``slurm_mps``, ``status`` (the exit status), then the
+answer, or ``error`` where there is none (docs/json.md). There is colour on a terminal, or where FORCE_COLOR wants it,
+and none where NO_COLOR is set; a table in a pipe is as wide as it needs to be and has no decoration; text that a user
+of the node chose (a program's name, say) cannot move the cursor or forge a line.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -16,36 +19,79 @@ from slurm_mps.units import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Mapping, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from rich.console import Console
     from rich.table import Table
 
 FINE, PROBLEM, USAGE, NOT_HERE, NOT_ROOT = range(5)
-EXIT_STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root."
 _WIDEST = 100_000  # a table in a pipe is never folded
 
 
 class Column:
     """One field of a table: its name for ``-o`` and its heading."""
 
-    def __init__(self, name: str, heading: str, *, right: bool = False, hidden: bool = False, spare: int = 0) -> None:
+    def __init__(
+        self, name: str, heading: str, *, right: bool = False, hidden: bool = False, spare: int = 0, longest: int = 200
+    ) -> None:
         self.name = name
         self.heading = heading
         self.right = right  #: numbers stand right
         self.hidden = hidden  #: shown only when asked for
         self.spare = spare  #: where a terminal is too narrow, the highest goes first
+        self.longest = longest  #: no cell has more characters
 
 
-def add_json_option(parser: argparse.ArgumentParser) -> None:
+class WrongUsageError(Exception):
+    """A command line that its parser does not take; `report` is what the command would have printed, if any."""
+
+    def __init__(self, parser: argparse.ArgumentParser, report: str | None, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
+        self.report = report
+
+
+class Parser(argparse.ArgumentParser):
+    """One that leaves it to main() to say what was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: WrongUsageError."""
+        raise WrongUsageError(self, self.get_default("report"), message)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """What the command line says.
+
+    Raises: SystemExit, with status 2 when it is wrong, which then was said, with --json also as a report.
+    """
+    try:
+        return _parse(parser, arguments)
+    except WrongUsageError as error:
+        error.parser.print_usage(sys.stderr)
+        print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        if error.report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
+            _print_report(error.report, USAGE, {"error": str(error)})
+        raise SystemExit(USAGE) from None
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        message = f"unrecognized arguments: {printable(' '.join(unknown), 200)}"
+        raise WrongUsageError(parser, getattr(options, "report", None), message)
+    return options
+
+
+def add_json_option(parser: argparse.ArgumentParser, report: str) -> None:
+    """``--json``; `report` is the report's kind and version, such as ``status/1``."""
     parser.add_argument("--json", action="store_true", help="print a report for programs")
+    parser.set_defaults(report=report)
 
 
-def add_table_options(parser: argparse.ArgumentParser, columns: Sequence[Column]) -> None:
+def add_table_options(parser: argparse.ArgumentParser, columns: Sequence[Column], report: str) -> None:
     """``--json``, ``-o`` and ``--noheader``, as Slurm's own commands have them."""
-    add_json_option(parser)
+    add_json_option(parser, report)
     names = ",".join(column.name for column in columns)
     parser.add_argument("-o", "--format", metavar="FIELDS", help=f"which columns, in this order: {names}")
     parser.add_argument("-n", "--noheader", action="store_true", help="leave out the headings")
@@ -62,16 +108,26 @@ def chosen(columns: Sequence[Column], options: argparse.Namespace) -> list[Colum
     names = [name.strip().lower() for name in options.format.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
-        complain(f"--format={options.format}: there is no field {unknown[0]!r}; choose from {','.join(known)}")
-        raise SystemExit(USAGE)
+        message = f"--format={options.format}: there is no field {unknown[0]!r}; choose from {','.join(known)}"
+        raise SystemExit(refuse(options, USAGE, message))
     return [known[name] for name in names]
 
 
 def console(*, fitted: bool = False) -> Console:
-    """Stdout as rich knows it: of the terminal's width if `fitted`, else as wide as what is printed."""
+    """Stdout as rich knows it: of the terminal's width if `fitted`, else as wide as what is printed.
+
+    With NO_COLOR rich would still print bold; here it means that nothing is decorated.
+    """
     from rich.console import Console
 
-    return Console(width=None if fitted else _WIDEST, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return Console(
+        width=None if fitted else _WIDEST,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=False,
+    )
 
 
 def make_table(
@@ -87,7 +143,7 @@ def make_table(
     for column in columns:
         table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True, overflow="crop")
     for row in rows:
-        cells = [_cell(row.get(column.name)) for column in columns]
+        cells = [_cell(row.get(column.name), column.longest) for column in columns]
         table.add_row(*cells, style=str(row.get(style) or "") or None)
     return table
 
@@ -105,7 +161,7 @@ def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column],
 def fitting(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], width: int) -> list[Column]:
     """The columns that fit into `width` characters, each whole: what is spare goes first, then the last; one stays."""
     widths = {
-        column.name: max([len(column.heading), *(len(_cell(row.get(column.name))) for row in rows)])
+        column.name: max([len(column.heading), *(len(_cell(row.get(column.name), column.longest)) for row in rows)])
         for column in columns
     }
     fits = list(columns)
@@ -114,13 +170,27 @@ def fitting(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], wid
     return fits
 
 
-def _cell(value: object) -> str:
-    return "-" if value is None or value == "" else printable(str(value), 200)
+def _cell(value: object, longest: int) -> str:
+    return "-" if value is None or value == "" else printable(str(value), longest)
 
 
-def print_json(report: str, **fields: Any) -> None:
-    """Print a report for programs; `report` is its kind and version, such as ``status/1``."""
-    print(json.dumps({"report": report, "slurm_mps": __version__, **fields}, indent=2), flush=True)
+def print_json(options: argparse.Namespace, status: int, **fields: Any) -> None:
+    """Print the command's report for programs; `status` is the exit status that it ends with."""
+    _print_report(options.report, status, fields)
+
+
+def _print_report(report: str, status: int, fields: Mapping[str, Any]) -> None:
+    head = {"report": report, "slurm_mps": __version__, "status": status}
+    print(json.dumps({**head, **fields}, indent=2), flush=True)
+
+
+def refuse(options: argparse.Namespace, status: int, *messages: str) -> int:
+    """Say why there is no answer: on stderr, and with --json also in a report without one. Returns the exit status."""
+    for message in messages:
+        complain(message)
+    if getattr(options, "json", False):  # top has no report
+        print_json(options, status, error="; ".join(messages))
+    return status
 
 
 def leave(status: int) -> None:

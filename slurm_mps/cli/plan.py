@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import sys
+from contextlib import suppress
 
 from slurm_mps.cli.output import (
-    EXIT_STATUSES,
     FINE,
     NOT_HERE,
     PROBLEM,
@@ -15,7 +15,9 @@ from slurm_mps.cli.output import (
     add_json_option,
     complain,
     print_json,
+    refuse,
 )
+from slurm_mps.units import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from slurm_mps.plan import Plan
 
 _DEADLINE_SECONDS = 20.0
+_DIGITS_MAX = 9
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,7 +35,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         help="on a compute node: what the prolog would do for a job, changing nothing",
         description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
-        f"node, in order, each with the line that undoes it. Changes nothing and asks no daemon. {EXIT_STATUSES}",
+        "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Only root is told "
+        "that another job holds a GPU. Exit status: 0 the job would have MPS, 1 it would not, 2 usage, 3 this is no "
+        "GPU node.",
     )
     parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
     parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
@@ -41,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--mps-mem", metavar="SIZE|auto", help="as for sbatch")
     parser.add_argument("--mps-priority", metavar="normal|low", help="as for sbatch")
     parser.add_argument("--user", help="whose job (default: yours)")
-    add_json_option(parser)
+    add_json_option(parser, "plan/1")
     parser.set_defaults(run=run)
 
 
@@ -49,16 +54,13 @@ def run(options: argparse.Namespace) -> int:
     """Make the plan and print it. Returns the exit status."""
     uid = _uid(options.user)
     if uid is None:
-        complain(f"--user={options.user}: there is no such user")
-        return USAGE
+        return refuse(options, USAGE, f"--user={options.user}: there is no such user")
     if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
-        complain("a job without an --mps option has no plan: its prolog does nothing")
-        return USAGE
+        return refuse(options, USAGE, "a job without an --mps option has no plan: its prolog does nothing")
     from slurm_mps.hooks import Watch
 
     def give_up(message: str) -> int:
-        complain(message)
-        return PROBLEM
+        return refuse(options, PROBLEM, message)
 
     Watch(_DEADLINE_SECONDS, give_up)
     status = _answer(options, uid)
@@ -69,18 +71,23 @@ def run(options: argparse.Namespace) -> int:
 def _answer(options: argparse.Namespace, uid: int) -> int:
     from slurm_mps.errors import NodeError, RequestError
     from slurm_mps.node.gpus import Gpus
-    from slurm_mps.rehearsal import Wish, rehearse
+    from slurm_mps.rehearsal import Wish, rehearse, sees_holders
 
     wish = Wish(options.gres, options.mps, options.mps_threads, options.mps_mem, options.mps_priority, options.devices)
     try:
-        plan = rehearse(wish, uid, _gpu_count(), Gpus())
+        count = _gpu_count()
+        wrong = _wrong_device(options.devices or "", count)
+        if wrong:
+            return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
+        plan = rehearse(wish, uid, count, Gpus())
     except RequestError as error:
         return _refuse(str(error), "the job's tasks would fail with this", options)
     except NodeError as error:
         if not os.path.exists("/dev/nvidiactl"):
-            complain(f"this is no GPU node: {error}")
-            return NOT_HERE
+            return refuse(options, NOT_HERE, f"this is no GPU node: {error}")
         return _refuse(str(error), "a fault of this node", options)
+    if not sees_holders():
+        complain("only root sees whether another job holds these GPUs now")
     _print(plan, options)
     return FINE
 
@@ -107,16 +114,45 @@ def _gpu_count() -> int:
         raise NodeError(f"NVML: {error}") from None
 
 
+def _wrong_device(names: str, count: int) -> str:
+    """What is wrong with a value of --devices; nothing if each is a GPU of this node, or refused to a job."""
+    listed = [name for name in names.split(",") if name]
+    here = _uuids(count) if any(name.startswith("GPU-") for name in listed) else []
+    for name in listed:
+        if name.startswith("GPU-"):
+            if name not in here:
+                return f"no GPU of this node has that UUID; they are {', '.join(here)}"
+        elif name.isascii() and name.isdecimal():
+            if int(name[:_DIGITS_MAX]) >= count:
+                return f"this node has {count} GPUs, 0 to {count - 1}"
+        elif not name.startswith("MIG-"):
+            return "expected indices or UUIDs of GPUs, with commas"
+    return "it names a GPU twice" if len(set(listed)) < len(listed) else ""
+
+
+def _uuids(count: int) -> list[str]:
+    """The UUIDs of this node's GPUs, without those that do not answer."""
+    import pynvml
+
+    found = []
+    for index in range(count):
+        with suppress(pynvml.NVMLError):
+            found.append(str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))))
+    return found
+
+
 def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
     """Tell the message that the job's user, or the admin, would read."""
     if options.json:
-        print_json("plan/1", status=PROBLEM, problem=message, meaning=meaning, steps=[])
+        print_json(options, PROBLEM, problem=message, meaning=meaning, steps=[])
     else:
         complain(f"{message} ({meaning})")
     return PROBLEM
 
 
 def _print(plan: Plan, options: argparse.Namespace) -> None:
+    from slurm_mps.rehearsal import sees_holders
+
     steps = []
     for step in plan.steps:
         undo = step.look()
@@ -129,7 +165,9 @@ def _print(plan: Plan, options: argparse.Namespace) -> None:
         )
     if options.json:
         gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
-        print_json("plan/1", status=FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, steps=steps)
+        print_json(
+            options, FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, holders_seen=sees_holders(), steps=steps
+        )
         return
     for number, one in enumerate(steps, start=1):
         print(f"{number:2}. {one['step']}")

@@ -5,7 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-from slurm_mps.cli.output import NOT_HERE, NOT_ROOT, add_json_option, complain, print_json
+from slurm_mps.cli.output import (
+    FINE,
+    NOT_HERE,
+    NOT_ROOT,
+    PROBLEM,
+    Column,
+    add_table_options,
+    chosen,
+    complain,
+    print_json,
+    print_table,
+    refuse,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,6 +25,11 @@ if TYPE_CHECKING:
 
     from slurm_mps.reconcile import Finding
 
+COLUMNS = (
+    Column("thing", "THING"),
+    Column("outcome", "OUTCOME"),
+    Column("why", "WHY", longest=2000),
+)
 _START_SECONDS = 60.0
 
 
@@ -25,15 +42,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "any time. Exit status: 0 fine or repaired, 1 a problem is left, 2 usage, 3 no slurm-mps here, 4 not root.",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
-    add_json_option(parser)
+    add_table_options(parser, COLUMNS, "reconcile/1")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Repair this node and print what was found. Returns the exit status where there was nothing to look at."""
+    columns = chosen(COLUMNS, options)
     if os.geteuid() != 0:
-        complain("reconcile changes what belongs to root; run it as root")
-        return NOT_ROOT
+        return refuse(options, NOT_ROOT, "reconcile changes what belongs to root; run it as root")
     from slurm_mps.errors import MpsError
     from slurm_mps.hooks import Watch
     from slurm_mps.node.gpus import Gpus
@@ -45,37 +62,35 @@ def run(options: argparse.Namespace) -> int:
 
     def give_up(message: str) -> int:
         findings.append(Finding("this node", LEFT, message))
-        return _print(findings, options)
+        return _print(findings, columns, options)
 
     watch = Watch(_START_SECONDS, give_up)
     reconciler = Reconciler(os.environ, Gpus(), watch, findings.append, dry_run=options.dry_run)
     try:
         if not reconciler.run():
-            complain("nothing of slurm-mps is on this node")
-            os._exit(NOT_HERE)
+            os._exit(refuse(options, NOT_HERE, "nothing of slurm-mps is on this node"))
     except MpsError as error:
         findings.append(Finding("this node", LEFT, str(error)))
-    status = _print(findings, options)
+    status = _print(findings, columns, options)
     sys.stderr.flush()
     os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
 
 
-def _print(findings: list[Finding], options: argparse.Namespace) -> int:
+def _print(findings: list[Finding], columns: list[Column], options: argparse.Namespace) -> int:
     """The findings, without the jobs that are merely not over; as a report for programs all of them."""
     from slurm_mps.reconcile import KEPT, LEFT
 
-    status = int(any(finding.outcome == LEFT for finding in findings))
+    status = PROBLEM if any(finding.outcome == LEFT for finding in findings) else FINE
     if options.json:
-        print_json(
-            "reconcile/1", status=status, dry_run=options.dry_run, findings=[vars(finding) for finding in findings]
-        )
+        print_json(options, status, dry_run=options.dry_run, findings=[vars(finding) for finding in findings])
         return status
     shown = [finding for finding in findings if finding.outcome != KEPT]
-    width = max((len(finding.thing) for finding in shown), default=0)
-    for finding in shown:
-        print(f"{finding.thing:{width}}  {finding.outcome:12}  {finding.why}", flush=True)
-    if not shown:
-        print("nothing is left of jobs that are over", flush=True)
+    if shown or options.format:
+        rows = [{**vars(one), "style": "red" if one.outcome == LEFT else ""} for one in shown]
+        print_table(rows, columns, noheader=options.noheader)
+    elif not options.noheader:
+        print("nothing is left of jobs that are over")
+    sys.stdout.flush()
     for finding in findings:
         if finding.outcome == KEPT:
             complain(f"{finding.thing} is not over: {finding.why}")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from functools import cache
 
-from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, add_table_options, chosen, complain, print_json
+from slurm_mps.cli.output import (
+    FINE,
+    NOT_HERE,
+    PROBLEM,
+    USAGE,
+    Column,
+    add_table_options,
+    chosen,
+    complain,
+    print_json,
+    refuse,
+)
 from slurm_mps.units import MIB
 
 TYPE_CHECKING = False
@@ -75,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--timeout", type=seconds, default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
     )
-    add_table_options(parser, COLUMNS)
+    add_table_options(parser, COLUMNS, "status/1")
     parser.set_defaults(run=run)
 
 
@@ -86,19 +97,19 @@ def run(options: argparse.Namespace) -> int:
 
         return cluster.run(options)
     if options.nodelist:
-        complain("-w goes with --cluster; without it status shows the node that it runs on")
-        return 2
+        return refuse(options, USAGE, "-w goes with --cluster; without it status shows the node that it runs on")
     from slurm_mps.cli.output import leave
     from slurm_mps.status.node import look
 
     columns = chosen(COLUMNS, options)
     view = look(options.jobs, options.timeout)
     if view is None:
-        complain(
+        return refuse(
+            options,
+            NOT_HERE,
             "slurm-mps has not been used on this node since it was started; is this a compute node? "
-            "Of a job elsewhere: srun --overlap --jobid=JOBID slurm-mps status"
+            "Of a job elsewhere: srun --overlap --jobid=JOBID slurm-mps status",
         )
-        return NOT_HERE
     status = PROBLEM if view.problems else FINE
     _print(view, columns, options, status)
     if view.stuck:
@@ -110,7 +121,7 @@ def _print(view: NodeView, columns: list[Column], options: argparse.Namespace, s
     from slurm_mps.cli.output import print_table
 
     if options.json:
-        print_json("status/1", **document(view), status=status)
+        print_json(options, status, **document(view))
         return
     print_table(list(rows(view)), columns, noheader=options.noheader)
     for line in remarks(view):
@@ -162,8 +173,12 @@ def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
     if daemon.pid is None:
         return {"state": "gone", "style": "red"}
     if not daemon.servers:
-        state = "silent" if daemon.problem else job.state if job.state != "ready" else None
-        return {"daemon": daemon.pid or None, "state": state, "style": "red" if daemon.problem else ""}
+        state = "silent" if daemon.problem else job.state if job.state != "ready" else "no server"
+        return {
+            "daemon": daemon.pid or None,
+            "state": state,
+            "style": "red" if state in ("silent", "no server") else "",
+        }
     server = daemon.servers[0]
     well = server.state == "ACTIVE"
     state = server.state or "silent"

@@ -132,7 +132,11 @@ def _frame(
     listed = list(rows(view))
     shown = fitting(listed, columns, width)
     left_out = ", ".join(column.name for column in columns if column not in shown)
-    said = [Text(printable(line, 500), style="red", no_wrap=True) for line in remarks(view)[:_REMARKS_MAX]]
+    beside = _OVERHEAD_LINES + 1 + bool(left_out)  # a row at least, and which columns are not there
+    said = [
+        Text(printable(line, 500), style="red", no_wrap=True)
+        for line in _some(remarks(view), min(_REMARKS_MAX, height - beside))
+    ]
     if left_out:
         said.append(Text(f"too narrow for {left_out}", style="dim", no_wrap=True))
     room = max(1, height - _OVERHEAD_LINES - len(said))
@@ -143,6 +147,14 @@ def _frame(
     )
     table = make_table(listed[:room], shown, noheader=options.noheader)
     return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *said)
+
+
+def _some(lines: list[str], room: int) -> list[str]:
+    """The first of them, and of the others how many they are."""
+    if len(lines) <= room:
+        return lines
+    shown = max(0, room - 1)
+    return [*lines[:shown], f"{len(lines) - shown} remarks{' more' * bool(shown)}; slurm-mps status tells them"]
 
 
 def _count(number: int, word: str) -> str:

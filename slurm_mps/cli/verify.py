@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from time import monotonic
 
-from slurm_mps.cli.output import NOT_HERE, add_json_option, complain
+from slurm_mps.cli.output import (
+    NOT_HERE,
+    PROBLEM,
+    Column,
+    add_table_options,
+    chosen,
+    complain,
+    print_json,
+    print_table,
+    refuse,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +27,19 @@ if TYPE_CHECKING:
     from slurm_mps.verify.session import Result
     from slurm_mps.verify.step import Step
 
+COLUMNS = (
+    Column("node", "NODE"),
+    Column("gpu", "GPU"),
+    Column("rank", "RANK", right=True),
+    Column("pid", "PID", right=True),
+    Column("server", "SERVER", right=True),
+    Column("sms", "SMS", right=True),
+    Column("free", "FREE MIB", right=True),
+    Column("limit", "LIMIT MIB", right=True),
+    Column("cpu_numa", "CPU NUMA", right=True),
+    Column("gpu_numa", "GPU NUMA", right=True),
+    Column("uuid", "UUID", hidden=True),
+)
 _SECONDS_MAX = 600.0
 
 
@@ -36,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Run with srun in a job: every rank finds out what it really has, and rank 0 prints it. "
         "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not in a Slurm step or no CUDA driver here.",
     )
-    add_json_option(parser)
+    add_table_options(parser, COLUMNS, "verify/1")
     parser.add_argument("--no-mpi", action="store_true", help="do without the MPI that the step was started with")
     parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each rank's report (10)")
     parser.set_defaults(run=run)
@@ -46,10 +69,10 @@ def run(options: argparse.Namespace) -> int:
     """Run this rank's part; rank 0 prints. Returns the exit status, which is the same for all."""
     from slurm_mps.verify.step import read_step
 
+    columns = chosen(COLUMNS, options)
     step = read_step(os.environ, os.uname().nodename)
     if step is None:
-        complain("verify looks at the ranks of a Slurm step; start it with srun in a job")
-        return NOT_HERE
+        return refuse(options, NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
     from slurm_mps.verify.link import LinkError
     from slurm_mps.verify.session import verify
 
@@ -57,10 +80,15 @@ def run(options: argparse.Namespace) -> int:
         link = _open(step, options)
         result = verify(step, os.environ, link, options.timeout)
     except LinkError as error:
-        complain(f"rank {step.rank}: {error}")
-        return 1
-    if result.findings:
-        _print(result, result.findings, link.through if options.json else "")
+        message = f"rank {step.rank}: {error}"
+        if step.rank == 0:
+            return refuse(options, PROBLEM, message)
+        complain(message)  # one report for the whole step, and that is rank 0's
+        return PROBLEM
+    if result.findings and options.json:
+        _report(result, result.findings, link.through, options)
+    elif result.findings:
+        _print(result, result.findings, columns, options)
     link.close()
     return result.status
 
@@ -73,14 +101,34 @@ def _open(step: Step, options: argparse.Namespace) -> Link:
     return mpi or open_link(step, os.environ, monotonic() + 2 * options.timeout)
 
 
-def _print(result: Result, findings: Findings, through: str) -> None:
-    """A table for people; a report for programs where it is to say how it was gathered."""
-    from slurm_mps.verify.table import document, summary, table
+def _no_driver(result: Result, findings: Findings) -> str:
+    """What to say where no rank has a driver; empty where one has."""
+    return f"there is no CUDA driver here: {findings.ranks[0].error}" if result.status == NOT_HERE else ""
 
-    if result.status == NOT_HERE:
-        complain(f"there is no CUDA driver here: {findings.ranks[0].error}")
-    if through:
-        report = {**document(findings, result.problems, result.status), "gathered_through": through}
-        print(json.dumps(report), flush=True)
+
+def _report(result: Result, findings: Findings, through: str, options: argparse.Namespace) -> None:
+    """`through`: how the ranks' reports were gathered."""
+    from slurm_mps.verify.table import document
+
+    error = _no_driver(result, findings)
+    if error:
+        complain(error)
+    fields = {"error": error} if error else {}
+    found = document(findings, result.problems)
+    print_json(options, result.status, **fields, **found, gathered_through=through)
+
+
+def _print(result: Result, findings: Findings, columns: list[Column], options: argparse.Namespace) -> None:
+    """The table, and below it in words what it means; where fields were chosen the words are commentary."""
+    from slurm_mps.verify.table import rows, summary
+
+    error = _no_driver(result, findings)
+    if error:
+        complain(error)
+    print_table(rows(findings), columns, noheader=options.noheader)
+    if options.format or options.noheader:
+        for problem in result.problems:
+            complain(problem)
     else:
-        print("\n".join([table(findings), "", *(result.problems or [summary(findings)])]), flush=True)
+        print("\n".join(["", *(result.problems or [summary(findings)])]))
+    sys.stdout.flush()

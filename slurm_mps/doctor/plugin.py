@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from .place import Place
 
 
+def _install(place: Place) -> str:
+    """The command that puts plugin and line there."""
+    return "slurm-mps install" if place.is_compute else "slurm-mps install --login-node"
+
+
 @check(
     "plugstack",
     "plugstack.conf can be read, with all that it includes",
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 def plugstack(place: Place) -> Iterator[Said]:
     path = place.plugstack_path
     if not os.path.exists(path):
-        yield problem(f"{path}: no such file", f"{path}: required spank_mps.so")
+        yield problem(f"{path}: no such file", f"{_install(place)}; or {path}: required spank_mps.so")
         return
     for missing in place.plugstack.problems:
         yield problem(missing, "let every user read it")
@@ -39,7 +44,8 @@ def plugstack(place: Place) -> Iterator[Said]:
 )
 def plugstack_line(place: Place) -> Iterator[Said]:
     if not place.our_lines:
-        yield problem(f"{place.plugstack_path} has no spank_mps.so", f"{place.plugstack_path}: required spank_mps.so")
+        cure = f"{_install(place)}; or {place.plugstack_path}: required spank_mps.so"
+        yield problem(f"{place.plugstack_path} has no spank_mps.so", cure)
 
 
 @check(
@@ -73,9 +79,7 @@ def plugin_file(place: Place) -> Iterator[Said]:
     try:
         plugin = read_plugin(place.plugin_path)
     except MpsError as error:
-        yield problem(
-            str(error), f"install the plugin at {place.plugin_path}, or mend the path in {place.plugstack_path}"
-        )
+        yield problem(str(error), f"{_install(place)}; or mend the path in {place.plugstack_path}")
         return
     yield fine(f"{place.plugin_path} of slurm-mps {plugin.version} for Slurm {plugin.slurm_release}")
 
@@ -97,7 +101,7 @@ def plugin_release(place: Place) -> Iterator[Said]:
     if not plugin.loads_in(place.release):
         yield problem(
             f"{place.plugin_path} was built for Slurm {plugin.slurm_release}, and here is {place.release}",
-            "build and install it again on this release",
+            f"{_install(place)}, which builds it for this release",
         )
 
 
@@ -115,7 +119,7 @@ def plugin_version(place: Place) -> Iterator[Said]:
     if plugin.version != hooks:
         yield problem(
             f"{place.plugin_path} is of slurm-mps {plugin.version}, the prolog of {hooks}",
-            "install both from one version",
+            f"{_install(place)}, which puts there what is of its own version",
         )
 
 

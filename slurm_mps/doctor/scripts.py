@@ -39,7 +39,8 @@ def _wired(place: Place, key: str, scripts: list[Script]) -> Iterator[Said]:
     beside = f"{place.conf_directory}/{key.lower()}.d"
     line = f"{place.where(key)}: {key}={beside}/*"
     if not patterns:
-        yield problem(f"{key} is not set", line)
+        lies = any(f"/{key.lower()}.d/" in script.path for script in place.our_hooks)
+        yield problem(f"{key} is not set", line if lies or not place.is_compute else f"slurm-mps install, and {line}")
     elif not place.is_compute:
         yield fine(f"{key}={','.join(patterns)}")
     elif not any(script.calls_ours for script in scripts):
@@ -47,7 +48,9 @@ def _wired(place: Place, key: str, scripts: list[Script]) -> Iterator[Said]:
             raise NotCheckedError(f"a script of {key} can be read by root only", needs_root=True)
         told = f"{key}={','.join(patterns)} runs no script of slurm-mps"
         there = [path for script in place.our_hooks if f"/{key.lower()}.d/" in (path := script.path)]
-        yield problem(told, line if there else f"put slurm-mps' {key.lower()} where {patterns[0]} finds it")
+        yield problem(
+            told, line if there else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
+        )
 
 
 @check(
@@ -197,10 +200,11 @@ def hooks_package(place: Place) -> Iterator[Said]:
         values = script.values
         for key in ("python", "package"):
             if not values.get(key):
-                yield problem(f"{script.path} has no {key}=", "install the script again")
+                yield problem(f"{script.path} has no {key}=", "slurm-mps install, which writes it again")
             elif not os.path.exists(values[key]):
                 yield problem(
-                    f"{script.path}: {key}={values[key]} is not there", "install slurm-mps there, or mend the line"
+                    f"{script.path}: {key}={values[key]} is not there",
+                    "install slurm-mps there; or slurm-mps install of the one that is here, which mends the line",
                 )
         hook = f"{values.get('package', '')}/hook.py"
         if os.path.isdir(values.get("package", "")) and not os.path.exists(hook):
@@ -232,7 +236,9 @@ def hooks_version(place: Place) -> Iterator[Said]:
     except MpsError:
         raise NotCheckedError("the hooks' Python does not run") from None
     if version != __version__:
-        yield problem(f"the hooks run slurm-mps {version}, this is {__version__}", "install both from one version")
+        yield problem(
+            f"the hooks run slurm-mps {version}, this is {__version__}", "slurm-mps install of the one that is to stay"
+        )
 
 
 @check(

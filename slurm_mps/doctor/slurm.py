@@ -8,6 +8,7 @@ import re
 from ..deadlines import DeadlineProblem, check_deadlines
 from ..errors import MpsError
 from ..plain import read_text
+from ..units import printable
 from .finding import COMPUTE, NoAnswerError, NotCheckedError, check, fine, problem, warning
 from .place import UNSET_BY_DEFAULT, RefusedError
 
@@ -55,6 +56,11 @@ def _number(release: str) -> tuple[int, ...]:
     why="Slurm's commands and daemons do not start with a configuration that they refuse.",
 )
 def slurm_conf(place: Place) -> Iterator[Said]:
+    wanted = place.environment.get("SLURM_CONF", "")
+    if wanted and not place.conf_path:
+        named = f"SLURM_CONF={printable(wanted, 200)} names no file"
+        yield problem(named, "unset SLURM_CONF, or give it the path of slurm.conf", "Slurm's commands read no other.")
+        return
     for missing in place.slurm_conf.problems:
         yield problem(missing, "put the file there, or take the Include line out")
     try:

@@ -6,6 +6,8 @@ import re
 from time import monotonic
 
 from ..errors import MpsError
+from ..job_log.events import SERVER_DIED, SERVER_READY
+from ..job_log.read import DaemonLogs, events_of
 from ..node.control import ControlDaemon
 from ..node.processes import identify
 from ..plain import small_number
@@ -24,12 +26,18 @@ _MARK = "get_default_active_thread_percentage"
 _PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
 _CLIENTS_MAX = 4096
 _ANEW_SECONDS, _BLIND_SECONDS = 60.0, 10.0
+_LOG_BYTES = 4 * 1024**2
 ACTIVE, FAULT = "ACTIVE", "FAULT"
+#: Our word for a server that its daemon lists no more though it was not told to go; the next client gets another (O31).
+DIED = "DIED"
 
 
 @record
 class Server:
-    """An MPS server: its state in the daemon's word, and what percentage of a GPU's threads it gives a client."""
+    """An MPS server: its state in the daemon's word, and what percentage of a GPU's threads it gives a client.
+
+    Or the one that was there, with the state DIED and without a percentage.
+    """
 
     pid: int
     state: str
@@ -74,7 +82,7 @@ class Memory:
         when, process, then, answer = self._said.get(place.pipe_directory, (0.0, None, None, None))
         if answer is None or answer.problem or process is None or identify(process.pid) != process:
             return None
-        if clients != then or any(server.state != ACTIVE for server in answer.servers):
+        if clients != then or any(server.state != ACTIVE or not identify(server.pid) for server in answer.servers):
             return None
         return answer if monotonic() - when < (_ANEW_SECONDS if clients is not None else _BLIND_SECONDS) else None
 
@@ -96,7 +104,7 @@ def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bo
         return DaemonAnswer(pid, f"its control daemon does not answer: {error.message}")
     clients = listed if listing else None
     if not pids:
-        return DaemonAnswer(pid, "")
+        return DaemonAnswer(pid, "", _dead_server(place))
     questions = [
         f"{what} {server}" for server in pids for what in ("get_server_status", "get_active_thread_percentage")
     ]
@@ -106,6 +114,16 @@ def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bo
         silent = tuple(Server(server, "", "") for server in pids)
         return DaemonAnswer(pid, f"its MPS server does not say how it is within {timeout_seconds:g} s", silent, clients)
     return DaemonAnswer(pid, "", parse_servers(pids, answers), clients)
+
+
+def _dead_server(place: DaemonPlace) -> tuple[Server, ...]:
+    """The server that a daemon without one had last, by its log, where that died; nothing where we cannot tell."""
+    try:
+        events = events_of(DaemonLogs(place.name, place.log_directory), limit_bytes=_LOG_BYTES)
+    except (MpsError, OSError):
+        return ()
+    last = next((event for event in reversed(events) if event.kind in (SERVER_READY, SERVER_DIED)), None)
+    return (Server(last.pid, DIED, ""),) if last and last.kind == SERVER_DIED else ()
 
 
 def parse_clients(lines: Sequence[str], gpus: Sequence[str]) -> tuple[tuple[int, ...], tuple[Client, ...]]:

@@ -20,7 +20,7 @@ from ..state import STATE_DIRECTORY, Journal, NodeState
 from ..steps import side_by_side
 from ..units import describe_memory, parse_thread_percentage, printable
 from ..verify.judge import variable_limit
-from .daemon import FAULT, Client, DaemonAnswer, Memory, Server, ask
+from .daemon import DIED, FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
 from .verdict import JOBS, DaemonPlace, JobVerdict, read_verdict
 
@@ -350,6 +350,8 @@ def _problems(job: JobView) -> list[str]:
         if daemon.problem:
             found.append(f"{daemon.problem}{where}")
         found += [_in_fault(server, daemon) for server in daemon.servers if server.state == FAULT]
+        if job.state == READY:
+            found += [f"{words}{where}" for words in _without_server(job, daemon)]
         for gpu in daemon.gpus:
             if gpu.mode_found is not None and gpu.mode not in (None, EXCLUSIVE_PROCESS):
                 found.append(
@@ -363,6 +365,18 @@ def _problems(job: JobView) -> list[str]:
                     "cannot use its CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, and then drops every limit"
                 )
     return found
+
+
+def _without_server(job: JobView, daemon: DaemonView) -> list[str]:
+    """The prolog starts a server, which stays; a daemon that has none lost it, and tells nobody."""
+    after = "the next program gets a new one"
+    dead = next((server.pid for server in daemon.servers if server.state == DIED), None)
+    if dead is not None:
+        lost = "its clients lost what they had on the GPU (CUDA error 806)"
+        return [f"MPS server {dead} died: {lost}, {after}; slurm-mps logs {job.job_id} tells more"]
+    if daemon.pid and not daemon.problem and not daemon.servers:
+        return [f"its control daemon {daemon.pid} has no MPS server; {after}"]
+    return []
 
 
 def _in_fault(server: Server, daemon: DaemonView) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..units import MIB, printable
+from ..units import MIB
 from .judge import memory_limit, thread_limit
 
 TYPE_CHECKING = False
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from .judge import Findings
     from .report import Report
 
-_TITLES = ("NODE", "GPU", "RANK", "PID", "SERVER", "SMS", "FREE MIB", "LIMIT MIB", "CPU NUMA", "GPU NUMA")
-_LEFT = 2  # columns of names; numbers stand right
 _SHORT_GPU = 17
 
 
@@ -21,34 +19,27 @@ def _order(rank: Report) -> tuple[str, str, int]:
     return rank.host, rank.gpu, rank.rank
 
 
-def table(found: Findings) -> str:
-    """One line for each rank, grouped by node and GPU."""
-    rows = [_TITLES, *(_row(found, rank) for rank in sorted(found.ranks, key=_order))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_TITLES))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < _LEFT else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+def rows(found: Findings) -> list[dict[str, object]]:
+    """One for each rank, by node and GPU; cells by the names of the command's columns, None for what is not known."""
+    return [_row(found, rank) for rank in sorted(found.ranks, key=_order)]
 
 
-def _row(found: Findings, rank: Report) -> tuple[str, ...]:
+def _row(found: Findings, rank: Report) -> dict[str, object]:
     limit = memory_limit(rank, found.daemon(rank))
     total = found.cards.get(rank.gpu, 0)
-    return (
-        printable(rank.host),
-        printable(rank.gpu[:_SHORT_GPU]) or "none",
-        str(rank.rank),
-        str(rank.pid),
-        str(found.server(rank) or "none"),
-        f"{rank.multiprocessors or '-'}/{total or '-'}",
-        str(rank.free_bytes // MIB) if rank.multiprocessors else "-",
-        str(limit // MIB) if limit else "-",
-        printable(rank.cpu_numa) or "-",
-        printable(rank.gpu_numa) or "-",
-    )
+    return {
+        "node": rank.host,
+        "gpu": rank.gpu[:_SHORT_GPU] or "none",
+        "uuid": rank.gpu,
+        "rank": rank.rank,
+        "pid": rank.pid,
+        "server": found.server(rank) or "none",
+        "sms": f"{rank.multiprocessors or '-'}/{total or '-'}",
+        "free": rank.free_bytes // MIB if rank.multiprocessors else None,
+        "limit": limit // MIB if limit else None,
+        "cpu_numa": rank.cpu_numa,
+        "gpu_numa": rank.gpu_numa,
+    }
 
 
 def summary(found: Findings) -> str:
@@ -58,10 +49,9 @@ def summary(found: Findings) -> str:
     return f"{found.size} ranks, all clients, each GPU's ranks share one server"
 
 
-def document(found: Findings, problems: list[str], status: int) -> dict[str, Any]:
+def document(found: Findings, problems: list[str]) -> dict[str, Any]:
     """The report for programs. Sizes are in bytes; ``server`` is null for a rank that is no client."""
     return {
-        "status": status,
         "problems": problems,
         "ranks": [_rank(found, rank) for rank in sorted(found.ranks, key=lambda rank: rank.rank)],
         "daemons": [

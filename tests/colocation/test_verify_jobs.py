@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT, mpi_environment
 
 if TYPE_CHECKING:
@@ -32,11 +33,10 @@ def run_verify(
 def report_of(site: Site, job: Any) -> tuple[int, dict[str, Any]]:
     info = site.cluster.wait(job)
     output = site.cluster.output(job)
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    if len(lines) != 1:
+    found = re.findall(r"^{$.*?^}$", output, re.MULTILINE | re.DOTALL)
+    if len(found) != 1:
         pytest.fail(f"the job printed not one report: {output}")
-    report: dict[str, Any] = json.loads(lines[0])
-    return info.exit_code, report
+    return info.exit_code, checked(found[0])
 
 
 @pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])
@@ -87,6 +87,18 @@ def test_the_table_is_grouped_and_says_that_all_is_well(site: Site) -> None:
     assert [line.split()[0] for line in lines[1:9]] == ["n1"] * 4 + ["n2"] * 4
     assert {line.split()[5] for line in lines[1:9]} == {"32/132"}
     assert lines[-1] == "8 ranks, all clients, each GPU's ranks share one server"
+
+
+def test_the_fields_asked_for_and_nothing_else(site: Site) -> None:
+    """A program reads the table; words on what is wrong go to stderr."""
+    uuid = site.gpus("n1")[0]["uuid"]
+    options = ("-wn1", "-n2", "--gres=gpu:1", *ASKED)
+    result = site.cluster.srun(*options, *VERIFY.split(), "--noheader", "-o", "rank,uuid")
+    assert [line.split() for line in result.stdout.splitlines()] == [["0", uuid], ["1", uuid]]
+    command = f"unset CUDA_MPS_PIPE_DIRECTORY; exec {VERIFY} -o rank"
+    result = site.cluster.srun(*options, "sh", "-c", command)
+    assert result.stdout.split() == ["RANK", "0", "1"]
+    assert "slurm-mps: ranks 0-1 run without MPS" in result.stderr
 
 
 def test_64_ranks_are_done_in_five_seconds(site: Site) -> None:

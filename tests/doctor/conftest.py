@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.reports import report as checked
 from tests.harness.site import PYTHON, Site
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class Patient:
     def examine(self, *argv: str, user: str | None = None, elsewhere: bool = False) -> Diagnosis:
         status, out, errors = self.run("doctor", "--json", *argv, user=user, elsewhere=elsewhere)
         assert out, errors
-        report = json.loads(out)
-        assert (report["report"], report["status"]) == ("doctor/1", status)
-        return Diagnosis(status, tuple(report["findings"]))
+        found = checked(out, status)
+        assert found["report"] == "doctor/1"
+        return Diagnosis(status, tuple(found["findings"]))
 
     # ------------------------------------------------------------------------------------------------- changes
 

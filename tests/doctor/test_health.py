@@ -10,6 +10,7 @@ import pytest
 
 from slurm_mps.doctor.examine import all_checks
 from tests.doctor.conftest import COMMAND
+from tests.harness.site import PLUGIN_DIRECTORY
 
 if TYPE_CHECKING:
     from tests.doctor.conftest import Patient
@@ -128,6 +129,29 @@ def test_where_only_root_can_see_the_status_says_so(patient: Patient) -> None:
     assert patient.examine("gpu-count", elsewhere=True).status == 3
 
 
-def test_a_host_without_slurm_is_told_so(patient: Patient) -> None:
-    status, out, _ = patient.run("doctor", SLURM_CONF="/nowhere/slurm.conf")
-    assert (status, "problem" in out) == (3, False)
+def test_a_slurm_conf_that_is_named_and_not_there_is_a_finding(patient: Patient) -> None:
+    """Slurm's own commands end there; a host that merely has none is no ailment (tests/integration/test_streams.py)."""
+    for elsewhere in (False, True):
+        status, out, _ = patient.run("doctor", elsewhere=elsewhere, SLURM_CONF="/nowhere/slurm.conf")
+        assert status == 1
+        assert out.startswith("problem: slurm-conf: SLURM_CONF=/nowhere/slurm.conf names no file\n")
+        assert out.count("problem: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "check"),
+    [
+        ("/etc/slurm/plugstack.conf", "plugstack"),
+        (f"{PLUGIN_DIRECTORY}/spank_mps.so", "plugin-file"),
+        ("/etc/slurm/prolog.d/10-slurm-mps.sh", "prolog-wired"),
+        ("/etc/slurm/epilog.d/95-slurm-mps.sh", "epilog-wired"),
+    ],
+)
+def test_what_is_missing_is_what_install_puts_there(patient: Patient, path: str, check: str) -> None:
+    """The cure names the command: of a login node the one that puts no more there than it needs."""
+    patient.remove(path)
+    (finding,) = (one for one in patient.examine(check).findings if one["check"] == check)
+    assert finding["cure"].split(";")[0].split(",")[0] == "slurm-mps install"
+    if check.startswith("plug"):
+        (finding,) = patient.examine(check, elsewhere=True).findings
+        assert finding["cure"].startswith("slurm-mps install --login-node; ")

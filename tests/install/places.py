@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from typing import TYPE_CHECKING, Any
 
+from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import PLUGIN_DIRECTORY
 
@@ -32,5 +32,4 @@ def snapshot(machine: Machine) -> Snapshot:
 
 
 def report(result: Result) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
+    return checked(result.stdout, result.returncode)

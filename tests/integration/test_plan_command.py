@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.harness.machine import USERS
+from tests.harness.reports import report as checked
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -37,9 +37,8 @@ def spank(options: dict[str, str]) -> dict[str, str]:
 
 def plan(node: GpuNode, *argv: str, status: int = 0) -> dict[str, Any]:
     result = node.run(*COMMAND, "--json", *argv)
-    report: dict[str, Any] = json.loads(result.stdout)
-    assert (result.returncode, report["report"], report["status"]) == (status, "plan/1", status)
-    return report
+    assert result.returncode == status
+    return checked(result.stdout, status)
 
 
 def noted(node: GpuNode) -> list[str]:
@@ -170,15 +169,21 @@ DRIVERS_OWN = ("/run/simulated-gpus/", "/dev/nvidia", "/dev/null", "/dev/tty", "
 
 
 def test_it_changes_nothing(gpu_node: GpuNode) -> None:
-    """No file opened to be written, nothing made, renamed or removed, no socket, no process but the config's reader."""
+    """No file opened to be written, nothing made, renamed or removed, no socket, no process but the config's reader.
+
+    Of the state, which is there, the lock is opened as every reader does, and not taken.
+    """
+    gpu_node.prolog(JOB, gpus="3").check()
+    gpu_node.epilog(JOB).check()
     gpu_node.configure('[gpus]\nsharing = "share"\n')
     traced: Result = gpu_node.run(
         "strace", "-f", "-qq", "-e", "trace=file,desc,network,kill,process", *COMMAND, "--gres=gpu:2", "--mps"
     )
     assert traced.returncode == 0, traced.stderr
     calls = traced.stderr.splitlines()
-    bad = [call for call in calls if CHANGES.search(call) and not any(own in call for own in DRIVERS_OWN)]
+    bad = [call for call in calls if CHANGES.search(call) and not any(own in call for own in (*DRIVERS_OWN, '"lock"'))]
     assert not bad
+    assert not [call for call in calls if "F_SETLK" in call]
     started = [call for call in calls if 'execve("' in call and "= -1" not in call]
     assert len(started) == 2
     assert "slurm_mps.config_file" in started[1]
@@ -200,13 +205,39 @@ def test_people_read_numbered_steps(gpu_node: GpuNode) -> None:
         (["--mps", "--user=nobody-here"], 2, "--user=nobody-here: there is no such user"),
         (["--mps", "--gres=gpu:5"], 1, "--gres=gpu:5: this node has 4 GPUs"),
         (["--mps", "--gres=gpu:x:y:z"], 1, "--gres=gpu:x:y:z: expected a list such as gpu:2 or gpu:h200:2"),
-        (["--mps", "--devices=7"], 1, "GPU 7: nvmlDeviceGetHandleByIndex_v2: Invalid Argument (NVML error 2)"),
+        (["--mps", "--devices=0,4"], 2, "--devices=0,4: this node has 4 GPUs, 0 to 3"),
+        (["--mps", "--devices=GPU-1234"], 2, "--devices=GPU-1234: no GPU of this node has that UUID; they are GPU-51"),
+        (["--mps", "--devices=0-1"], 2, "--devices=0-1: expected indices or UUIDs of GPUs, with commas"),
+        (["--mps", "--devices=1,1"], 2, "--devices=1,1: it names a GPU twice"),
+        (["--mps", "--devices=MIG-1234"], 1, "MIG-1234 is a MIG device; slurm-mps serves whole GPUs only"),
     ],
 )
 def test_what_cannot_be_planned_is_said(gpu_node: GpuNode, argv: list[str], status: int, said: str) -> None:
     result = gpu_node.run(*COMMAND, *argv)
     assert (result.returncode, result.stdout) == (status, "")
     assert result.stderr.startswith(f"slurm-mps: {said}")
+
+
+def test_root_is_told_whose_job_holds_a_gpu(gpu_node: GpuNode) -> None:
+    """As the prolog of such a job refuses it; where GPUs are shared, or are others, there is a plan."""
+    gpu_node.prolog(JOB, gpus="1").check()
+    report = plan(gpu_node, "--devices=0,1", "--mps", status=1)
+    gpu_node.prolog(JOB + 1, gpus="0,1").check()
+    assert report["problem"] == gpu_node.verdict(JOB + 1)["message"]
+    assert f"is held by MPS job {JOB}; this site does not share a GPU" in report["problem"]
+    gpu_node.epilog(JOB + 1).check()
+    assert plan(gpu_node, "--devices=0,2", "--mps")["holders_seen"] is True
+    gpu_node.configure('[gpus]\nsharing = "share"\n')
+    plan(gpu_node, "--devices=0,1", "--mps")
+    gpu_node.epilog(JOB).check()
+
+
+def test_a_user_is_told_that_holders_were_not_looked_at(gpu_node: GpuNode) -> None:
+    gpu_node.prolog(JOB, gpus="1").check()
+    result = gpu_node.run(*COMMAND, "--devices=1", "--mps", "--json", user="alice")
+    assert (result.returncode, checked(result.stdout)["holders_seen"]) == (0, False)
+    assert result.stderr == "slurm-mps: only root sees whether another job holds these GPUs now\n"
+    gpu_node.epilog(JOB).check()
 
 
 def test_a_driver_that_fails_is_the_nodes_fault(gpu_node: GpuNode) -> None:

@@ -134,7 +134,7 @@ def test_a_slurm_that_does_not_answer_leaves_the_job(node: MistreatedNode, said:
         node.machine.write("/usr/local/bin/squeue", f"#!/bin/sh\n{text}\n", mode=0o755)
     result = node.reconcile()
     assert result.returncode == 1
-    assert "job 4711  left          Slurm does not say whether it is over: " in result.stdout
+    assert "job 4711 left Slurm does not say whether it is over: " in " ".join(result.stdout.split())
     assert node.tree() == before
     node.epilog(4711).check()
 
@@ -399,8 +399,9 @@ def test_its_exit_status_and_streams(node: MistreatedNode) -> None:
     assert "run it as root" in result.stderr
     node.run("rm", "-r", STATE_DIRECTORY).check()
     result = node.reconcile("--json")
-    assert (result.returncode, result.stdout) == (3, "")
-    assert "nothing of slurm-mps is on this node" in result.stderr
+    error = "nothing of slurm-mps is on this node"
+    assert (result.returncode, json.loads(result.stdout)["error"]) == (3, error)
+    assert error in result.stderr
     node.prolog(4711).check()
     node.slurm_says({4711: "RUNNING|N/A|n1"})
     result = node.reconcile()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 import select
 import struct
 import termios
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from slurm_mps.cli.status import COLUMNS
 from tests.harness.gpunode import asked
+from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ def status(node: GpuNode, *options: str, user: str | None = None) -> Result:
 
 
 def report(node: GpuNode, *options: str, user: str | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(status(node, "--json", *options, user=user).stdout)
-    return found
+    said = status(node, "--json", *options, user=user)
+    return checked(said.stdout, said.returncode)
 
 
 def cells(node: GpuNode, fields: str, *options: str, user: str | None = None) -> list[list[str]]:
@@ -183,6 +185,44 @@ def test_a_server_in_fault_names_who_must_leave(gpu_node: GpuNode) -> None:
     assert f"took client {victim} (rank 3 of step 0) along" in logs.stdout
 
 
+def test_a_server_that_died_under_its_clients_is_named_until_there_is_another(gpu_node: GpuNode) -> None:
+    """Of a daemon for each GPU only the one that lost it; to its user and to root."""
+    with job(gpu_node, 5, SPANK_MPS="per-gpu"):
+        with client(gpu_node, 5, pipe="gpu-1"):
+            first, second = (daemon["servers"][0]["pid"] for daemon in report(gpu_node)["jobs"][0]["daemons"])
+            gpu_node.run("kill", "-9", str(second)).check()
+            said, mine = status(gpu_node), status(gpu_node, user="alice")
+            found = report(gpu_node)
+            states = [row[1:] for row in cells(gpu_node, "gpu,server,state")]
+        gpu_node.client(None, CUDA_MPS_PIPE_DIRECTORY=found["jobs"][0]["daemons"][1]["pipe_directory"]).check()
+        after = status(gpu_node)
+    assert (said.returncode, mine.returncode, mine.stderr) == (1, 1, said.stderr)
+    assert said.stderr == (
+        f"slurm-mps: job 5: MPS server {second} died: its clients lost what they had on the GPU (CUDA error 806), the "
+        "next program gets a new one; slurm-mps logs 5 tells more (gpu-1)\n"
+    )
+    assert [daemon["servers"] for daemon in found["jobs"][0]["daemons"]] == [
+        [{"pid": first, "state": "ACTIVE"}],
+        [{"pid": second, "state": "DIED"}],
+    ]
+    assert states == [[str(first), "ACTIVE"], [str(second), "DIED"]]
+    assert (after.returncode, after.stderr) == (0, "")
+
+
+def test_a_server_that_is_gone_without_a_trace_is_missed_all_the_same(gpu_node: GpuNode) -> None:
+    """Its log may be cut, or away."""
+    with job(gpu_node, 5):
+        daemon = report(gpu_node)["jobs"][0]["daemons"][0]
+        gpu_node.machine.path("/var/log/slurm-mps/5/control.log").unlink()
+        gpu_node.run("kill", "-9", str(daemon["servers"][0]["pid"])).check()
+        said = status(gpu_node)
+    assert said.returncode == 1
+    assert said.stdout.count(" no server ") == 2
+    assert (
+        f"job 5: its control daemon {daemon['pid']} has no MPS server; the next program gets a new one" in said.stderr
+    )
+
+
 def test_a_driver_that_hangs_is_a_problem_and_no_hang(gpu_node: GpuNode) -> None:
     with job(gpu_node, 5):
         gpu_node.fault("nvml.init=hang")
@@ -269,7 +309,7 @@ def test_the_logs_tell_in_words_who_came_and_went_during_the_job_and_after(gpu_n
 def test_the_logs_of_daemons_for_each_gpu_are_told_apart(gpu_node: GpuNode) -> None:
     with job(gpu_node, 5, SPANK_MPS="per-gpu"):
         said = logs(gpu_node, "5", "--json")
-    events = json.loads(said.stdout)["events"]
+    events = checked(said.stdout, said.returncode)["events"]
     assert {event["daemon"] for event in events} == {"gpu-0", "gpu-1"}
 
 
@@ -350,6 +390,18 @@ class Terminal:
             seen += os.read(self.ours, 65536).decode(errors="replace")
         self.said += seen
 
+    def frame(self, text: str, seconds: float = 10) -> list[str]:
+        """The lines of the next whole screen that has `text`, as they stand there."""
+        end = time.monotonic() + seconds
+        while True:
+            assert time.monotonic() < end, (text, self.said.split("\x1b[H")[-1])
+            self.until("\x1b[H")
+            for frame in self.said.split("\x1b[H")[1:-1]:
+                if text in frame:
+                    self.said = self.said.rpartition("\x1b[H")[2]
+                    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", frame).splitlines()
+                    return [line.rstrip() for line in lines]
+
     def press(self, key: bytes) -> int:
         """The exit status after a key."""
         os.write(self.ours, key)
@@ -394,18 +446,43 @@ def test_top_that_is_ended_gives_the_terminal_back_too(gpu_node: GpuNode) -> Non
 
 def test_top_fits_what_it_shows_into_the_terminal(gpu_node: GpuNode) -> None:
     """Four daemons want four lines, and there is room for two of them, or one while something is to be said; of the
-    columns what is spare goes before a number is cut."""
+    columns what is spare goes before a number is cut. What is not shown is counted, or named, and the rest is whole:
+    what is too much would be cut off by the terminal's library, without a word."""
+    lines, columns = 6, 80
     with job(gpu_node, 5, gpus="0,1,2,3", SPANK_MPS="per-gpu"):
-        gpu_node.fault("command.ps=hang")
-        top = Terminal(gpu_node, "--iterate", "0.2", lines=6, columns=80)
-        top.until("3 not shown")
-        top.until("does not answer")
-        gpu_node.fault()
-        top.until("2 not shown")
-        top.until("too narrow for mode, found, daemon")
-        top.until(" ACTIVE ")
+        top = Terminal(gpu_node, "--iterate", "0.2", lines=lines, columns=columns)
+        well = top.frame(" ACTIVE ")
+        gpu_node.set_compute_modes(3, 3, 3, 0)
+        one = top.frame("is DEFAULT, though")
+        gpu_node.set_compute_modes(0, 0, 0, 0)
+        many = top.frame("4 remarks; slurm-mps status tells them")
+        gpu_node.set_compute_modes(3, 3, 3, 3)
         assert top.press(b"q") == 0
         assert top.close()[0]
+    for frame, rows, remarks in ((well, 2, 0), (one, 1, 1), (many, 1, 1)):
+        head, empty, headings, *rest = frame
+        assert len(frame) == lines
+        assert max(map(len, frame)) <= columns
+        assert f", {4 - rows} not shown  (q quits)" in head
+        assert empty == ""
+        left_out = rest[-1].removeprefix("too narrow for ").split(", ")
+        shown = [column for column in COLUMNS if not column.hidden and column.name not in left_out]
+        assert len(shown) + len(left_out) == len([column for column in COLUMNS if not column.hidden])
+        assert re.split(r"  +", headings.strip()) == [column.heading for column in shown]
+        assert [len(re.split(r"  +", row.strip())) for row in rest[:rows]] == [len(shown)] * rows
+        assert len(rest) == rows + remarks + 1
+
+
+def test_top_sees_that_a_server_died(gpu_node: GpuNode) -> None:
+    """Though NVML lists the same clients as before: none."""
+    with job(gpu_node, 5):
+        top = Terminal(gpu_node, "--iterate", "0.2")
+        top.until(" ACTIVE ")
+        server = report(gpu_node)["jobs"][0]["daemons"][0]["servers"][0]["pid"]
+        gpu_node.run("kill", "-9", str(server)).check()
+        top.until(f"MPS server {server} died")
+        assert top.press(b"q") == 0
+        top.close()
 
 
 def test_top_without_a_terminal_says_so(gpu_node: GpuNode) -> None:

@@ -12,6 +12,7 @@ from slurm_mps.errors import NodeError
 from slurm_mps.status.cluster import Pyslurm, SlurmJob, Squeue, by_node, mps_jobs, parse_squeue
 from tests.harness import pyslurm
 from tests.harness.release import RELEASES, chosen
+from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import MarkedSite
 
@@ -49,10 +50,10 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     for job in jobs:
         marked.cluster.wait_running(job)
     said = cluster(marked, "-o", "job,user,daemons,threads,mem,nodes", "-n")
-    report = json.loads(cluster(marked, "--json").stdout)
+    report = checked(cluster(marked, "--json").stdout, 0)
     first_node = report["jobs"][0]["nodes"][0]
-    there = json.loads(cluster(marked, "--json", "-w", first_node).stdout)
-    elsewhere = json.loads(cluster(marked, "--json", "-w", "n[7-9]").stdout)
+    there = checked(cluster(marked, "--json", "-w", first_node).stdout, 0)
+    elsewhere = checked(cluster(marked, "--json", "-w", "n[7-9]").stdout, 0)
     comment = marked.cluster.job_info(jobs[2]).fields["AdminComment"]
     marked.machine.run(["scancel", *map(str, ids)]).check()
     marked.cluster.wait_idle()

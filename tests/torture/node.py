@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.harness.gpunode import GpuNode
+from tests.harness.reports import report as checked
 from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class MistreatedNode(GpuNode):
         """What reconcile found, by thing; it must end with this status."""
         result = self.reconcile("--json", *options)
         assert result.returncode == status, f"exit {result.returncode}: {result.stdout}{result.stderr}"
-        report: dict[str, Any] = json.loads(result.stdout)
+        report = checked(result.stdout, result.returncode)
         assert report["status"] == status
         return {finding["thing"]: finding["outcome"] for finding in report["findings"]}
 

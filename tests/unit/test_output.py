@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from slurm_mps import __version__
 from slurm_mps.cli.output import Column, add_table_options, chosen, fitting, print_json, print_table
 
 COLUMNS = (Column("job", "JOB", right=True), Column("user", "USER"), Column("command", "COMMAND", hidden=True))
@@ -13,7 +14,7 @@ ROWS = ({"job": 7, "user": "alice", "command": "a\x1b[2Jb\nc", "style": "red"}, 
 
 def options(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_table_options(parser, COLUMNS)
+    add_table_options(parser, COLUMNS, "some/1")
     return parser.parse_args(argv)
 
 
@@ -68,6 +69,6 @@ def test_an_unknown_field_is_named_with_those_there_are(capsys: pytest.CaptureFi
 
 
 def test_a_report_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json("status/1", jobs=[])
+    print_json(options("--json"), 1, jobs=[])
     report = json.loads(capsys.readouterr().out)
-    assert (report["report"], report["jobs"]) == ("status/1", [])
+    assert report == {"report": "some/1", "slurm_mps": __version__, "status": 1, "jobs": []}

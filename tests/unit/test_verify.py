@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from slurm_mps.cli.verify import COLUMNS
 from slurm_mps.record import replace as changed
 from slurm_mps.verify import hostlist, link, look, report
 from slurm_mps.verify.judge import Findings, memory_limit, own_memory_limit, problems, thread_limit
 from slurm_mps.verify.report import DaemonAnswer, Report
 from slurm_mps.verify.step import Step, read_step
-from slurm_mps.verify.table import document, summary, table
+from slurm_mps.verify.table import document, rows, summary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,23 +209,25 @@ def test_a_step_with_one_gpu_is_no_pile(fields: dict[str, Any]) -> None:
 def test_table_is_grouped_by_node_and_gpu() -> None:
     """And says none where a rank is no client."""
     found = findings(*four((3, {"host": "n0"})))
-    rows = [line.split() for line in table(found).splitlines()[1:]]
-    assert [(row[0], row[1], row[2]) for row in rows] == [
-        ("n0", B, "3"),
-        ("n1", A, "0"),
-        ("n1", A, "2"),
-        ("n1", B, "1"),
+    cells = rows(found)
+    assert [(row["node"], row["gpu"], row["rank"]) for row in cells] == [
+        ("n0", B, 3),
+        ("n1", A, 0),
+        ("n1", A, 2),
+        ("n1", B, 1),
     ]
-    assert rows[0][4] == "none"
-    assert rows[1][4:] == ["7", "32/132", "7168", "8192", "0", "-"]
+    assert cells[0]["server"] == "none"
+    numbers = {"server": 7, "sms": "32/132", "free": 7168, "limit": 8192, "cpu_numa": "0", "gpu_numa": ""}
+    assert numbers.items() <= cells[1].items()
+    assert {column.name for column in COLUMNS} == cells[1].keys()
     assert summary(found) == "4 ranks, all clients, each GPU's ranks share one server"
 
 
 def test_document_is_json() -> None:
     """With null for what is not there."""
     found = findings(*four(), clients={100: 7})
-    told = json.loads(json.dumps(document(found, ["x"], 1)))
-    assert (told["status"], told["problems"], len(told["ranks"])) == (1, ["x"], 4)
+    told = json.loads(json.dumps(document(found, ["x"])))
+    assert (told["problems"], len(told["ranks"])) == (["x"], 4)
     assert [one["server"] for one in told["ranks"]] == [7, None, None, None]
     assert told["daemons"][0]["clients"] == 1
 
