@@ -96,6 +96,9 @@ def test_the_readme_alone_leads_to_a_verified_job(bare: Machine) -> None:
         conf = machine.read("/etc/slurm/slurm.conf")
         machine.write("/etc/slurm/slurm.conf", "\n".join([conf, *lines, ""]))
         typed(machine, "scontrol reconfigure").check()
+        for page in ("slurm-mps", "slurm-mps-doctor", "mps.toml"):  # while slurmd reads its configuration again
+            typed(machine, f"man -w {page}", PATH=f"/opt/slurm-mps/bin:{PATH}").check()
+        cluster.wait_idle()
         cluster.stop_daemon("slurmd-n1")
         cluster.start_node("n1")
         cluster.wait_idle()
@@ -106,8 +109,6 @@ def test_the_readme_alone_leads_to_a_verified_job(bare: Machine) -> None:
         assert page_and_anchor, told
         entry = machine.run(["grep", "-x", f"### {page_and_anchor[2]}", page_and_anchor[1]]).check()
         assert entry.stdout
-        for page in ("slurm-mps", "slurm-mps-doctor", "mps.toml"):
-            typed(machine, f"man -w {page}", PATH=f"/opt/slurm-mps/bin:{PATH}").check()
 
         asked = ("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:2", "-n4")
         job = cluster.sbatch(*asked, script="srun slurm-mps verify")
