@@ -128,16 +128,29 @@ static void ask(const struct step *step, uid_t uid, int directory, bool script, 
 	line[strcspn(line, "\n")] = '\0';
 }
 
-static void look(const struct step *step, uid_t uid, bool script)
+/* The line names its job, and does not know Slurm's name of the node. */
+static void tell(uint32_t job_id, const char *line, const char *on_node)
 {
-	static char line[LINE_MAX_BYTES], shown[LINE_MAX_BYTES];
+	static char shown[LINE_MAX_BYTES];
+	char job[32];
+	size_t length = (size_t)snprintf(job, sizeof(job), "job %" PRIu32, job_id);
+
+	printable(shown, sizeof(shown), line);
+	if (!strncmp(shown, job, length) && shown[length] == ':')
+		slurm_error("mps: %s%s%s", job, on_node, shown + length);
+	else
+		slurm_error("mps: %s", shown);
+}
+
+static void look(const struct step *step, uid_t uid, bool script, const char *on_node)
+{
+	static char line[LINE_MAX_BYTES];
 	int directory = jobdir_open(step->job_id);
 
 	ask(step, uid, directory, script, line, sizeof(line));
 	if (line[0]) {
 		seen.told = true;
-		printable(shown, sizeof(shown), line);
-		slurm_error("mps: %s", shown);
+		tell(step->job_id, line, on_node);
 		if (directory >= 0)
 			jobdir_write_mark(directory, TOLD);
 	}
@@ -145,7 +158,7 @@ static void look(const struct step *step, uid_t uid, bool script)
 		(void)close(directory);
 }
 
-void explain_exit(const struct step *step, uid_t uid, bool script, uint32_t rank, int status)
+void explain_exit(const struct step *step, uid_t uid, bool script, const char *on_node, uint32_t rank, int status)
 {
 	bool first, last = ++seen.ended >= seen.forked;
 
@@ -160,5 +173,5 @@ void explain_exit(const struct step *step, uid_t uid, bool script, uint32_t rank
 	if (!step->verdict.explain[0] || !seen.bad || seen.told || !(first || last))
 		return;
 	seen.looked = true;
-	look(step, uid, script);
+	look(step, uid, script, on_node);
 }

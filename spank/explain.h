@@ -14,8 +14,9 @@ void explain_task(uint32_t rank, pid_t pid);
 /*
  * Note that a task has ended, as root, with the status of wait(2). After the first of a step that ended badly, and once
  * more after the last if nothing was found then, a program looks into the logs of the job's control daemons, as the
- * job's user, and what it finds is said in the job's output. Takes two seconds at most, and nothing where all is well.
+ * job's user, and what it finds is said in the job's output, with `on_node` behind the job's number. Takes two seconds at
+ * most, and nothing where all is well.
  */
-void explain_exit(const struct step *step, uid_t uid, bool script, uint32_t rank, int status);
+void explain_exit(const struct step *step, uid_t uid, bool script, const char *on_node, uint32_t rank, int status);
 
 #endif

@@ -65,6 +65,11 @@ class Release:
         """Why `make deb` and `make rpm` cannot be tried: they build for the Slurm of the machine they run on."""
         return "" if self.name == own_release() else "packages are built on a machine that has this Slurm itself"
 
+    @property
+    def no_bare_debian(self) -> str:
+        """Why there is no Debian to type README's commands in, with a registry of wheels beside it."""
+        return "" if self.name == own_release() else "README's commands are typed on this machine's own Debian"
+
 
 _BY_NAME = r"^slurmstepd-(?P<node>[^:]+): error: mps: (?P<first>)(?P<last>.*)"
 _BY_TIME = r"^\[[^]]+\] error: mps: (?P<first>[^:]*) on (?P<node>[^: ]+)(?P<last>: .*)"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.machine import Machine
+from tests.harness.release import chosen
 from tests.harness.site import FAKES, PLUGIN_DIRECTORY
 from tests.install.places import snapshot
 from tests.install.test_packages import RELEASE, make
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from tests.harness.machine import Result
 
+pytestmark = pytest.mark.skipif(bool(chosen().no_packages), reason=chosen().no_packages)
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 CONF = "ClusterName=c\nSlurmctldHost=localhost\n"
 WIRED = f"{CONF}Prolog=/etc/slurm/prolog.d/*\nEpilog=/etc/slurm/epilog.d/*\n"

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import PATH, Machine
+from tests.harness.release import chosen
 from tests.harness.site import CACHE, FAKES
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from tests.harness.machine import Result
 
+pytestmark = pytest.mark.skipif(bool(chosen().no_bare_debian), reason=chosen().no_bare_debian)
 CHECKOUT = "/root/slurm-mps"
 #: What a registry would give; the machine has no network.
 WHEELS, MACHINES_WHEELS = CACHE / "wheels-readme", "/srv/wheels"

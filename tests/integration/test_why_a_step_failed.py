@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.harness.site import Site
 
 CLIENT = "simulated-gpus client"
-TOLD = re.compile(r"^slurmstepd-n1: error: mps: job \d+: (.*); slurm-mps logs \d+ tells more$", re.MULTILINE)
+TOLD = re.compile(r"^job \d+: (.*); slurm-mps logs \d+ tells more$")
 FAULT = (
     f"srun -n3 --gpus=1 sh -c 'if [ $SLURM_PROCID = 1 ]; then sleep 1; exec {CLIENT} %s; fi; exec {CLIENT} --work 9'"
 )
@@ -28,7 +28,9 @@ def start(site: Site, script: str, *options: str) -> Job:
 def told(site: Site, job: Job) -> list[str]:
     """What the user was told, when the job is over."""
     site.cluster.wait(job)
-    return TOLD.findall(site.cluster.output(job))
+    said = site.cluster.said(site.cluster.output(job))
+    assert {node for node, _ in said} <= {"n1"}
+    return [found[1] for found in (TOLD.match(words) for _, words in said) if found]
 
 
 @pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
