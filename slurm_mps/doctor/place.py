@@ -55,6 +55,7 @@ UNSET_BY_DEFAULT = frozenset(
     | {"jobcontainertype", "namespacetype", "usepam", "taskprolog"}
 )
 _PLUGIN_NAME = "spank_mps.so"
+_PLUGSTACK_WORDS = ("required", "optional")  # so written; Slurm ignores a line with any other word (spank.c)
 
 
 class RefusedError(NodeError):
@@ -133,7 +134,7 @@ class Script:
 
 @record
 class PlugstackLine:
-    """Our line in plugstack.conf: where, required or optional, and the file that it names."""
+    """Our line in plugstack.conf: where, its first word as it is written, and the file that it names."""
 
     line: conf.ConfLine
     how: str
@@ -386,13 +387,21 @@ class Place:
 
     @cached_property
     def our_lines(self) -> list[PlugstackLine]:
-        """Our plugin in plugstack.conf. Raises: NotCheckedError."""
+        """Our plugin in plugstack.conf, as far as Slurm reads it there. Raises: NotCheckedError."""
+        return [line for line in self._lines_that_name_us if line.how in _PLUGSTACK_WORDS]
+
+    @cached_property
+    def ignored_lines(self) -> list[PlugstackLine]:
+        """Lines with our plugin that Slurm ignores, such as ``Required spank_mps.so``. Raises: NotCheckedError."""
+        return [line for line in self._lines_that_name_us if line.how not in _PLUGSTACK_WORDS]
+
+    @cached_property
+    def _lines_that_name_us(self) -> list[PlugstackLine]:
         found = []
         for line in self.plugstack.lines:
-            how, _, rest = line.text.partition(" ")
-            named = rest.split()[0] if rest.split() else ""
+            how, named, *_ = [*line.text.split(None, 2), "", ""]
             if os.path.basename(named) == _PLUGIN_NAME:
-                found.append(PlugstackLine(line, how.lower(), named))
+                found.append(PlugstackLine(line, how, named))
         return found
 
     @cached_property

@@ -256,6 +256,16 @@ FAULTS = {
     # the plugin
     "no plugstack.conf": Fault(lambda p: p.remove(PLUGSTACK), problem("plugstack")),
     "plugstack.conf without the plugin": Fault(lambda p: p.write(PLUGSTACK, "# nothing\n"), problem("plugstack-line")),
+    "a Required plugin": Fault(
+        lambda p: p.edit(PLUGSTACK, "required spank", "Required spank"), problem("plugstack-line")
+    ),
+    "an Include in plugstack.conf": Fault(
+        together(
+            lambda p: p.write(PLUGSTACK, "Include plugstack.conf.d/*\n"),
+            lambda p: p.write("/etc/slurm/plugstack.conf.d/mps.conf", f"required {PLUGIN}\n"),
+        ),
+        problem("plugstack-line"),
+    ),
     "an optional plugin": Fault(
         lambda p: p.edit(PLUGSTACK, "required spank", "optional spank"), problem("plugstack-required")
     ),
@@ -474,6 +484,26 @@ def test_a_control_program_of_a_user_is_not_run(patient: Patient) -> None:
     patient.chown(MPS, 20001)
     assert patient.examine().ailments["site-config-owner"] == "problem"
     assert not patient.site.machine.path("/run/was-run", node="n1").exists()
+
+
+def test_a_plugstack_conf_with_tabs_is_none(patient: Patient) -> None:
+    """Slurm takes it, and the include with a tab, too."""
+    patient.write("/etc/slurm/plugstack.conf.d/mps.conf", f"\trequired\t{PLUGIN}\t# ours\n")
+    patient.write(PLUGSTACK, "include\tplugstack.conf.d/*\n")
+    assert "--mps" in patient.shell("srun --help 2>&1")
+    assert patient.examine().ailments == {}
+
+
+@pytest.mark.parametrize("word", ["Required", "REQUIRED", "Include"])
+def test_slurm_takes_the_words_of_plugstack_conf_in_small_letters_alone(patient: Patient, word: str) -> None:
+    """What doctor calls ignored is ignored, and the finding shows the word and the line that works."""
+    patient.write("/etc/slurm/plugstack.conf.d/mps.conf", f"required {PLUGIN}\n")
+    patient.write(PLUGSTACK, f"{word} {'plugstack.conf.d/*' if word == 'Include' else PLUGIN}\n")
+    assert "--mps" not in patient.shell("srun --help 2>&1")
+    (finding,) = (one for one in patient.examine().findings if one["severity"] == "problem")
+    if word != "Include":
+        assert finding["what"] == f"{PLUGSTACK}:1: Slurm ignores the line, for '{word}' is none of its words"
+        assert finding["cure"] == f"{PLUGSTACK}:1: required {PLUGIN}"
 
 
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
