@@ -18,18 +18,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DEPTH_MAX = 3
 _HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
 _COMMENT = re.compile(r"(?:^|(?<=[\s;]))#.*$", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"""\s*(?:export\s+|readonly\s+|local\s+)?(\w+)=["']?([^\s"';]+)["']?\s*;?\s*""")
 _OWN_DIRECTORY = re.compile(r"""\$\(dirname\s+(?:--\s+)?"?\$(?:0|\{0\})"?\)|\$\{0%/\*\}""")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_TEST = re.compile(r"\[\[?\s[^\]]*\s\]\]?|\btest\s+-\w\s+\S+")
+_TEST = re.compile(r"\[\[?\s[^\]\n]{0,200}\s\]\]?|\btest\s+-\w\s+\S+")
 _PATH = re.compile(r"(?<![\w.$})*])(?:/[\w.+@=*?-]+)+")
 _DESCENDING = re.compile(r"\b(?:ls|sort)\s+-\w*r|\s--reverse\b")
 _RUN_PARTS = re.compile(r"(?:^|[\s/;(])run-parts\s")
 _SYSTEM = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/dev/", "/proc/", "/sys/")
-_LEFT_OPEN = re.compile(r"slurm-mps|(?:pro|epi)log[\w.-]*\.d\b")
+_NAMED = r"(?:slurm-mps|(?:pro|epi)log[\w.-]*\.d\b)"
+_OF_HOOKS = re.compile(_NAMED)
+#: A path of that kind that hangs on a variable nobody set here, or on the directory that the script is in.
+_LEFT_OPEN = re.compile(rf"\$\S*{_NAMED}|(?<!\S)(?:\.\.?/)*(?:pro|epi)log[\w.-]*\.d/")
 
 
 @record
@@ -76,11 +78,16 @@ def read_script(path: str, top: str = "") -> Script:
     return Script(path, text, executable, top or path)
 
 
-def in_order(script: Script, depth: int = 0) -> Iterator[Script]:
-    """A script and all that it runs, in the order in which they run; a caller comes in parts."""
-    if script.text is None or script.is_ours or depth > _DEPTH_MAX:
+def in_order(script: Script, followed: set[str] | None = None) -> Iterator[Script]:
+    """A script and all that it runs, in the order in which they run; a caller comes in parts.
+
+    Each is followed once: scripts of a directory may name that directory.
+    """
+    followed = set() if followed is None else followed
+    if script.text is None or script.is_ours or script.path in followed:
         yield script
         return
+    followed.add(script.path)
     own = ""
     for line in _resolved_lines(script):
         at = 0
@@ -95,7 +102,7 @@ def in_order(script: Script, depth: int = 0) -> Iterator[Script]:
                 yield Script(script.path, own, script.executable, script.top)
                 own = ""
             for one in called:
-                yield from in_order(one, depth + 1)
+                yield from in_order(one, followed)
         own += line[at:]
     yield Script(script.path, own, script.executable, script.top)
 
@@ -127,7 +134,7 @@ def _run_by(named: str, line: str) -> list[str] | None:
         return paths[::-1] if _DESCENDING.search(line) else paths
     if os.path.isfile(named):
         return [named] if "slurm-mps" in named or _begins(named, b"#!") else None
-    return [] if _LEFT_OPEN.search(named) else None
+    return [] if _OF_HOOKS.search(named) else None
 
 
 def _is_debians_run_parts() -> bool:

@@ -35,8 +35,8 @@ def _wired(place: Place, key: str, parts: list[Script]) -> Iterator[Said]:
     elif not place.is_compute:
         yield fine(f"{key}={','.join(patterns)}")
     elif not any(part.is_ours for part in parts):
-        if any(part.text is None for part in parts):
-            raise NotCheckedError(f"a script of {key} can be read by root only", needs_root=not place.is_root)
+        if not place.is_root and any(part.text is None for part in parts):
+            raise NotCheckedError(f"a script of {key} can be read by root only", needs_root=True)
         unclear = next((part.path for part in parts if part.is_open), "")
         if unclear:
             raise NotCheckedError(f"what {unclear} runs cannot be told from its text")

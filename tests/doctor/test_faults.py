@@ -328,6 +328,13 @@ FAULTS = {
     "a single epilog that only looks whether ours is there": Fault(
         single("Epilog", f"[ -x {EPILOG} ] || echo none"), problem("epilog-wired")
     ),
+    "a single epilog that only speaks of ours": Fault(
+        single("Epilog", "logger slurm-mps was here; systemctl start slurm-mps-reconcile"), problem("epilog-wired")
+    ),
+    "a single epilog whose directory has lost ours": Fault(
+        together(PARTS, single("Epilog", f"{RUN_PARTS} /etc/slurm/epilog.d"), lambda p: p.remove(EPILOG)),
+        problem("epilog-wired"),
+    ),
     "a single epilog whose run-parts takes no name with a dot": Fault(
         single("Epilog", "run-parts /etc/slurm/epilog.d"), problem("epilog-wired")
     ),
@@ -604,6 +611,14 @@ def test_a_single_script_that_cannot_be_followed_is_not_judged(patient: Patient)
     found = patient.examine()
     assert found.ailments.keys() <= {"config-in-force"}
     assert found.of("not checked")["epilog-wired"] == "what /etc/slurm/epilog.sh runs cannot be told from its text"
+
+
+def test_scripts_that_name_their_own_directory_are_followed_once(patient: Patient) -> None:
+    for number in range(20, 44):
+        script(f"/etc/slurm/epilog.d/{number}-site", "ls /etc/slurm/epilog.d/* >/dev/null")(patient)
+    begun = monotonic()
+    assert patient.examine("epilog-wired", "epilog-order", "hooks-twice").status == 0
+    assert monotonic() - begun < 3
 
 
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
