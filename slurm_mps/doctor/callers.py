@@ -31,7 +31,7 @@ _SYSTEM = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/dev/", "/proc/", "/sy
 _NAMED = r"(?:slurm-mps|(?:pro|epi)log[\w.-]*\.d\b)"
 _OF_HOOKS = re.compile(_NAMED)
 #: A path of that kind that hangs on a variable nobody set here, or on the directory that the script is in.
-_LEFT_OPEN = re.compile(rf"\$\S*{_NAMED}|(?<!\S)(?:\.\.?/)*(?:pro|epi)log[\w.-]*\.d/")
+_LEFT_OPEN = re.compile(rf"\$\S{{0,200}}{_NAMED}|(?<!\S)(?:\.\.?/)*(?:pro|epi)log[\w.-]*\.d/")
 
 
 @record
@@ -115,7 +115,7 @@ def _resolved_lines(script: Script) -> Iterator[str]:
         line = _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), _OWN_DIRECTORY.sub(here, raw))
         given = _ASSIGNMENT.fullmatch(line)
         if given:
-            variables[given[1]] = given[2]
+            variables[given[1]] = given[2][:4096]
         else:
             yield re.sub(r"""["'](?=/)""", "", _TEST.sub("", line))  # "$dir"/* is one path
 
