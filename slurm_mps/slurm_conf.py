@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PAIR = re.compile(r'([A-Za-z][\w.-]*)\s*\+?=\s*("[^"]*"|\S+)')
 _INCLUDE = re.compile(r"^include\s+(\S.*)$", re.IGNORECASE)
+_PLUGSTACK_INCLUDE = re.compile(r"^include[ \t]+([^ \t]+)")  # plugstack.conf's words: in small letters alone (spank.c)
 _DEPTH_MAX = 8
 
 
@@ -85,8 +86,9 @@ def read_conf(path: str, *, globs: bool = False) -> Conf:
 
 
 def _read(path: str, text: str, globs: bool, problems: list[str], depth: int) -> Iterator[ConfLine]:
+    include = _PLUGSTACK_INCLUDE if globs else _INCLUDE
     for line in logical_lines(path, text):
-        match = _INCLUDE.match(line.text)
+        match = include.match(line.text)
         if not match:
             yield line
             continue

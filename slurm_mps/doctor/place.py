@@ -20,10 +20,10 @@ from ..config import DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
 from ..hooks import CONFIG_PATH
 from ..node import processes
-from ..plain import read_text
 from ..record import record
 from ..units import printable
 from ..verify.hostlist import expand_hosts
+from .callers import Script, in_order, read_script
 from .finding import NoAnswerError, NotCheckedError
 from .gpus import Driver, look_at_gpus
 from .paths import others_can_write
@@ -48,13 +48,13 @@ _CONF_PLACES = (
 _PROGRAM_PLACES = ("/usr/local/bin", "/usr/bin", "/usr/local/sbin", "/usr/sbin", "/opt/slurm/bin", "/opt/slurm/sbin")
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _SHOWN = re.compile(r"^(\w+)(?:\[\d+\])? *= (.*)$", re.MULTILINE)
-_HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
 #: Where the file is silent these are unset, whatever slurmctld still has of an earlier one.
 UNSET_BY_DEFAULT = frozenset(
     {"prolog", "epilog", "prologflags", "grestypes", "prologtimeout", "epilogtimeout", "prologepilogtimeout"}
     | {"jobcontainertype", "namespacetype", "usepam", "taskprolog"}
 )
 _PLUGIN_NAME = "spank_mps.so"
+_PLUGSTACK_WORDS = ("required", "optional")  # so written; Slurm ignores a line with any other word (spank.c)
 
 
 class RefusedError(NodeError):
@@ -109,31 +109,8 @@ class Running:
 
 
 @record
-class Script:
-    """A prolog or epilog script as slurmd runs it. `text` is None where it cannot be read."""
-
-    path: str
-    text: str | None
-    executable: bool
-
-    @property
-    def is_ours(self) -> bool:
-        return self.text is not None and "/hook.py" in self.text and "slurm-mps" in self.text
-
-    @property
-    def calls_ours(self) -> bool:
-        """Whether it is ours, or a site's own script that runs ours."""
-        return self.is_ours or (self.text is not None and "slurm-mps" in self.text)
-
-    @property
-    def values(self) -> dict[str, str]:
-        """The Python and the package that it names."""
-        return dict(_HOOK_VALUE.findall(self.text or ""))
-
-
-@record
 class PlugstackLine:
-    """Our line in plugstack.conf: where, required or optional, and the file that it names."""
+    """Our line in plugstack.conf: where, its first word as it is written, and the file that it names."""
 
     line: conf.ConfLine
     how: str
@@ -386,13 +363,21 @@ class Place:
 
     @cached_property
     def our_lines(self) -> list[PlugstackLine]:
-        """Our plugin in plugstack.conf. Raises: NotCheckedError."""
+        """Our plugin in plugstack.conf, as far as Slurm reads it there. Raises: NotCheckedError."""
+        return [line for line in self._lines_that_name_us if line.how in _PLUGSTACK_WORDS]
+
+    @cached_property
+    def ignored_lines(self) -> list[PlugstackLine]:
+        """Lines with our plugin that Slurm ignores, such as ``Required spank_mps.so``. Raises: NotCheckedError."""
+        return [line for line in self._lines_that_name_us if line.how not in _PLUGSTACK_WORDS]
+
+    @cached_property
+    def _lines_that_name_us(self) -> list[PlugstackLine]:
         found = []
         for line in self.plugstack.lines:
-            how, _, rest = line.text.partition(" ")
-            named = rest.split()[0] if rest.split() else ""
+            how, named, *_ = [*line.text.split(None, 2), "", ""]
             if os.path.basename(named) == _PLUGIN_NAME:
-                found.append(PlugstackLine(line, how.lower(), named))
+                found.append(PlugstackLine(line, how, named))
         return found
 
     @cached_property
@@ -413,7 +398,9 @@ class Place:
 
     def scripts(self, key: str) -> list[Script]:
         """The scripts of Prolog or Epilog in the order in which slurmd runs them: each pattern's in reverse (S12)."""
-        return [_script(path) for _, pattern in self.values(key) for path in sorted(glob.glob(pattern), reverse=True)]
+        return [
+            read_script(path) for _, pattern in self.values(key) for path in sorted(glob.glob(pattern), reverse=True)
+        ]
 
     @cached_property
     def prologs(self) -> list[Script]:
@@ -424,14 +411,27 @@ class Place:
         return self.scripts("Epilog")
 
     @cached_property
+    def prolog_parts(self) -> list[Script]:
+        """All that runs as prolog, in order: the scripts, those that they run, and what stands around a call."""
+        return [part for script in self.prologs for part in in_order(script)]
+
+    @cached_property
+    def epilog_parts(self) -> list[Script]:
+        """The same of the epilogs."""
+        return [part for script in self.epilogs for part in in_order(script)]
+
+    @cached_property
     def our_hooks(self) -> list[Script]:
-        """Our own scripts: those that slurmd runs, and those that lie beside slurm.conf and are run by another."""
+        """Our own scripts: those that slurmd runs or has run, and those that lie beside slurm.conf."""
         beside = [
-            _script(path)
+            read_script(path)
             for kind in ("prolog.d", "epilog.d")
             for path in sorted(glob.glob(f"{self.conf_directory}/{kind}/*slurm-mps*"))
         ]
-        found = {script.path: script for script in (*self.prologs, *self.epilogs, *beside) if script.is_ours}
+        found: dict[str, Script] = {}
+        for script in (*self.prolog_parts, *self.epilog_parts, *beside):
+            if script.is_ours:
+                found.setdefault(script.path, script)
         return list(found.values())
 
     def hook_values(self) -> dict[str, str]:
@@ -524,18 +524,6 @@ class Place:
     def _ask_control_program(self) -> str:
         said = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
         return said.output if not said.status else ""
-
-
-def _script(path: str) -> Script:
-    try:
-        text: str | None = read_text(path, 65536)
-    except OSError:
-        text = None
-    try:
-        executable = bool(os.stat(path).st_mode & 0o100)
-    except OSError:
-        executable = False
-    return Script(path, text, executable)
 
 
 def _expand(text: str) -> list[str]:

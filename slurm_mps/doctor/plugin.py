@@ -43,7 +43,12 @@ def plugstack(place: Place) -> Iterator[Said]:
     why="A host without it has no --mps; a node without it runs the tasks of MPS jobs without MPS.",
 )
 def plugstack_line(place: Place) -> Iterator[Said]:
-    if not place.our_lines:
+    for line in place.ignored_lines:
+        yield problem(
+            f"{line.line.place}: Slurm ignores the line, for {line.how!r} is none of its words",
+            f"{line.line.place}: required {line.path}",
+        )
+    if not place.our_lines and not place.ignored_lines:
         cure = f"{_install(place)}; or {place.plugstack_path}: required spank_mps.so"
         yield problem(f"{place.plugstack_path} has no spank_mps.so", cure)
 

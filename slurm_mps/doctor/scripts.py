@@ -14,10 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .callers import Script
     from .finding import Said
-    from .place import Place, Script
+    from .place import Place
 
-_COMMENT = re.compile(r"^\s*#.*$", re.MULTILINE)
 _KILLS = re.compile(
     r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b)|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"
 )
@@ -25,32 +25,33 @@ _SETS_MODE = re.compile(r"nvidia-smi\b[^\n|;]*(\s-c[\s=\d]|--compute-mode|\s-mig
 _RUNS_MPS = re.compile(r"(?<!grep )(?<!pidof )nvidia-cuda-mps-(control|server)\b")
 
 
-def _code(script: Script) -> str:
-    """What a script does, without its comments."""
-    return _COMMENT.sub("", script.text or "")
-
-
-def _unreadable(scripts: list[Script]) -> bool:
-    return any(script.text is None for script in scripts)
-
-
-def _wired(place: Place, key: str, scripts: list[Script]) -> Iterator[Said]:
+def _wired(place: Place, key: str, parts: list[Script]) -> Iterator[Said]:
     patterns = [pattern for _, pattern in place.values(key)]
     beside = f"{place.conf_directory}/{key.lower()}.d"
     line = f"{place.where(key)}: {key}={beside}/*"
+    lies = next((script.path for script in place.our_hooks if f"/{key.lower()}.d/" in script.path), "")
     if not patterns:
-        lies = any(f"/{key.lower()}.d/" in script.path for script in place.our_hooks)
         yield problem(f"{key} is not set", line if lies or not place.is_compute else f"slurm-mps install, and {line}")
     elif not place.is_compute:
         yield fine(f"{key}={','.join(patterns)}")
-    elif not any(script.calls_ours for script in scripts):
-        if _unreadable(scripts):
+    elif not any(part.is_ours for part in parts):
+        if not place.is_root and any(part.text is None for part in parts):
             raise NotCheckedError(f"a script of {key} can be read by root only", needs_root=True)
+        unclear = next((part.path for part in parts if part.is_open), "")
+        if unclear:
+            raise NotCheckedError(f"what {unclear} runs cannot be told from its text")
         told = f"{key}={','.join(patterns)} runs no script of slurm-mps"
-        there = [path for script in place.our_hooks if f"/{key.lower()}.d/" in (path := script.path)]
-        yield problem(
-            told, line if there else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
-        )
+        site = patterns[0] if os.path.isfile(patterns[0]) else ""  # its line in slurm.conf stays as it is
+        if site:
+            cure = _call(key, site, lies) if lies else f"slurm-mps install, which names the line for {site}"
+        else:
+            cure = line if lies else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
+        yield problem(told, cure)
+
+
+def _call(key: str, caller: str, hook: str) -> str:
+    """What to write into a script of the site's that is to run ours; `slurm-mps install` says the same."""
+    return f"{caller}, as its {'last' if key == 'Prolog' else 'first'} line: {hook} || exit 1"
 
 
 @check(
@@ -59,7 +60,7 @@ def _wired(place: Place, key: str, scripts: list[Script]) -> Iterator[Said]:
     why="Jobs that ask for MPS fail: no prolog set it up.",
 )
 def prolog_wired(place: Place) -> Iterator[Said]:
-    yield from _wired(place, "Prolog", place.prologs)
+    yield from _wired(place, "Prolog", place.prolog_parts)
 
 
 @check(
@@ -68,56 +69,65 @@ def prolog_wired(place: Place) -> Iterator[Said]:
     why="Control daemons outlive their jobs, and GPUs stay EXCLUSIVE_PROCESS.",
 )
 def epilog_wired(place: Place) -> Iterator[Said]:
-    yield from _wired(place, "Epilog", place.epilogs)
+    yield from _wired(place, "Epilog", place.epilog_parts)
 
 
-def _ours_and_others(scripts: list[Script]) -> tuple[list[Script], list[Script]]:
-    """Who runs before our script and who after it; nobody where it is not among them."""
-    at = next((number for number, script in enumerate(scripts) if script.calls_ours), None)
-    return ([], []) if at is None else (scripts[:at], scripts[at + 1 :])
+def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, list[Script]]:
+    """Who runs before our script, that, and who runs after it; nobody where it is not among them."""
+    at = next((number for number, part in enumerate(parts) if part.is_ours), None)
+    return ([], None, []) if at is None else (parts[:at], parts[at], parts[at + 1 :])
 
 
 @check(
     "prolog-order",
     "no script that runs after slurm-mps' prolog undoes what it did",
-    why="Slurm runs the scripts of a pattern in reverse order of their names: what follows meets the job's own daemon.",
+    why="Slurm runs the scripts of a pattern in reverse order of their names, a loop or run-parts in ascending order: "
+    "what follows meets the job's own daemon.",
     where=COMPUTE,
 )
 def prolog_order(place: Place) -> Iterator[Said]:
-    for script in _ours_and_others(place.prologs)[1]:
-        found = _KILLS.search(_code(script)) or _SETS_MODE.search(_code(script))
-        if found:
-            yield warning(
-                f"{script.path} runs after slurm-mps' prolog, and has {found[0].strip()!r}",
-                f"give it a name that sorts behind slurm-mps' prolog: mv {script.path} "
-                f"{os.path.dirname(script.path)}/50-{_bare(script.path)}",
-            )
+    _, ours, after = _ours_and_others(place.prolog_parts)
+    for part in after:
+        found = _KILLS.search(part.code) or _SETS_MODE.search(part.code)
+        if ours and found and not part.is_ours:
+            if part.top != ours.top:
+                cure = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
+            elif os.path.dirname(part.path) == os.path.dirname(ours.path) and part.path != part.top:
+                cure = f"give it a name that {ours.top} meets before slurm-mps' prolog: {_rename(part.path, '05')}"
+            else:
+                cure = f"{ours.top}: have it done before {ours.path} runs"
+            yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found[0].strip()!r}", cure)
 
 
 @check(
     "epilog-order",
     "no script that runs before slurm-mps' epilog kills its processes",
     why="A clean-up such as DeepOps' 50-exclusive-gpu takes the job's control daemon for a leftover; Slurm runs the "
-    "scripts of a pattern in reverse order of their names.",
+    "scripts of a pattern in reverse order of their names, a loop or run-parts in ascending order.",
     where=COMPUTE,
 )
 def epilog_order(place: Place) -> Iterator[Said]:
-    for script in _ours_and_others(place.epilogs)[0]:
-        found = _KILLS.search(_code(script))
-        if found:
-            yield warning(
-                f"{script.path} runs before slurm-mps' epilog, and has {found[0].strip()!r}",
-                f"give it a name that sorts in front of slurm-mps' epilog: mv {script.path} "
-                f"{os.path.dirname(script.path)}/50-{_bare(script.path)}",
-            )
+    before, ours, _ = _ours_and_others(place.epilog_parts)
+    for part in before:
+        found = _KILLS.search(part.code)
+        if ours and found:
+            if part.top == ours.top:
+                cure = _call("Epilog", ours.top, ours.path)
+            else:
+                cure = f"give it a name that sorts in front of slurm-mps' epilog: {_rename(part.top, '50')}"
+            yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found[0].strip()!r}", cure)
+
+
+def _rename(path: str, number: str) -> str:
+    return f"mv {path} {os.path.dirname(path)}/{number}-{_bare(path)}"
 
 
 def _bare(path: str) -> str:
     return re.sub(r"^[\dz]+[-_]", "", os.path.basename(path))
 
 
-def _other_scripts(place: Place) -> list[Script]:
-    return [script for script in (*place.prologs, *place.epilogs) if not script.calls_ours]
+def _others(place: Place) -> list[Script]:
+    return [part for part in (*place.prolog_parts, *place.epilog_parts) if not part.is_ours]
 
 
 @check(
@@ -127,8 +137,8 @@ def _other_scripts(place: Place) -> list[Script]:
     where=COMPUTE,
 )
 def other_mode_setter(place: Place) -> Iterator[Said]:
-    for script in _other_scripts(place):
-        found = _SETS_MODE.search(_code(script))
+    for script in _others(place):
+        found = _SETS_MODE.search(script.code)
         if found:
             yield warning(
                 f"{script.path} has {found[0].strip()!r}", "leave the compute mode to slurm-mps, or set it at boot"
@@ -142,8 +152,8 @@ def other_mode_setter(place: Place) -> Iterator[Said]:
     where=COMPUTE,
 )
 def other_mps_script(place: Place) -> Iterator[Said]:
-    for script in _other_scripts(place):
-        found = _RUNS_MPS.search(_code(script))
+    for script in _others(place):
+        found = _RUNS_MPS.search(script.code)
         if found:
             yield warning(f"{script.path} runs {found[0]}", f"take it out of {os.path.dirname(script.path)}")
 
@@ -155,7 +165,8 @@ def other_mps_script(place: Place) -> Iterator[Said]:
     where=COMPUTE,
 )
 def scripts_executable(place: Place) -> Iterator[Said]:
-    for script in (*place.prologs, *place.epilogs):
+    called = [script for script in place.our_hooks if script.path != script.top]  # of others a loop may take no notice
+    for script in (*place.prologs, *place.epilogs, *called):
         if not script.executable:
             yield problem(f"{script.path} is not executable", f"chmod 755 {script.path}, or take it away")
 
@@ -168,7 +179,7 @@ def scripts_executable(place: Place) -> Iterator[Said]:
 )
 def scripts_owner(place: Place) -> Iterator[Said]:
     named = {
-        path for script in (*place.prologs, *place.epilogs) for path in (script.path, script.values.get("package"))
+        path for part in (*place.prolog_parts, *place.epilog_parts) for path in (part.path, part.values.get("package"))
     }
     pythons = {script.values.get("python") for script in place.our_hooks}
     written = {others_can_write(path) for path in named | pythons if path} - {""}
@@ -183,8 +194,8 @@ def scripts_owner(place: Place) -> Iterator[Said]:
     where=COMPUTE,
 )
 def hooks_twice(place: Place) -> Iterator[Said]:
-    for scripts in (place.prologs, place.epilogs):
-        ours = [script.path for script in scripts if script.is_ours]
+    for parts in (place.prolog_parts, place.epilog_parts):
+        ours = list(dict.fromkeys(part.path for part in parts if part.is_ours))  # by name and by a loop is no fault
         if len(ours) > 1:
             yield warning(f"slurmd runs {' and '.join(ours)}", "remove the older")
 

@@ -265,10 +265,10 @@ def find_stack_place(conf: SlurmConf, name: str) -> StackPlace:
         if not os.path.exists(path) or len(files) > _INCLUDES_MAX:
             continue
         for line in _lines(path):
-            word, _, pattern = line.partition(" ")
-            if word.lower() != "include":
+            word, pattern, *_ = [*line.split(), "", ""]
+            if word != "include" or not pattern:  # so written: Slurm ignores an Include there (spank.c)
                 continue
-            pattern = os.path.join(os.path.dirname(top), pattern.strip())
+            pattern = os.path.join(os.path.dirname(top), pattern)
             candidate = os.path.join(os.path.dirname(pattern), name)
             own = own or (candidate if fnmatch.fnmatchcase(candidate, pattern) else "")
             files += [one for one in sorted(glob.glob(pattern)) if one not in files]

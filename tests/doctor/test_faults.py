@@ -68,6 +68,12 @@ def script(path: str, text: str, mode: int = 0o755) -> Callable[[Patient], objec
     return lambda patient: patient.write(path, f"#!/bin/sh\n{text}\n", mode)
 
 
+def single(key: str, text: str) -> Callable[[Patient], None]:
+    """Let slurmd run one script of the site's own, as Prolog or Epilog."""
+    path = f"/etc/slurm/{key.lower()}.sh"
+    return together(script(path, text), line(key, path))
+
+
 def hook(key: str, value: str) -> Callable[[Patient], None]:
     """Have the prolog name another Python or package."""
 
@@ -171,6 +177,11 @@ def set_mode(mode: int) -> Callable[[Patient], object]:
 
 REVERSED = "".join(f"NodeName=n1,n2 Name=gpu File=/dev/nvidia{number}\n" for number in (3, 2, 1, 0))
 DEEPOPS = "for pid in $(nvidia-smi --query-compute-apps=pid --format=csv,noheader); do\n  kill -9 $pid\ndone"
+#: As DeepOps has it: its epilog.sh gives a directory to a script of its own, which runs the files in ascending order.
+RUN_PARTS = "/etc/slurm/shared/bin/run-parts.sh"
+PARTS = script(
+    RUN_PARTS, 'for one in "$1"/*; do\n  [ -x "$one" ] || continue\n  echo "runs $one"; "$one" || exit 1\ndone'
+)
 TMPFS = together(line("PrologFlags", "Contain"), line("JobContainerType", "job_container/tmpfs"))
 CONTAINER = "/etc/slurm/job_container.conf"
 
@@ -256,6 +267,16 @@ FAULTS = {
     # the plugin
     "no plugstack.conf": Fault(lambda p: p.remove(PLUGSTACK), problem("plugstack")),
     "plugstack.conf without the plugin": Fault(lambda p: p.write(PLUGSTACK, "# nothing\n"), problem("plugstack-line")),
+    "a Required plugin": Fault(
+        lambda p: p.edit(PLUGSTACK, "required spank", "Required spank"), problem("plugstack-line")
+    ),
+    "an Include in plugstack.conf": Fault(
+        together(
+            lambda p: p.write(PLUGSTACK, "Include plugstack.conf.d/*\n"),
+            lambda p: p.write("/etc/slurm/plugstack.conf.d/mps.conf", f"required {PLUGIN}\n"),
+        ),
+        problem("plugstack-line"),
+    ),
     "an optional plugin": Fault(
         lambda p: p.edit(PLUGSTACK, "required spank", "optional spank"), problem("plugstack-required")
     ),
@@ -299,6 +320,63 @@ FAULTS = {
     ),
     "another prolog that starts MPS": Fault(
         script("/etc/slurm/prolog.d/50-mps.sh", "nvidia-cuda-mps-control -d"), warning("other-mps-script")
+    ),
+    "a single prolog that does not run ours": Fault(single("Prolog", "exit 0"), problem("prolog-wired")),
+    "a single prolog with our line commented out": Fault(
+        single("Prolog", f"# {PROLOG} || exit 1\nexit 0 # was {PROLOG}"), problem("prolog-wired")
+    ),
+    "a single epilog that only looks whether ours is there": Fault(
+        single("Epilog", f"[ -x {EPILOG} ] || echo none"), problem("epilog-wired")
+    ),
+    "a single epilog that only speaks of ours": Fault(
+        single("Epilog", "logger slurm-mps was here; systemctl start slurm-mps-reconcile"), problem("epilog-wired")
+    ),
+    "a single epilog whose directory has lost ours": Fault(
+        together(PARTS, single("Epilog", f"{RUN_PARTS} /etc/slurm/epilog.d"), lambda p: p.remove(EPILOG)),
+        problem("epilog-wired"),
+    ),
+    "a single epilog whose run-parts takes no name with a dot": Fault(
+        single("Epilog", "run-parts /etc/slurm/epilog.d"), problem("epilog-wired")
+    ),
+    "our epilog gone, and another that speaks of it": Fault(
+        together(lambda p: p.remove(EPILOG), script("/etc/slurm/epilog.d/50-site", "# replaces slurm-mps\ntrue")),
+        problem("epilog-wired"),
+    ),
+    "an epilog that kills and only speaks of ours": Fault(
+        script("/etc/slurm/epilog.d/99-clean", "# must not disturb slurm-mps\npkill -9 nvidia\nnvidia-smi -c 0"),
+        warning("epilog-order", "other-mode-setter"),
+    ),
+    "a single epilog that kills before it runs ours": Fault(
+        single("Epilog", f"pkill -u $SLURM_JOB_USER\n{EPILOG} || exit 1"), warning("epilog-order")
+    ),
+    "a single prolog that sets modes after it ran ours": Fault(
+        single("Prolog", f"{PROLOG} || exit 1\nnvidia-smi -c 0"), warning("prolog-order", "other-mode-setter")
+    ),
+    "an epilog that kills before ours in ascending order": Fault(
+        together(
+            PARTS,
+            single("Epilog", f"{RUN_PARTS} /etc/slurm/epilog.d"),
+            script("/etc/slurm/epilog.d/50-exclusive-gpu", DEEPOPS),
+        ),
+        warning("epilog-order"),
+    ),
+    "a prolog that resets GPUs after ours in ascending order": Fault(
+        together(
+            single("Prolog", 'dir=/etc/slurm/prolog.d\nfor one in "$dir"/*; do $one || exit 1; done'),
+            script("/etc/slurm/prolog.d/50-gpus", "nvidia-smi --gpu-reset -i 0"),
+        ),
+        warning("prolog-order"),
+    ),
+    "a prolog that a loop leaves out": Fault(
+        together(PARTS, single("Prolog", f"{RUN_PARTS} /etc/slurm/prolog.d"), lambda p: p.chmod(PROLOG, 0o644)),
+        problem("scripts-executable"),
+    ),
+    "the epilog twice by a single script": Fault(
+        together(
+            single("Epilog", f"{EPILOG} || exit 1\n/etc/slurm/old/slurm-mps.sh"),
+            lambda p: p.write("/etc/slurm/old/slurm-mps.sh", p.read(EPILOG), 0o755),
+        ),
+        warning("hooks-twice"),
     ),
     "a prolog that is not executable": Fault(lambda p: p.chmod(PROLOG, 0o644), problem("scripts-executable")),
     "a backup among the epilogs": Fault(
@@ -474,6 +552,73 @@ def test_a_control_program_of_a_user_is_not_run(patient: Patient) -> None:
     patient.chown(MPS, 20001)
     assert patient.examine().ailments["site-config-owner"] == "problem"
     assert not patient.site.machine.path("/run/was-run", node="n1").exists()
+
+
+def test_a_plugstack_conf_with_tabs_is_none(patient: Patient) -> None:
+    """Slurm takes it, and the include with a tab, too."""
+    patient.write("/etc/slurm/plugstack.conf.d/mps.conf", f"\trequired\t{PLUGIN}\t# ours\n")
+    patient.write(PLUGSTACK, "include\tplugstack.conf.d/*\n")
+    assert "--mps" in patient.shell("srun --help 2>&1")
+    assert patient.examine().ailments == {}
+
+
+@pytest.mark.parametrize("word", ["Required", "REQUIRED", "Include"])
+def test_slurm_takes_the_words_of_plugstack_conf_in_small_letters_alone(patient: Patient, word: str) -> None:
+    """What doctor calls ignored is ignored, and the finding shows the word and the line that works."""
+    patient.write("/etc/slurm/plugstack.conf.d/mps.conf", f"required {PLUGIN}\n")
+    patient.write(PLUGSTACK, f"{word} {'plugstack.conf.d/*' if word == 'Include' else PLUGIN}\n")
+    assert "--mps" not in patient.shell("srun --help 2>&1")
+    (finding,) = (one for one in patient.examine().findings if one["severity"] == "problem")
+    if word != "Include":
+        assert finding["what"] == f"{PLUGSTACK}:1: Slurm ignores the line, for '{word}' is none of its words"
+        assert finding["cure"] == f"{PLUGSTACK}:1: required {PLUGIN}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{EPILOG} || exit 1\npkill -u $SLURM_JOB_USER",
+        'for one in /etc/slurm/epilog.d/*; do [ -x "$one" ] && "$one"; done',
+        'dir="$(dirname "$0")"\nfor one in "$dir/epilog.d"/*.sh; do $one || exit 1; done',
+        f"{RUN_PARTS} /etc/slurm/epilog.d",
+    ],
+    ids=["by name", "loop", "variable", "run-parts"],
+)
+def test_a_single_script_that_runs_ours_is_none(patient: Patient, text: str) -> None:
+    """It runs ours in truth, and doctor says so."""
+    together(PARTS, single("Epilog", text.replace("pkill -u", "true pkill -u")))(patient)
+    patient.edit(EPILOG, "#!/bin/sh\n", "#!/bin/sh\necho ours\n")
+    assert "ours" in patient.shell("SLURM_JOB_ID=999 /etc/slurm/epilog.sh")
+    assert patient.examine().ailments.keys() <= {"config-in-force"}
+
+
+def test_the_cure_of_a_single_script_is_a_line_in_it(patient: Patient) -> None:
+    """What install says, too; never another Epilog=, which would drop the site's own script and its conditions."""
+    by_hand = f"/etc/slurm/epilog.sh, as its first line: {EPILOG} || exit 1"
+    deepops = f"{RUN_PARTS} /etc/slurm/epilog.d"
+    single("Epilog", "exit 0")(patient)
+    (finding,) = patient.examine("epilog-wired").findings
+    assert finding["cure"] == by_hand
+    together(PARTS, single("Epilog", deepops), script("/etc/slurm/epilog.d/50-exclusive-gpu", DEEPOPS))(patient)
+    (finding,) = patient.examine("epilog-order").findings
+    assert finding["cure"] == by_hand
+    single("Epilog", f"{EPILOG} || exit 1\n{deepops}")(patient)
+    assert patient.examine().ailments.keys() <= {"config-in-force"}
+
+
+def test_a_single_script_that_cannot_be_followed_is_not_judged(patient: Patient) -> None:
+    single("Epilog", ". /etc/default/site\nfor one in $PARTS/epilog.d/*; do $one; done")(patient)
+    found = patient.examine()
+    assert found.ailments.keys() <= {"config-in-force"}
+    assert found.of("not checked")["epilog-wired"] == "what /etc/slurm/epilog.sh runs cannot be told from its text"
+
+
+def test_scripts_that_name_their_own_directory_are_followed_once(patient: Patient) -> None:
+    for number in range(20, 44):
+        script(f"/etc/slurm/epilog.d/{number}-site", "ls /etc/slurm/epilog.d/* >/dev/null")(patient)
+    begun = monotonic()
+    assert patient.examine("epilog-wired", "epilog-order", "hooks-twice").status == 0
+    assert monotonic() - begun < 3
 
 
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:

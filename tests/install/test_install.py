@@ -131,10 +131,12 @@ def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machi
 
 def test_a_line_of_plugstack_conf_d_goes_there_and_a_line_that_is_there_is_enough(machine: Machine) -> None:
     """Debian's plugstack.conf includes plugstack.conf.d/*.conf; and some sites wrote the line themselves."""
-    machine.write(PLUGSTACK, "include /etc/slurm/plugstack.conf.d/*.conf\n")
+    machine.write(PLUGSTACK, "Include /etc/slurm/plugstack.conf.d/*.conf\n")  # which Slurm ignores
+    assert PLUGSTACK in [change["path"] for change in report(install(machine, "--dry-run", "--json"))["changes"]]
+    machine.write(PLUGSTACK, "include\t/etc/slurm/plugstack.conf.d/*.conf\n")
     install(machine).check()
     assert "required spank_mps.so" in machine.read("/etc/slurm/plugstack.conf.d/slurm-mps.conf")
-    assert machine.read(PLUGSTACK) == "include /etc/slurm/plugstack.conf.d/*.conf\n"
+    assert machine.read(PLUGSTACK) == "include\t/etc/slurm/plugstack.conf.d/*.conf\n"
     slurm_mps(machine, "uninstall").check()
     assert not machine.path("/etc/slurm/plugstack.conf.d").exists()
 
