@@ -174,7 +174,29 @@ DEEPOPS = "for pid in $(nvidia-smi --query-compute-apps=pid --format=csv,noheade
 TMPFS = together(line("PrologFlags", "Contain"), line("JobContainerType", "job_container/tmpfs"))
 CONTAINER = "/etc/slurm/job_container.conf"
 
+#: What keeps every user from Slurm's commands, and the check that names it to root and to users.
+CLOSED: dict[str, tuple[Callable[[Patient], object], str]] = {
+    "a slurm.conf that users cannot read": (lambda p: p.chmod(SLURM, 0o600), "slurm-conf"),
+    "a directory of slurm.conf that users cannot enter": (lambda p: p.chmod("/etc/slurm", 0o700), "slurm-conf"),
+    "an included file that users cannot read": (
+        together(
+            lambda p: p.append(SLURM, "Include /etc/slurm/more.conf"),
+            lambda p: p.write("/etc/slurm/more.conf", "# nothing yet\n", 0o600),
+        ),
+        "slurm-conf",
+    ),
+    "a plugstack.conf that users cannot read": (lambda p: p.chmod(PLUGSTACK, 0o600), "plugstack"),
+    "a file of plugstack.conf that users cannot read": (
+        together(
+            lambda p: p.append(PLUGSTACK, "include plugstack.conf.d/*"),
+            lambda p: p.write("/etc/slurm/plugstack.conf.d/x11.conf", "# nothing yet\n", 0o600),
+        ),
+        "plugstack",
+    ),
+}
+
 FAULTS = {
+    **{name: Fault(plant, problem(check)) for name, (plant, check) in CLOSED.items()},
     # Slurm
     "an Include that is not there": Fault(
         lambda p: p.append(SLURM, "Include /etc/slurm/none.conf"), problem("slurm-conf")
@@ -452,6 +474,17 @@ def test_a_planted_fault_is_named(patient: Patient, name: str) -> None:
             assert one["why"]
             assert one["cure"]
             assert one["page"].endswith(f"docs/doctor.md#{one['check']}")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_keeps_users_from_slurm_is_a_problem_for_them_too(patient: Patient, name: str, *, elsewhere: bool) -> None:
+    """And nothing else is blamed for it: what they cannot look at was not checked."""
+    plant, check = CLOSED[name]
+    plant(patient)
+    found = patient.examine(user="alice", elsewhere=elsewhere)
+    assert (found.status, set(found.of("problem"))) == (1, {check}), found.findings
+    assert "users cannot" in found.of("problem")[check] or "Permission denied" in found.of("problem")[check]
 
 
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])
