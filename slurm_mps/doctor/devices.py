@@ -7,8 +7,10 @@ import re
 import stat
 
 from ..errors import MpsError
+from ..hooks import CONFIG_PATH
 from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import describe, pids
+from ..plan import refusal_of_default
 from ..state import STATE_DIRECTORY, NodeState
 from ..units import printable
 from ..verify.hostlist import expand_hosts
@@ -312,6 +314,24 @@ def control_commands(place: Place) -> Iterator[Said]:
         return
     more = [name for name, word in (("static partitions", _STATIC_PARTITIONS), ("v3", _PROTOCOL_3)) if word in usage]
     yield fine(f"limits and priority{''.join(f', {name}' for name in more)}")
+
+
+@check(
+    "memory-default",
+    "a job that gives no memory limit can have the site's",
+    why="Each job with --mps that does not give --mps-mem itself is refused, for a limit that it never asked for.",
+    where=GPU_NODE,
+)
+def memory_default(place: Place) -> Iterator[Said]:
+    cure = f"{CONFIG_PATH}: another limits.memory.default, or none"
+    said = refusal_of_default(place.site)
+    if not said:
+        sizes = {gpu.memory_bytes: gpu for gpu in _driver_gpus(place) if gpu.memory_bytes}
+        if sizes:
+            smallest = sizes[min(sizes)]
+            said = refusal_of_default(place.site, smallest.uuid, smallest.memory_bytes)
+    if said:
+        yield problem(said, cure)
 
 
 # ------------------------------------------------------------------------------------------------------ the GPUs

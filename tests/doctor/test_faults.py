@@ -445,6 +445,12 @@ FAULTS = {
     "MIG": Fault(driver("nvml.GetMigMode=on"), warning("mig")),
     "a PROHIBITED GPU": Fault(set_mode(2), problem("compute-mode")),
     "an EXCLUSIVE_PROCESS that nobody holds": Fault(set_mode(3), warning("compute-mode")),
+    "a default limit that no GPU has": Fault(
+        lambda p: p.write(MPS, '[limits.memory]\ndefault = "500G"\n'), problem("memory-default")
+    ),
+    "a default limit that a context uses up": Fault(
+        lambda p: p.write(MPS, '[limits.memory]\ndefault = "100M"\n'), problem("memory-default")
+    ),
     "a stranger on a GPU": Fault(held_by_a_stranger, warning("foreign-processes")),
     "a daemon of somebody": Fault(a_daemon_of_somebody, warning("other-daemon")),
 }
