@@ -148,6 +148,19 @@ def a_daemon_of_somebody(patient: Patient) -> None:
     )
 
 
+def a_job_without_its_daemon(patient: Patient) -> None:
+    """A job that runs, with a client on its GPU, whose control daemon somebody killed: its server goes on."""
+    cluster = patient.site.cluster
+    script = "simulated-gpus client --hold 0.1; echo ran; exec simulated-gpus client --hold 60"
+    job = cluster.sbatch("--gres=gpu:1", "--mps", "-wn1", script=script)
+    patient.shell(
+        "true", f"scancel {job}; for i in $(seq 100); do [ -e {STATE}/jobs/{job} ] || exit 0; sleep 0.1; done"
+    )
+    cluster.until_output(job, "ran")
+    pid = patient.shell(f"cat {STATE}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid").strip()
+    patient.shell(f"kill -9 {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.02; done")
+
+
 def old_control_program(patient: Patient) -> None:
     patient.shell("mkdir /usr/local/mps; cp /usr/bin/nvidia-cuda-mps-server /usr/local/mps", "rm -r /usr/local/mps")
     patient.write("/usr/local/mps/control", "#!/bin/sh\necho '  start_server -uid <user id>'\necho '  quit'\n", 0o755)
@@ -451,6 +464,7 @@ FAULTS = {
     "a default limit that a context uses up": Fault(
         lambda p: p.write(MPS, '[limits.memory]\ndefault = "100M"\n'), problem("memory-default")
     ),
+    "a job whose control daemon was killed": Fault(a_job_without_its_daemon, problem("job-daemon")),
     "a stranger on a GPU": Fault(held_by_a_stranger, warning("foreign-processes")),
     "a daemon of somebody": Fault(a_daemon_of_somebody, warning("other-daemon")),
 }
@@ -491,6 +505,15 @@ def test_what_keeps_users_from_slurm_is_a_problem_for_them_too(patient: Patient,
     found = patient.examine(user="alice", elsewhere=elsewhere)
     assert (found.status, set(found.of("problem"))) == (1, {check}), found.findings
     assert "users cannot" in found.of("problem")[check] or "Permission denied" in found.of("problem")[check]
+
+
+def test_the_server_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient: Patient) -> None:
+    """The job's programs run under it. Users cannot tell whose it is, and are told nothing wrong."""
+    a_job_without_its_daemon(patient)
+    found = patient.examine()
+    assert found.ailments == {"job-daemon": "problem"}
+    assert "kill" not in "".join(one["cure"] for one in found.findings)
+    assert "whose MPS servers" in patient.examine(user="alice").of("not checked")["foreign-processes"]
 
 
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])
