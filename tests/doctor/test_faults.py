@@ -507,6 +507,16 @@ def test_what_keeps_users_from_slurm_is_a_problem_for_them_too(patient: Patient,
     assert "users cannot" in found.of("problem")[check] or "Permission denied" in found.of("problem")[check]
 
 
+def test_a_controller_that_is_no_node_may_keep_its_files_closed(patient: Patient) -> None:
+    """Users run nothing there; on a login node the same is a problem."""
+    patient.chmod(SLURM, 0o600)
+    patient.chmod(PLUGSTACK, 0o600)
+    assert set(patient.examine(elsewhere=True).of("problem")) == {"slurm-conf", "plugstack"}
+    text = re.sub(r"^SlurmctldHost=[^(\n]*", "SlurmctldHost=login1", patient.read(SLURM), flags=re.MULTILINE)
+    patient.write(SLURM, text, 0o600)
+    assert patient.examine(elsewhere=True).of("problem") == {}
+
+
 def test_the_server_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient: Patient) -> None:
     """The job's programs run under it. Users cannot tell whose it is, and are told nothing wrong."""
     a_job_without_its_daemon(patient)
