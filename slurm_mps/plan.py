@@ -131,23 +131,53 @@ def _context_bytes(percent: float, config: SiteConfig) -> int:
     return config.limits_memory_context_mib * parts // (_CONTEXT_PARTS * 1000) * MIB
 
 
-def _checked_limit(limit: int, smallest: Gpu, percent: float, config: SiteConfig, gpu_word: str) -> int:
-    """A memory limit in bytes that a client of this GPU can have."""
-    asked = f"--mps-mem={gpu_word}{format_memory(limit)}"
-    if limit > smallest.memory_bytes:
-        raise RequestError(
-            f"{asked} is more than {smallest.uuid} has ({describe_memory(smallest.memory_bytes)})",
-            hint=f"ask for at most {format_memory(smallest.memory_bytes // MIB * MIB)}, or leave it out for no limit",
-            reason="memory",
-        )
+def refusal_of_default(config: SiteConfig, gpu: str = "", gpu_bytes: int | None = None) -> str:
+    """Why a job that gives no limit of its own is refused for the site's; "" if it is not.
+
+    `gpu` is the UUID of the GPU of so many bytes; without, what the configuration alone tells.
+    """
+    limit = memory_bytes(config.limits_memory_default)
+    if limit is None:
+        return ""
+    asked, percent = _default_word(limit), config.limits_thread_percentage_default
+    refused = _too_much(asked, limit, gpu, gpu_bytes) if gpu_bytes is not None else ""
+    return refused or _too_little(asked, limit, percent, config)
+
+
+def _default_word(limit: int) -> str:
+    return f"the site's default limit (limits.memory.default in mps.toml), {format_memory(limit)},"
+
+
+def _too_much(asked: str, limit: int, gpu: str, gpu_bytes: int) -> str:
+    return f"{asked} is more than {gpu} has ({describe_memory(gpu_bytes)})" if limit > gpu_bytes else ""
+
+
+def _too_little(asked: str, limit: int, percent: float, config: SiteConfig) -> str:
     context = _context_bytes(percent, config)
-    if limit <= context:
-        raise RequestError(
-            f"{asked} is less than a CUDA context costs with {percent:g} % of the threads "
-            f"(about {describe_memory(context)})",
-            hint=f"ask for more than {format_memory(context)}",
-            reason="memory",
-        )
+    if limit > context:
+        return ""
+    return (
+        f"{asked} is less than a CUDA context costs with {percent:g} % of the threads "
+        f"(about {describe_memory(context)})"
+    )
+
+
+def _checked_limit(
+    limit: int, smallest: Gpu, percent: float, config: SiteConfig, gpu_word: str, *, by_default: bool = False
+) -> int:
+    """A memory limit in bytes that a client of this GPU can have; `by_default` when the job did not ask for it."""
+    asked = _default_word(limit) if by_default else f"--mps-mem={gpu_word}{format_memory(limit)}"
+    refused = _too_much(asked, limit, smallest.uuid, smallest.memory_bytes)
+    if refused:
+        most = format_memory(smallest.memory_bytes // MIB * MIB)
+        hint = f"ask for at most {most}"
+        hint += ", or leave it out for no limit" if config.limits_memory_default == "none" else ""
+        raise RequestError(refused, hint=f"give --mps-mem={most} or less" if by_default else hint, reason="memory")
+    refused = _too_little(asked, limit, percent, config)
+    if refused:
+        least = format_memory(_context_bytes(percent, config))
+        hint = f"give --mps-mem with more than {least}" if by_default else f"ask for more than {least}"
+        raise RequestError(refused, hint=hint, reason="memory")
     low, high = memory_bytes(config.limits_memory_min), memory_bytes(config.limits_memory_max)
     if low is not None and limit < low:
         raise RequestError(f"{asked}: this site allows {config.limits_memory_min} and more", reason="memory")
@@ -167,10 +197,10 @@ def _memory_limit(
     if request.auto_memory:
         high = memory_bytes(config.limits_memory_max)
         return None if high is None else min(high, smallest.memory_bytes // MIB * MIB)
-    limit = request.memory_limit_bytes
-    if limit is None:
-        limit = memory_bytes(config.limits_memory_default)
-    return None if limit is None else _checked_limit(limit, smallest, percent, config, "")
+    if request.memory_limit_bytes is not None:
+        return _checked_limit(request.memory_limit_bytes, smallest, percent, config, "")
+    limit = memory_bytes(config.limits_memory_default)
+    return None if limit is None else _checked_limit(limit, smallest, percent, config, "", by_default=True)
 
 
 def _check_gpu_numbers(request: JobRequest, count: int) -> None:

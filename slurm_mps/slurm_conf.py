@@ -46,6 +46,7 @@ class Conf:
     path: str
     lines: tuple[ConfLine, ...]
     problems: tuple[str, ...]
+    files: tuple[str, ...]  #: all that were read, the file itself first
 
     def records(self, key: str) -> list[tuple[ConfLine, dict[str, str]]]:
         """The lines that begin with this key, such as NodeName, and their pairs."""
@@ -82,11 +83,14 @@ def read_conf(path: str, *, globs: bool = False) -> Conf:
     Raises: OSError when the file itself cannot be read.
     """
     problems: list[str] = []
-    return Conf(path, tuple(_read(path, read_text(path), globs, problems, 0)), tuple(problems))
+    files: list[str] = []
+    lines = tuple(_read(path, read_text(path), globs, problems, files, 0))
+    return Conf(path, lines, tuple(problems), tuple(files))
 
 
-def _read(path: str, text: str, globs: bool, problems: list[str], depth: int) -> Iterator[ConfLine]:
+def _read(path: str, text: str, globs: bool, problems: list[str], files: list[str], depth: int) -> Iterator[ConfLine]:
     include = _PLUGSTACK_INCLUDE if globs else _INCLUDE
+    files.append(path)
     for line in logical_lines(path, text):
         match = include.match(line.text)
         if not match:
@@ -102,4 +106,4 @@ def _read(path: str, text: str, globs: bool, problems: list[str], depth: int) ->
             except OSError as error:
                 problems.append(f"{line.place}: {included}: {error.strerror}")
                 continue
-            yield from _read(included, inner, globs, problems, depth + 1)
+            yield from _read(included, inner, globs, problems, files, depth + 1)

@@ -71,14 +71,14 @@ def _problems(path: str) -> tuple[bool, list[str]]:
     """Whether there is a file, and everything that is wrong with it. Raises: OSError."""
     from slurm_mps.config import ConfigError
     from slurm_mps.config_file import parse_config
+    from slurm_mps.plan import refusal_of_default
 
     text = _read(path)
     try:
-        if text is not None:
-            parse_config(text, path)
+        refused = refusal_of_default(parse_config(text, path)) if text is not None else ""
     except ConfigError as error:
         return True, error.problems
-    return text is not None, []
+    return text is not None, [f"{path}: every job without --mps-mem is refused: {refused}"] if refused else []
 
 
 def _path(options: argparse.Namespace) -> str:

@@ -7,9 +7,17 @@ import re
 import stat
 
 from ..errors import MpsError
+from ..hooks import CONFIG_PATH
+from ..node.control import find_below
 from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import describe, pids
+from ..plain import small_number
+from ..plan import refusal_of_default
+from ..reconcile import BUSY, KEPT
 from ..state import STATE_DIRECTORY, NodeState
+from ..status.listen import listener
+from ..status.node import READY
+from ..status.verdict import JOBS, read_verdict
 from ..units import printable
 from ..verify.hostlist import expand_hosts
 from .finding import COMPUTE, GPU_NODE, NoAnswerError, NotCheckedError, check, fine, problem, warning
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..slurm_conf import ConfLine
+    from ..state import Journal
     from .finding import Said
     from .gpus import GpuFacts
     from .place import Place
@@ -314,6 +323,24 @@ def control_commands(place: Place) -> Iterator[Said]:
     yield fine(f"limits and priority{''.join(f', {name}' for name in more)}")
 
 
+@check(
+    "memory-default",
+    "a job that gives no memory limit can have the site's",
+    why="Each job with --mps that does not give --mps-mem itself is refused, for a limit that it never asked for.",
+    where=GPU_NODE,
+)
+def memory_default(place: Place) -> Iterator[Said]:
+    cure = f"{CONFIG_PATH}: another limits.memory.default, or none"
+    said = refusal_of_default(place.site)
+    if not said:
+        sizes = {gpu.memory_bytes: gpu for gpu in _driver_gpus(place) if gpu.memory_bytes}
+        if sizes:
+            smallest = sizes[min(sizes)]
+            said = refusal_of_default(place.site, smallest.uuid, smallest.memory_bytes)
+    if said:
+        yield problem(said, cure)
+
+
 # ------------------------------------------------------------------------------------------------------ the GPUs
 
 
@@ -396,6 +423,8 @@ def foreign_processes(place: Place) -> Iterator[Said]:
     for gpu in _driver_gpus(place):
         foreign = [pid for pid in gpu.processes if not _is_slurms(pid)]
         if foreign:
+            foreign = _but_servers(place, foreign)
+        if foreign:
             named = ", ".join(map(describe, foreign[:4]))
             yield warning(f"GPU {gpu.index} ({gpu.uuid}): process {named} is of no job", f"end it: kill {foreign[0]}")
 
@@ -419,6 +448,81 @@ def _is_slurms(pid: int) -> bool:
         if pid <= 1:
             return False
     return False
+
+
+def _but_servers(place: Place, foreign: list[int]) -> list[int]:
+    """Those that are no job's MPS server, which goes on when its control daemon was killed.
+
+    A server's environment is its user's to write: it is taken for the server of a job of that user's alone.
+    """
+    if not place.is_root:
+        if any(_runs(pid, _SERVER) for pid in foreign):
+            raise NotCheckedError("only root sees whose MPS servers are on the GPUs", needs_root=True)
+        return foreign
+    try:
+        state = NodeState(make=False)
+    except (FileNotFoundError, MpsError):
+        return foreign
+    servers = set()
+    for one in find_below(JOBS, STATE_DIRECTORY):
+        job_id = small_number(one.pipe_directory.removeprefix(f"{JOBS}/").partition("/")[0])
+        journal = _journal(state, job_id) if job_id is not None else None
+        if journal and one.uid in (0, journal.uid):
+            servers.add(one.process.pid)
+    return [pid for pid in foreign if pid not in servers]
+
+
+def _journal(state: NodeState, job_id: int) -> Journal | None:
+    """What is kept of a job, where it can be read: damage is another finding."""
+    try:
+        return state.look_at_journal(job_id)
+    except MpsError:
+        return None
+
+
+@check(
+    "job-daemon",
+    "every job with MPS has its control daemon",
+    why="The programs that run keep their server; those that the job starts from now on end at once, with a message.",
+    where=COMPUTE,
+)
+def job_daemon(place: Place) -> Iterator[Said]:
+    if not place.is_root:
+        raise NotCheckedError("only root can read the state", needs_root=True)
+    try:
+        state = NodeState(make=False)
+    except FileNotFoundError:
+        return
+    for job_id in state.job_ids():
+        gone = _without_daemon(state, job_id)
+        if gone and not _is_left_over(place, job_id):
+            yield problem(
+                f"job {job_id}: the control daemon in {gone} is gone",
+                f"end the job: scancel {job_id}; slurm-mps logs {job_id} may say what became of it",
+            )
+
+
+def _without_daemon(state: NodeState, job_id: int) -> str:
+    """The pipe directory of a job that is up, in which no daemon listens; "" for none."""
+    journal = _journal(state, job_id)
+    try:
+        verdict = read_verdict(job_id)
+    except MpsError:
+        return ""
+    if not (journal and journal.ready and journal.boot_id == state.boot_id and verdict and verdict.status == READY):
+        return ""
+    gone = next((one.pipe_directory for one in verdict.daemons if listener(one.pipe_directory) is None), "")
+    still = _journal(state, job_id) if gone else None  # its end may have come between
+    return gone if still and still.ready else ""
+
+
+def _is_left_over(place: Place, job_id: int) -> bool:
+    """Whether the job is over, which is another finding."""
+    try:
+        found = place.stale()
+    except (MpsError, NotCheckedError):
+        return False
+    return any(one.thing == f"job {job_id}" and one.outcome not in (BUSY, KEPT) for one in found)
 
 
 @check(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @record
 class GpuFacts:
-    """One GPU. None: the driver does not tell. ``error`` is NVML's word where it does not answer at all."""
+    """One GPU. None, or 0 bytes: the driver does not tell. ``error``: NVML's word where it does not answer at all."""
 
     index: int
     uuid: str = ""
@@ -26,6 +26,7 @@ class GpuFacts:
     mig: bool | None = None
     compute_capability: tuple[int, int] | None = None
     processes: tuple[int, ...] = ()
+    memory_bytes: int = 0
     error: str = ""
 
 
@@ -86,4 +87,5 @@ def _look(nvml: Any, index: int) -> GpuFacts:
         None if mig is None else bool(mig),
         None if capability is None else (int(capability[0]), int(capability[1])),
         tuple(row.pid for row in rows or ()),
+        int(told(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total) or 0),
     )

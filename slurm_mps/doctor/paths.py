@@ -66,6 +66,18 @@ def closed_to_users(path: str) -> str:
     return ""
 
 
+def hidden_from_users(path: str) -> str:
+    """What keeps users from reading a file: a directory on the way to it, or the file itself; "" for nothing."""
+    closed = closed_to_users(path)
+    if closed:
+        return closed
+    try:
+        is_hidden = not os.stat(path).st_mode & stat.S_IROTH and not _has_acl(path)
+    except OSError:
+        return ""
+    return path if is_hidden else ""
+
+
 def _has_acl(path: str) -> bool:
     """Whether permissions are more than the mode says; then nobody is accused."""
     try:

@@ -6,10 +6,12 @@ common deadline, so that all of it together takes no longer than one.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
 import socket
+import stat
 import threading
 from functools import cached_property
 from time import monotonic
@@ -183,10 +185,10 @@ class Place:
 
     @cached_property
     def conf_path(self) -> str:
-        """Where slurm.conf is; empty where there is none."""
+        """Where slurm.conf is, or would be if we might look there; empty where there is none."""
         wanted = self.environment.get("SLURM_CONF", "")
         places = (wanted,) if wanted else _CONF_PLACES
-        return next((path for path in places if os.path.isfile(path)), "")
+        return next((path for path in places if _may_be_file(path)), "")
 
     @cached_property
     def conf_directory(self) -> str:
@@ -319,6 +321,15 @@ class Place:
     @cached_property
     def is_compute(self) -> bool:
         return bool(self.node_name)
+
+    @property
+    def is_controller_alone(self) -> bool:
+        """Whether slurmctld runs here, and no slurmd."""
+        try:
+            hosts = {value.partition("(")[0] for _, value in self.slurm_conf.settings("SlurmctldHost")}
+        except NotCheckedError:
+            return False
+        return not self.is_compute and self.hostname in {host.partition(".")[0] for host in hosts}
 
     @cached_property
     def gpus_in_slurm(self) -> int:
@@ -524,6 +535,14 @@ class Place:
     def _ask_control_program(self) -> str:
         said = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
         return said.output if not said.status else ""
+
+
+def _may_be_file(path: str) -> bool:
+    """Whether there is a file, or a directory on the way that we cannot enter."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        return error.errno == errno.EACCES
 
 
 def _expand(text: str) -> list[str]:

@@ -8,7 +8,8 @@ import stat
 from ..errors import MpsError
 from ..plugin_file import PluginFile, read_plugin
 from .finding import NotCheckedError, check, fine, problem, warning
-from .paths import closed_to_users, others_can_write
+from .paths import closed_to_users, hidden_from_users, others_can_write
+from .slurm import name_hidden
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,15 @@ def _install(place: Place) -> str:
 )
 def plugstack(place: Place) -> Iterator[Said]:
     path = place.plugstack_path
+    said = hidden_from_users(place.conf_path)  # of the directory that both are in
+    try:
+        files: tuple[str, ...] = place.plugstack.files
+    except NotCheckedError:
+        files = (path,)
+    hidden = list(name_hidden(place, files, {said}))
+    yield from hidden
+    if (hidden or said) and not os.access(path, os.R_OK):
+        return
     if not os.path.exists(path):
         yield problem(f"{path}: no such file", f"{_install(place)}; or {path}: required spank_mps.so")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -10,11 +11,12 @@ from ..errors import MpsError
 from ..plain import read_text
 from ..units import printable
 from .finding import COMPUTE, NoAnswerError, NotCheckedError, check, fine, problem, warning
+from .paths import hidden_from_users
 from .place import UNSET_BY_DEFAULT, RefusedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from .finding import Said
     from .place import Place
@@ -43,11 +45,31 @@ _IMPLY_ALLOC = {"contain", "deferbatch", "runinjob", "x11"}
 _UNITS = ("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system")
 _OUR_DIRECTORIES = ("/run/slurm-mps", "/var/log/slurm-mps")
 _SHM_KNOWN_BRANCH = 580
+_EVERY_SRUN = "Every srun, sbatch and salloc of a user ends there, with MPS or without."
 
 
 def _number(release: str) -> tuple[int, ...]:
     """Year and month."""
     return tuple(int(part) for part in release.split(".")[:2])
+
+
+def name_hidden(place: Place, paths: Sequence[str], named_before: Collection[str] = ()) -> Iterator[Said]:
+    """Name what keeps users from reading files that every command of Slurm's reads.
+
+    On a controller that is no node users run nothing, and its files may be closed.
+    """
+    if place.is_controller_alone:
+        return
+    named = set(named_before)
+    for path in paths:
+        hidden = hidden_from_users(path)
+        if hidden in named | {""}:
+            continue
+        named.add(hidden)
+        if hidden == path:
+            yield problem(f"users cannot read {path}", f"chmod o+r {path}", _EVERY_SRUN)
+        else:
+            yield problem(f"users cannot enter {hidden} on the way to {path}", f"chmod o+x {hidden}", _EVERY_SRUN)
 
 
 @check(
@@ -61,8 +83,20 @@ def slurm_conf(place: Place) -> Iterator[Said]:
         named = f"SLURM_CONF={printable(wanted, 200)} names no file"
         yield problem(named, "unset SLURM_CONF, or give it the path of slurm.conf", "Slurm's commands read no other.")
         return
+    try:
+        files = place.slurm_conf.files
+    except NotCheckedError:
+        hidden = list(name_hidden(place, [path for path in (place.conf_path,) if path]))
+        yield from hidden
+        if hidden:
+            return
+        raise
+    yield from name_hidden(place, files)
     for missing in place.slurm_conf.problems:
-        yield problem(missing, "put the file there, or take the Include line out")
+        closed = missing.endswith(os.strerror(errno.EACCES))
+        yield problem(
+            missing, "let every user read it" if closed else "put the file there, or take the Include line out"
+        )
     try:
         _ = place.running
     except RefusedError as error:

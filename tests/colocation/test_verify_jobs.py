@@ -105,7 +105,7 @@ def test_64_ranks_are_done_in_five_seconds(site: Site) -> None:
     """32 ranks on each of two nodes of this machine's few processors, which do other things, too: the best of three."""
     srun = f"srun --overcommit -n64 -N2 --ntasks-per-node=32 {VERIFY} --json"
     script = f"date +%s.%N; {srun}; code=$?; date +%s.%N; exit $code"
-    took = []
+    took: list[float] = []
     while len(took) < 3 and min(took, default=5) >= 5:
         job = site.cluster.sbatch("-N2", "-n4", "--gres=gpu:4", *ASKED, script=script)
         code, report = report_of(site, job)

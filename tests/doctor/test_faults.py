@@ -154,6 +154,19 @@ def a_daemon_of_somebody(patient: Patient) -> None:
     )
 
 
+def a_job_without_its_daemon(patient: Patient) -> None:
+    """A job that runs, with a client on its GPU, whose control daemon somebody killed: its server goes on."""
+    cluster = patient.site.cluster
+    script = "simulated-gpus client --hold 0.1; echo ran; exec simulated-gpus client --hold 60"
+    job = cluster.sbatch("--gres=gpu:1", "--mps", "-wn1", script=script)
+    patient.shell(
+        "true", f"scancel {job}; for i in $(seq 100); do [ -e {STATE}/jobs/{job} ] || exit 0; sleep 0.1; done"
+    )
+    cluster.until_output(job, "ran")
+    pid = patient.shell(f"cat {STATE}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid").strip()
+    patient.shell(f"kill -9 {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.02; done")
+
+
 def old_control_program(patient: Patient) -> None:
     patient.shell("mkdir /usr/local/mps; cp /usr/bin/nvidia-cuda-mps-server /usr/local/mps", "rm -r /usr/local/mps")
     patient.write("/usr/local/mps/control", "#!/bin/sh\necho '  start_server -uid <user id>'\necho '  quit'\n", 0o755)
@@ -185,7 +198,29 @@ PARTS = script(
 TMPFS = together(line("PrologFlags", "Contain"), line("JobContainerType", "job_container/tmpfs"))
 CONTAINER = "/etc/slurm/job_container.conf"
 
+#: What keeps every user from Slurm's commands, and the check that names it to root and to users.
+CLOSED: dict[str, tuple[Callable[[Patient], object], str]] = {
+    "a slurm.conf that users cannot read": (lambda p: p.chmod(SLURM, 0o600), "slurm-conf"),
+    "a directory of slurm.conf that users cannot enter": (lambda p: p.chmod("/etc/slurm", 0o700), "slurm-conf"),
+    "an included file that users cannot read": (
+        together(
+            lambda p: p.append(SLURM, "Include /etc/slurm/more.conf"),
+            lambda p: p.write("/etc/slurm/more.conf", "# nothing yet\n", 0o600),
+        ),
+        "slurm-conf",
+    ),
+    "a plugstack.conf that users cannot read": (lambda p: p.chmod(PLUGSTACK, 0o600), "plugstack"),
+    "a file of plugstack.conf that users cannot read": (
+        together(
+            lambda p: p.append(PLUGSTACK, "include plugstack.conf.d/*"),
+            lambda p: p.write("/etc/slurm/plugstack.conf.d/x11.conf", "# nothing yet\n", 0o600),
+        ),
+        "plugstack",
+    ),
+}
+
 FAULTS = {
+    **{name: Fault(plant, problem(check)) for name, (plant, check) in CLOSED.items()},
     # Slurm
     "an Include that is not there": Fault(
         lambda p: p.append(SLURM, "Include /etc/slurm/none.conf"), problem("slurm-conf")
@@ -501,6 +536,13 @@ FAULTS = {
     "MIG": Fault(driver("nvml.GetMigMode=on"), warning("mig")),
     "a PROHIBITED GPU": Fault(set_mode(2), problem("compute-mode")),
     "an EXCLUSIVE_PROCESS that nobody holds": Fault(set_mode(3), warning("compute-mode")),
+    "a default limit that no GPU has": Fault(
+        lambda p: p.write(MPS, '[limits.memory]\ndefault = "500G"\n'), problem("memory-default")
+    ),
+    "a default limit that a context uses up": Fault(
+        lambda p: p.write(MPS, '[limits.memory]\ndefault = "100M"\n'), problem("memory-default")
+    ),
+    "a job whose control daemon was killed": Fault(a_job_without_its_daemon, problem("job-daemon")),
     "a stranger on a GPU": Fault(held_by_a_stranger, warning("foreign-processes")),
     "a daemon of somebody": Fault(a_daemon_of_somebody, warning("other-daemon")),
 }
@@ -530,6 +572,36 @@ def test_a_planted_fault_is_named(patient: Patient, name: str) -> None:
             assert one["why"]
             assert one["cure"]
             assert one["page"].endswith(f"docs/doctor.md#{one['check']}")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_keeps_users_from_slurm_is_a_problem_for_them_too(patient: Patient, name: str, *, elsewhere: bool) -> None:
+    """And nothing else is blamed for it: what they cannot look at was not checked."""
+    plant, check = CLOSED[name]
+    plant(patient)
+    found = patient.examine(user="alice", elsewhere=elsewhere)
+    assert (found.status, set(found.of("problem"))) == (1, {check}), found.findings
+    assert "users cannot" in found.of("problem")[check] or "Permission denied" in found.of("problem")[check]
+
+
+def test_a_controller_that_is_no_node_may_keep_its_files_closed(patient: Patient) -> None:
+    """Users run nothing there; on a login node the same is a problem."""
+    patient.chmod(SLURM, 0o600)
+    patient.chmod(PLUGSTACK, 0o600)
+    assert set(patient.examine(elsewhere=True).of("problem")) == {"slurm-conf", "plugstack"}
+    text = re.sub(r"^SlurmctldHost=[^(\n]*", "SlurmctldHost=login1", patient.read(SLURM), flags=re.MULTILINE)
+    patient.write(SLURM, text, 0o600)
+    assert patient.examine(elsewhere=True).of("problem") == {}
+
+
+def test_the_server_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient: Patient) -> None:
+    """The job's programs run under it. Users cannot tell whose it is, and are told nothing wrong."""
+    a_job_without_its_daemon(patient)
+    found = patient.examine()
+    assert found.ailments == {"job-daemon": "problem"}
+    assert "kill" not in "".join(one["cure"] for one in found.findings)
+    assert "whose MPS servers" in patient.examine(user="alice").of("not checked")["foreign-processes"]
 
 
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])

@@ -15,7 +15,7 @@ from tests.harness.site import PLUGIN_DIRECTORY
 if TYPE_CHECKING:
     from tests.doctor.conftest import Patient
 
-ROOT_ONLY = {"stale-state"}
+ROOT_ONLY = {"stale-state", "job-daemon"}
 
 
 @pytest.mark.every_release

@@ -68,6 +68,19 @@ def test_a_comment_may_be_in_any_language(gpu_node: GpuNode) -> None:
     gpu_node.epilog(4711).check()
 
 
+def test_a_default_limit_that_cannot_be_had_is_called_the_sites(gpu_node: GpuNode) -> None:
+    """The node stays in service, and who gives a limit has it."""
+    gpu_node.configure('[limits.memory]\ndefault = "500G"\n')
+    gpu_node.prolog(4711).check()
+    said = gpu_node.verdict(4711)["message"]
+    assert "the site's default limit (limits.memory.default in mps.toml), 500G, is more than GPU-" in said
+    assert said.endswith("; give --mps-mem=143771M or less")
+    gpu_node.epilog(4711).check()
+    gpu_node.prolog(4711, **asked(mem="143771M")).check()
+    assert gpu_node.verdict(4711)["status"] == "ready"
+    gpu_node.epilog(4711).check()
+
+
 def test_a_long_file_is_read_to_its_end(gpu_node: GpuNode) -> None:
     """A file longer than a pipe holds is checked and applied whole, not up to where the pipe was full."""
     gpu_node.configure("# a site with much to say\n" * 8000 + '[limits.memory]\ndefault = "4G"\n')

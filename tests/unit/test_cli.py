@@ -10,6 +10,7 @@ import pytest
 
 from slurm_mps.cli.main import main
 from slurm_mps.config import DEFAULTS, from_settings
+from slurm_mps.config_file import parse_config
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -62,6 +63,18 @@ def test_check_reports_for_programs(capsys: pytest.CaptureFixture[str], tmp_path
     report = json.loads(out)
     assert (status, report["report"], report["status"]) == (1, "config-check/1", 1)
     assert report["problems"] == [f"{file}: logs.max_jobs: 0 is less than 1"]
+
+
+def test_check_names_a_default_that_refuses_every_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The prolog takes the file all the same: who gives --mps-mem has what they ask."""
+    file = tmp_path / "mps.toml"
+    file.write_text('[limits.memory]\ndefault = "100M"\n')
+    status, out = run(capsys, "config", "check", str(file))
+    assert status == 1
+    assert out.startswith(f"{file}: every job without --mps-mem is refused: the site's default limit (limits.memory.d")
+    assert parse_config(file.read_bytes(), str(file)).limits_memory_default == "100M"
+    file.write_text('[limits.memory]\ndefault = "100M"\n[limits.thread_percentage]\ndefault = 10\n')
+    assert run(capsys, "config", "check", str(file))[0] == 0
 
 
 def test_show_says_what_holds_and_where_it_comes_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """What a job gets, and what it is told when it cannot have it."""
 
+import re
+
 import pytest
 
 from slurm_mps.config import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.node.control import ControlDaemon, Limits
 from slurm_mps.node.gpus import EXCLUSIVE_PROCESS, Gpu
-from slurm_mps.plan import Plan, make_plan
+from slurm_mps.plan import Plan, make_plan, refusal_of_default
 from slurm_mps.record import replace
 from slurm_mps.request import PER_GPU, JobRequest
 from slurm_mps.state import VERDICT_VERSION, Verdict
@@ -170,6 +172,17 @@ def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
         (ask(25.0, 145 * MIB), DEFAULTS, "about 145 MiB"),
         (ask(memory=9 * GIB), SiteConfig(limits_memory_max="8G"), "--mps-mem=9G: this site allows at most 8G"),
         (ask(memory=GIB), SiteConfig(limits_memory_min="2G"), "--mps-mem=1G: this site allows 2G and more"),
+        (
+            ask(),
+            SiteConfig(limits_memory_default="500G"),
+            r"^the site's default limit .limits.memory.default .*500G, is more than .*; give --mps-mem=143771M or less",
+        ),
+        (
+            ask(),
+            SiteConfig(limits_memory_default="100M"),
+            r"^the site's default limit .*, 100M, is less than a CUDA context.*; give --mps-mem with more than 514M",
+        ),
+        (ask(memory=150 * GIB), SiteConfig(limits_memory_default="4G"), "ask for at most 143771M$"),
         (by_gpu((0, GIB), (2, GIB)), DEFAULTS, "a limit for GPU 2, but this job has 2 GPUs on this node, 0 to 1"),
         (by_gpu((0, 4 * GIB), (1, 64 * MIB)), DEFAULTS, "--mps-mem=1:64M is less than a CUDA context costs"),
         (by_gpu((1, 150 * GIB)), DEFAULTS, "--mps-mem=1:150G is more than GPU-1 has"),
@@ -178,6 +191,23 @@ def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
 def test_refusals_say_the_number(request_: JobRequest, config: SiteConfig, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_plan(request_, config, GPUS)
+
+
+@pytest.mark.parametrize(
+    ("threads", "limit", "refused"),
+    [(100.0, "514M", True), (100.0, "515M", False), (10.0, "100M", False), (100.0, "500G", False)],
+)
+def test_a_default_is_refused_before_a_job_meets_it(threads: float, limit: str, refused: bool) -> None:
+    """By the configuration alone where its own numbers say so, and by a GPU where that is smaller."""
+    config = SiteConfig(limits_thread_percentage_default=threads, limits_memory_default=limit)
+    assert bool(refusal_of_default(config)) == refused
+    assert refusal_of_default(DEFAULTS, "GPU-0", MIB) == ""
+    on_gpu = refusal_of_default(config, H200.uuid, H200.memory_bytes)
+    if on_gpu:
+        with pytest.raises(RequestError, match=re.escape(on_gpu)):
+            make_plan(ask(), config, GPUS)
+    else:
+        make_plan(ask(), config, GPUS)
 
 
 def test_a_limit_just_above_what_a_context_costs_is_taken() -> None:
