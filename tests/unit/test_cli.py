@@ -105,6 +105,18 @@ def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("command", "status"), [("config show", 0), ("doctor --list", 0), ("config nonsense", 2)])
+def test_a_stream_that_is_closed_is_not_there_and_no_more(command: str, status: int, closed: str) -> None:
+    """The exit status is the answer's, and no file that is opened later gets what is meant for stdout or stderr."""
+    line = f"{sys.executable} -m slurm_mps.cli.main {command}"
+    whole = subprocess.run(["sh", "-c", line], capture_output=True, check=False)
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, check=False)
+    assert whole.returncode == done.returncode == status
+    assert done.stdout == (b"" if " >&-" in f" {closed}" else whole.stdout)
+    assert done.stderr == (b"" if "2>&-" in closed else whole.stderr)
+
+
 def test_a_full_disk_is_said() -> None:
     with open("/dev/full", "wb") as full:
         line = [sys.executable, "-m", "slurm_mps.cli.main", "config", "schema"]
