@@ -55,6 +55,16 @@ def test_wrong_usage_is_status_2(argv: list[str]) -> None:
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("value", ["abc", "nan", "0", "601"])
+def test_a_number_of_seconds_that_cannot_be_meant_is_told_with_what_can(
+    capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", "--timeout", value])
+    said = f"slurm-mps verify: error: argument --timeout: '{value}': expected seconds, 1 to 600\n"
+    assert (caught.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
+
+
 def test_check_reports_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "mps.toml"
     file.write_text("[logs]\nmax_jobs = 0\n")
