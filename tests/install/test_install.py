@@ -227,6 +227,8 @@ def test_a_directory_that_cannot_be_meant_is_wrong_usage(machine: Machine) -> No
         ("--plugin-dir", "/opt/with blank", "expected an absolute path"),
         ("--slurm-include", "/opt", "there is no slurm/spank.h in it"),
         ("--slurm-include", "/opt;touch /etc/slurm/x", "expected an absolute path"),
+        ("--plugin", "/opt/none.so", "there is no such file"),
+        ("--slurm-conf", "/opt/none.conf", "there is no such file"),
     ):
         refused = slurm_mps(machine, "install", option, directory)
         assert (refused.returncode, f"{option}=" in refused.stderr, why in refused.stderr) == (2, True, True), refused
