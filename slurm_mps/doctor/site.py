@@ -7,7 +7,7 @@ import os
 
 from ..hooks import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH
 from ..plain import read_text
-from ..reconcile import BUSY, KEPT
+from ..reconcile import BUSY, KEPT, LEFT
 from ..state import STATE_DIRECTORY
 from ..units import printable
 from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..reconcile import Finding
     from .finding import Said
     from .place import Place
 
@@ -166,7 +167,16 @@ def stale_state(place: Place) -> Iterator[Said]:
         if one.why.startswith("Slurm does not say"):
             yield warning(f"{one.thing}: {one.why}", "slurm-mps reconcile --dry-run, when slurmctld answers")
         else:
-            yield problem(f"{one.thing}: {one.why}", "slurm-mps reconcile")
+            yield problem(f"{one.thing}: {one.why}", _cure(one) if one.outcome == LEFT else "slurm-mps reconcile")
+
+
+def _cure(one: Finding) -> str:
+    """What to do about what reconcile does not touch."""
+    if one.thing.startswith("/"):
+        return f"slurm-mps reconcile leaves it; move it away: {printable(one.thing, 200)}"
+    kind, _, name = one.thing.rpartition(" ")
+    path = f"{STATE_DIRECTORY}/{'jobs' if kind == 'job' else 'gpus'}/{name}"
+    return f"slurm-mps reconcile leaves it; end what still runs of it, then rm -r {path}"
 
 
 @check(

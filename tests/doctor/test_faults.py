@@ -454,6 +454,22 @@ def test_a_planted_fault_is_named(patient: Patient, name: str) -> None:
             assert one["page"].endswith(f"docs/doctor.md#{one['check']}")
 
 
+@pytest.mark.parametrize(
+    ("thing", "file", "cure"),
+    [
+        (f"{STATE}/jobs/998", "/journal", "end what still runs of it, then rm -r "),
+        (f"{STATE}/gpus/GPU-00000000", "", "end what still runs of it, then rm -r "),
+        (f"{STATE}/stranger", "", "move it away: "),
+    ],
+    ids=["a damaged journal", "a damaged ledger", "a stranger"],
+)
+def test_what_reconcile_leaves_is_cured_by_hand(patient: Patient, thing: str, file: str, cure: str) -> None:
+    """The cure is not a command that then says that it leaves it."""
+    patient.shell(f"{'mkdir -p' if file else ':'} {thing}; echo x > {thing}{file}", f"rm -r {thing}")
+    (found,) = [one for one in patient.examine("stale-state").findings if one["severity"] == "problem"]
+    assert found["cure"] == f"slurm-mps reconcile leaves it; {cure}{thing}"
+
+
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])
 def test_root_runs_nothing_that_a_user_can_write(patient: Patient, whose: str) -> None:
     """A prolog that alice can change, or that names what she can: it is named, and nothing of hers runs."""
