@@ -236,6 +236,13 @@ def test_a_directory_that_cannot_be_meant_is_wrong_usage(machine: Machine) -> No
     assert not machine.path("/opt/typo").exists()
 
 
+def test_a_configuration_that_is_not_there_is_named_at_once(machine: Machine) -> None:
+    """Slurm's own commands would look for it for a minute."""
+    refused = machine.run([PROGRAM, "install", "--dry-run"], env={"SLURM_CONF": "/nosuch"})
+    said = "slurm-mps: SLURM_CONF=/nosuch names no file; unset it, or give it the right path\n"
+    assert (refused.returncode, refused.stderr) == (1, said)
+
+
 def test_a_plugin_directory_of_the_sites_own(machine: Machine) -> None:
     """plugstack.conf names the plugin by its path where Slurm does not search, and by its name where PluginDir says."""
     conf = "ClusterName=c\nSlurmctldHost=localhost\n"
