@@ -54,10 +54,11 @@ def site_config_owner(place: Place) -> Iterator[Said]:
     name = f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}"
     if os.path.islink(name):
         yield problem(f"{name} is a link, which the prolog does not follow", "put the file itself there")
-    elif os.path.exists(name) and os.stat(name).st_nlink > 1:
-        yield problem(
-            f"{name} has a second name somewhere, which the prolog does not trust", f"copy it: cp {name} {name}.new"
-        )
+    elif os.path.isfile(name) and os.stat(name).st_nlink > 1:
+        told = f"{name} has a second name somewhere, which the prolog does not trust"
+        yield problem(told, f"cp -p {name} {name}.new && mv {name}.new {name}")
+    elif os.path.exists(name) and not os.path.isfile(name):
+        yield problem(f"{name} is no plain file", f"mv {name} {name}.old; write the file, or do without")
 
 
 @check(

@@ -337,6 +337,13 @@ FAULTS = {
         lambda p: p.shell(f"mv {MPS} /etc/mps.toml; ln -s /etc/mps.toml {MPS}", f"rm {MPS}; mv /etc/mps.toml {MPS}"),
         problem("site-config-owner"),
     ),
+    "an mps.toml with a second name": Fault(
+        lambda p: p.shell(f"echo > {MPS}; ln {MPS} /etc/slurm/second", f"rm {MPS} /etc/slurm/second"),
+        problem("site-config-owner"),
+    ),
+    "an mps.toml that is a directory": Fault(
+        lambda p: p.shell(f"mkdir {MPS}", f"rmdir {MPS}"), problem("site-config-owner")
+    ),
     "a slurm.conf of a user": Fault(lambda p: p.chown(SLURM, 20001), problem("site-config-owner")),
     "a state directory that is a link": Fault(
         lambda p: p.shell(
