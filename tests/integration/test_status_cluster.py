@@ -58,6 +58,8 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     marked.machine.run(["scancel", *map(str, ids)]).check()
     marked.cluster.wait_idle()
     after = cluster(marked)
+    gone = cluster(marked, str(ids[0]))
+    gone_too = checked(cluster(marked, "--json", "-w", "n1", str(ids[0])).stdout, 1)
 
     rows = [line.split() for line in said.stdout.splitlines()]
     assert (said.returncode, said.stderr) == (0, "")
@@ -73,6 +75,9 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     assert elsewhere["jobs"] == []
     assert comment == "mps:threads=12.5,mem=8G"
     assert (after.returncode, after.stdout.splitlines()[1:]) == (0, [])
+    said_of_gone = f"job {ids[0]}: Slurm shows you no such job that asks for MPS"
+    assert (gone.returncode, gone.stderr) == (1, f"slurm-mps: {said_of_gone}\n")
+    assert (gone_too["jobs"], gone_too["problems"]) == ([], [f"{said_of_gone} on these nodes"])
 
 
 def test_a_mark_is_not_the_users_to_write(marked: MarkedSite) -> None:
