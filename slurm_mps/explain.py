@@ -17,7 +17,7 @@ _LINE_MAX = 900
 
 def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
-    from slurm_mps.job_log.blame import Seen, Step, Task, explain
+    from slurm_mps.job_log.blame import Seen, Step, Task, explain, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.status.listen import listener
     from slurm_mps.status.verdict import read_verdict
@@ -38,10 +38,12 @@ def main() -> int:
         )
         for place in verdict.daemons
     ]
-    found = explain(Step(tasks, kind == "script", memory), seen)
+    step = Step(tasks, kind == "script", memory)
+    found = "; ".join(explain(step, seen))
+    more = f"; slurm-mps logs {job_id} tells more" if found else ""
+    found = found or suspect_limit(step, seen)
     if found:
-        line = f"job {job_id}: {'; '.join(found)}"
-        more = f"; slurm-mps logs {job_id} tells more"
+        line = f"job {job_id}: {found}"
         sys.stdout.write(f"{line[: _LINE_MAX - len(more)]}{more}\n")
     return 0
 

@@ -14,6 +14,7 @@ from slurm_mps.cli.output import (
     print_table,
     refuse,
 )
+from slurm_mps.units import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _SLURM_SECONDS = 15.0
 def run(options: argparse.Namespace) -> int:
     """Print what Slurm says. Returns the exit status."""
     from slurm_mps.errors import NodeError
-    from slurm_mps.status.cluster import by_node, marks_jobs, mps_jobs, open_source
+    from slurm_mps.status.cluster import by_node, marks_jobs, mps_jobs, open_source, unknown_nodes
     from slurm_mps.verify.hostlist import expand_hosts
 
     options.report = "cluster/1"
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         nodes = expand_hosts(options.nodelist) if options.nodelist else []
     except ValueError as error:
         return refuse(options, USAGE, f"-w: {error}")
+    where = " on these nodes" if nodes else ""
     source = open_source()
     try:
         jobs = mps_jobs(source.jobs(_SLURM_SECONDS), nodes)
@@ -53,6 +55,12 @@ def run(options: argparse.Namespace) -> int:
         return refuse(options, PROBLEM, str(error))
     if options.jobs:
         jobs = [job for job in jobs if job.job_id in options.jobs]
+    missing = sorted({*options.jobs} - {job.job_id for job in jobs})
+    problems = [f"job {job_id}: Slurm shows you no such job that asks for MPS{where}" for job_id in missing]
+    without = [node for node in nodes if node not in by_node(jobs)]
+    unknown = unknown_nodes(without, _SLURM_SECONDS) if without else []
+    problems += [f"-w: {printable(node)}: Slurm shows you no such node" for node in unknown]
+    status = PROBLEM if problems else FINE
     if not jobs and not marks_jobs(_SLURM_SECONDS):
         return refuse(
             options,
@@ -62,12 +70,14 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.json:
         listed = [_report(job) for job in jobs]
-        print_json(options, FINE, asked=source.name, jobs=listed, nodes=by_node(jobs))
-        return FINE
+        print_json(options, status, asked=source.name, jobs=listed, nodes=by_node(jobs), problems=problems)
+        return status
     print_table([_row(job) for job in jobs], columns, noheader=options.noheader)
-    if not jobs:
+    if not jobs and not problems:
         complain("no job that Slurm shows you asks for MPS")
-    return FINE
+    for problem in problems:
+        complain(problem)
+    return status
 
 
 def _row(job: MpsJob) -> dict[str, object]:

@@ -107,12 +107,13 @@ def run_uninstall(options: argparse.Namespace) -> int:
         return _not_root("uninstall", options)
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import uninstall
+    from slurm_mps.install.plan import WrongOptionError
 
     os.umask(0o022)
     try:
         done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
     except MpsError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, USAGE if isinstance(error, WrongOptionError) else PROBLEM, str(error))
     if options.json:
         changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
         status = PROBLEM if done.problems else FINE

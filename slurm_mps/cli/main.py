@@ -60,8 +60,21 @@ def command_names(parser: argparse.ArgumentParser) -> list[str]:
     return [*next(found, ())]
 
 
+def _open_missing() -> None:
+    """Let what a caller has closed (``>&-``, some cron's) be /dev/null, before a file that we open takes its number."""
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd)
+            os.set_inheritable(fd, True)
+            if null != fd:
+                os.close(null)
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
+    _open_missing()
     options = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     try:
         status: int = options.run(options)

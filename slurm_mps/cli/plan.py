@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import sys
@@ -10,6 +11,7 @@ from contextlib import suppress
 from slurm_mps.cli.output import (
     FINE,
     NOT_HERE,
+    NOT_ROOT,
     PROBLEM,
     USAGE,
     add_json_option,
@@ -37,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
         "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Only root is told "
         "that another job holds a GPU. Exit status: 0 the job would have MPS, 1 it would not, 2 usage, 3 this is no "
-        "GPU node.",
+        "GPU node, 4 only others may read the site's configuration.",
     )
     parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
     parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
@@ -70,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _answer(options: argparse.Namespace, uid: int) -> int:
     from slurm_mps.errors import NodeError, RequestError
+    from slurm_mps.hooks import CONFIG_PATH
     from slurm_mps.node.gpus import Gpus
     from slurm_mps.rehearsal import Wish, rehearse, sees_holders
 
@@ -79,6 +82,8 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         wrong = _wrong_device(options.devices or "", count)
         if wrong:
             return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
+        if _is_closed(CONFIG_PATH):
+            return refuse(options, NOT_ROOT, f"{CONFIG_PATH}: {os.strerror(errno.EACCES)}")
         plan = rehearse(wish, uid, count, Gpus())
     except RequestError as error:
         return _refuse(str(error), "the job's tasks would fail with this", options)
@@ -90,6 +95,15 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         complain("only root sees whether another job holds these GPUs now")
     _print(plan, options)
     return FINE
+
+
+def _is_closed(path: str) -> bool:
+    """Whether we may not read a file, which is no fault of the node: the prolog is root."""
+    try:
+        with open(path, "rb"):
+            return False
+    except OSError as error:
+        return isinstance(error, PermissionError)
 
 
 def _uid(name: str | None) -> int | None:

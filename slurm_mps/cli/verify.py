@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentTypeError
 from time import monotonic
 
 from slurm_mps.cli.output import (
@@ -44,10 +45,13 @@ _SECONDS_MAX = 600.0
 
 
 def _seconds(text: str) -> float:
-    """Raises: ValueError, of which argparse makes a message."""
-    seconds = float(text)
+    """Raises: ArgumentTypeError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 1 <= seconds <= _SECONDS_MAX:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r}: expected seconds, 1 to {_SECONDS_MAX:g}")
     return seconds
 
 

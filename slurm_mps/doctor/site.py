@@ -7,7 +7,7 @@ import os
 
 from ..hooks import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH
 from ..plain import read_text
-from ..reconcile import BUSY, KEPT
+from ..reconcile import BUSY, KEPT, LEFT
 from ..state import STATE_DIRECTORY
 from ..units import printable
 from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..reconcile import Finding
     from .finding import Said
     from .place import Place
 
@@ -53,10 +54,11 @@ def site_config_owner(place: Place) -> Iterator[Said]:
     name = f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}"
     if os.path.islink(name):
         yield problem(f"{name} is a link, which the prolog does not follow", "put the file itself there")
-    elif os.path.exists(name) and os.stat(name).st_nlink > 1:
-        yield problem(
-            f"{name} has a second name somewhere, which the prolog does not trust", f"copy it: cp {name} {name}.new"
-        )
+    elif os.path.isfile(name) and os.stat(name).st_nlink > 1:
+        told = f"{name} has a second name somewhere, which the prolog does not trust"
+        yield problem(told, f"cp -p {name} {name}.new && mv {name}.new {name}")
+    elif os.path.exists(name) and not os.path.isfile(name):
+        yield problem(f"{name} is no plain file", f"mv {name} {name}.old; write the file, or do without")
 
 
 @check(
@@ -166,7 +168,16 @@ def stale_state(place: Place) -> Iterator[Said]:
         if one.why.startswith("Slurm does not say"):
             yield warning(f"{one.thing}: {one.why}", "slurm-mps reconcile --dry-run, when slurmctld answers")
         else:
-            yield problem(f"{one.thing}: {one.why}", "slurm-mps reconcile")
+            yield problem(f"{one.thing}: {one.why}", _cure(one) if one.outcome == LEFT else "slurm-mps reconcile")
+
+
+def _cure(one: Finding) -> str:
+    """What to do about what reconcile does not touch."""
+    if one.thing.startswith("/"):
+        return f"slurm-mps reconcile leaves it; move it away: {printable(one.thing, 200)}"
+    kind, _, name = one.thing.rpartition(" ")
+    path = f"{STATE_DIRECTORY}/{'jobs' if kind == 'job' else 'gpus'}/{name}"
+    return f"slurm-mps reconcile leaves it; end what still runs of it, then rm -r {path}"
 
 
 @check(

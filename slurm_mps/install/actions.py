@@ -13,6 +13,7 @@ from .plan import (
     afterwards,
     jobs_with_mps,
     make_plan,
+    require_file,
     stack_still_names_it,
     still_in_force,
     still_needed,
@@ -85,8 +86,9 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
 
     Returns: with `refused` when Slurm or a job still needs what would go; nothing was changed then, unless it could
     only be seen on the way.
-    Raises: MpsError when the manifest or a file that it kept cannot be read.
+    Raises: WrongOptionError; MpsError when the manifest or a file that it kept cannot be read.
     """
+    require_file("--slurm-conf", slurm_conf)
     result = Uninstalled()
     with changes.Manifest(make=False) as manifest:
         if not manifest.entries:

@@ -62,7 +62,7 @@ class Options:
 
 
 class WrongOptionError(MpsError):
-    """An option of `install` names what cannot be meant."""
+    """An option of `install` or `uninstall` names what cannot be meant."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def make_plan(options: Options, environment: Mapping[str, str], ours: Container[
     directory = _named("--plugin-dir", options.plugin_dir)
     if options.slurm_include is not None:
         _named("--slurm-include", options.slurm_include, holds="slurm/spank.h")
+    require_file("--plugin", options.plugin)
+    require_file("--slurm-conf", options.slurm_conf)
     release, program = find_release(environment)
     conf = read_slurm_conf(options.slurm_conf, environment)
     directory = directory or find_plugin_directory(conf, program)
@@ -129,6 +131,12 @@ def _named(option: str, directory: str | None, *, holds: str = "") -> str | None
     if holds and not os.path.exists(f"{directory}/{holds}"):
         raise WrongOptionError(f"{option}={directory}: there is no {holds} in it")
     return directory.rstrip("/") or "/"
+
+
+def require_file(option: str, path: str | None) -> None:
+    """Raises: WrongOptionError where an option was given and names no file."""
+    if path is not None and not os.path.isfile(path):
+        raise WrongOptionError(f"{option}={path}: there is no such file")
 
 
 def _share(name: str) -> bytes:

@@ -142,6 +142,8 @@ def find_release(environment: Mapping[str, str]) -> tuple[str, str]:
         program = _find_program(name, environment)
         if program is None:
             continue
+        if given.get("SLURM_CONF") and not os.path.exists(given["SLURM_CONF"]):  # clients look for it for a minute
+            raise MpsError(f"SLURM_CONF={given['SLURM_CONF']} names no file", "unset it, or give it the right path")
         outcome = processes.run([program, "-V"], given, _ASK_SECONDS)
         release = re.search(r"\b(\d+\.\d+\.\d+)", outcome.output)
         if release and not outcome.status:

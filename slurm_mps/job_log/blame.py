@@ -95,14 +95,13 @@ class _Names:
 
 
 def explain(step: Step, seen: Sequence[Seen]) -> list[str]:
-    """A sentence for each thing that MPS did to the step, the causes first; none where it explains nothing."""
+    """A sentence for each thing that MPS did to the step, the causes first; none where its logs explain nothing."""
     names = _Names(step, seen)
     found: list[str] = []
     for one in seen:
         found += _faults(one, names)
         found += _servers(one, names)
         found += _refusals(one, names)
-    found += _memory(step, seen, names) if not found else []
     return list(dict.fromkeys(found))
 
 
@@ -174,11 +173,15 @@ def _refusals(seen: Seen, names: _Names) -> list[str]:
     return words
 
 
-def _memory(step: Step, seen: Sequence[Seen], names: _Names) -> list[str]:
-    """The server does not say who hits a limit (O64), so this says no more than that there is one."""
+def suspect_limit(step: Step, seen: Sequence[Seen]) -> str:
+    """What to say where explain() found nothing: that there is a memory limit, if there is one.
+
+    The server does not say who hits it (O64), so nobody is to be sent to its logs.
+    """
+    names = _Names(step, seen)
     clients = {event.pid for one in seen for event in one.events if event.kind == CONTEXT}
     failed = [task.pid for task in step.tasks if task.failed and (task.pid in clients or names.any_may_be_ours)]
     if step.memory == "-" or not failed or not clients:
-        return []
+        return ""
     limit = "--mps-mem=auto" if step.memory == AUTO else f"{describe_memory(int(step.memory) * MIB)} on each GPU"
-    return [f"{names.who(failed)} failed under a memory limit ({limit}); if out of memory, that limit is why"]
+    return f"{names.who(failed)} failed under a memory limit ({limit}); if out of memory, that limit is why"

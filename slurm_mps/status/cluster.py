@@ -202,6 +202,15 @@ def by_node(jobs: Iterable[MpsJob]) -> dict[str, list[int]]:
     return found
 
 
+def unknown_nodes(nodes: Collection[str], timeout_seconds: float) -> list[str]:
+    """Those of which Slurm has none of that name; none where that cannot be said."""
+    try:
+        known = _output(["sinfo", "--all", "--noheader", "--Node", "--format=%N"], timeout_seconds).split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [node for node in nodes if node not in known]
+
+
 def marks_jobs(timeout_seconds: float, run: Callable[[list[str], float], str] | None = None) -> bool:
     """Whether the controller has a job_submit script that could mark jobs; True where that cannot be said."""
     try:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "slurm_mps"
-#: Functions whose text a person reads: on stderr, in syslog, in a report of findings.
+#: Functions whose text a person reads: on stderr, in syslog, in a report of findings. Doctor's problem() and warning()
+#: are none: a finding is looked up by its check's name, which it prints (tests/doctor/test_docs.py).
 SAYING = {"complain", "refuse", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
 #: The same of Python itself and of what stands behind a terminal or a parser.
 SAYING |= {"print", "write", "exit", "error", "ArgumentTypeError", "SystemExit"}
@@ -26,6 +27,8 @@ NO_MESSAGES = {
     "share this job's GPUs between its processes through CUDA MPS, "  # noqa: ISC004
     "with one control daemon on each node (so does --mps alone) or on each GPU",
 }
+#: What nvidia-cuda-mps-control says, and ours only look for.
+OTHERS_WORDS = {"Cannot find MPS control daemon"}
 _SHORTEST = 10
 
 
@@ -55,11 +58,12 @@ ERRORS = _error_names()
 
 
 def texts(tree: ast.Module, *, everything: bool = False) -> Iterator[tuple[int, ast.expr]]:
-    """Line and expression of what a file says; of one that is all sentences, every text with a value in it."""
+    """Line and expression of what a file says; of one that is all sentences, every text but its docstrings."""
     saying = SAYING | ERRORS
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
-        if everything and isinstance(node, ast.JoinedStr) and id(node) not in docstrings:
+        if everything and isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in docstrings:
             yield node.lineno, node
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):  # whatever class it is of
             yield from ((node.lineno, argument) for argument in node.exc.args)
@@ -71,23 +75,21 @@ def texts(tree: ast.Module, *, everything: bool = False) -> Iterator[tuple[int, 
                 yield node.lineno, argument
 
 
-def _longest(text: ast.expr) -> str:
-    """The longest literal part that stands in one line."""
-    parts = [line for part in fragments(text) for line in part.split("\n")]
-    return max(parts, key=len, default="").strip()
+def _parts(text: ast.expr) -> list[str]:
+    """The literal parts that say something, each of one line."""
+    parts = [line.strip() for part in fragments(text) for line in part.split("\n")]
+    return [part for part in parts if len(part) >= _SHORTEST and " " in part and part not in OTHERS_WORDS]
 
 
 def python_messages() -> list[tuple[str, str]]:
-    """Where, and the longest literal part of each text that a message is made from."""
+    """Where, and every literal part of each text that a message is made from."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(ROOT))
         if name in NOT_SAID:
             continue
         for line, text in texts(ast.parse(path.read_text()), everything=name in SENTENCES):
-            longest = _longest(text)
-            if len(longest) >= _SHORTEST and " " in longest:
-                found.append((f"{name}:{line}", longest))
+            found += [(f"{name}:{line}", part) for part in _parts(text)]
     return found
 
 

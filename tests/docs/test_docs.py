@@ -40,6 +40,19 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def test_every_link_leads_to_a_file_that_is_there_without_a_build() -> None:
+    """Most read the pages where the repository is shown, not on the site."""
+    made = ROOT / "docs/generated"
+    broken = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        for link in (link for link in links if not re.match(r"\w+:", link) and made not in page.parents):
+            target = (page.parent / link).resolve()
+            if not target.exists() or made in target.parents:
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
 @pytest.mark.parametrize("name", command_names(build_parser()))
 def test_each_command_has_a_page_with_every_option(built: Path, name: str) -> None:
     text = text_of(built / f"man/slurm-mps-{name}.1")

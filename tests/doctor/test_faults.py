@@ -450,6 +450,13 @@ FAULTS = {
         lambda p: p.shell(f"mv {MPS} /etc/mps.toml; ln -s /etc/mps.toml {MPS}", f"rm {MPS}; mv /etc/mps.toml {MPS}"),
         problem("site-config-owner"),
     ),
+    "an mps.toml with a second name": Fault(
+        lambda p: p.shell(f"echo > {MPS}; ln {MPS} /etc/slurm/second", f"rm {MPS} /etc/slurm/second"),
+        problem("site-config-owner"),
+    ),
+    "an mps.toml that is a directory": Fault(
+        lambda p: p.shell(f"mkdir {MPS}", f"rmdir {MPS}"), problem("site-config-owner")
+    ),
     "a slurm.conf of a user": Fault(lambda p: p.chown(SLURM, 20001), problem("site-config-owner")),
     "a state directory that is a link": Fault(
         lambda p: p.shell(
@@ -602,6 +609,22 @@ def test_the_server_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient:
     assert found.ailments == {"job-daemon": "problem"}
     assert "kill" not in "".join(one["cure"] for one in found.findings)
     assert "whose MPS servers" in patient.examine(user="alice").of("not checked")["foreign-processes"]
+
+
+@pytest.mark.parametrize(
+    ("thing", "file", "cure"),
+    [
+        (f"{STATE}/jobs/998", "/journal", "end what still runs of it, then rm -r "),
+        (f"{STATE}/gpus/GPU-00000000", "", "end what still runs of it, then rm -r "),
+        (f"{STATE}/stranger", "", "move it away: "),
+    ],
+    ids=["a damaged journal", "a damaged ledger", "a stranger"],
+)
+def test_what_reconcile_leaves_is_cured_by_hand(patient: Patient, thing: str, file: str, cure: str) -> None:
+    """The cure is not a command that then says that it leaves it."""
+    patient.shell(f"{'mkdir -p' if file else ':'} {thing}; echo x > {thing}{file}", f"rm -r {thing}")
+    (found,) = [one for one in patient.examine("stale-state").findings if one["severity"] == "problem"]
+    assert found["cure"] == f"slurm-mps reconcile leaves it; {cure}{thing}"
 
 
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])

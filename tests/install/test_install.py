@@ -229,11 +229,20 @@ def test_a_directory_that_cannot_be_meant_is_wrong_usage(machine: Machine) -> No
         ("--plugin-dir", "/opt/with blank", "expected an absolute path"),
         ("--slurm-include", "/opt", "there is no slurm/spank.h in it"),
         ("--slurm-include", "/opt;touch /etc/slurm/x", "expected an absolute path"),
+        ("--plugin", "/opt/none.so", "there is no such file"),
+        ("--slurm-conf", "/opt/none.conf", "there is no such file"),
     ):
         refused = slurm_mps(machine, "install", option, directory)
         assert (refused.returncode, f"{option}=" in refused.stderr, why in refused.stderr) == (2, True, True), refused
     assert snapshot(machine) == before
     assert not machine.path("/opt/typo").exists()
+
+
+def test_a_configuration_that_is_not_there_is_named_at_once(machine: Machine) -> None:
+    """Slurm's own commands would look for it for a minute."""
+    refused = machine.run([PROGRAM, "install", "--dry-run"], env={"SLURM_CONF": "/nosuch"})
+    said = "slurm-mps: SLURM_CONF=/nosuch names no file; unset it, or give it the right path\n"
+    assert (refused.returncode, refused.stderr) == (1, said)
 
 
 def test_a_plugin_directory_of_the_sites_own(machine: Machine) -> None:

@@ -114,6 +114,17 @@ def test_a_wrong_configuration_is_the_nodes_fault(gpu_node: GpuNode) -> None:
     assert report["meaning"] == "a fault of this node"
 
 
+def test_a_configuration_that_only_root_may_read_is_no_fault_of_the_node(gpu_node: GpuNode) -> None:
+    """As of `config check`: it is not the user's to see."""
+    gpu_node.configure("")
+    gpu_node.run("chmod", "600", "/etc/slurm/mps.toml").check()
+    result = gpu_node.run(*COMMAND, "--json", "--gres=gpu:1", "--mps", user="alice")
+    assert (result.returncode, result.stderr) == (4, "slurm-mps: /etc/slurm/mps.toml: Permission denied\n")
+    assert checked(result.stdout, 4)["error"] == "/etc/slurm/mps.toml: Permission denied"
+    assert plan(gpu_node, "--gres=gpu:1", "--mps")["steps"]
+    gpu_node.run("rm", "/etc/slurm/mps.toml").check()
+
+
 @pytest.mark.parametrize(
     ("gpus", "options"),
     [

@@ -53,11 +53,13 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     report = checked(cluster(marked, "--json").stdout, 0)
     first_node = report["jobs"][0]["nodes"][0]
     there = checked(cluster(marked, "--json", "-w", first_node).stdout, 0)
-    elsewhere = checked(cluster(marked, "--json", "-w", "n[7-9]").stdout, 0)
+    elsewhere = checked(cluster(marked, "--json", "-w", "n[2,7-8]").stdout, 1)
     comment = marked.cluster.job_info(jobs[2]).fields["AdminComment"]
     marked.machine.run(["scancel", *map(str, ids)]).check()
     marked.cluster.wait_idle()
     after = cluster(marked)
+    gone = cluster(marked, str(ids[0]))
+    gone_too = checked(cluster(marked, "--json", "-w", "n1", str(ids[0])).stdout, 1)
 
     rows = [line.split() for line in said.stdout.splitlines()]
     assert (said.returncode, said.stderr) == (0, "")
@@ -70,9 +72,12 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     assert report["asked"] == "squeue --json"
     assert report["nodes"]["n2"][-1] == ids[2]
     assert {one["job_id"] for one in there["jobs"]} >= {ids[0], ids[2]}
-    assert elsewhere["jobs"] == []
+    assert elsewhere["problems"] == [f"-w: {node}: Slurm shows you no such node" for node in ("n7", "n8")]
     assert comment == "mps:threads=12.5,mem=8G"
     assert (after.returncode, after.stdout.splitlines()[1:]) == (0, [])
+    said_of_gone = f"job {ids[0]}: Slurm shows you no such job that asks for MPS"
+    assert (gone.returncode, gone.stderr) == (1, f"slurm-mps: {said_of_gone}\n")
+    assert (gone_too["jobs"], gone_too["problems"]) == ([], [f"{said_of_gone} on these nodes"])
 
 
 def test_a_mark_is_not_the_users_to_write(marked: MarkedSite) -> None:

@@ -56,6 +56,16 @@ def test_wrong_usage_is_status_2(argv: list[str]) -> None:
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("value", ["abc", "nan", "0", "601"])
+def test_a_number_of_seconds_that_cannot_be_meant_is_told_with_what_can(
+    capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", "--timeout", value])
+    said = f"slurm-mps verify: error: argument --timeout: '{value}': expected seconds, 1 to 600\n"
+    assert (caught.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
+
+
 def test_check_reports_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "mps.toml"
     file.write_text("[logs]\nmax_jobs = 0\n")
@@ -116,6 +126,18 @@ def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("command", "status"), [("config show", 0), ("doctor --list", 0), ("config nonsense", 2)])
+def test_a_stream_that_is_closed_is_not_there_and_no_more(command: str, status: int, closed: str) -> None:
+    """The exit status is the answer's, and no file that is opened later gets what is meant for stdout or stderr."""
+    line = f"{sys.executable} -m slurm_mps.cli.main {command}"
+    whole = subprocess.run(["sh", "-c", line], capture_output=True, check=False)
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, check=False)
+    assert whole.returncode == done.returncode == status
+    assert done.stdout == (b"" if " >&-" in f" {closed}" else whole.stdout)
+    assert done.stderr == (b"" if "2>&-" in closed else whole.stderr)
 
 
 def test_a_full_disk_is_said() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError
 from slurm_mps.job_log import events as kinds
-from slurm_mps.job_log.blame import Seen, Step, Task, explain
+from slurm_mps.job_log.blame import Seen, Step, Task, explain, suspect_limit
 from slurm_mps.job_log.events import Event, read_events
 from slurm_mps.job_log.lines import parse_lines
 from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
@@ -173,8 +173,12 @@ def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, st
 # --------------------------------------------------------------------------------------------------------- who is told
 
 
-def explained(found: list[Event], tasks: Iterable[Task], memory: str = "-", *, script: bool = False) -> list[str]:
-    return explain(Step(tuple(tasks), script, memory), [Seen(GPUS, found, gone=False)])
+def explained(found: list[Event], tasks: Iterable[Task], *, script: bool = False) -> list[str]:
+    return explain(Step(tuple(tasks), script, "-"), [Seen(GPUS, found, gone=False)])
+
+
+def suspected(found: list[Event], tasks: Iterable[Task], memory: str) -> str:
+    return suspect_limit(Step(tuple(tasks), False, memory), [Seen(GPUS, found, gone=False)])
 
 
 def ranks(*pids: int, status: int | None = 256) -> list[Task]:
@@ -231,17 +235,18 @@ def test_a_dead_server_and_a_daemon_that_is_gone_are_told() -> None:
     )
 
 
-def test_a_memory_limit_is_named_where_a_client_failed_of_itself_and_nothing_else_explains_it() -> None:
-    """The server does not tell who hits it (O64)."""
+def test_a_memory_limit_is_named_where_a_client_failed_of_itself() -> None:
+    """The server does not tell who hits it (O64): it is no event of the logs, and suspected where they have none."""
     client = told(
         server=["Client {PID: 9, Context ID: 0} connected", "Status of client {PID: 9, Context ID: 1} is ACTIVE"]
     )
-    said = ["rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"]
-    assert explained(client, ranks(9), "2048") == said
-    assert explained(client, ranks(9), "-") == []
-    assert explained(client, ranks(9, status=9), "2048") == [], "somebody killed it"
-    assert explained(client, ranks(9, status=None), "2048") == [], "it runs"
-    assert explained([], ranks(9), "2048") == [], "it was no client"
+    said = "rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"
+    assert explained(client, ranks(9)) == []
+    assert suspected(client, ranks(9), "2048") == said
+    assert suspected(client, ranks(9), "-") == ""
+    assert suspected(client, ranks(9, status=9), "2048") == "", "somebody killed it"
+    assert suspected(client, ranks(9, status=None), "2048") == "", "it runs"
+    assert suspected([], ranks(9), "2048") == "", "it was no client"
 
 
 # ------------------------------------------------------------------------------------------------------ where they lie
