@@ -52,8 +52,8 @@ struct verdict {
 	unsigned int version;
 	char message[VERDICT_MESSAGE_MAX];
 	char python[VERDICT_PROGRAM_MAX];
-	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well; empty: a verdict of version 1 */
-	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; empty: a verdict of version 1 */
+	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well; empty: not every verdict of version 1 has it */
+	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; the same */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */
