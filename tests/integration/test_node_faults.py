@@ -85,8 +85,10 @@ def foreign_process(site: Site, _config: str) -> Iterator[None]:
 def newer_ledger(site: Site, _config: str) -> Iterator[None]:
     """A newer slurm-mps has left its note on the GPU."""
     place = f"{STATE_DIRECTORY}/gpus/{site.gpus('n1')[0]['uuid']}"
-    site.machine.write(place, "slurm-mps ledger 2\nend 00000000\n", mode=0o600, node="n1")
+    text = "slurm-mps ledger 2\nend 00000000\n"
+    site.machine.write(place, text, mode=0o600, node="n1")
     yield
+    assert site.machine.read(place, node="n1") == text
     site.machine.path(place, node="n1").unlink()
 
 
