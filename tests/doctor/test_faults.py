@@ -558,6 +558,7 @@ if chosen().no_run_in_job:
         line("PrologFlags", "Alloc,RunInJob"),
         problem("prolog-flags") if chosen().knows_run_in_job else problem("prolog-flags", "slurm-conf"),
     )
+FAULTS |= {f"a short {key}": Fault(line(key, "5"), problem("slurm-timeouts")) for key in chosen().own_timeouts}
 
 
 @pytest.mark.parametrize("name", FAULTS)

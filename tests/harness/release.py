@@ -52,7 +52,8 @@ class Release:
     """Whether Slurm takes the word at all."""
     upgrades_from: str = ""
     """A release of this table whose running jobs Slurm lets this one take over; empty where there is none."""
-
+    own_timeouts: tuple[str, ...] = ()
+    """What slurm.conf has beside PrologEpilogTimeout: a timeout of the prolog's, and one of the epilog's."""
     no_init_failure_mode: str = ""
     """Why a plugin's slurm_spank_init_failure_mode is not looked at; empty where it is."""
     pyslurm: str = ""
@@ -112,6 +113,7 @@ RELEASES = {
             autodetect="nvidia",
             prolog_sees="UUIDs",
             upgrades_from="24.11",
+            own_timeouts=("PrologTimeout", "EpilogTimeout"),
             no_pyslurm="pyslurm's newest is for Slurm 25.11",
         ),
     )
