@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: The folders below tests, and what the page calls them.
+#: What a commit has to share with another to be the same slurm-mps.
+PRODUCT = ("slurm_mps", "spank", "prolog", "epilog", "etc", "packaging", "setup.py", "pyproject.toml")
 SUITES = {
     "integration": "integration",
     "colocation": "ranks",
@@ -209,7 +211,14 @@ def _prolog_sees(one: Release) -> str:
     return one.prolog_sees if one.autodetect else f"{one.prolog_sees} (no AutoDetect there)"
 
 
-def to_be_run_again(outcomes: list[Outcome], commit: str) -> dict[str, str]:
+def same_product(repository: Path, one: str, other: str) -> bool:
+    """Whether two commits install the same: nothing but tests and documents changed from one to the other."""
+    git = ["git", "-c", f"safe.directory={repository}", "-C", str(repository)]
+    line = [*git, "diff", "--quiet", one, other, "--", *PRODUCT]
+    return one == other or subprocess.run(line, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def to_be_run_again(outcomes: list[Outcome], commit: str, repository: Path = REPOSITORY) -> dict[str, str]:
     """The releases whose results are no part of a page about `commit`, and why."""
     found = {one.release: one for one in outcomes}
     why = {}
@@ -219,16 +228,25 @@ def to_be_run_again(outcomes: list[Outcome], commit: str) -> dict[str, str]:
             why[name] = "it has not run"
         elif not one.commit or not commit:
             why[name] = "nobody knows which commit of slurm-mps ran"
-        elif one.commit != commit:
+        elif not same_product(repository, one.commit, commit):
             why[name] = f"commit {one.commit} ran, and this is {commit}"
         elif not one.clean:
             why[name] = "it ran with changes that are in no commit"
     return why
 
 
+def commits_of(outcomes: list[Outcome]) -> str:
+    """``slurm-mps at commit X``, and where another ran of the same product, on which releases."""
+    first, *others = dict.fromkeys(one.commit for one in outcomes)
+    ran = [f"slurm-mps at commit {first}"]
+    for commit in others:
+        on = " and ".join(one.slurm for one in outcomes if one.commit == commit)
+        ran.append(f"on {on} at {commit}, from which it differs in tests and documents only")
+    return ", ".join(ran)
+
+
 def page_of(outcomes: list[Outcome]) -> str:
     """The text of docs/support.md."""
-    (commit,) = {one.commit for one in outcomes}
     head = ["Slurm", "Debian", "Python", *SUITES.values(), "CUDA_VISIBLE_DEVICES in the prolog", "run on"]
     rows = [
         [
@@ -243,8 +261,7 @@ def page_of(outcomes: list[Outcome]) -> str:
     skipped = [
         f"- Slurm {one.slurm}, {count} skipped: {why}." for one in outcomes for why, count in sorted(one.skips.items())
     ]
-    ran = f"slurm-mps at commit {commit}:"
-    return PAGE_HEAD + "\n".join([ran, "", *lines, "", *failed, *skipped]) + "\n" + PAGE_TAIL
+    return PAGE_HEAD + "\n".join([f"{commits_of(outcomes)}:", "", *lines, "", *failed, *skipped]) + "\n" + PAGE_TAIL
 
 
 def short_form(page: str) -> str:

@@ -85,9 +85,29 @@ def test_each_release_may_have_run_in_a_go_of_its_own(tmp_path: Path, monkeypatc
     assert to_be_run_again(matrix.read_results(), COMMIT) == {"22.05": "it has not run"}
 
 
-def test_a_page_of_two_commits_cannot_be_made() -> None:
-    with pytest.raises(ValueError, match="too many values"):
-        page_of([outcome("22.05"), replace(outcome("24.11"), commit="ba9876543210")])
+def test_a_page_of_two_commits_says_which_ran_where() -> None:
+    page = page_of([outcome("22.05"), replace(outcome("24.11"), commit="ba9876543210"), outcome("26.05")])
+    ran = f"slurm-mps at commit {COMMIT}, on 24.11.1 at ba9876543210, from which it differs in tests and documents only"
+    assert f"\n{ran}:\n" in page
+    assert f"{ran}." in short_form(page)
+
+
+def test_commits_that_differ_in_tests_and_documents_alone_make_a_page(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    commits: list[str] = []
+    for name in ("slurm_mps/a.py", "tests/a.py", "docs/a.md", "spank/a.c"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x\n")
+        if not commits:
+            subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", name], check=True)
+        commits.append(commit_of(tmp_path)[0])
+    first, _, documents, plugin = commits
+    ran = [outcome(name, first) for name in RELEASES]
+    assert to_be_run_again(ran, documents, tmp_path) == {}
+    assert set(to_be_run_again(ran, plugin, tmp_path)) == set(RELEASES)
+    assert set(to_be_run_again(ran, COMMIT, tmp_path)) == set(RELEASES)
 
 
 def test_a_tree_is_clean_but_for_what_the_matrix_writes(tmp_path: Path) -> None:
