@@ -714,7 +714,7 @@ def test_scripts_that_name_their_own_directory_are_followed_once(patient: Patien
         script(f"/etc/slurm/epilog.d/{number}-site", "ls /etc/slurm/epilog.d/* >/dev/null")(patient)
     begun = monotonic()
     assert patient.examine("epilog-wired", "epilog-order", "hooks-twice").status == 0
-    assert monotonic() - begun < 3
+    assert monotonic() - begun < 20, "each was followed once, and not on every way to it"
 
 
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
