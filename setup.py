@@ -50,7 +50,7 @@ def man_pages(directory: Path) -> list[Path]:
     line = [sys.executable, "-m", "sphinx", "-q", "-b", "man", "-d", doctrees, "docs", pages]
     done = subprocess.run(line, cwd=HERE, check=False)  # noqa: S603 - a line of our own
     if done.returncode:
-        print("slurm-mps: without man pages, which Sphinx did not make", file=sys.stderr)  # noqa: T201
+        print("slurm-mps: without man pages, which Sphinx did not make", file=sys.stderr)  # noqa: T201 - pip -v shows it
         return []
     return sorted(pages.glob("*.[1-8]"))
 

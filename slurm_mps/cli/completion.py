@@ -47,7 +47,7 @@ def _tell_values(parser: argparse.ArgumentParser, kinds: Mapping[str, object], w
     """
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way to walk a parser; shtab does it, too
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
-            helps = {choice.dest: choice.help for choice in action._choices_actions}  # noqa: SLF001
+            helps = {choice.dest: choice.help for choice in action._choices_actions}  # noqa: SLF001 - as above
             for name, one in action.choices.items():
                 one.description = helps.get(name)  # one line, where its page has a paragraph
                 _tell_values(one, kinds, words)

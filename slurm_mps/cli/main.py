@@ -69,7 +69,7 @@ def _open_missing() -> None:
             os.set_inheritable(fd, True)
             if null != fd:
                 os.close(null)
-            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def main(argv: list[str] | None = None) -> int:
