@@ -67,8 +67,8 @@ def test_throughput_has_a_row_for_each_mode_and_kernel(
     simulated: SimulatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worth, "RANKS", (2,))
-    rows = worth.throughput(simulated, 0.2, 1)
-    assert [row.get("failed") for row in rows] == [None] * 9
+    rows = list(worth.throughput(simulated, 0.2, 1))
+    assert [row.get("failed") for row in rows] == [None] * 12
     assert {(row["mode"], row["sms"]) for row in rows} == {
         ("time-slicing", 132),
         ("MPS", 132),
