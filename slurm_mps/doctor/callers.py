@@ -60,17 +60,29 @@ class Script:
     @property
     def is_open(self) -> bool:
         """Whether it seems to run prologs or epilogs that its text alone does not tell."""
-        return not self.is_ours and bool(_LEFT_OPEN.search(self.code))
+        return not self.is_ours and bool(first(_LEFT_OPEN, self.code))
 
     @property
     def values(self) -> dict[str, str]:
         """The Python and the package that it names."""
-        return dict(_HOOK_VALUE.findall(self.text or ""))
+        return _values(self.text or "")
+
+
+@cache
+def first(kind: re.Pattern[str], code: str) -> str:
+    """What of that kind stands first in a script, or nothing; looked for once, whoever else runs that script."""
+    found = kind.search(code)
+    return found[0].strip() if found else ""
 
 
 @cache
 def _without_comments(text: str) -> str:
     return _COMMENT.sub("", text)
+
+
+@cache
+def _values(text: str) -> dict[str, str]:
+    return dict(_HOOK_VALUE.findall(text))
 
 
 class Scripts:
