@@ -717,6 +717,15 @@ def test_scripts_that_name_their_own_directory_are_followed_once(patient: Patien
     assert (found.status, found.ailments) == (0, {})
 
 
+def test_what_two_prologs_run_is_told_once(patient: Patient) -> None:
+    shared = "/etc/slurm/shared/bin/mode.sh"
+    script(shared, "nvidia-smi -c 0")(patient)
+    for number in (50, 60):
+        script(f"/etc/slurm/prolog.d/{number}-site", shared)(patient)
+    (finding,) = patient.examine("other-mode-setter").findings
+    assert finding["what"] == f"{shared} has 'nvidia-smi -c'"
+
+
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
     """It is executable to nobody, and nobody waits for it to be written."""
     fifo = "/etc/slurm/prolog.d/70-fifo"
