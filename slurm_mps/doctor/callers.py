@@ -3,6 +3,7 @@
 A site's own single script may name ours, or hand a directory to a loop or to run-parts, as DeepOps' does. Only its
 text is read: comments and tests are no calls, ``$dir`` is what a line above set it to, and a directory's files run in
 ascending order of names. What runs is cut out of the caller, so that what stands before a call is known to run before.
+A script is read and looked through once, however many lead to it: those of a directory may all name that directory.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+from functools import cache
 
 from ..plain import read_text
-from ..record import record
+from ..record import record, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
 _COMMENT = re.compile(r"(?:^|(?<=[\s;]))#.*$", re.MULTILINE)
@@ -49,7 +51,7 @@ class Script:
     @property
     def code(self) -> str:
         """What it does: its text without comments."""
-        return _COMMENT.sub("", self.text or "")
+        return _without_comments(self.text or "")
 
     @property
     def is_ours(self) -> bool:
@@ -58,15 +60,107 @@ class Script:
     @property
     def is_open(self) -> bool:
         """Whether it seems to run prologs or epilogs that its text alone does not tell."""
-        return not self.is_ours and bool(_LEFT_OPEN.search(self.code))
+        return not self.is_ours and bool(first(_LEFT_OPEN, self.code))
 
     @property
     def values(self) -> dict[str, str]:
         """The Python and the package that it names."""
-        return dict(_HOOK_VALUE.findall(self.text or ""))
+        return _values(self.text or "")
 
 
-def read_script(path: str, top: str = "") -> Script:
+@cache
+def first(kind: re.Pattern[str], code: str) -> str:
+    """What of that kind stands first in a script, or nothing; looked for once, whoever else runs that script."""
+    found = kind.search(code)
+    return found[0].strip() if found else ""
+
+
+@cache
+def _without_comments(text: str) -> str:
+    return _COMMENT.sub("", text)
+
+
+@cache
+def _values(text: str) -> dict[str, str]:
+    return dict(_HOOK_VALUE.findall(text))
+
+
+class Scripts:
+    """The scripts of this host, each as it was when it was first asked for."""
+
+    def __init__(self) -> None:
+        self.read = cache(_read_script)
+        self._steps = cache(self._look_through)
+        self._files = cache(_files)
+
+    def in_order(self, tops: Iterable[Script]) -> list[Script]:
+        """Scripts that slurmd runs, and all that these run, in the order in which they run; a caller comes in parts.
+
+        From each of `tops` a script is followed once. Where it is met again it comes whole: once before the first of
+        ours and once after, since more often would say no more.
+        """
+        found: list[Script] = []
+        ours_ran = False
+        for top in tops:
+            followed: set[str] = set()
+            told: set[str] = set()
+            ahead: list[Script | str] = [top.path]
+            while ahead:
+                step = ahead.pop()
+                if isinstance(step, Script):
+                    script = step
+                elif step in told:
+                    continue
+                else:
+                    script = self.read(step)
+                    if step not in followed and script.text is not None and not script.is_ours:
+                        followed.add(step)
+                        ahead += reversed(self._steps(step))
+                        continue
+                    told.add(step)
+                if not ours_ran and script.is_ours:
+                    ours_ran = True
+                    told.clear()
+                found.append(replace(script, top=top.path))
+        return found
+
+    def _look_through(self, path: str) -> list[Script | str]:
+        """What a script does, in order: its own parts, and the paths of those that it runs."""
+        script = self.read(path)
+        steps: list[Script | str] = []
+        own = ""
+        for line in _resolved_lines(script):
+            at = 0
+            for named in _PATH.finditer(line):
+                paths = self._run_by(named[0], line)
+                if paths is None:
+                    continue
+                own += line[at : named.start()]
+                at = named.end()
+                called = [one for one in paths if one != path]
+                if called:
+                    steps += [replace(script, text=own), *called]
+                    own = ""
+            own += line[at:]
+        return [*steps, replace(script, text=own)]
+
+    def _run_by(self, named: str, line: str) -> list[str] | None:
+        """The scripts that a line runs by naming a path; None where the path is something else."""
+        if named.startswith(_SYSTEM):
+            return None
+        if "*" in named or "?" in named or os.path.isdir(named):
+            if not re.search(r"(?:pro|epi)log", named):
+                return None
+            paths = self._files(named)
+            if _RUN_PARTS.search(line) and "--regex" not in line and _is_debians_run_parts():
+                paths = [path for path in paths if re.fullmatch(r"[A-Za-z0-9_-]+", os.path.basename(path))]
+            return paths[::-1] if _DESCENDING.search(line) else paths
+        if os.path.isfile(named):
+            return [named] if "slurm-mps" in named or _begins(named, b"#!") else None
+        return [] if _OF_HOOKS.search(named) else None
+
+
+def _read_script(path: str) -> Script:
     try:
         text: str | None = read_text(path, 65536)
     except OSError:
@@ -75,36 +169,7 @@ def read_script(path: str, top: str = "") -> Script:
         executable = bool(os.stat(path).st_mode & 0o100)
     except OSError:
         executable = False
-    return Script(path, text, executable, top or path)
-
-
-def in_order(script: Script, followed: set[str] | None = None) -> Iterator[Script]:
-    """A script and all that it runs, in the order in which they run; a caller comes in parts.
-
-    Each is followed once: scripts of a directory may name that directory.
-    """
-    followed = set() if followed is None else followed
-    if script.text is None or script.is_ours or script.path in followed:
-        yield script
-        return
-    followed.add(script.path)
-    own = ""
-    for line in _resolved_lines(script):
-        at = 0
-        for named in _PATH.finditer(line):
-            paths = _run_by(named[0], line)
-            if paths is None:
-                continue
-            own += line[at : named.start()]
-            at = named.end()
-            called = [read_script(path, script.top) for path in paths if path != script.path]
-            if called:
-                yield Script(script.path, own, script.executable, script.top)
-                own = ""
-            for one in called:
-                yield from in_order(one, followed)
-        own += line[at:]
-    yield Script(script.path, own, script.executable, script.top)
+    return Script(path, text, executable, path)
 
 
 def _resolved_lines(script: Script) -> Iterator[str]:
@@ -120,21 +185,9 @@ def _resolved_lines(script: Script) -> Iterator[str]:
             yield re.sub(r"""["'](?=/)""", "", _TEST.sub("", line))  # "$dir"/* is one path
 
 
-def _run_by(named: str, line: str) -> list[str] | None:
-    """The scripts that a line runs by naming a path; None where the path is something else."""
-    if named.startswith(_SYSTEM):
-        return None
-    if "*" in named or "?" in named or os.path.isdir(named):
-        if not re.search(r"(?:pro|epi)log", named):
-            return None
-        paths = sorted(glob.glob(f"{named}/*" if os.path.isdir(named) else named))
-        if _RUN_PARTS.search(line) and "--regex" not in line and _is_debians_run_parts():
-            paths = [path for path in paths if re.fullmatch(r"[A-Za-z0-9_-]+", os.path.basename(path))]
-        paths = [path for path in paths if os.path.isfile(path)]
-        return paths[::-1] if _DESCENDING.search(line) else paths
-    if os.path.isfile(named):
-        return [named] if "slurm-mps" in named or _begins(named, b"#!") else None
-    return [] if _OF_HOOKS.search(named) else None
+def _files(named: str) -> list[str]:
+    """The files of a directory, or that a pattern finds, by name."""
+    return [path for path in sorted(glob.glob(f"{named}/*" if os.path.isdir(named) else named)) if os.path.isfile(path)]
 
 
 def _is_debians_run_parts() -> bool:

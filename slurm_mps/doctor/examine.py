@@ -77,5 +77,6 @@ def _run(one: Check, place: Place) -> list[Finding]:
         found.append(finding(NOT_CHECKED, str(error)))
     except Exception as error:  # one check's bug leaves the others their say
         found.append(finding(WARNING, f"a bug in slurm-mps: {error!r}", "report it", "This was not looked at."))
+    found = list(dict.fromkeys(found))  # two prologs may run the same script
     bad = [one for one in found if one.severity != FINE]
     return bad or found or [finding(FINE, one.question)]

@@ -25,7 +25,7 @@ from ..node import processes
 from ..record import record
 from ..units import printable
 from ..verify.hostlist import expand_hosts
-from .callers import Script, in_order, read_script
+from .callers import Script, Scripts
 from .finding import NoAnswerError, NotCheckedError
 from .gpus import Driver, look_at_gpus
 from .paths import others_can_write
@@ -127,6 +127,7 @@ class Place:
         self.is_root = os.geteuid() == 0
         self.hostname = socket.gethostname().partition(".")[0]
         self.deadline = monotonic() + deadline_seconds
+        self._scripts = Scripts()
         self._running = Later("slurmctld", self._ask_slurmctld, self.deadline)
         self._driver = Later("the NVIDIA driver", look_at_gpus, self.deadline)
         self._stale = Later("squeue", lambda: stale_state(environment), self.deadline)
@@ -410,7 +411,9 @@ class Place:
     def scripts(self, key: str) -> list[Script]:
         """The scripts of Prolog or Epilog in the order in which slurmd runs them: each pattern's in reverse (S12)."""
         return [
-            read_script(path) for _, pattern in self.values(key) for path in sorted(glob.glob(pattern), reverse=True)
+            self._scripts.read(path)
+            for _, pattern in self.values(key)
+            for path in sorted(glob.glob(pattern), reverse=True)
         ]
 
     @cached_property
@@ -424,18 +427,18 @@ class Place:
     @cached_property
     def prolog_parts(self) -> list[Script]:
         """All that runs as prolog, in order: the scripts, those that they run, and what stands around a call."""
-        return [part for script in self.prologs for part in in_order(script)]
+        return self._scripts.in_order(self.prologs)
 
     @cached_property
     def epilog_parts(self) -> list[Script]:
         """The same of the epilogs."""
-        return [part for script in self.epilogs for part in in_order(script)]
+        return self._scripts.in_order(self.epilogs)
 
     @cached_property
     def our_hooks(self) -> list[Script]:
         """Our own scripts: those that slurmd runs or has run, and those that lie beside slurm.conf."""
         beside = [
-            read_script(path)
+            self._scripts.read(path)
             for kind in ("prolog.d", "epilog.d")
             for path in sorted(glob.glob(f"{self.conf_directory}/{kind}/*slurm-mps*"))
         ]

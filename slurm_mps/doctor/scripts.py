@@ -7,6 +7,7 @@ import re
 
 from .. import __version__
 from ..errors import MpsError
+from .callers import first
 from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
 from .paths import closed_to_users, others_can_write
 
@@ -88,7 +89,7 @@ def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, 
 def prolog_order(place: Place) -> Iterator[Said]:
     _, ours, after = _ours_and_others(place.prolog_parts)
     for part in after:
-        found = _KILLS.search(part.code) or _SETS_MODE.search(part.code)
+        found = first(_KILLS, part.code) or first(_SETS_MODE, part.code)
         if ours and found and not part.is_ours:
             if part.top != ours.top:
                 cure = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
@@ -96,7 +97,7 @@ def prolog_order(place: Place) -> Iterator[Said]:
                 cure = f"give it a name that {ours.top} meets before slurm-mps' prolog: {_rename(part.path, '05')}"
             else:
                 cure = f"{ours.top}: have it done before {ours.path} runs"
-            yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found[0].strip()!r}", cure)
+            yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found!r}", cure)
 
 
 @check(
@@ -109,13 +110,13 @@ def prolog_order(place: Place) -> Iterator[Said]:
 def epilog_order(place: Place) -> Iterator[Said]:
     before, ours, _ = _ours_and_others(place.epilog_parts)
     for part in before:
-        found = _KILLS.search(part.code)
+        found = first(_KILLS, part.code)
         if ours and found:
             if part.top == ours.top:
                 cure = _call("Epilog", ours.top, ours.path)
             else:
                 cure = f"give it a name that sorts in front of slurm-mps' epilog: {_rename(part.top, '50')}"
-            yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found[0].strip()!r}", cure)
+            yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found!r}", cure)
 
 
 def _rename(path: str, number: str) -> str:
@@ -138,11 +139,9 @@ def _others(place: Place) -> list[Script]:
 )
 def other_mode_setter(place: Place) -> Iterator[Said]:
     for script in _others(place):
-        found = _SETS_MODE.search(script.code)
+        found = first(_SETS_MODE, script.code)
         if found:
-            yield warning(
-                f"{script.path} has {found[0].strip()!r}", "leave the compute mode to slurm-mps, or set it at boot"
-            )
+            yield warning(f"{script.path} has {found!r}", "leave the compute mode to slurm-mps, or set it at boot")
 
 
 @check(
@@ -153,9 +152,9 @@ def other_mode_setter(place: Place) -> Iterator[Said]:
 )
 def other_mps_script(place: Place) -> Iterator[Said]:
     for script in _others(place):
-        found = _RUNS_MPS.search(script.code)
+        found = first(_RUNS_MPS, script.code)
         if found:
-            yield warning(f"{script.path} runs {found[0]}", f"take it out of {os.path.dirname(script.path)}")
+            yield warning(f"{script.path} runs {found}", f"take it out of {os.path.dirname(script.path)}")
 
 
 @check(

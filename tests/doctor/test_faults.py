@@ -710,11 +710,20 @@ def test_a_single_script_that_cannot_be_followed_is_not_judged(patient: Patient)
 
 
 def test_scripts_that_name_their_own_directory_are_followed_once(patient: Patient) -> None:
+    """They get an answer; how often each is read is counted in test_callers.py."""
     for number in range(20, 44):
         script(f"/etc/slurm/epilog.d/{number}-site", "ls /etc/slurm/epilog.d/* >/dev/null")(patient)
-    begun = monotonic()
-    assert patient.examine("epilog-wired", "epilog-order", "hooks-twice").status == 0
-    assert monotonic() - begun < 20, "each was followed once, and not on every way to it"
+    found = patient.examine("epilog-wired", "epilog-order", "hooks-twice")
+    assert (found.status, found.ailments) == (0, {})
+
+
+def test_what_two_prologs_run_is_told_once(patient: Patient) -> None:
+    shared = "/etc/slurm/shared/bin/mode.sh"
+    script(shared, "nvidia-smi -c 0")(patient)
+    for number in (50, 60):
+        script(f"/etc/slurm/prolog.d/{number}-site", shared)(patient)
+    (finding,) = patient.examine("other-mode-setter").findings
+    assert finding["what"] == f"{shared} has 'nvidia-smi -c'"
 
 
 def test_a_fifo_among_the_scripts_holds_nobody_up(patient: Patient) -> None:
