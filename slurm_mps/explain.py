@@ -17,7 +17,7 @@ _LINE_MAX = 900
 
 def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
-    from slurm_mps.job_log.blame import Seen, Step, Task, explain, suspect_limit
+    from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.status.listen import listener
     from slurm_mps.status.verdict import read_verdict
@@ -31,19 +31,20 @@ def main() -> int:
     if verdict is None:
         return 0
     seen = [
-        Seen(
+        seen_since(
+            float(since),
             place.gpus,
-            events_of(DaemonLogs(place.name, place.log_directory), float(since), _LIMIT_BYTES),
-            gone=listener(place.pipe_directory) is None,
+            gone=listener(place.pipe_directory) is None,  # before its last words are read
+            events=events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES),
         )
         for place in verdict.daemons
     ]
     step = Step(tasks, kind == "script", memory)
-    found = "; ".join(explain(step, seen))
-    more = f"; slurm-mps logs {job_id} tells more" if found else ""
-    found = found or suspect_limit(step, seen)
-    if found:
-        line = f"job {job_id}: {found}"
+    found = explain(step, seen)
+    more = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
+    words = "; ".join(found) or suspect_limit(step, seen)
+    if words:
+        line = f"job {job_id}: {words}"
         sys.stdout.write(f"{line[: _LINE_MAX - len(more)]}{more}\n")
     return 0
 

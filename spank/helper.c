@@ -1,5 +1,6 @@
 #include "helper.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
 #include <poll.h>
@@ -77,6 +78,8 @@ int helper_end(pid_t pid, int *tries_left)
 	}
 	if (ended == pid)
 		return WIFEXITED(status) ? WEXITSTATUS(status) : HELPER_DIED;
+	if (ended < 0 && errno == ECHILD)
+		return HELPER_DIED; /* and its pid may be another's by now */
 	(void)kill(-pid, SIGKILL);
 	(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	(void)waitpid(pid, &status, WNOHANG); /* what SIGKILL does not end is init's when this process ends */

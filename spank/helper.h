@@ -20,8 +20,8 @@ enum { HELPER_LATE = -1, HELPER_DIED = -2 };
 /*
  * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each); one that has not by then
  * is killed with all that it started.
- * Returns: its exit status; HELPER_LATE where it was killed for that; HELPER_DIED where a signal ended it, or it was
- * never started.
+ * Returns: its exit status; HELPER_LATE where it was killed for that; HELPER_DIED where a signal ended it, it was never
+ * started, or somebody else in slurmstepd (another plugin) has waited for it, so that nobody knows how it ended.
  */
 int helper_end(pid_t pid, int *tries_left);
 

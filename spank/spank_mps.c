@@ -225,11 +225,14 @@ static void fail_step(const char *message)
 /* Why no task can use a GPU: its control daemon is gone, or the server takes nobody after what an earlier task did. */
 static void find_trouble(void)
 {
-	static char untried[2 * VERDICT_PROGRAM_MAX + 192];
+	static char untried[2 * VERDICT_PROGRAM_MAX + 192], unsaid[sizeof(untried)];
 	bool answers[GPUS_MAX] = { false };
 
 	(void)snprintf(untried, sizeof(untried), "its MPS server on this node was not tried after an earlier step ended badly, "
 						 "for %s -I -S %s does not run; was slurm-mps moved or removed?",
+		       step.verdict.python, step.verdict.probe);
+	(void)snprintf(unsaid, sizeof(unsaid), "how its MPS server on this node is after an earlier step ended badly is not "
+					       "known, for %s -I -S %s gave no answer; start the step again",
 		       step.verdict.python, step.verdict.probe);
 	for (unsigned int i = 0; i < step.verdict.daemon_count; i++)
 		answers[i] = verdict_daemon_answers(&step.verdict.daemons[i]);
@@ -243,7 +246,7 @@ static void find_trouble(void)
 			step.trouble[gpu] = "its MPS server on this node takes no programs: one that an earlier step's fault "
 					    "has hit, or that hangs, is still there; end it, or the job";
 		else if (step.suspicion.untried[gpu])
-			step.trouble[gpu] = untried;
+			step.trouble[gpu] = step.suspicion.unsaid[gpu] ? unsaid : untried;
 	}
 }
 

@@ -1,6 +1,7 @@
 #include "suspect.h"
 
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -113,8 +114,11 @@ static void probe(const struct verdict *verdict, struct suspicion *suspicion)
 			      (status == TOOK_NOBODY && verdict->version == 1);
 
 		for (unsigned int j = 0; j < gpus[i].count; j++) {
-			suspicion->unwell[gpus[i].gpus[j] - verdict->gpus] = unwell;
-			suspicion->untried[gpus[i].gpus[j] - verdict->gpus] = status && !unwell;
+			ptrdiff_t gpu = gpus[i].gpus[j] - verdict->gpus;
+
+			suspicion->unwell[gpu] = unwell;
+			suspicion->untried[gpu] = status && !unwell;
+			suspicion->unsaid[gpu] = status == HELPER_DIED;
 		}
 	}
 }

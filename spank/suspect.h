@@ -13,6 +13,7 @@ struct suspicion {
 	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so it was tried */
 	bool unwell[GPUS_MAX]; /* and its server takes no programs */
 	bool untried[GPUS_MAX]; /* or that is not known: the program that tries it did not run */
+	bool unsaid[GPUS_MAX];  /* or it may have, and gave no answer; such a GPU is untried, too */
 	struct timespec since[GPUS_MAX];
 };
 

@@ -44,12 +44,12 @@ class Column:
 
 
 class WrongUsageError(Exception):
-    """A command line that its parser does not take; `report` is what the command would have printed, if any."""
+    """A command line that its parser does not take; `options` are what is known of the command all the same."""
 
-    def __init__(self, parser: argparse.ArgumentParser, report: str | None, message: str) -> None:
+    def __init__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, message: str) -> None:
         super().__init__(message)
         self.parser = parser
-        self.report = report
+        self.options = options
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,29 +57,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises: WrongUsageError."""
-        raise WrongUsageError(self, self.get_default("report"), message)
+        known = {name: self.get_default(name) for name in ("report", "is_said_elsewhere")}
+        raise WrongUsageError(self, argparse.Namespace(**known), message)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """What the command line says.
 
-    Raises: SystemExit, with status 2 when it is wrong, which then was said, with --json also as a report.
+    Raises: SystemExit, with status 2 when it is wrong, which then was said by one of us, with --json also in a report.
     """
     try:
         return _parse(parser, arguments)
     except WrongUsageError as error:
-        error.parser.print_usage(sys.stderr)
-        print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
-        if error.report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
-            _print_report(error.report, USAGE, {"error": str(error)})
+        if not _is_said_elsewhere(error.options):
+            error.parser.print_usage(sys.stderr)
+            print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
+            report = getattr(error.options, "report", None)
+            if report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
+                _print_report(report, USAGE, {"error": str(error)})
         raise SystemExit(USAGE) from None
+
+
+def _is_said_elsewhere(options: argparse.Namespace) -> bool:
+    """Whether another process has the same command line and says what is wrong with it: a command's own default."""
+    asked = getattr(options, "is_said_elsewhere", None)
+    return bool(asked and asked())
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         message = f"unrecognized arguments: {printable(' '.join(unknown), 200)}"
-        raise WrongUsageError(parser, getattr(options, "report", None), message)
+        raise WrongUsageError(parser, options, message)
     return options
 
 
@@ -186,6 +195,8 @@ def _print_report(report: str, status: int, fields: Mapping[str, Any]) -> None:
 
 def refuse(options: argparse.Namespace, status: int, *messages: str) -> int:
     """Say why there is no answer: on stderr, and with --json also in a report without one. Returns the exit status."""
+    if status == USAGE and _is_said_elsewhere(options):
+        return status
     for message in messages:
         complain(message)
     if getattr(options, "json", False):  # top has no report

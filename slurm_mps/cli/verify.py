@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentTypeError
-from time import monotonic
+from time import monotonic, sleep
 
 from slurm_mps.cli.output import (
     NOT_HERE,
@@ -42,6 +42,7 @@ COLUMNS = (
     Column("uuid", "UUID", hidden=True),
 )
 _SECONDS_MAX = 600.0
+_HEAD_START_SECONDS = 2.0
 
 
 def _seconds(text: str) -> float:
@@ -66,7 +67,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_table_options(parser, COLUMNS, "verify/1")
     parser.add_argument("--no-mpi", action="store_true", help="do without the MPI that the step was started with")
     parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each rank's report (10)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, is_said_elsewhere=_rank_0_says_it)
+
+
+def _rank_0_says_it() -> bool:
+    """Whether what is wrong with the command line is said by rank 0 of the step, another process that has the same.
+
+    Gives it the time to: with ``srun --kill-on-bad-exit`` the first rank that ends takes all others along.
+    """
+    from slurm_mps.verify.step import read_step
+
+    step = read_step(os.environ, os.uname().nodename)
+    if step is None or step.rank == 0:
+        return False
+    sleep(_HEAD_START_SECONDS)
+    return True
 
 
 def run(options: argparse.Namespace) -> int:

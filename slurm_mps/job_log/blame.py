@@ -10,6 +10,8 @@ from ..verify.hostlist import join_numbers
 from .events import (
     CONNECTED,
     CONTEXT,
+    DAEMON_ENDED,
+    DAEMON_STARTED,
     FAULT,
     FULL,
     LEFT,
@@ -31,6 +33,10 @@ _SAME_MOMENT_SECONDS = 0.0015  # the logs count milliseconds
 _ANOTHERS = "or was the next after one that was killed inside a kernel"
 _NAMED_PIDS = 8
 _NOT_READY = 807
+#: What no log says: of a daemon that SIGKILL ended none has a line (O65).
+VANISHED = (
+    "the MPS control daemon on this node is gone, without a word in its log, and its server with it (CUDA error 806)"
+)
 _ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
 
 
@@ -57,6 +63,17 @@ class Seen:
     gpus: tuple[str, ...]
     events: Sequence[Event]
     gone: bool  #: nobody listens any more
+    ended: Event | None  #: the daemon's end, by its own word
+
+
+def seen_since(since_seconds: float, gpus: tuple[str, ...], *, gone: bool, events: Sequence[Event]) -> Seen:
+    """What a step that began then is to be told of a daemon; `events` are all that its logs have.
+
+    What came before the step explains what came after: which server was ready, that the daemon ended.
+    """
+    lives = [event for event in events if event.kind in (DAEMON_STARTED, DAEMON_ENDED)]
+    ended = lives[-1] if lives and lives[-1].kind == DAEMON_ENDED else None
+    return Seen(gpus, [event for event in events if event.seconds >= since_seconds], gone, ended)
 
 
 @record
@@ -95,7 +112,10 @@ class _Names:
 
 
 def explain(step: Step, seen: Sequence[Seen]) -> list[str]:
-    """A sentence for each thing that MPS did to the step, the causes first; none where its logs explain nothing."""
+    """A sentence for each thing that MPS did to the step, the causes first; none where nothing explains it.
+
+    All but VANISHED are from the logs.
+    """
     names = _Names(step, seen)
     found: list[str] = []
     for one in seen:
@@ -137,8 +157,13 @@ def _servers(seen: Seen, names: _Names) -> list[str]:
 
     words = []
     clients = {event.pid for event in seen.events if event.kind in (CONNECTED, CONTEXT)}
-    if seen.gone:
-        words.append("the MPS control daemon on this node is gone, and its server with it (CUDA error 806)")
+    if seen.gone and seen.ended:
+        words.append(
+            f"the MPS control daemon on this node ended (status {seen.ended.number}), and its server with it "
+            "(CUDA error 806)"
+        )
+    elif seen.gone:
+        words.append(VANISHED)
     elif of(SERVER_DIED) and names.ours(clients):
         words.append("the MPS server died, and its clients lost what they had on the GPU (CUDA error 806)")
     elif of(SERVER_FAILED):

@@ -47,10 +47,10 @@ def read_log(directory: str, name: str, limit_bytes: int = LIMIT_BYTES) -> bytes
         return b""
 
 
-def events_of(logs: DaemonLogs, since_seconds: float = 0, limit_bytes: int = LIMIT_BYTES) -> list[Event]:
-    """What the logs of a control daemon say happened from a time on; what came before it explains what came after.
+def events_of(logs: DaemonLogs, limit_bytes: int = LIMIT_BYTES) -> list[Event]:
+    """What the logs of a control daemon say happened.
 
     Raises: NodeError, PermissionError.
     """
     control, server = (parse_lines(read_log(logs.directory, name, limit_bytes)) for name in (CONTROL_LOG, SERVER_LOG))
-    return [event for event in read_events(control, server) if event.seconds >= since_seconds]
+    return read_events(control, server)

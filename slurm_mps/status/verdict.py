@@ -60,6 +60,20 @@ def _from_1(lines: list[str]) -> list[str]:
     return [*lines, f"daemon {' '.join(words)} {known.get('memory_limit', '-')}"]
 
 
+def _whole(verdict: JobVerdict) -> JobVerdict:
+    """One that has all its parts, as the plugin wants them (spank/verdict.c) and as far as they are read here.
+
+    Raises: ValueError.
+    """
+    if verdict.status == "ready":
+        whole = bool(verdict.threads and verdict.daemons) and all(place.gpus for place in verdict.daemons)
+    else:
+        whole = verdict.status in ("refused", "without") and bool(verdict.message)
+    if not whole:
+        raise ValueError(verdict.status)
+    return verdict
+
+
 def parse_verdict(data: bytes) -> JobVerdict:
     """Read a verdict's file.
 
@@ -73,12 +87,14 @@ def parse_verdict(data: bytes) -> JobVerdict:
     served = [[gpu] for gpu in gpus] if per_gpu else [gpus]
     try:
         found = tuple(_daemon(words, its) for words, its in zip(daemons, served, strict=bool(daemons)))
-        return JobVerdict(
-            status=known["status"],
-            message=known.get("message", ""),
-            threads=known.get("thread_percentage", ""),
-            auto=tuple(value for key, value in lines if key == "auto"),
-            daemons=found,
+        return _whole(
+            JobVerdict(
+                status=known["status"],
+                message=known.get("message", ""),
+                threads=known.get("thread_percentage", ""),
+                auto=tuple(value for key, value in lines if key == "auto"),
+                daemons=found,
+            )
         )
     except (KeyError, ValueError, RequestError):
         raise DamagedFileError("a verdict that makes no sense") from None

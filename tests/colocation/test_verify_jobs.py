@@ -269,6 +269,28 @@ def test_outside_a_step_is_status_3(site: Site) -> None:
     assert site.machine.run(VERIFY.split()).returncode == 3
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("--timeout abc", "expected seconds, 1 to 600"), ("-o nonsense", "there is no field")]
+)
+def test_wrong_usage_of_a_step_is_said_once(site: Site, wrong: str, message: str) -> None:
+    script = f"srun sh -c '{VERIFY} --json {wrong}; echo ended $?'"
+    job = site.cluster.sbatch("-N2", "-n8", "--gres=gpu:1", *ASKED, script=script)
+    _, report = report_of(site, job)
+    said = site.cluster.output(job)
+    assert (report["status"], said.count("ended 2")) == (2, 8)
+    assert message in report["error"]
+    assert said.count(message) == 2, "on stderr and in the report"
+
+
+def test_wrong_usage_is_said_where_the_first_rank_that_ends_takes_all_along(site: Site) -> None:
+    """The ranks of the second node, with little to do, would be done before rank 0 has said anything."""
+    script = f"srun --kill-on-bad-exit=1 {VERIFY} --timeout abc"
+    job = site.cluster.sbatch("-N2", "-n8", "--gres=gpu:1", *ASKED, script=script)
+    site.cluster.wait(job)
+    until(lambda: not any(process.comm == "slurmstepd" for process in site.machine.processes()))
+    assert site.cluster.output(job).count("'abc': expected seconds, 1 to 600") == 1
+
+
 def test_wrong_usage_is_status_2(site: Site) -> None:
     """An unknown option and a time out of range."""
     assert site.machine.run([*VERIFY.split(), "--nonsense"]).returncode == 2

@@ -65,6 +65,33 @@ def test_a_server_that_dies_is_told(site: Site) -> None:
     assert words == "the MPS server died, and its clients lost what they had on the GPU (CUDA error 806)"
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "kill -9 $(cat $CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid)",
+            "is gone, without a word in its log, and its server with it (CUDA error 806)",
+        ),
+        (
+            "echo quit -t 1 | nvidia-cuda-mps-control",
+            "ended (status 0), and its server with it (CUDA error 806); slurm-mps logs {job} tells more",
+        ),
+    ],
+    ids=["killed", "quit"],
+)
+def test_a_daemon_that_goes_is_told_and_its_logs_where_they_know_of_it(site: Site, command: str, words: str) -> None:
+    """Of a daemon that was killed they hold nothing (O65), and nobody is sent to them."""
+    job = start(site, "srun -n1 sh -c 'touch up; while [ -e up ]; do sleep 0.1; done; exit 3'")
+    up = site.machine.path("/home/alice/up")
+    site.cluster.until("the task", lambda: up.exists() or None, 20)
+    pipe = f"{STATE_DIRECTORY}/jobs/{job}/pipe"
+    site.node("n1", "sh", "-c", f"export CUDA_MPS_PIPE_DIRECTORY={pipe}; {command}").check()
+    up.unlink()
+    site.cluster.wait(job)
+    expected = f"job {job}: the MPS control daemon on this node {words.format(job=job)}"
+    assert set(site.cluster.said(site.cluster.output(job))) == {("n1", expected)}
+
+
 def test_more_programs_than_the_server_takes_are_told_where_the_plugin_could_not_refuse_them(site: Site) -> None:
     script = f"for i in $(seq 50); do {CLIENT} --device 0 --hold 3 >/dev/null & done; wait; {CLIENT} --fault >/dev/null"
     (words,) = told(site, start(site, script))

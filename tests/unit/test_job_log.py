@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError
 from slurm_mps.job_log import events as kinds
-from slurm_mps.job_log.blame import Seen, Step, Task, explain, suspect_limit
+from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
 from slurm_mps.job_log.events import Event, read_events
 from slurm_mps.job_log.lines import parse_lines
 from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LOGS = Path(__file__).with_name("logs")
 FIRST, SECOND = "GPU-76bb709d-8deb-98b6-99f4-5d130535bac2", "GPU-9b6acbf3-463e-e0e5-d0ec-e7764b1d43d8"
 GPUS = (FIRST, SECOND)
+STARTED, ENDED = "Starting control daemon using socket /p/control", "Exit with status 0"
 DEVICE = f"Device NVIDIA H200 (uuid {FIRST}) is associated"
 
 
@@ -147,7 +148,8 @@ def test_what_came_before_explains_what_came_after(tmp_path: Path) -> None:
     after = ["Server 959 exited with status 0"]
     (tmp_path / "control.log").write_bytes(written("Control", 953, before, 1) + written("Control", 953, after, 2))
     since = mktime(strptime("2026-11-23 09:06:02", "%Y-%m-%d %H:%M:%S"))
-    assert [event.kind for event in events_of(DaemonLogs("", str(tmp_path)), since)] == [kinds.SERVER_DIED]
+    seen = seen_since(since, GPUS, gone=False, events=events_of(DaemonLogs("", str(tmp_path))))
+    assert [event.kind for event in seen.events] == [kinds.SERVER_DIED]
 
 
 @given(st.binary() | st.text("[]-: 0123456789SeverContl{}PID,", max_size=200).map(str.encode))
@@ -174,11 +176,11 @@ def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, st
 
 
 def explained(found: list[Event], tasks: Iterable[Task], *, script: bool = False) -> list[str]:
-    return explain(Step(tuple(tasks), script, "-"), [Seen(GPUS, found, gone=False)])
+    return explain(Step(tuple(tasks), script, "-"), [seen_since(0, GPUS, gone=False, events=found)])
 
 
 def suspected(found: list[Event], tasks: Iterable[Task], memory: str) -> str:
-    return suspect_limit(Step(tuple(tasks), False, memory), [Seen(GPUS, found, gone=False)])
+    return suspect_limit(Step(tuple(tasks), False, memory), [seen_since(0, GPUS, gone=False, events=found)])
 
 
 def ranks(*pids: int, status: int | None = 256) -> list[Task]:
@@ -227,12 +229,21 @@ def test_programs_that_a_wrapper_started_go_by_pid() -> None:
     assert words.startswith(f"process 586 hit a GPU fault on {FIRST} and took process 585 along")
 
 
-def test_a_dead_server_and_a_daemon_that_is_gone_are_told() -> None:
+def test_a_dead_server_is_told() -> None:
     dead = told(["NEW SERVER 959: Ready", "Server 959 exited with status 0"])
     assert "the MPS server died" in explained(dead, ranks(1))[0]
-    assert (
-        "control daemon on this node is gone" in explain(Step(tuple(ranks(1)), False, "-"), [Seen(GPUS, [], True)])[0]
-    )
+
+
+@pytest.mark.parametrize(("log", "ended"), [([ENDED], True), ([], False), ([ENDED, STARTED], False)])
+@pytest.mark.parametrize("since", [0, float("inf")], ids=["in the step", "before it"])
+def test_a_daemon_that_is_gone_is_told_with_its_own_word_where_there_is_one(
+    log: list[str], ended: bool, since: float
+) -> None:
+    """A script that fails because its step did is asked about after the daemon's end."""
+    seen = seen_since(since, GPUS, gone=True, events=told(["NEW SERVER 959: Ready", *log]))
+    (words,) = explain(Step(tuple(ranks(1)), True, "-"), [seen])
+    assert (words == VANISHED) != ended
+    assert ("control daemon on this node ended (status 0)" in words) == ended
 
 
 def test_a_memory_limit_is_named_where_a_client_failed_of_itself() -> None:

@@ -20,7 +20,9 @@ from slurm_mps.node.gpus import Gpu
 from slurm_mps.plan import make_plan
 from slurm_mps.request import JobRequest
 from slurm_mps.state import VERDICT_VERSION, Verdict, refused, without
+from slurm_mps.status.verdict import parse_verdict
 from slurm_mps.units import MIB, parse_memory, parse_memory_by_gpu, parse_thread_percentage
+from slurm_mps.wordfile import DamagedFileError, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -337,6 +339,37 @@ def test_a_verdict_cut_short_is_a_refusal_never_a_job_that_did_not_ask(
 @pytest.mark.parametrize("without", ["daemon", "thread_percentage", "clients_per_gpu", "probe", "gpu"])
 def test_a_ready_verdict_without_one_of_its_parts_is_a_refusal(plugin: ctypes.CDLL, state: Path, without: str) -> None:
     assert read(plugin, state, verdict_file(**{without: None})).status == REFUSED
+
+
+LINES = [f"{key} {value}" for key, value in (("status", "ready"), *SETTINGS)]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *([line for line in LINES if not line.startswith(f"{key} ")] for key in ("daemon", "thread_percentage", "gpu")),
+        ["status ready"],
+        [*LINES[1:], "status perhaps"],
+        ["status refused"],
+        ["status without"],
+    ],
+    ids=[
+        "no daemon",
+        "no percentage",
+        "no GPU",
+        "nothing",
+        "no such status",
+        "refused, no reason",
+        "without, no reason",
+    ],
+)
+def test_both_sides_refuse_a_verdict_that_is_not_whole(plugin: ctypes.CDLL, state: Path, lines: list[str]) -> None:
+    """What status and logs would show of it no task has."""
+    assert parse_verdict(encode("verdict", VERDICT_VERSION, LINES)).daemons
+    data = encode("verdict", VERDICT_VERSION, lines)
+    assert b"cannot be understood" in read(plugin, state, data).message
+    with pytest.raises(DamagedFileError):
+        parse_verdict(data)
 
 
 @given(

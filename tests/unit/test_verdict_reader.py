@@ -16,11 +16,11 @@ ROWS = tuple(("gpu", f"{n} {n} {uuid} 142641 143771") for n, uuid in enumerate(G
 
 
 def written(*settings: tuple[str, str]) -> JobVerdict:
-    return parse_verdict(Verdict("ready", settings=(*settings, *ROWS)).encode())
+    return parse_verdict(Verdict("ready", settings=(("thread_percentage", "12.5"), *settings, *ROWS)).encode())
 
 
 def test_one_daemon_serves_all_gpus() -> None:
-    found = written(("daemon", f"{PIPE}/pipe {LOG} 8G"), ("thread_percentage", "12.5"), ("auto", "memory"))
+    found = written(("daemon", f"{PIPE}/pipe {LOG} 8G"), ("auto", "memory"))
     place = DaemonPlace("", f"{PIPE}/pipe", LOG, 8 << 30, GPUS)
     assert found == JobVerdict("ready", "", "12.5", ("memory",), (place,))
 
