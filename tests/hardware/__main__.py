@@ -77,7 +77,7 @@ class Show:
 def _heading(site: Site) -> None:
     on = measured_on()
     commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     slurm = site.node(NODE, "slurmd", "-V").stdout.strip()
     plugin = site.machine.read("/etc/slurm/cgroup.conf").partition("CgroupPlugin=")[2].split()[0]
@@ -114,7 +114,7 @@ def _jobs(show: Show, site: RealSite, gpus: int) -> None:
         fault = f"[ $SLURM_PROCID = 0 ] && exec {CLIENT} fault 0 {meeting}; exec {CLIENT} hold 3 {meeting}"
         step = f"srun -n{ranks} --ntasks-per-gpu=2 --kill-on-bad-exit=0 sh -c '{fault}'\n"
         spared = f"(ended with error 0.*){{{ranks - 2}}}" if gpus > 1 else ""
-        contained = f"(?=.*rank 0 hit a GPU fault.*took rank){spared}(ended with error 0.*){{{gpus}}}\\[COMPLETED"
+        contained = f"(?=.*rank 0 hit a GPU fault.*took rank).*{spared}(ended with error 0.*){{{gpus}}}\\[COMPLETED"
         show.sbatch(f"-n{ranks} --gres=gpu:{gpus} {mode}", step + next_step, contained)
     site.end_meetings()
 

@@ -48,27 +48,27 @@ _PROJECT_MARK = ".project-sources"
 # host, and goes on showing what else is there (a local package index, say).
 _AT_MOUNT_POINT = """set -eu
 source=$1 target=$2; shift 2
-mount -t tmpfs -o mode=755 none /media
+mount -n -t tmpfs -o mode=755 none /media
 mkdir /media/upper /media/work /media/source
-mount --bind "$source" /media/source
+mount -n --bind "$source" /media/source
 parent=$(dirname "$target")
-mount -t overlay none -o "lowerdir=$parent,upperdir=/media/upper,workdir=/media/work" "$parent"
+mount -n -t overlay none -o "lowerdir=$parent,upperdir=/media/upper,workdir=/media/work" "$parent"
 mkdir -p "$target"
-mount --bind /media/source "$target"
+mount -n --bind /media/source "$target"
 exec "$@"
 """
 
 # Runs "$@" in the root file system $1, which stays as it is: $2 is seen at $3 there, and $4 where it is here.
 _IN_ROOT = """set -eu
 root=$1 source=$2 target=$3 shown=$4; shift 4
-mount -t tmpfs -o mode=755 none /media
+mount -n -t tmpfs -o mode=755 none /media
 mkdir /media/upper /media/work /media/root
-mount -t overlay none -o "lowerdir=$root,upperdir=/media/upper,workdir=/media/work" /media/root
+mount -n -t overlay none -o "lowerdir=$root,upperdir=/media/upper,workdir=/media/work" /media/root
 mkdir -p "/media/root$target" "/media/root$shown"
-mount --bind "$source" "/media/root$target"
-mount --bind "$shown" "/media/root$shown"
-mount --rbind /dev /media/root/dev
-mount -t proc proc /media/root/proc
+mount -n --bind "$source" "/media/root$target"
+mount -n --bind "$shown" "/media/root$shown"
+mount -n --rbind /dev /media/root/dev
+mount -n -t proc proc /media/root/proc
 exec chroot /media/root "$@"
 """
 
