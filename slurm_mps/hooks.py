@@ -18,8 +18,9 @@ from .errors import MpsError, NodeError, RequestError
 from .lifecycle import bring_up, is_up, take_down
 from .node import logs, processes
 from .node.files import open_trusted
+from .node.gpus import expected_uuids
 from .node.messages import one_line, tell_admin
-from .plan import make_plan
+from .plan import make_plan, plan_start
 from .record import replace
 from .request import read_request, slurm_number
 from .state import STATE_DIRECTORY, Journal, NodeState, Verdict, refused, without
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .node.gpus import Gpus
+    from .plan import Plan
 
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
@@ -198,8 +200,11 @@ class _Prolog:
         request = read_request(self._environment)
         journal.write_config(self._config)
         site = self._site(state, journal, self._config)
-        gpus = tuple(site.gpus.resolve(name) for name in request.gpus)
-        bring_up(make_plan(request, self._config, gpus), site)
+
+        def decide() -> Plan:
+            return make_plan(request, self._config, tuple(site.gpus.resolve(name) for name in request.gpus))
+
+        bring_up(plan_start(request, expected_uuids(request.gpus)), decide, site)
 
     def _open_state(self) -> NodeState:
         """Open the state directory and read the configuration, which says what comes of a fault of either."""
@@ -307,6 +312,8 @@ def _epilog(state: NodeState, job_id: int, watch: Watch, gpus: Gpus, learn: Call
     config = journal.read_config() or DEFAULTS
     learn(config)
     watch.set(config.deadlines_epilog)
+    if config.gpus_compute_mode != "unchanged":
+        gpus.open_ahead()  # while the daemon quits
     end = watch.at(UNDO_SHARE)
     take_down(JobSite(state, journal, gpus, config, end, end))
     note_hook(state, config, "epilog", "done", watch)

@@ -8,27 +8,42 @@ Promises:
 
 from __future__ import annotations
 
-from .errors import MpsError, NodeError
+import _thread
+from time import monotonic
+
+from .errors import DeadlineError, MpsError, NodeError
 from .record import replace
-from .steps import JobSite, QuitDaemons, read_undo
+from .steps import JobSite, QuitDaemons, read_undo, side_by_side
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from .plan import Plan
+    from .steps import Step
 
 
-def bring_up(plan: Plan, site: JobSite) -> None:
-    """Do a plan's steps and leave the verdict for the job's tasks.
+def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -> None:
+    """Do the steps of the plan that `decide` makes and leave the verdict for the job's tasks.
 
-    Raises: what the step that failed raised, after everything before it was undone; NodeError when that failed too.
+    The steps `ahead` are done while it decides; where they turn out not to be the plan's, all is undone and begun
+    again (docs/decisions/0019).
+    Raises: what `decide` or the step that failed raised, after everything before it was undone; NodeError when that
+    failed too.
     """
     journal = site.journal
     try:
+        for step in ahead:
+            _note(step, site)
+        plan = _claim_beside(ahead, decide, site)
+        done = (*plan.claims, *ahead)
+        if any(step not in plan.steps for step in ahead):
+            _undo_or_raise(site)
+            done = ()
         for step in plan.steps:
-            undo = step.look()
-            if undo is not None:
-                journal.note(undo.line())  # on disk first: a prolog killed on the next line can still be undone
-            step.apply(site)
+            if step not in done:
+                _note(step, site)
+                step.apply(site)
         journal.write_verdict(plan.verdict([site.daemon(one.name) for one in plan.daemons]))
         journal.ready = True
         journal.write()
@@ -37,6 +52,55 @@ def bring_up(plan: Plan, site: JobSite) -> None:
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
         raise
+
+
+def _note(step: Step, site: JobSite, after: int = 0) -> None:
+    """On disk first: a prolog killed on the next line can still be undone. `after` as in Journal.note()."""
+    undo = step.look()
+    if undo is not None:
+        site.journal.note(undo.line(), after)
+
+
+def _claim_beside(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -> Plan:
+    """Decide and claim the GPUs, which waits for NVML, and do `ahead` beside it.
+
+    Where deciding hangs in the driver, which no deadline reaches, what was done ahead is undone when its time is over.
+    """
+    plans: list[Plan] = []
+    undone_first = len(site.journal.undo)
+    decided, journals_writer = _thread.allocate_lock(), _thread.allocate_lock()
+    decided.acquire()
+
+    def claim() -> None:
+        try:
+            plan = decide()
+        finally:
+            decided.release()
+        if not journals_writer.acquire(blocking=False):
+            raise DeadlineError("out of time")
+        for step in plan.claims:
+            _note(step, site, undone_first)
+            step.apply(site)
+        site.gpus.close()
+        plans.append(plan)
+
+    def do_ahead() -> None:
+        try:
+            for step in ahead:
+                step.apply(site)
+        finally:
+            in_time = decided.acquire(timeout=max(0.0, site.deadline - monotonic()))
+            if not in_time and journals_writer.acquire(blocking=False):
+                _undo_or_raise(replace(site, deadline=site.undo_deadline))
+
+    side_by_side(lambda part: part(), (claim, do_ahead) if ahead else (claim,))
+    return plans[0]
+
+
+def _undo_or_raise(site: JobSite) -> None:
+    problems = undo_all(site)
+    if problems:
+        raise NodeError("; ".join(problems))
 
 
 def undo_all(site: JobSite) -> list[str]:
@@ -64,9 +128,7 @@ def take_down(site: JobSite) -> None:
 
     Raises: NodeError with everything that could not be undone; the journal stays, so that it can be tried again.
     """
-    problems = undo_all(site)
-    if problems:
-        raise NodeError("; ".join(problems))
+    _undo_or_raise(site)
     site.state.remove_journal(site.journal)
 
 

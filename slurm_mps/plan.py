@@ -29,10 +29,13 @@ from .units import GPUS_MAX, MIB, describe_memory, format_memory, format_thread_
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeVar
 
     from .node.control import ControlDaemon
     from .request import JobRequest
     from .steps import Step
+
+    T = TypeVar("T")
 
 # A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
 # 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
@@ -58,6 +61,11 @@ class Plan:
     request: JobRequest
     config: SiteConfig
     steps: tuple[Step, ...]
+
+    @property
+    def claims(self) -> tuple[Step, ...]:
+        """The first of the steps, which make the GPUs the job's; no other asks NVML."""
+        return tuple(step for step in self.steps if isinstance(step, (ReadLedgers, HoldGpu)))
 
     def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
         """What the plugin reads in the job's tasks; `running` are the plan's daemons.
@@ -210,17 +218,34 @@ def _check_gpu_numbers(request: JobRequest, count: int) -> None:
         raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}", reason="memory")
 
 
+def _served(request: JobRequest, gpus: tuple[T, ...]) -> tuple[tuple[str, tuple[T, ...]], ...]:
+    """The job's control daemons by name, and which of its GPUs each serves."""
+    if request.daemons == PER_GPU:
+        return tuple((gpu_daemon_name(number), (gpu,)) for number, gpu in enumerate(gpus))
+    return ((WHOLE_JOB, gpus),)
+
+
 def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> tuple[JobDaemon, ...]:
     percent = _thread_percentage(request, config)
-    served = [(gpu,) for gpu in gpus] if request.daemons == PER_GPU else [gpus]
     return tuple(
         JobDaemon(
-            name=gpu_daemon_name(number) if request.daemons == PER_GPU else WHOLE_JOB,
+            name=name,
             gpus=tuple(gpu.uuid for gpu in its),
             limits=Limits(percent, _memory_limit(request, config, its, percent, number), request.client_priority),
         )
-        for number, its in enumerate(served)
+        for number, (name, its) in enumerate(_served(request, gpus))
     )
+
+
+def plan_start(request: JobRequest, uuids: tuple[str, ...]) -> tuple[Step, ...]:
+    """Those of make_plan()'s steps that need to know of the job's GPUs, in PCI order, no more than which they are.
+
+    None where that is not known, or where make_plan() has something to say against so many.
+    """
+    if not 0 < len(uuids) <= GPUS_MAX:
+        return ()
+    served = _served(request, uuids)
+    return MakeDirectories(tuple(name for name, _ in served)), StartDaemons(served)
 
 
 def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
@@ -254,8 +279,7 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         steps=(
             ReadLedgers(uuids),
             *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
-            MakeDirectories(names),
-            StartDaemons(daemons),
+            *plan_start(request, uuids),
             SetLimits(daemons),
             AdmitUser(request.uid),
             StartServers(request.uid, names),

@@ -109,9 +109,9 @@ class Journal:
         lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
         self.directory.write("journal", encode("journal", JOURNAL_VERSION, lines))
 
-    def note(self, undo: str) -> None:
-        """Put on disk how the effect that comes next is undone."""
-        self.undo.append(undo)
+    def note(self, undo: str, after: int = 0) -> None:
+        """Put on disk how the effect that comes next is undone: before all others, or `after` so many of them."""
+        self.undo.insert(len(self.undo) - after, undo)
         self.write()
 
     def admit_user(self) -> None:

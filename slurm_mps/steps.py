@@ -290,28 +290,27 @@ class RemoveDirectories:
 
 @record
 class StartDaemons:
-    """Start the job's control daemons, side by side, each on exactly its GPUs."""
+    """Start the job's control daemons, side by side, each on exactly its GPUs: (its name, their UUIDs)."""
 
-    daemons: tuple[JobDaemon, ...]
+    served: tuple[tuple[str, tuple[str, ...]], ...]
 
     def describe(self) -> str:
-        return "start " + "; ".join(f"control daemon {one.name} on {', '.join(one.gpus)}" for one in self.daemons)
+        return "start " + "; ".join(f"control daemon {name} on {', '.join(gpus)}" for name, gpus in self.served)
 
     def look(self) -> QuitDaemons:
-        return QuitDaemons(tuple(daemon.name for daemon in self.daemons))
+        return QuitDaemons(tuple(name for name, _ in self.served))
 
     def apply(self, site: JobSite) -> None:
-        side_by_side(lambda daemon: _start(daemon, site), self.daemons)
+        side_by_side(lambda one: self._start(*one, site), self.served)
 
-
-def _start(one: JobDaemon, site: JobSite) -> None:
-    daemon = site.daemon(one.name)
-    log_limit_bytes = _LOG_GROWS_TO * site.config.logs_max_kib * 1024
-    daemon.start(one.gpus, site.seconds(site.config.deadlines_daemon_start), log_limit_bytes)
-    with site.journal.directory.subdirectory(one.name) as pipe:
-        daemon.protect(pipe)
-        if daemon.process(pipe) is None:
-            raise NodeError(f"{daemon.program} -d said yes, but no control daemon runs")
+    def _start(self, name: str, gpus: tuple[str, ...], site: JobSite) -> None:
+        daemon = site.daemon(name)
+        log_limit_bytes = _LOG_GROWS_TO * site.config.logs_max_kib * 1024
+        daemon.start(gpus, site.seconds(site.config.deadlines_daemon_start), log_limit_bytes)
+        with site.journal.directory.subdirectory(name) as pipe:
+            daemon.protect(pipe)
+            if daemon.process(pipe) is None:
+                raise NodeError(f"{daemon.program} -d said yes, but no control daemon runs")
 
 
 @record

@@ -32,7 +32,9 @@ def test_a_prolog_that_dies_half_way(node: GpuNode, works: bool) -> None:
     node.fault("daemon.start=hang")
     child = node.start(PROLOG, env=job_environment(4711, gpus="0", **asked()))
     deadline = time.monotonic() + 10
-    while not any(process.comm == "nvidia-cuda-mps" for process in node.machine.processes()):
+    while not (
+        any(process.comm == "nvidia-cuda-mps" for process in node.machine.processes()) and node.compute_modes()[0]
+    ):
         assert time.monotonic() < deadline
     node.machine.signal(child, signal.SIGKILL)
     child.wait(5)

@@ -153,7 +153,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(HOOKS, "return self._refuse(str(error), error.reason)", "return self._node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
-    "the pid file is root's alone to write": (Change(STEPS, "        daemon.protect(pipe)\n", ""),),
+    "the pid file is root's alone to write": (Change(STEPS, "            daemon.protect(pipe)\n", ""),),
     "a pid proves nothing": (
         Change(
             CONTROL,
@@ -193,7 +193,9 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(STEPS, "while there := site.gpus.processes(self.gpu):", "while there := ():"),
     ),
-    "the undo is on disk first": (Change(LIFECYCLE, "journal.note(undo.line())", "journal.undo.append(undo.line())"),),
+    "the undo is on disk first": (
+        Change(LIFECYCLE, "site.journal.note(undo.line(), after)", "site.journal.undo.append(undo.line())"),
+    ),
     # ------------------------------------------------------------------------------------------------------ plugin
     "a task's memory limit is one that the driver can use": (
         Change(

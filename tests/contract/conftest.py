@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cluster import REPOSITORY
-from tests.harness.site import PYTHON, gpu_machine
+from tests.harness.site import PYTHON, gpu_machine, show_gpus_in_proc, simulated_gpus
 
 from .driver import CONTROL, Device, Driver, Place, ThisHost, sees
 
@@ -37,6 +37,7 @@ def _is_real(config: pytest.Config) -> bool:
 def _simulated_place() -> Iterator[Place]:
     with gpu_machine() as machine:
         machine.run(["simulated-gpus", "create", "2"]).check()
+        show_gpus_in_proc(machine, simulated_gpus(machine))
         yield Place(machine, ("alice", "bob"), "/tmp/contract", "/usr/bin/python3", (PYTHON,))
 
 

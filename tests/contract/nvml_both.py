@@ -1,7 +1,7 @@
 """Put one question to NVML twice, through slurm_mps's own binding and through the maintained pynvml.
 
 Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.gpus.Gpu``, ``mode UUID``, ``processes UUID``,
-``clients UUID`` (each MPS client's pid and MiB),
+``clients UUID`` (each MPS client's pid and MiB), ``expected INDEX`` (the UUID, ours from the kernel's list),
 ``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads what it is now.
 Prints a line of JSON, [ours, pynvml's]; each is {"value": …} or {"number": …, "words": …} of an NVML error, ours with
 the "function" that it names. With MINORS_FROM=N in the environment the first GPU's minor number reads N, and so on: on
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pynvml
 
 from slurm_mps.errors import NodeError
-from slurm_mps.node.gpus import Gpus
+from slurm_mps.node.gpus import Gpus, expected_uuids
 from slurm_mps.status.gpus import ask_nvml
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def ours(question: str, name: str, detail: str) -> Answer:
         if question == "clients":
             used = ask_nvml([name], 10).gpus[name].memory_bytes
             return {"value": sorted([pid, size >> 20] for pid, size in used.items())}
+        if question == "expected":
+            return {"value": list(expected_uuids([name]))}
         if question in ("set-mode", "set-ours"):
             gpus.set_compute_mode(name, int(detail))
         return {"value": gpus.compute_mode(name)}
@@ -83,12 +85,14 @@ def ours(question: str, name: str, detail: str) -> Answer:
 def pynvmls(question: str, name: str, detail: str) -> Answer:
     try:
         pynvml.nvmlInit()
-        if question == "ask" and name.isdigit():
+        if name.isdigit():
             handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
         else:
             handle = pynvml.nvmlDeviceGetHandleByUUID(name)
         if question == "ask":
             return {"value": FIELDS[detail](handle)}
+        if question == "expected":
+            return {"value": [pynvml.nvmlDeviceGetUUID(handle)]}
         if question == "processes":
             return {"value": sorted(one.pid for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))}
         if question == "clients":

@@ -57,7 +57,7 @@ def test_a_minor_number_is_no_index(driver: Driver) -> None:
 
 
 def test_o60_who_is_on_a_gpu(driver: Driver) -> None:
-    """Programs without MPS, and a server with its clients."""
+    """Programs without MPS, and a server with its clients; not a control daemon."""
     gpu = driver.uuids[0]
     assert driver.place.ask_nvml("processes", gpu)[0]["value"] == []
     alone = [driver.directories().client(sees(gpu)) for _ in range(2)]
@@ -68,8 +68,14 @@ def test_o60_who_is_on_a_gpu(driver: Driver) -> None:
         client.leave()
     assert driver.place.ask_nvml("processes", gpu)[0]["value"] == []
     daemon = driver.daemon(sees(gpu))
+    assert driver.place.ask_nvml("processes", gpu)[0]["value"] == []
     server = daemon.start_server()
     assert driver.place.ask_nvml("processes", gpu) == [{"value": [server]}] * 2
+
+
+def test_o69_the_kernel_lists_gpus_in_the_order_of_their_indices(driver: Driver) -> None:
+    for index, uuid in enumerate(driver.uuids):
+        assert driver.place.ask_nvml("expected", str(index)) == [{"value": [uuid]}] * 2
 
 
 def test_o66_how_much_memory_each_client_uses(driver: Driver) -> None:

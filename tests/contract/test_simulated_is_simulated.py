@@ -351,6 +351,7 @@ def test_a_fault_does_what_the_readme_says(
         ("command.get_default_client_priority=slow:200", get_priority, 0.2),
         ("command.set_default_client_priority=slow:200", set_priority, 0.2),
         ("command.*=slow:200", get_priority, 0.2),
+        ("nvml.init=slow:200", list_gpus, 0.2),
         ("latency=observed", run_client, 0.25),
     ],
 )

@@ -1,6 +1,7 @@
 /* libnvidia-ml.so.1 of a simulated node: the part of NVML that a job's set-up uses, over the shared state. */
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -123,10 +124,13 @@ static int give_text(char *to, unsigned int size, const char *text)
 
 API int nvmlInitWithFlags(unsigned int flags)
 {
+	char how[SIM_FAULT_SIZE] = "";
 	(void)flags;
-	if (sim_fault_is("nvml.init", "hang"))
-		for (;;)
-			pause();
+	sim_fault("nvml.init", how);
+	while (strcmp(how, "hang") == 0)
+		pause();
+	if (strncmp(how, "slow:", 5) == 0)
+		sim_sleep(atoi(how + 5));
 	int error = told("init");
 	if (error)
 		return error;

@@ -5,13 +5,12 @@ Its GPUs are simulated unless told otherwise.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from . import bundle
 from .machine import USERS
-from .site import STATE_DIRECTORY, gpu_machine, install_hooks
+from .site import STATE_DIRECTORY, gpu_machine, install_hooks, show_gpus_in_proc, simulated_gpus
 
 if TYPE_CHECKING:
     import subprocess
@@ -70,6 +69,7 @@ class GpuNode:
                 bundle.settle(self.machine)
             else:
                 self.run("simulated-gpus", "create", str(self._gpu_count)).check()
+                show_gpus_in_proc(self.machine, self.gpus())
             install_hooks(self.machine)
             self.configure("")
         except BaseException:
@@ -141,10 +141,12 @@ class GpuNode:
             env["CUDA_MPS_PIPE_DIRECTORY"] = self.pipe_directory(job_id)
         return self.run("simulated-gpus", "client", *options, user=user, env=env)
 
+    def gpus(self) -> list[dict[str, Any]]:
+        """The GPUs as the simulated driver has them."""
+        return simulated_gpus(self.machine)
+
     def compute_modes(self) -> list[int]:
-        shown = json.loads(self.run("simulated-gpus", "show", "--json").check().stdout)
-        gpus: list[dict[str, Any]] = shown["gpus"]
-        return [gpu["compute_mode"] for gpu in gpus]
+        return [gpu["compute_mode"] for gpu in self.gpus()]
 
     def set_compute_modes(self, *modes: int) -> None:
         for index, mode in enumerate(modes):

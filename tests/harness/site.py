@@ -69,6 +69,28 @@ def _runtime_in(root: Path | None) -> Path:
     return runtime
 
 
+def simulated_gpus(machine: Machine, node: str | None = None) -> list[dict[str, Any]]:
+    """GPUs as the simulated driver has them."""
+    shown = json.loads(machine.run(["simulated-gpus", "show", "--json"], node=node).check().stdout)
+    gpus: list[dict[str, Any]] = shown["gpus"]
+    return gpus
+
+
+def show_gpus_in_proc(machine: Machine, gpus: list[dict[str, Any]], node: str | None = None) -> None:
+    """Show GPUs as the kernel's driver does (O69), to slurm-mps in /proc and to Slurm's AutoDetect=nvidia also in /sys;
+    /dev/nvidia0 first.
+    """
+    for place in ("/proc/driver", "/sys/bus/pci/drivers"):
+        machine.run(["mount", "-t", "tmpfs", "none", place], node=node).check()
+    for minor, gpu in enumerate(gpus):
+        address = gpu["pci_bus_id"].removeprefix("0000").lower()
+        shown = f"Model: \t\t {gpu['name']}\nGPU UUID: \t {gpu['uuid']}\nDevice Minor: \t {minor}\n"
+        shown += f"GPU Excluded:\t {gpu.get('excluded', 'No')}\n"
+        machine.write(f"/proc/driver/nvidia/gpus/{address}/information", shown, node=node)
+        processors = f"0-{(os.cpu_count() or 1) - 1}\n"
+        machine.write(f"/sys/bus/pci/drivers/nvidia/{address}/local_cpulist", processors, node=node)
+
+
 def install_hooks(machine: Machine) -> None:
     """Install plugin, scripts and sample configuration with the project's own ``make install-hooks``."""
     machine.run(
@@ -104,7 +126,6 @@ class Site:
         self._real = real
         self.gpus_per_node = gpus_per_node
         self._config = config
-        self._autodetect = bool(autodetect)
         self.cluster = Cluster(
             self.machine,
             nodes=nodes,
@@ -134,8 +155,7 @@ class Site:
                 if self._real:
                     continue
                 self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
-                if self._autodetect:
-                    self.show_gpus_in_proc(name, self.gpus(name))
+                self.show_gpus_in_proc(name, self.gpus(name))
             self.cluster.start()
         except BaseException:
             self.close()
@@ -185,15 +205,8 @@ class Site:
             self.cluster.start_node(name)
 
     def show_gpus_in_proc(self, node: str, gpus: list[dict[str, Any]]) -> None:
-        """Show GPUs to Slurm's AutoDetect=nvidia as the driver does, in /proc and /sys, /dev/nvidia0 first."""
-        for place in ("/proc/driver", "/sys/bus/pci/drivers"):
-            self.node(node, "mount", "-t", "tmpfs", "none", place).check()
-        for minor, gpu in enumerate(gpus):
-            address = gpu["pci_bus_id"].removeprefix("0000").lower()
-            shown = f"Model: \t\t {gpu['name']}\nGPU UUID: \t {gpu['uuid']}\nDevice Minor: \t {minor}\n"
-            self.machine.write(f"/proc/driver/nvidia/gpus/{address}/information", shown, node=node)
-            processors = f"0-{(os.cpu_count() or 1) - 1}\n"
-            self.machine.write(f"/sys/bus/pci/drivers/nvidia/{address}/local_cpulist", processors, node=node)
+        """Show GPUs as the kernel's driver does, /dev/nvidia0 first."""
+        show_gpus_in_proc(self.machine, gpus, node)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -215,9 +228,7 @@ class Site:
 
     def gpus(self, node: str) -> list[dict[str, Any]]:
         """The node's GPUs as the simulated driver has them."""
-        shown = json.loads(self.node(node, "simulated-gpus", "show", "--json").check().stdout)
-        gpus: list[dict[str, Any]] = shown["gpus"]
-        return gpus
+        return simulated_gpus(self.machine, node)
 
     def compute_modes(self, node: str) -> list[str]:
         return (

@@ -172,7 +172,13 @@ def test_a_server_that_is_not_started_ahead_costs_only_time(gpu_node: GpuNode, f
 def test_what_cannot_be_undone_stays_for_the_epilog(gpu_node: GpuNode) -> None:
     """A prolog whose undo fails, too, keeps the journal; the epilog finishes the work once the node is well."""
     gpu_node.configure('[paths]\ncontrol_program = "/run/breaks-nvml"\n')
-    breaks = "#!/bin/sh\nsimulated-gpus fault nvml.SetComputeMode=4\nexit 1\n"
+    breaks = """#!/bin/sh
+[ $# = 0 ] || exec nvidia-cuda-mps-control "$@"
+read -r line
+case $line in quit*) echo "$line" | exec nvidia-cuda-mps-control ;; esac
+simulated-gpus fault nvml.SetComputeMode=4
+exit 1
+"""
     gpu_node.machine.write("/run/breaks-nvml", breaks, mode=0o755)
     result = gpu_node.prolog(4711, gpus="0")
     assert result.returncode == 1
@@ -364,6 +370,17 @@ def test_a_driver_that_hangs_is_ended_by_the_watchdog(gpu_node: GpuNode) -> None
     assert "job 4711: not done after 0.5 s; the NVIDIA driver may hang" in said
     assert took < 3.0
     assert_nothing_left(gpu_node, "after the watchdog")
+
+
+def test_a_driver_that_answers_too_late_leaves_nothing(gpu_node: GpuNode) -> None:
+    """What was done ahead is undone when bringing up has had its time; the answer that comes then changes nothing."""
+    gpu_node.configure("[deadlines]\nprolog = 1.5\n")
+    gpu_node.prolog(4711).check()  # compiles the configuration
+    gpu_node.epilog(4711).check()
+    gpu_node.fault("nvml.init=slow:1100")
+    _, said = prolog_seconds(gpu_node, expected=1)
+    assert said == "slurm-mps: job 4711: out of time\n"
+    assert_nothing_left(gpu_node, "after an answer that came late")
 
 
 def test_a_driver_that_hangs_fails_the_job_where_the_site_says_so(gpu_node: GpuNode) -> None:

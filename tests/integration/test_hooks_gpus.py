@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
-from tests.harness.site import STATE_DIRECTORY
+from tests.harness.site import STATE_DIRECTORY, show_gpus_in_proc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SHARE = '[gpus]\nsharing = "share"\n'
 UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
@@ -172,3 +179,103 @@ def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
         assert daemons_gpus(gpu_node) == [known[index] for index in wanted], what
         assert gpu_node.compute_modes() == [3 if index in wanted else 0 for index in range(4)], what
         gpu_node.epilog(4711).check()
+
+
+# ------------------------------------------------------------------------------------------ what the kernel lists first
+
+CALLS = "/run/calls"
+NOTING = f"""#!/bin/sh
+[ $# = 0 ] || echo "$CUDA_VISIBLE_DEVICES" >>{CALLS}
+exec nvidia-cuda-mps-control "$@"
+"""
+
+
+@contextmanager
+def kernel_lists(node: GpuNode, listed: list[dict[str, Any]]) -> Iterator[None]:
+    """Have the kernel list other GPUs than NVML has."""
+    show_gpus_in_proc(node.machine, listed)
+    try:
+        yield
+    finally:
+        node.run("umount", "/proc/driver", "/sys/bus/pci/drivers").check()
+
+
+def starts(node: GpuNode, gpus: str, **asked_for: str) -> tuple[list[str], float]:
+    """Run a prolog. Returns: the GPUs of each start of a control daemon, and when the first was, in seconds from the
+    prolog's own.
+    """
+    node.machine.write("/run/noting", NOTING, mode=0o755)
+    node.configure('[paths]\ncontrol_program = "/run/noting"\n')
+    node.machine.write(CALLS, "")
+    began = time.time()
+    node.prolog(4711, gpus=gpus, **asked_for).check()
+    calls = node.machine.read(CALLS).split()
+    return calls, node.machine.path(CALLS).stat().st_mtime - began
+
+
+def test_the_daemon_starts_while_nvml_opens(gpu_node: GpuNode) -> None:
+    """The kernel's list says which GPUs they are, so that nothing waits for NVML but what asks it."""
+    gpu_node.prolog(4711, gpus="1").check()  # compiles the configuration
+    gpu_node.epilog(4711).check()
+    gpu_node.fault("nvml.init=slow:2000")
+    calls, after = starts(gpu_node, "1")
+    gpu_node.fault()
+    served = daemons_gpus(gpu_node)
+    gpu_node.epilog(4711).check()
+    assert calls == served == [uuids(gpu_node)[1]]
+    assert after < 1.5
+
+
+def test_where_the_kernel_lists_nothing_the_daemon_waits_for_nvml(gpu_node: GpuNode) -> None:
+    """As in some containers: all of it in turn."""
+    with kernel_lists(gpu_node, []):
+        gpu_node.fault("nvml.init=slow:500")
+        calls, after = starts(gpu_node, "1")
+        gpu_node.fault()
+    gpu_node.epilog(4711).check()
+    assert calls == [uuids(gpu_node)[1]]
+    assert after > 0.5
+
+
+@pytest.mark.parametrize("asked_for", [asked(), {"SPANK_MPS": "per-gpu"}], ids=["per-node", "per-gpu"])
+def test_where_the_kernel_lists_other_gpus_nvml_is_right(gpu_node: GpuNode, asked_for: dict[str, str]) -> None:
+    """A daemon that was started on the wrong GPU is ended before anything else is done, and no trace of it stays."""
+    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    for gpu, uuid in zip(gpus, right[::-1], strict=True):
+        gpu["uuid"] = uuid
+    with kernel_lists(gpu_node, gpus):
+        calls, _ = starts(gpu_node, "0", **asked_for)
+    found = len(gpu_node.mps_processes()), [line.split()[2] for line in gpu_lines(gpu_node)]
+    client = gpu_node.client(4711) if asked_for == asked() else None
+    gpu_node.epilog(4711).check()
+    assert calls == [right[3], right[0]]
+    assert found == (2, [right[0]])
+    assert client is None or right[0] in client.stdout
+    assert (gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [], [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "calls_of"),
+    [({"excluded": "Yes"}, [1]), ({"uuid": "GPU-????????-????-????-????-????????????"}, [1]), ({}, [0, 1])],
+    ids=["excluded", "not-used-yet", "only-listed"],
+)
+def test_a_gpu_that_only_the_kernel_lists(gpu_node: GpuNode, change: dict[str, str], calls_of: list[int]) -> None:
+    """One that the admin excluded has no number; one without a UUID makes the list worth nothing; a third kind, that
+    NVML has lost, costs a start.
+    """
+    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    first = {**gpus[0], "pci_bus_id": "00000000:00:01.0", "uuid": "GPU-00000000-0000-0000-0000-000000000000"}
+    with kernel_lists(gpu_node, [{**first, **change}, *gpus]):
+        calls, _ = starts(gpu_node, "1")
+    gpu_node.epilog(4711).check()
+    assert calls == [right[number] for number in calls_of]
+
+
+def test_a_request_that_is_refused_leaves_no_daemon(gpu_node: GpuNode) -> None:
+    """What was begun for it is undone, also where it is refused for what NVML says."""
+    calls, _ = starts(gpu_node, "0", **asked(mem="999G"))
+    left = gpu_node.mps_processes(), gpu_node.verdict(4711)["status"]
+    modes = gpu_node.compute_modes()
+    gpu_node.epilog(4711).check()
+    assert len(calls) == 1, "it was refused before"
+    assert (*left, modes) == ([], "refused", [0, 0, 0, 0])

@@ -82,7 +82,7 @@ def test_the_steps_in_order() -> None:
         HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
         MakeDirectories(("pipe",)),
-        StartDaemons(one),
+        StartDaemons((("pipe", ("GPU-0", "GPU-1")),)),
         SetLimits(one),
         AdmitUser(20001),
         StartServers(20001, ("pipe",)),
