@@ -23,6 +23,7 @@ KERNELS = {
     "small": "small kernel: 16 blocks, an eighth of the GPU",
     "medium": "medium: 132 blocks, one for each multiprocessor",
     "large": "large: 2112 blocks, the GPU is full",
+    "memory": "memory: reads half a gigabyte",
 }
 BASE = "time-slicing"
 INFERENCE_FROM = 8  #: ranks; with fewer it is the CPU that decides, and it varies more than the modes differ
@@ -71,6 +72,23 @@ def worked(part: dict[str, Any]) -> Rows:
     return [row for row in part["rows"] if "failed" not in row]
 
 
+def by_case(part: dict[str, Any]) -> Rows:
+    """The latencies, medians of the rounds."""
+    cases: dict[str, Rows] = {}
+    for row in worked(part):
+        cases.setdefault(row["case"], []).append(row)
+    merged = []
+    for case, rows in cases.items():
+        one: dict[str, Any] = {
+            "case": case,
+            "us": {name: median(row["us"][name] for row in rows) for name in rows[0]["us"]},
+        }
+        if "heavy_per_second" in rows[0]:
+            one["heavy_per_second"] = median(row["heavy_per_second"] for row in rows)
+        merged.append(one)
+    return merged
+
+
 def digest(data: bytes) -> str:
     """What a figure carries of the data that it was drawn from."""
     return f"data sha256:{hashlib.sha256(data).hexdigest()[:16]}"
@@ -89,7 +107,7 @@ def draw_worth(data: dict[str, Any]) -> None:
     plt.figure(figsize=(6.4, 3.8))
     axes = plt.gca()
     rows = worked(data["throughput"])
-    for kernel, marker in (("small", "o"), ("medium", "s"), ("large", "^")):
+    for kernel, marker in (("small", "o"), ("medium", "s"), ("large", "^"), ("memory", "v")):
         its = [row for row in rows if row["kernel"] == kernel]
         ratios = _ratios(its, "kernels_per_second")
         axes.plot(*zip(*ratios.items(), strict=True), marker=marker, label=KERNELS[kernel])
@@ -118,14 +136,15 @@ def _ratios(rows: Rows, value: str) -> dict[int, float]:
 
 def draw_throughput(data: dict[str, Any]) -> None:
     rows = worked(data["throughput"])
-    _, panels = plt.subplots(1, 3, figsize=(11, 3.6))
-    for axes, kernel in zip(panels, KERNELS, strict=True):
+    _, panels = plt.subplots(2, 2, figsize=(9, 6.6))
+    for axes, kernel in zip(panels.flat, KERNELS, strict=True):
         _by_mode(axes, [row for row in rows if row["kernel"] == kernel], "kernels_per_second")
         _rank_axis(axes, sorted({row["ranks"] for row in rows}))
         axes.set_title(KERNELS[kernel], fontsize=9)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    panels[0].set_ylabel("kernels per second, all ranks")
-    panels[0].legend(fontsize=8, frameon=False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("kernels per second, all ranks")
+    panels[0, 0].legend(fontsize=8, frameon=False)
     _save("throughput", data["digest"])
 
 
@@ -144,7 +163,7 @@ def draw_inference(data: dict[str, Any]) -> None:
 
 
 def draw_latency(data: dict[str, Any]) -> None:
-    rows = [row for row in worked(data["latency"]) if row.get("round", 0) == 0]
+    rows = by_case(data["latency"])
     plt.figure(figsize=(8, 4))
     axes = plt.gca()
     places = range(len(rows))
