@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
 OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
+_NEW_DESCRIPTORS = range(3, 64)  # a new one gets the lowest number that is free
 _SIGXFSZ = 25
 _limiting = _thread.allocate_lock()  # a limit is the whole process's until its child is there
 _SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # all that can be given a default again
@@ -42,16 +43,18 @@ class Outcome:
     errors: str
 
 
-def _inheritable(program: str) -> list[int]:
-    """Descriptors that whoever started us left open for all to inherit; ours close by themselves."""
+def _to_close(program: str) -> list[int]:
+    """Descriptors that whoever started us left open for all to inherit, and where those come that another thread opens
+    meanwhile: NVML's do not close by themselves from the start. Python's do.
+    """
     try:
         fds = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError as error:
         raise NodeError(f"{program} cannot be started: {os.strerror(error.errno or 0)}") from None
-    found = []
+    found = [*_NEW_DESCRIPTORS]
     for fd in fds:
         try:
-            if fd > 2 and os.get_inheritable(fd):
+            if fd not in _NEW_DESCRIPTORS and fd > 2 and os.get_inheritable(fd):
                 found.append(fd)
         except OSError:
             pass  # the one that listed the others
@@ -77,11 +80,11 @@ class _Child:
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
     ) -> None:
-        inherited = _inheritable(argv[0])
+        to_close = _to_close(argv[0])
         (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
         actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams]
-        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in inherited]
+        actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in to_close]
         signals = [number for number in _SIGNALS if file_limit_bytes is None or number != _SIGXFSZ]
         _limiting.acquire()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -115,7 +115,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(PROCESSES, "                dict(environment),\n", "                {**os.environ, **environment},\n"),
     ),
     "a child has no other descriptor": (
-        Change(PROCESSES, "actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in inherited]", "_ = inherited"),
+        Change(PROCESSES, "actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in to_close]", "_ = to_close"),
     ),
     # ------------------------------------------------------------------------------------------------ user's text
     "a priority is one of two words": (

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,26 @@ def test_a_child_that_does_not_read_is_no_trouble() -> None:
     """A program that ends without reading its input ends as it would."""
     assert sh("exit 4", given="text\n")[0] == 4
     assert sh("exit 4", given="text\n" * 50_000)[0] == 4, "more than a pipe holds"
+
+
+def test_a_child_has_no_descriptor_that_another_thread_opens_meanwhile() -> None:
+    """As NVML does, which the prolog opens in a thread; for a moment its descriptors are everybody's to inherit."""
+    stop = threading.Event()
+
+    def open_and_close() -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        while not stop.is_set():
+            os.close(os.dup2(null, 40, inheritable=True))
+        os.close(null)
+
+    thread = threading.Thread(target=open_and_close)
+    thread.start()
+    try:
+        seen = {tuple(run(["/bin/ls", "/proc/self/fd"], {}, 5).output.split()) for _ in range(200)}
+    finally:
+        stop.set()
+        thread.join()
+    assert seen == {("0", "1", "2", "3")}, "3 is what it lists"
 
 
 def test_a_child_has_no_descriptor_of_ours(tmp_path: Path) -> None:
