@@ -65,8 +65,10 @@ def _claim_beside(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSi
     """Decide and claim the GPUs, which waits for NVML, and do `ahead` beside it.
 
     Where deciding hangs in the driver, which no deadline reaches, what was done ahead is undone when its time is over.
+    Raises: what `decide` or a claim raised; what a step ahead did, if it is one of the plan's.
     """
     plans: list[Plan] = []
+    failures: list[Exception] = []
     undone_first = len(site.journal.undo)
     decided, journals_writer = _thread.allocate_lock(), _thread.allocate_lock()
     decided.acquire()
@@ -88,13 +90,17 @@ def _claim_beside(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSi
         try:
             for step in ahead:
                 step.apply(site)
-        finally:
-            in_time = decided.acquire(timeout=max(0.0, site.deadline - monotonic()))
-            if not in_time and journals_writer.acquire(blocking=False):
-                _undo_or_raise(replace(site, deadline=site.undo_deadline))
+        except Exception as error:  # raised in the end, if it matters
+            failures.append(error)
+        in_time = decided.acquire(timeout=max(0.0, site.deadline - monotonic()))
+        if not in_time and journals_writer.acquire(blocking=False):
+            _undo_or_raise(replace(site, deadline=site.undo_deadline))
 
     side_by_side(lambda part: part(), (claim, do_ahead) if ahead else (claim,))
-    return plans[0]
+    (plan,) = plans
+    if failures and all(step in plan.steps for step in ahead):
+        raise failures[0]
+    return plan
 
 
 def _undo_or_raise(site: JobSite) -> None:

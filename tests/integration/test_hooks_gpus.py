@@ -271,6 +271,18 @@ def test_a_gpu_that_only_the_kernel_lists(gpu_node: GpuNode, change: dict[str, s
     assert calls == [right[number] for number in calls_of]
 
 
+def test_a_daemon_that_fails_on_a_gpu_that_is_not_the_jobs_does_not_matter(gpu_node: GpuNode) -> None:
+    """As on one that NVML has lost and the kernel lists: no daemon starts for a UUID that the driver does not know."""
+    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    gpus[1]["uuid"] = "GPU-00000000-0000-0000-0000-000000000000"
+    with kernel_lists(gpu_node, gpus):
+        calls, _ = starts(gpu_node, "1")
+    found = len(gpu_node.mps_processes()), gpu_node.verdict(4711)["status"]
+    gpu_node.epilog(4711).check()
+    assert calls == [gpus[1]["uuid"], right[1]]
+    assert found == (2, "ready")
+
+
 def test_a_request_that_is_refused_leaves_no_daemon(gpu_node: GpuNode) -> None:
     """What was begun for it is undone, also where it is refused for what NVML says."""
     calls, _ = starts(gpu_node, "0", **asked(mem="999G"))

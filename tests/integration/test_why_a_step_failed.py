@@ -123,7 +123,8 @@ def test_nothing_is_told_of_what_mps_does_not_explain(site: Site, script: str) -
 
 
 def test_a_step_that_is_cancelled_needs_no_explanation(site: Site) -> None:
-    job = start(site, f"srun -n2 {CLIENT} --spin")
+    """Each rank has a GPU of its own: of two on one, the first to be killed can be what the other dies of (O47)."""
+    job = start(site, f"srun -n2 --gpus-per-task=1 {CLIENT} --spin")
     site.cluster.until("clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
     site.cluster.scancel(job)
     assert told(site, job) == []

@@ -50,11 +50,16 @@ def test_wherever_it_is_struck_the_next_one_leaves_the_node_as_before(struck_nod
 
 
 def test_a_daemons_file_that_cannot_be_protected_is_a_fault_of_the_node(struck_node: StruckNode) -> None:
-    """Said with the file and the system's words, and the daemon is ended; it was told as a bug in slurm-mps."""
+    """Said with the file and the system's words, and the daemon is ended; it was told as a bug in slurm-mps.
+
+    Where the kernel lists no GPUs, for then all calls come in turn.
+    """
     on = "posix_spawn fchmod"
     scenario = SCENARIOS["prolog per-node"]
+    struck_node.run("mount", "-t", "tmpfs", "none", "/proc/driver").check()
     at = scenario.calls(struck_node, on).index("posix_spawn") + 2
     result = struck_node.struck(scenario.argv, scenario.environment, on, at=at, error=FAULTS["EIO"])
+    struck_node.run("umount", "/proc/driver").check()
     assert result.returncode == 1
     assert "/pipe/nvidia-cuda-mps-control.pid: Input/output error" in result.stderr
     assert struck_node.left() == ""
