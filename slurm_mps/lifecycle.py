@@ -11,7 +11,8 @@ from __future__ import annotations
 import _thread
 from time import monotonic
 
-from .errors import DeadlineError, MpsError, NodeError
+from .errors import DeadlineError, MpsError, NodeError, RequestError
+from .node import logs
 from .record import replace
 from .steps import JobSite, QuitDaemons, read_undo, side_by_side
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -> None:
     """Do the steps of the plan that `decide` makes and leave the verdict for the job's tasks.
 
-    The steps `ahead` are done while it decides; where they turn out not to be the plan's, all is undone and begun
-    again (docs/decisions/0019).
+    The steps `ahead` are done while it decides; where they turn out not to be the plan's, or fail, all is undone and
+    done in its turn (docs/decisions/0019).
     Raises: what `decide` or the step that failed raised, after everything before it was undone; NodeError when that
     failed too.
     """
@@ -35,11 +36,9 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
     try:
         for step in ahead:
             _note(step, site)
-        plan = _claim_beside(ahead, decide, site)
-        done = (*plan.claims, *ahead)
-        if any(step not in plan.steps for step in ahead):
+        plan, done = _Beside(ahead, decide, site).run()
+        if not done:
             _undo_or_raise(site)
-            done = ()
         for step in plan.steps:
             if step not in done:
                 _note(step, site)
@@ -48,6 +47,8 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
         journal.ready = True
         journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
+        if isinstance(error, RequestError):
+            logs.forget(journal.job_id, site.config)
         problems = undo_all(replace(site, deadline=site.undo_deadline))
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
@@ -61,46 +62,71 @@ def _note(step: Step, site: JobSite, after: int = 0) -> None:
         site.journal.note(undo.line(), after)
 
 
-def _claim_beside(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -> Plan:
-    """Decide and claim the GPUs, which waits for NVML, and do `ahead` beside it.
+class _Beside:
+    """The plan is made and the GPUs are claimed, which waits for NVML, while a thread does the steps `ahead`.
 
-    Where deciding hangs in the driver, which no deadline reaches, what was done ahead is undone when its time is over.
-    Raises: what `decide` or a claim raised; what a step ahead did, if it is one of the plan's.
+    Where NVML hangs, which no deadline reaches, the thread undoes what it did when its time is over.
     """
-    plans: list[Plan] = []
-    failures: list[Exception] = []
-    undone_first = len(site.journal.undo)
-    decided, journals_writer = _thread.allocate_lock(), _thread.allocate_lock()
-    decided.acquire()
 
-    def claim() -> None:
-        try:
-            plan = decide()
-        finally:
-            decided.release()
-        if not journals_writer.acquire(blocking=False):
+    def __init__(self, ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -> None:
+        self._ahead = ahead
+        self._decide = decide
+        self._site = site
+        self._undone_first = len(site.journal.undo)
+        self._plans: list[Plan] = []
+        self._failures: list[Exception] = []
+        self._is_late = False
+        self._claimed, self._journal_is_free = _thread.allocate_lock(), _thread.allocate_lock()
+        self._claimed.acquire()
+
+    def run(self) -> tuple[Plan, tuple[Step, ...]]:
+        """Returns: the plan, and which of its steps are done; none where `ahead` are not of it, or one of them failed.
+
+        Raises: what deciding or a claim raised; DeadlineError.
+        """
+        parts = (self._claim, self._do_ahead) if self._ahead else (self._claim,)
+        side_by_side(lambda part: part(), parts)
+        if self._is_late:
             raise DeadlineError("out of time")
-        for step in plan.claims:
-            _note(step, site, undone_first)
-            step.apply(site)
-        site.gpus.close()
-        plans.append(plan)
+        (plan,) = self._plans
+        in_plan = all(step in plan.steps for step in self._ahead)
+        if not in_plan or self._failures:
+            for failure in self._failures:
+                if in_plan and isinstance(failure, DeadlineError):
+                    raise failure  # there is no time to wait for the same again
+            return plan, ()
+        return plan, (*plan.claims, *self._ahead)
 
-    def do_ahead() -> None:
+    def _claim(self) -> None:
         try:
-            for step in ahead:
-                step.apply(site)
-        except Exception as error:  # raised in the end, if it matters
-            failures.append(error)
-        in_time = decided.acquire(timeout=max(0.0, site.deadline - monotonic()))
-        if not in_time and journals_writer.acquire(blocking=False):
-            _undo_or_raise(replace(site, deadline=site.undo_deadline))
+            plan = self._decide()
+            if not self._journal_is_free.acquire(blocking=False):
+                raise DeadlineError("out of time")
+            for step in plan.claims:
+                _note(step, self._site, self._undone_first)
+                step.apply(self._site)
+            self._plans.append(plan)
+        finally:
+            self._claimed.release()
 
-    side_by_side(lambda part: part(), (claim, do_ahead) if ahead else (claim,))
-    (plan,) = plans
-    if failures and all(step in plan.steps for step in ahead):
-        raise failures[0]
-    return plan
+    def _do_ahead(self) -> None:
+        try:
+            for step in self._ahead:
+                step.apply(self._site)
+        except Exception as error:  # of no interest where it is not the plan's
+            self._failures.append(error)
+        if not self._claimed.acquire(timeout=max(0.0, self._site.deadline - monotonic())):
+            self._is_late = True
+            self._undo_ahead(replace(self._site, deadline=self._site.undo_deadline))
+
+    def _undo_ahead(self, site: JobSite) -> None:
+        if self._journal_is_free.acquire(blocking=False):
+            _undo_or_raise(site)
+            return
+        for step in reversed(self._ahead):  # while the claims write the journal; what stays in it is undone twice
+            undo = step.look()
+            if undo is not None:
+                undo.undo(site)
 
 
 def _undo_or_raise(site: JobSite) -> None:
@@ -110,7 +136,7 @@ def _undo_or_raise(site: JobSite) -> None:
 
 
 def undo_all(site: JobSite) -> list[str]:
-    """Undo what the journal says, newest first; what is undone leaves the journal. Returns what went wrong."""
+    """Undo what the journal says, last line first; what is undone leaves it. Returns what went wrong."""
     problems = []
     left: list[str] = []
     for line in reversed(site.journal.undo):

@@ -7,7 +7,7 @@
       events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
       metrics                what was counted since the boot
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
-        journal              0600  what is to be undone, newest last
+        journal              0600  what is to be undone, from the last line to the first
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
         suspect-<n>          0600  a task with the job's n-th GPU ended badly since its server was seen well (plugin's)

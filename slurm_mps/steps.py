@@ -96,6 +96,22 @@ class JobDaemon:
     limits: Limits
 
 
+def _in_thread(act: Callable[[T], None], thing: T) -> _thread.LockType | None:
+    """Do something in a thread. Returns: a lock that is free when it is done; None where there is no thread for it."""
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def run() -> None:
+        act(thing)
+        done.release()
+
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError:
+        return None
+    return done
+
+
 def side_by_side(act: Callable[[T], None], things: Sequence[T]) -> None:
     """Do the same to several things at once and wait for all of it; whatever waits in it has its own deadline.
 
@@ -109,23 +125,16 @@ def side_by_side(act: Callable[[T], None], things: Sequence[T]) -> None:
         except Exception as error:  # raised again below, in the thread that waits
             errors.append(error)
 
-    def in_thread(thing: T) -> _thread.LockType:
-        done = _thread.allocate_lock()
-        done.acquire()
-
-        def run() -> None:
-            attempt(thing)
-            done.release()
-
-        try:
-            _thread.start_new_thread(run, ())
-        except RuntimeError:  # no thread to be had: one after the other, then
-            run()
-        return done
-
-    first, *others = things
-    ends = [in_thread(thing) for thing in others]
-    attempt(first)
+    here = [things[0]]
+    ends = []
+    for thing in things[1:]:
+        end = _in_thread(attempt, thing)
+        if end is None:  # no thread to be had: one after the other, then
+            here.append(thing)
+        else:
+            ends.append(end)
+    for thing in here:
+        attempt(thing)
     for end in ends:
         end.acquire()
     if len(errors) == 1:

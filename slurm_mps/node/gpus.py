@@ -1,6 +1,6 @@
 """The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
 
-A binding of the thirteen functions that prolog and epilog need. Everything off the job's path uses the maintained
+A binding of the twelve functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
 its other work, and would have root run third-party code for every job (docs/decisions/0003).
 
@@ -108,7 +108,11 @@ def _describe(library: ctypes.CDLL, status: int) -> str:
 
 
 class Gpus:
-    """NVML, opened at its first use or ahead of it."""
+    """NVML, opened at its first use or ahead of it, and never closed.
+
+    The process that uses it is short, an undo may need it, and where persistence mode is off the last to close a GPU
+    may take its compute mode along.
+    """
 
     def __init__(self) -> None:
         self._nvml: ctypes.CDLL | None = None
@@ -142,16 +146,6 @@ class Gpus:
                 raise NodeError(f"this node's NVIDIA driver: nvmlInit_v2: {_describe(library, status)}")
             self._nvml = library
         return self._nvml
-
-    def close(self) -> None:
-        """Close NVML, while there is time: a process that has it open takes 3 ms more to end (O70). The next call opens
-        it again.
-        """
-        with self._opening:
-            if self._nvml is not None:
-                self._nvml.nvmlShutdown()
-                self._nvml = None
-                self._handles.clear()
 
     def _library(self) -> ctypes.CDLL:
         with self._opening:

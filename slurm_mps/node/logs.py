@@ -108,6 +108,16 @@ def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
         )
 
 
+def forget(job_id: int, config: SiteConfig) -> None:
+    """Remove the logs of a job that was refused: they say nothing, and would have an older job's removed."""
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            logs.remove_tree(str(job_id))
+
+    _attempt(job_id, "removed", work)
+
+
 def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
     """Bound a job's logs when the daemon is gone, or remove them, as the site wants; a second time does no harm.
 

@@ -51,10 +51,11 @@ def _to_close(program: str) -> list[int]:
         fds = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError as error:
         raise NodeError(f"{program} cannot be started: {os.strerror(error.errno or 0)}") from None
-    found = [*_NEW_DESCRIPTORS]
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = [fd for fd in _NEW_DESCRIPTORS if fd < most or most == resource.RLIM_INFINITY]
     for fd in fds:
         try:
-            if fd not in _NEW_DESCRIPTORS and fd > 2 and os.get_inheritable(fd):
+            if fd > 2 and fd not in found and os.get_inheritable(fd):
                 found.append(fd)
         except OSError:
             pass  # the one that listed the others

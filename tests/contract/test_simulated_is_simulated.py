@@ -322,6 +322,7 @@ def set_mode(driver: Driver, seconds: float) -> str:
         ("nvml.init=9", list_gpus, "exit 9"),
         ("nvml.init=hang", list_gpus, "no end"),
         ("nvml.GetUUID=15", list_gpus, "exit 15"),
+        ("nvml.GetUUID=hang", list_gpus, "no end"),
         ("nvml.GetHandleByIndex=17", list_gpus, "exit 17"),
         ("gpu.1=lost", list_gpus, "exit 15"),
         ("gpu.1=lost", run_client, ""),

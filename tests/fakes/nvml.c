@@ -88,6 +88,8 @@ static int told(const char *function)
 {
 	char key[96];
 	snprintf(key, sizeof key, "nvml.%s", function);
+	while (sim_fault_is(key, "hang"))
+		pause();
 	long number = sim_fault_number(key, "");
 	return number > 0 ? (int)number : SUCCESS;
 }
@@ -127,8 +129,6 @@ API int nvmlInitWithFlags(unsigned int flags)
 	char how[SIM_FAULT_SIZE] = "";
 	(void)flags;
 	sim_fault("nvml.init", how);
-	while (strcmp(how, "hang") == 0)
-		pause();
 	if (strncmp(how, "slow:", 5) == 0)
 		sim_sleep(atoi(how + 5));
 	int error = told("init");

@@ -383,6 +383,21 @@ def test_a_driver_that_answers_too_late_leaves_nothing(gpu_node: GpuNode) -> Non
     assert_nothing_left(gpu_node, "after an answer that came late")
 
 
+def test_a_driver_that_hangs_in_a_claim_leaves_no_daemon(gpu_node: GpuNode) -> None:
+    """The journal stays, for the mode may or may not be set; epilog or reconcile go by it when the driver is well."""
+    gpu_node.configure("[deadlines]\nprolog = 1.5\n")
+    gpu_node.prolog(4711).check()  # compiles the configuration
+    gpu_node.epilog(4711).check()
+    gpu_node.fault("nvml.SetComputeMode=hang")
+    _, said = prolog_seconds(gpu_node, expected=1)
+    left = gpu_node.mps_processes()
+    gpu_node.fault()
+    gpu_node.epilog(4711).check()
+    assert "not done after 1.5 s; the NVIDIA driver may hang" in said
+    assert left == []
+    assert_nothing_left(gpu_node, "after the epilog")
+
+
 def test_a_driver_that_hangs_fails_the_job_where_the_site_says_so(gpu_node: GpuNode) -> None:
     """The watchdog goes by the site's policy as every other fault of the node does."""
     gpu_node.configure('[deadlines]\nprolog = 0.5\n[policy]\nnode_fault = "fail_job"\n')

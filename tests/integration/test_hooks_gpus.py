@@ -283,11 +283,38 @@ def test_a_daemon_that_fails_on_a_gpu_that_is_not_the_jobs_does_not_matter(gpu_n
     assert found == (2, "ready")
 
 
-def test_a_request_that_is_refused_leaves_no_daemon(gpu_node: GpuNode) -> None:
-    """What was begun for it is undone, also where it is refused for what NVML says."""
+def test_a_daemon_that_starts_in_its_turn_alone_is_enough(gpu_node: GpuNode) -> None:
+    """Ahead, its GPU may still be in a mode that the driver does not start a daemon on."""
+    once = f"""#!/bin/sh
+[ $# = 0 ] || echo x >>{CALLS}
+[ $# = 0 ] || [ $(wc -l <{CALLS}) -gt 1 ] || exit 1
+exec nvidia-cuda-mps-control "$@"
+"""
+    gpu_node.machine.write("/run/once", once, mode=0o755)
+    gpu_node.machine.write(CALLS, "")
+    gpu_node.configure('[paths]\ncontrol_program = "/run/once"\n')
+    gpu_node.prolog(4711, gpus="0").check()
+    ready = gpu_node.verdict(4711)["status"], gpu_node.compute_modes()[0]
+    gpu_node.epilog(4711).check()
+    assert ready == ("ready", 3)
+
+
+@pytest.mark.parametrize("start", ["", "daemon.start=exit:1"], ids=["", "the daemon does not start"])
+def test_a_request_that_is_refused_for_what_nvml_says(gpu_node: GpuNode, start: str) -> None:
+    """What was begun for it is undone, and it is refused however that went: nothing else could have come of it."""
+    gpu_node.fault(*start.split())
     calls, _ = starts(gpu_node, "0", **asked(mem="999G"))
     left = gpu_node.mps_processes(), gpu_node.verdict(4711)["status"]
     modes = gpu_node.compute_modes()
+    gpu_node.fault()
     gpu_node.epilog(4711).check()
     assert len(calls) == 1, "it was refused before"
     assert (*left, modes) == ([], "refused", [0, 0, 0, 0])
+
+
+def test_refused_jobs_cost_no_other_jobs_logs(gpu_node: GpuNode) -> None:
+    gpu_node.configure('[paths]\nlogs = "/var/log/few"\n[logs]\nmax_jobs = 2\n')
+    for job, mem in ((1, "8G"), (2, "8G"), (3, "999G"), (4, "999G")):
+        gpu_node.prolog(job, **asked(mem=mem)).check()
+        gpu_node.epilog(job).check()
+    assert gpu_node.run("ls", "/var/log/few").stdout.split() == ["1", "2"]
