@@ -258,6 +258,7 @@ class RankLink:
         while True:
             for connection in way.connections():
                 self._peer = _Peer(connection)
+                self._unread: list[bytes] = []
                 if self._greet(deadline):
                     return
                 connection.close()
@@ -276,12 +277,12 @@ class RankLink:
     def _receive(self, deadline: float) -> Message:
         poll = select.poll()
         poll.register(self._peer.connection, select.POLLIN)
-        while monotonic() < deadline:
+        while not self._unread:
+            if monotonic() >= deadline:
+                raise LinkError("rank 0 does not answer")
             if poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1)):
-                lines = self._peer.receive()
-                if lines:
-                    return _decode(lines[0])  # rank 0 says one thing and waits for an answer
-        raise LinkError("rank 0 does not answer")
+                self._unread += self._peer.receive()
+        return _decode(self._unread.pop(0))
 
     def gather(self, mine: Message, deadline: float) -> dict[int, Message]:
         del deadline
