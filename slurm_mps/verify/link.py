@@ -40,7 +40,10 @@ if TYPE_CHECKING:
         through: str
 
         def gather(self, mine: Message, deadline: float) -> dict[int, Message]:
-            """Bring a message of each rank to rank 0; those that came in time. Nothing on other ranks."""
+            """Bring a message of each rank to rank 0; those that came in time. Nothing on other ranks.
+
+            Who has missed one is not waited for again.
+            """
 
         def broadcast(self, message: Message, deadline: float) -> Message:
             """Bring rank 0's message to all. Raises: LinkError on a rank that it does not reach in time."""
@@ -174,6 +177,7 @@ class RootLink:
         self._listener = listener
         self._peers: dict[int, _Peer] = {}  # by descriptor
         self._admitted: set[int] = set()
+        self._awaited = set(range(1, size))
         self._inbox: dict[int, list[Message]] = {}
         self._poll = select.poll()
         if listener:
@@ -186,12 +190,14 @@ class RootLink:
                     self._accept(self._listener)
                 elif fd in self._peers:
                     self._hear(self._peers[fd])
-        return {0: mine, **{rank: box.pop(0) for rank, box in self._inbox.items() if box}}
+        found = {rank: box.pop(0) for rank, box in self._inbox.items() if box}
+        self._awaited &= found.keys()
+        return {0: mine, **found}
 
     def _complete(self) -> bool:
-        """Whether every rank has said its word, or has come and gone without one."""
+        """Whether every rank that is waited for has said its word, or has come and gone without one."""
         there = {peer.rank for peer in self._peers.values()}
-        waiting = (rank for rank in range(1, self._size) if not self._inbox.get(rank))
+        waiting = (rank for rank in self._awaited if not self._inbox.get(rank))
         return all(rank in self._admitted and rank not in there for rank in waiting)
 
     def _accept(self, listener: socket.socket) -> None:

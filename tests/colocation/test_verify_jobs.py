@@ -280,6 +280,13 @@ def test_the_report_is_out_before_the_first_rank_that_ends_takes_all_along(site:
     assert code == 1
 
 
+def test_who_does_not_find_rank_0_is_in_the_report_before_it_gives_up(site: Site) -> None:
+    """It looks elsewhere than the others of its step, and with srun -K takes all along."""
+    task = f"test $SLURM_PROCID = 4 && export SLURM_WORKING_CLUSTER=another; exec {VERIFY} --timeout 1"
+    _, said = run_to_the_end_of_all(site, "-N2", "-n5", "--gres=gpu:2", "--mps", script=f"srun -K sh -c '{task}'")
+    assert said.count("rank 4 did not report within 1 s") == 1
+
+
 @pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])
 def test_what_cannot_be_printed_is_every_ranks_problem(site: Site, mpi: str) -> None:
     """All is well but for rank 0's stdout, on a disk that is full, say."""

@@ -413,6 +413,21 @@ def test_what_rank_0_says_in_one_breath_is_heard_word_by_word() -> None:
     root.close()
 
 
+def test_a_rank_that_never_came_is_waited_for_once() -> None:
+    """Else it would give up, and with srun -K end the step, when rank 0 is about to print."""
+    heard: list[int] = []
+    other = threading.Thread(target=speak, args=(step_of(1, 3, "n1", job="11"), heard))
+    other.start()
+    root = link.open_link(step_of(0, 3, "n1", job="11"), STEP, soon())
+    assert sorted(root.gather({}, soon(0.5))) == [0, 1]
+    root.broadcast({"sum": 1}, soon())
+    other.join(5)
+    start = time.monotonic()
+    root.gather({}, soon())
+    root.close()
+    assert time.monotonic() - start < 2
+
+
 def test_strangers_and_second_comers_are_not_heard() -> None:
     """Nonsense, a wrong step, a rank out of range, endless text, and one that says to be a rank that has come."""
     step = step_of(0, 3, "localhost", "n2")
