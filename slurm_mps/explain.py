@@ -3,7 +3,8 @@
 Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012). Arguments: the job's id; when
 the step's tasks were forked, in seconds since 1970; ``step`` or ``script``; a client's memory limit on a GPU in MiB,
 ``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between, where the status is as
-wait(2) has it and nothing for a task that runs.
+wait(2) has it and nothing for a task that runs. For a script of which a step was told something there is one more,
+``told``, and the time is that of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> int:
     from slurm_mps.status.listen import listener
     from slurm_mps.status.verdict import read_verdict
 
-    job_id, since, kind, memory, listed = sys.argv[1:6]
+    job_id, since, kind, memory, listed, *more = sys.argv[1:]
     tasks = tuple(
         Task(int(rank), int(pid), int(status) if status else None)
         for rank, pid, status in (task.split(":") for task in listed.split(","))
@@ -36,16 +37,17 @@ def main() -> int:
             place.gpus,
             gone=listener(place.pipe_directory) is None,  # before its last words are read
             events=events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES),
+            told="told" in more,
         )
         for place in verdict.daemons
     ]
     step = Step(tasks, kind == "script", memory)
     found = explain(step, seen)
-    more = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
+    hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
     words = "; ".join(found) or suspect_limit(step, seen)
     if words:
         line = f"job {job_id}: {words}"
-        sys.stdout.write(f"{line[: _LINE_MAX - len(more)]}{more}\n")
+        sys.stdout.write(f"{line[: _LINE_MAX - len(hint)]}{hint}\n")
     return 0
 
 

@@ -89,24 +89,30 @@ static void tasks_text(char *out, size_t size)
 	}
 }
 
-/* A script that ends badly because a step of it did: that was told by the step. */
-static void since_text(int directory, bool script, char *out, size_t size)
+/*
+ * A script that ends badly because a step of it did: that was told by the step.
+ * Returns: whether it is the time of that, and not when the tasks were forked.
+ */
+static bool since_text(int directory, bool script, char *out, size_t size)
 {
 	struct timespec since = seen.since, told;
+	bool was_told = script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
+			(told.tv_sec > since.tv_sec || (told.tv_sec == since.tv_sec && told.tv_nsec > since.tv_nsec));
 
-	if (script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
-	    (told.tv_sec > since.tv_sec || (told.tv_sec == since.tv_sec && told.tv_nsec > since.tv_nsec)))
+	if (was_told)
 		since = told;
 	(void)snprintf(out, size, "%lld.%03ld", (long long)since.tv_sec, since.tv_nsec / 1000000);
+	return was_told;
 }
 
 /* What the program prints, without its line end; empty when it has nothing to say, or is not done in time. */
 static void ask(const struct step *step, uid_t uid, int directory, bool script, char *line, size_t size)
 {
 	static char job_id[16], since[32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
+	bool was_told = since_text(directory, script, since, sizeof(since));
 	char *const argv[] = { (char *)(uintptr_t)step->verdict.python, "-I", "-S",
 			       (char *)(uintptr_t)step->verdict.explain, job_id, since, script ? "script" : "step", memory,
-			       tasks, NULL };
+			       tasks, was_told ? TOLD : NULL, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", NULL };
 	int pipes[2], tries = TRIES;
 	ssize_t got = 0;
@@ -114,7 +120,6 @@ static void ask(const struct step *step, uid_t uid, int directory, bool script, 
 
 	line[0] = '\0';
 	(void)snprintf(job_id, sizeof(job_id), "%" PRIu32, step->job_id);
-	since_text(directory, script, since, sizeof(since));
 	memory_text(step, memory, sizeof(memory));
 	tasks_text(tasks, sizeof(tasks));
 	if (pipe2(pipes, O_CLOEXEC | O_NONBLOCK))

@@ -23,7 +23,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.verify.judge import Findings
     from slurm_mps.verify.link import Link
     from slurm_mps.verify.session import Result
     from slurm_mps.verify.step import Step
@@ -95,21 +94,23 @@ def run(options: argparse.Namespace) -> int:
     from slurm_mps.verify.link import LinkError
     from slurm_mps.verify.session import verify
 
+    def show(result: Result) -> None:
+        if options.json:
+            _report(result, link.through, options)
+        else:
+            _print(result, columns, options)
+
     try:
         link = _open(step, options)
-        result = verify(step, os.environ, link, options.timeout)
+        status = verify(step, os.environ, link, options.timeout, show)
     except LinkError as error:
         message = f"rank {step.rank}: {error}"
         if step.rank == 0:
             return refuse(options, PROBLEM, message)
         complain(message)  # one report for the whole step, and that is rank 0's
         return PROBLEM
-    if result.findings and options.json:
-        _report(result, result.findings, link.through, options)
-    elif result.findings:
-        _print(result, result.findings, columns, options)
     link.close()
-    return result.status
+    return status
 
 
 def _open(step: Step, options: argparse.Namespace) -> Link:
@@ -120,34 +121,34 @@ def _open(step: Step, options: argparse.Namespace) -> Link:
     return mpi or open_link(step, os.environ, monotonic() + 2 * options.timeout)
 
 
-def _no_driver(result: Result, findings: Findings) -> str:
+def _no_driver(result: Result) -> str:
     """What to say where no rank has a driver; empty where one has."""
-    return f"there is no CUDA driver here: {findings.ranks[0].error}" if result.status == NOT_HERE else ""
+    return f"there is no CUDA driver here: {result.findings.ranks[0].error}" if result.status == NOT_HERE else ""
 
 
-def _report(result: Result, findings: Findings, through: str, options: argparse.Namespace) -> None:
+def _report(result: Result, through: str, options: argparse.Namespace) -> None:
     """`through`: how the ranks' reports were gathered."""
     from slurm_mps.verify.table import document
 
-    error = _no_driver(result, findings)
+    error = _no_driver(result)
     if error:
         complain(error)
     fields = {"error": error} if error else {}
-    found = document(findings, result.problems)
+    found = document(result.findings, result.problems)
     print_json(options, result.status, **fields, **found, gathered_through=through)
 
 
-def _print(result: Result, findings: Findings, columns: list[Column], options: argparse.Namespace) -> None:
+def _print(result: Result, columns: list[Column], options: argparse.Namespace) -> None:
     """The table, and below it in words what it means; where fields were chosen the words are commentary."""
     from slurm_mps.verify.table import rows, summary
 
-    error = _no_driver(result, findings)
+    error = _no_driver(result)
     if error:
         complain(error)
-    print_table(rows(findings), columns, noheader=options.noheader)
+    print_table(rows(result.findings), columns, noheader=options.noheader)
     if options.format or options.noheader:
         for problem in result.problems:
             complain(problem)
     else:
-        print("\n".join(["", *(result.problems or [summary(findings)])]))
+        print("\n".join(["", *(result.problems or [summary(result.findings)])]))
     sys.stdout.flush()

@@ -91,13 +91,14 @@ class Scripts:
     def __init__(self) -> None:
         self.read = cache(_read_script)
         self._steps = cache(self._look_through)
+        self._own_parts = cache(self._join_own_parts)
         self._files = cache(_files)
 
     def in_order(self, tops: Iterable[Script]) -> list[Script]:
         """Scripts that slurmd runs, and all that these run, in the order in which they run; a caller comes in parts.
 
-        From each of `tops` a script is followed once. Where it is met again it comes whole: once before the first of
-        ours and once after, since more often would say no more.
+        From each of `tops` a script is followed once. Where it is met again it comes as one, its own parts joined: once
+        before the first of ours and once after, since more often would say no more.
         """
         found: list[Script] = []
         ours_ran = False
@@ -113,10 +114,12 @@ class Scripts:
                     continue
                 else:
                     script = self.read(step)
-                    if step not in followed and script.text is not None and not script.is_ours:
-                        followed.add(step)
-                        ahead += reversed(self._steps(step))
-                        continue
+                    if script.text is not None and not script.is_ours:
+                        if step not in followed:
+                            followed.add(step)
+                            ahead += reversed(self._steps(step))
+                            continue
+                        script = self._own_parts(step)
                     told.add(step)
                 if not ours_ran and script.is_ours:
                     ours_ran = True
@@ -143,6 +146,10 @@ class Scripts:
                     own = ""
             own += line[at:]
         return [*steps, replace(script, text=own)]
+
+    def _join_own_parts(self, path: str) -> Script:
+        parts = (step.text or "" for step in self._steps(path) if isinstance(step, Script))
+        return replace(self.read(path), text="".join(parts))
 
     def _run_by(self, named: str, line: str) -> list[str] | None:
         """The scripts that a line runs by naming a path; None where the path is something else."""

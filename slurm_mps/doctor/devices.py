@@ -451,7 +451,7 @@ def _is_slurms(pid: int) -> bool:
 
 
 def _but_servers(place: Place, foreign: list[int]) -> list[int]:
-    """Those that are no job's MPS server, which goes on when its control daemon was killed.
+    """Those that are no job's MPS server: one that hangs may be left when its control daemon is gone.
 
     A server's environment is its user's to write: it is taken for the server of a job of that user's alone.
     """
@@ -483,7 +483,8 @@ def _journal(state: NodeState, job_id: int) -> Journal | None:
 @check(
     "job-daemon",
     "every job with MPS has its control daemon",
-    why="The programs that run keep their server; those that the job starts from now on end at once, with a message.",
+    why="Its MPS server goes with it, and programs that had one get CUDA error 806; those that the job starts from now "
+    "on end at once, with a message.",
     where=COMPUTE,
 )
 def job_daemon(place: Place) -> Iterator[Said]:

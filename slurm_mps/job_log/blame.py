@@ -66,14 +66,18 @@ class Seen:
     ended: Event | None  #: the daemon's end, by its own word
 
 
-def seen_since(since_seconds: float, gpus: tuple[str, ...], *, gone: bool, events: Sequence[Event]) -> Seen:
+def seen_since(
+    since_seconds: float, gpus: tuple[str, ...], *, gone: bool, events: Sequence[Event], told: bool = False
+) -> Seen:
     """What a step that began then is to be told of a daemon; `events` are all that its logs have.
 
-    What came before the step explains what came after: which server was ready, that the daemon ended.
+    What came before the step explains what came after: which server was ready, that the daemon ended. `told`: it is a
+    script, of which a step was told something then; a daemon that is gone was so before, unless its logs go on.
     """
     lives = [event for event in events if event.kind in (DAEMON_STARTED, DAEMON_ENDED)]
     ended = lives[-1] if lives and lives[-1].kind == DAEMON_ENDED else None
-    return Seen(gpus, [event for event in events if event.seconds >= since_seconds], gone, ended)
+    news = [event for event in events if event.seconds >= since_seconds]
+    return Seen(gpus, news, gone and bool(news or not told), ended)
 
 
 @record

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
         through: str
 
         def gather(self, mine: Message, deadline: float) -> dict[int, Message]:
-            """Bring a message of each rank to rank 0; those that came in time. Nothing on other ranks."""
+            """Bring a message of each rank to rank 0; those that came in time. Nothing on other ranks.
+
+            Who has missed one is not waited for again.
+            """
 
         def broadcast(self, message: Message, deadline: float) -> Message:
             """Bring rank 0's message to all. Raises: LinkError on a rank that it does not reach in time."""
@@ -174,6 +177,7 @@ class RootLink:
         self._listener = listener
         self._peers: dict[int, _Peer] = {}  # by descriptor
         self._admitted: set[int] = set()
+        self._awaited = set(range(1, size))
         self._inbox: dict[int, list[Message]] = {}
         self._poll = select.poll()
         if listener:
@@ -186,12 +190,14 @@ class RootLink:
                     self._accept(self._listener)
                 elif fd in self._peers:
                     self._hear(self._peers[fd])
-        return {0: mine, **{rank: box.pop(0) for rank, box in self._inbox.items() if box}}
+        found = {rank: box.pop(0) for rank, box in self._inbox.items() if box}
+        self._awaited &= found.keys()
+        return {0: mine, **found}
 
     def _complete(self) -> bool:
-        """Whether every rank has said its word, or has come and gone without one."""
+        """Whether every rank that is waited for has said its word, or has come and gone without one."""
         there = {peer.rank for peer in self._peers.values()}
-        waiting = (rank for rank in range(1, self._size) if not self._inbox.get(rank))
+        waiting = (rank for rank in self._awaited if not self._inbox.get(rank))
         return all(rank in self._admitted and rank not in there for rank in waiting)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -258,6 +264,7 @@ class RankLink:
         while True:
             for connection in way.connections():
                 self._peer = _Peer(connection)
+                self._unread: list[bytes] = []
                 if self._greet(deadline):
                     return
                 connection.close()
@@ -276,12 +283,12 @@ class RankLink:
     def _receive(self, deadline: float) -> Message:
         poll = select.poll()
         poll.register(self._peer.connection, select.POLLIN)
-        while monotonic() < deadline:
+        while not self._unread:
+            if monotonic() >= deadline:
+                raise LinkError("rank 0 does not answer")
             if poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1)):
-                lines = self._peer.receive()
-                if lines:
-                    return _decode(lines[0])  # rank 0 says one thing and waits for an answer
-        raise LinkError("rank 0 does not answer")
+                self._unread += self._peer.receive()
+        return _decode(self._unread.pop(0))
 
     def gather(self, mine: Message, deadline: float) -> dict[int, Message]:
         del deadline

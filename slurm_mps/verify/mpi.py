@@ -40,19 +40,19 @@ class MpiLink:
         self._any_source = any_source
         self._sent: list[Any] = []
         self._inbox: dict[int, list[Message]] = {}
-        self._missing = False
+        self._awaited = set(range(1, world.size))
 
     def gather(self, mine: Message, deadline: float) -> dict[int, Message]:
         if self._world.rank:
             self._sent.append(self._world.isend(mine, 0, _TAG))
             return {}
-        while sum(map(bool, self._inbox.values())) < self._world.size - 1 and monotonic() < deadline:
+        while not all(self._inbox.get(rank) for rank in self._awaited) and monotonic() < deadline:
             if self._world.iprobe(self._any_source, _TAG):
                 self._receive()
             else:
                 sleep(_PAUSE_SECONDS)
         found = {rank: box.pop(0) for rank, box in self._inbox.items() if box}
-        self._missing = self._missing or len(found) < self._world.size - 1
+        self._awaited &= found.keys()
         return {0: mine, **found}
 
     def _receive(self) -> None:
@@ -75,5 +75,5 @@ class MpiLink:
 
     def close(self) -> None:
         """MPI's own end waits for all ranks; where some never came it is cut short."""
-        if self._missing:
+        if len(self._awaited) < self._world.size - 1:
             self._world.Abort(1)

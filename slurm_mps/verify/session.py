@@ -1,6 +1,7 @@
 """The order of things: every rank looks, rank 0 has some of them ask on behalf of others, and tells all how it ends.
 
-No rank leaves before all have asked: the control daemon knows only those who are still there.
+No rank leaves before all have asked: the control daemon knows only those who are still there. And none leaves before
+the result is shown: with ``srun --kill-on-bad-exit`` the first that ends badly takes rank 0 along.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from time import monotonic
 from ..record import record
 from . import report as wire
 from .judge import Findings, problems
+from .link import LinkError
 from .look import ask_card, ask_daemon, look
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from .link import Link
     from .report import Message, Report
@@ -25,17 +27,19 @@ FINE, PROBLEM, NOT_HERE = 0, 1, 3
 
 @record
 class Result:
-    """How it ended; findings only on rank 0."""
+    """How it ended, as rank 0 knows it."""
 
     status: int
     problems: list[str]
-    findings: Findings | None
+    findings: Findings
 
 
-def verify(step: Step, environment: Mapping[str, str], link: Link, timeout_seconds: float) -> Result:
-    """Run this rank's part.
+def verify(
+    step: Step, environment: Mapping[str, str], link: Link, timeout_seconds: float, show: Callable[[Result], None]
+) -> int:
+    """Run this rank's part; rank 0 shows the result. Returns: the exit status, the same for all.
 
-    Raises: LinkError when rank 0 is not reached any more.
+    Raises: LinkError when rank 0 is not reached any more; on rank 0 what show() raises.
     """
     start = monotonic()
     # A driver that hangs is to be reported by its rank before rank 0 gives that up.
@@ -44,15 +48,32 @@ def verify(step: Step, environment: Mapping[str, str], link: Link, timeout_secon
     orders = link.broadcast(_orders(reports), monotonic() + 2 * timeout_seconds)
     answers = link.gather(_obey(mine, orders, environment, timeout_seconds / 3), monotonic() + timeout_seconds)
     if step.rank:
-        last = link.broadcast({}, monotonic() + 2 * timeout_seconds)
-        return Result(int(last.get("status", PROBLEM)), [], None)
+        return _status_once_shown(link, timeout_seconds)
     findings = _findings(reports, answers, step.size, timeout_seconds)
     wrong = problems(findings)
     status = PROBLEM if wrong else FINE
     if all(one.no_driver for one in reports.values()):
         status = NOT_HERE
     link.broadcast({"status": status}, monotonic() + timeout_seconds)
-    return Result(status, wrong, findings)
+    last = PROBLEM
+    try:
+        show(Result(status, wrong, findings))
+        last = status
+    finally:
+        link.broadcast({"status": last}, monotonic() + timeout_seconds)
+    return last
+
+
+def _status_once_shown(link: Link, timeout_seconds: float) -> int:
+    """What rank 0 says of how it ends, before it shows that and after; the second word comes late where nobody reads.
+
+    Raises: LinkError when it does not say the first.
+    """
+    status = int(link.broadcast({}, monotonic() + 2 * timeout_seconds).get("status", PROBLEM))
+    try:
+        return int(link.broadcast({}, monotonic() + 2 * timeout_seconds).get("status", status))
+    except LinkError:
+        return status
 
 
 def _reports(messages: Mapping[int, Message]) -> dict[int, Report]:

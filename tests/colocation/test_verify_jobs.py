@@ -260,6 +260,56 @@ def test_all_ranks_exit_with_the_same_status(site: Site, mpi: str) -> None:
     assert site.cluster.output(job).splitlines() == ["status 1"] * 4
 
 
+def run_to_the_end_of_all(site: Site, *options: str, script: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """What a job has printed and its exit code, once the daemons of a step that was killed are gone, too."""
+    job = site.cluster.sbatch(*options, script=script, env=env or {})
+    info = site.cluster.wait(job)
+    until(lambda: not any(process.comm == "slurmstepd" for process in site.machine.processes()))
+    return info.exit_code, site.cluster.output(job)
+
+
+@pytest.mark.parametrize(
+    ("mpi", "form"), [("", ""), ("", "--json"), ("--mpi=pmi2", "")], ids=["table", "json", "mpi4py"]
+)
+def test_the_report_is_out_before_the_first_rank_that_ends_takes_all_along(site: Site, mpi: str, form: str) -> None:
+    """With srun -K, or KillOnBadExit=1 in slurm.conf, that ends rank 0, too. The rank on the second node is soonest."""
+    script = f"srun -K {mpi} sh -c 'export CUDA_MPS_PIPE_DIRECTORY=/tmp/none; exec {VERIFY} {form}'"
+    options = ("-N2", "-n5", "--gres=gpu:2", *ASKED)
+    code, said = run_to_the_end_of_all(site, *options, script=script, env=mpi_environment() if mpi else {})
+    assert said.count("ranks 0-4 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/tmp/none does not exist") == 1
+    assert code == 1
+
+
+def test_who_does_not_find_rank_0_is_in_the_report_before_it_gives_up(site: Site) -> None:
+    """It looks elsewhere than the others of its step, and with srun -K takes all along."""
+    task = f"test $SLURM_PROCID = 4 && export SLURM_WORKING_CLUSTER=another; exec {VERIFY} --timeout 1"
+    _, said = run_to_the_end_of_all(site, "-N2", "-n5", "--gres=gpu:2", "--mps", script=f"srun -K sh -c '{task}'")
+    assert said.count("rank 4 did not report within 1 s") == 1
+
+
+@pytest.mark.parametrize("mpi", ["", "--mpi=pmi2"], ids=["slurm", "mpi4py"])
+def test_what_cannot_be_printed_is_every_ranks_problem(site: Site, mpi: str) -> None:
+    """All is well but for rank 0's stdout, on a disk that is full, say."""
+    task = f"test $SLURM_PROCID = 0 && exec >/dev/full; {VERIFY}; echo status $? >&2"
+    job = site.cluster.sbatch(*ONE_NODE, script=f"srun {mpi} sh -c '{task}'", env=mpi_environment() if mpi else {})
+    site.cluster.wait(job)
+    assert sorted(site.cluster.output(job).splitlines()) == [
+        "slurm-mps: what is to be printed cannot be written: No space left on device",
+        *["status 1"] * 4,
+    ]
+
+
+def test_nobody_waits_for_ever_for_a_report_that_nobody_reads(site: Site) -> None:
+    """Rank 0's stdout is a pipe that is full, as a pager's that waits. The others know how it ends, and go."""
+    verify = f"verify() {{ {VERIFY} --timeout 1; echo rank $SLURM_PROCID: $? >&2; }}"
+    unread = "{ head -c 65536 /dev/zero; verify; } | sleep 6"
+    task = f"{verify}; if test $SLURM_PROCID = 0; then {unread}; else verify; fi"
+    job = site.cluster.sbatch(*ONE_NODE, script=f"srun sh -c '{task}'")
+    site.cluster.wait(job)
+    *others, first = site.cluster.output(job).splitlines()
+    assert (sorted(others), first) == (["rank 1: 0", "rank 2: 0", "rank 3: 0"], "rank 0: 1")
+
+
 @pytest.mark.every_release
 def test_outside_a_step_is_status_3(site: Site) -> None:
     """In the batch script itself, and in no job at all, there are no ranks to look at."""
@@ -285,10 +335,8 @@ def test_wrong_usage_of_a_step_is_said_once(site: Site, wrong: str, message: str
 def test_wrong_usage_is_said_where_the_first_rank_that_ends_takes_all_along(site: Site) -> None:
     """The ranks of the second node, with little to do, would be done before rank 0 has said anything."""
     script = f"srun --kill-on-bad-exit=1 {VERIFY} --timeout abc"
-    job = site.cluster.sbatch("-N2", "-n8", "--gres=gpu:1", *ASKED, script=script)
-    site.cluster.wait(job)
-    until(lambda: not any(process.comm == "slurmstepd" for process in site.machine.processes()))
-    assert site.cluster.output(job).count("'abc': expected seconds, 1 to 600") == 1
+    _, said = run_to_the_end_of_all(site, "-N2", "-n8", "--gres=gpu:1", *ASKED, script=script)
+    assert said.count("'abc': expected seconds, 1 to 600") == 1
 
 
 def test_wrong_usage_is_status_2(site: Site) -> None:

@@ -208,6 +208,18 @@ def test_o65_a_server_that_was_killed_exited_with_status_0_and_nobody_had_asked_
     assert "Exiting" not in daemon.log_lines("server.log")
 
 
+def test_o65_a_daemon_that_is_killed_takes_its_server_along_without_a_word(driver: Driver) -> None:
+    """At once, though it has a client."""
+    daemon = driver.daemon()
+    client = daemon.client(on(driver, 0))
+    assert daemon.server
+    driver.place.kill(daemon.pid)
+    wait_until(lambda: not driver.left_over())
+    assert client.ask("work") == RPC_FAILURE
+    lines = daemon.log_lines("control.log") + daemon.log_lines("server.log")
+    assert not [line for line in lines if "xit" in line or "shut" in line]
+
+
 def killed_spinner(driver: Driver, number: int = signal.SIGKILL) -> tuple[Daemon, int]:
     """A daemon of root's and its server, in which a client on the first GPU was killed in an endless kernel."""
     daemon = driver.daemon(user="root", mode=0o755)

@@ -252,6 +252,14 @@ def terminate_server(driver: Driver, seconds: float) -> str:
     return "gone" if becomes_gone(driver, pid, seconds) else "stays"
 
 
+def kill_daemon_of_a_client(driver: Driver, seconds: float) -> str:
+    daemon = driver.daemon()
+    daemon.client(sees("0"))
+    server = daemon.server
+    driver.place.kill(daemon.pid)
+    return "gone" if becomes_gone(driver, server, seconds) else "stays"
+
+
 def get_priority(driver: Driver, seconds: float) -> str:
     result = driver.daemon().control("get_default_client_priority", timeout=seconds)
     return f"exit {result.returncode}, {result.stdout.strip() or 'nothing'}"
@@ -318,6 +326,8 @@ def set_mode(driver: Driver, seconds: float) -> str:
         ("server.start=hang", start_server, "no end"),
         ("", terminate_server, "gone"),
         ("server.sigterm=ignore", terminate_server, "stays"),
+        ("", kill_daemon_of_a_client, "gone"),
+        ("server.alone=stay", kill_daemon_of_a_client, "stays"),
         ("", list_gpus, "exit 0"),
         ("nvml.init=9", list_gpus, "exit 9"),
         ("nvml.init=hang", list_gpus, "no end"),

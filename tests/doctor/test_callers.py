@@ -96,3 +96,17 @@ def test_what_runs_again_after_ours_is_told_again(directory: Path) -> None:
     parts = [part for part in in_order(top) if part.path != str(top)]
     assert [part.path for part in parts] == [str(helper), str(helper), str(ours), str(helper)]
     assert {part.top for part in parts} == {str(top)}
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [("[ -x /usr/bin/pkill ] || exit 0", False), ("/usr/bin/pkill -u $SLURM_JOB_USER", True)]
+)
+def test_what_runs_again_is_judged_by_what_it_does_too(directory: Path, line: str, *, found: bool) -> None:
+    """A test is no call, and what the script runs in turn is a script of its own."""
+    other, ours = write(directory / "other", "true"), write(directory / "ours", OURS)
+    helper = write(directory / "helper", line, f"{other} pkill", "true")
+    again = [str(helper)] * 2
+    parts = in_order(write(directory.parent / "epilog.sh", *again, str(ours), *again))
+    helpers = [part.code for part in parts if part.path == str(helper)]
+    assert ["bin/pkill" in code for code in helpers] == [found, False, found, found], "in two parts, and twice as one"
+    assert str(other) not in "".join(helpers)

@@ -155,14 +155,14 @@ def a_daemon_of_somebody(patient: Patient) -> None:
 
 
 def a_job_without_its_daemon(patient: Patient) -> None:
-    """A job that runs, with a client on its GPU, whose control daemon somebody killed: its server goes on."""
+    """A job that runs, with a client on its GPU, whose control daemon somebody killed."""
     cluster = patient.site.cluster
-    script = "simulated-gpus client --hold 0.1; echo ran; exec simulated-gpus client --hold 60"
+    script = "simulated-gpus client --hold 60; sleep 60"
     job = cluster.sbatch("--gres=gpu:1", "--mps", "-wn1", script=script)
     patient.shell(
         "true", f"scancel {job}; for i in $(seq 100); do [ -e {STATE}/jobs/{job} ] || exit 0; sleep 0.1; done"
     )
-    cluster.until_output(job, "ran")
+    cluster.until_output(job, "uuid=")
     pid = patient.shell(f"cat {STATE}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid").strip()
     patient.shell(f"kill -9 {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.02; done")
 
@@ -603,8 +603,9 @@ def test_a_controller_that_is_no_node_may_keep_its_files_closed(patient: Patient
     assert patient.examine(elsewhere=True).of("problem") == {}
 
 
-def test_the_server_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient: Patient) -> None:
-    """The job's programs run under it. Users cannot tell whose it is, and are told nothing wrong."""
+def test_a_server_that_is_left_of_a_job_whose_daemon_was_killed_is_not_to_be_ended(patient: Patient) -> None:
+    """The job is. Users cannot tell whose the server is, and are told nothing wrong."""
+    patient.shell("simulated-gpus fault server.alone=stay", "simulated-gpus fault --clear")
     a_job_without_its_daemon(patient)
     found = patient.examine()
     assert found.ailments == {"job-daemon": "problem"}

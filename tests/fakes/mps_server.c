@@ -374,8 +374,8 @@ static void obey_daemon(void)
 	if (got == 0)
 		return;
 	server.daemon_gone = true;
-	if (server.count == 0)
-		_exit(0);
+	if (server.count == 0 || !sim_fault_is("server.alone", "stay"))
+		_exit(0); /* at once, and without a word (O65) */
 }
 
 static void hear_client(struct connection *from)

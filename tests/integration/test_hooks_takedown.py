@@ -98,13 +98,13 @@ def test_a_server_that_starts_for_ever_is_ended(gpu_node: GpuNode) -> None:
 
 @pytest.mark.parametrize(
     ("killed", "also"),
-    [("daemon", ()), ("daemon", STUBBORN), ("server", STUBBORN), ("both", ())],
-    ids=["daemon", "daemon, and a stubborn server", "server, and a stubborn daemon", "both"],
+    [("daemon", ()), ("daemon", (*STUBBORN, "server.alone=stay")), ("server", STUBBORN), ("both", ())],
+    ids=["daemon", "daemon, and a server that stays", "server, and a stubborn daemon", "both"],
 )
 def test_what_a_dead_daemon_left_is_found(gpu_node: GpuNode, killed: str, also: tuple[str, ...]) -> None:
     """After the daemon, its server or both died of SIGKILL, the epilog ends what is left and removes the files."""
     daemon, server = bring_up(gpu_node, *also)
-    # A server without its daemon goes by itself unless it has a client.
+    # A server that stays without its daemon goes with its last client.
     client = gpu_node.start(
         "simulated-gpus", "client", "--hold", "60", user="alice",
         env={"CUDA_MPS_PIPE_DIRECTORY": gpu_node.pipe_directory(4711)},

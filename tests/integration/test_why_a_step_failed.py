@@ -79,8 +79,12 @@ def test_a_server_that_dies_is_told(site: Site) -> None:
     ],
     ids=["killed", "quit"],
 )
-def test_a_daemon_that_goes_is_told_and_its_logs_where_they_know_of_it(site: Site, command: str, words: str) -> None:
-    """Of a daemon that was killed they hold nothing (O65), and nobody is sent to them."""
+def test_a_daemon_that_goes_is_told_once_and_its_logs_where_they_know_of_it(
+    site: Site, command: str, words: str
+) -> None:
+    """Of a daemon that was killed they hold nothing (O65), and nobody is sent to them. The script fails with its step,
+    and tells nothing again.
+    """
     job = start(site, "srun -n1 sh -c 'touch up; while [ -e up ]; do sleep 0.1; done; exit 3'")
     up = site.machine.path("/home/alice/up")
     site.cluster.until("the task", lambda: up.exists() or None, 20)
@@ -89,7 +93,18 @@ def test_a_daemon_that_goes_is_told_and_its_logs_where_they_know_of_it(site: Sit
     up.unlink()
     site.cluster.wait(job)
     expected = f"job {job}: the MPS control daemon on this node {words.format(job=job)}"
-    assert set(site.cluster.said(site.cluster.output(job))) == {("n1", expected)}
+    assert site.cluster.said(site.cluster.output(job)) == [("n1", expected)]
+
+
+def test_a_daemon_that_goes_after_a_step_was_told_something_else_is_told_too(site: Site) -> None:
+    """A program of the script's own was its client meanwhile."""
+    job = start(site, f"srun -n1 --gpus=1 {CLIENT} --fault\n{CLIENT} --work 9")
+    site.cluster.until("the script's client", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    site.node("n1", "sh", "-c", f"kill -9 $(cat {STATE_DIRECTORY}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid)").check()
+    site.cluster.wait(job)
+    (_, fault), (_, gone) = site.cluster.said(site.cluster.output(job))
+    assert "rank 0 hit a GPU fault" in fault
+    assert "the MPS control daemon on this node is gone" in gone
 
 
 def test_more_programs_than_the_server_takes_are_told_where_the_plugin_could_not_refuse_them(site: Site) -> None:

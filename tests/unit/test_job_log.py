@@ -239,11 +239,22 @@ def test_a_dead_server_is_told() -> None:
 def test_a_daemon_that_is_gone_is_told_with_its_own_word_where_there_is_one(
     log: list[str], ended: bool, since: float
 ) -> None:
-    """A script that fails because its step did is asked about after the daemon's end."""
+    """A step that fails may have begun after the daemon's end."""
     seen = seen_since(since, GPUS, gone=True, events=told(["NEW SERVER 959: Ready", *log]))
     (words,) = explain(Step(tuple(ranks(1)), True, "-"), [seen])
     assert (words == VANISHED) != ended
     assert ("control daemon on this node ended (status 0)" in words) == ended
+
+
+@pytest.mark.parametrize("log", [[], [ENDED]], ids=["killed", "quit"])
+@pytest.mark.parametrize(("since", "again"), [(0, True), (float("inf"), False)], ids=["went on", "was gone"])
+def test_what_a_step_was_told_of_a_daemon_that_is_gone_its_script_is_not(
+    log: list[str], since: float, *, again: bool
+) -> None:
+    """Unless the daemon was there then, as its logs show."""
+    events = told(log, server=["Client {PID: 1, Context ID: 0} connected"])
+    seen = seen_since(since, GPUS, gone=True, events=events, told=True)
+    assert bool(explain(Step(tuple(ranks(1)), True, "-"), [seen])) == again
 
 
 def test_a_memory_limit_is_named_where_a_client_failed_of_itself() -> None:

@@ -397,6 +397,37 @@ def test_ranks_meet_and_hear_rank_0(hosts: tuple[str, ...]) -> None:
     assert (sorted(messages), heard) == ([0, 1, 2, 3, 4], [10] * 4)
 
 
+def test_what_rank_0_says_in_one_breath_is_heard_word_by_word() -> None:
+    """Both lines come as one chunk."""
+    others: list[link.Link] = []
+    step = step_of(1, 2, "n1", job="10")
+    opener = threading.Thread(target=lambda: others.append(link.open_link(step, STEP, soon())))
+    opener.start()
+    root = link.open_link(step_of(0, 2, "n1", job="10"), STEP, soon())
+    root.gather({}, soon(0.5))
+    opener.join(5)
+    root.broadcast({"word": 1}, soon())
+    root.broadcast({"word": 2}, soon())
+    assert [others[0].broadcast({}, soon(1)) for _ in range(2)] == [{"word": 1}, {"word": 2}]
+    others[0].close()
+    root.close()
+
+
+def test_a_rank_that_never_came_is_waited_for_once() -> None:
+    """Else it would give up, and with srun -K end the step, when rank 0 is about to print."""
+    heard: list[int] = []
+    other = threading.Thread(target=speak, args=(step_of(1, 3, "n1", job="11"), heard))
+    other.start()
+    root = link.open_link(step_of(0, 3, "n1", job="11"), STEP, soon())
+    assert sorted(root.gather({}, soon(0.5))) == [0, 1]
+    root.broadcast({"sum": 1}, soon())
+    other.join(5)
+    start = time.monotonic()
+    root.gather({}, soon())
+    root.close()
+    assert time.monotonic() - start < 2
+
+
 def test_strangers_and_second_comers_are_not_heard() -> None:
     """Nonsense, a wrong step, a rank out of range, endless text, and one that says to be a rank that has come."""
     step = step_of(0, 3, "localhost", "n2")
