@@ -13,6 +13,7 @@ from time import monotonic
 
 from .errors import DeadlineError, MpsError, NodeError, RequestError
 from .node import logs
+from .node.messages import tell_admin
 from .record import replace
 from .steps import JobSite, QuitDaemons, read_undo, side_by_side
 
@@ -36,8 +37,10 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
     try:
         for step in ahead:
             _note(step, site)
-        plan, done = _Beside(ahead, decide, site).run()
-        if not done:
+        beside = _Beside(ahead, decide, site)
+        plan = beside.run()
+        done = () if beside.in_vain else (*plan.claims, *ahead)
+        if beside.in_vain:
             _undo_or_raise(site)
         for step in plan.steps:
             if step not in done:
@@ -46,6 +49,8 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
         journal.write_verdict(plan.verdict([site.daemon(one.name) for one in plan.daemons]))
         journal.ready = True
         journal.write()
+        if beside.in_vain:
+            tell_admin(f"job {journal.job_id}: its control daemon was started twice: {beside.in_vain}")
     except Exception as error:  # a bug, too, must not leave half of it
         if isinstance(error, RequestError):
             logs.forget(journal.job_id, site.config)
@@ -76,26 +81,24 @@ class _Beside:
         self._plans: list[Plan] = []
         self._failures: list[Exception] = []
         self._is_late = False
+        self.in_vain = ""  #: why what was done ahead is to be undone and done again
         self._claimed, self._journal_is_free = _thread.allocate_lock(), _thread.allocate_lock()
         self._claimed.acquire()
 
-    def run(self) -> tuple[Plan, tuple[Step, ...]]:
-        """Returns: the plan, and which of its steps are done; none where `ahead` are not of it, or one of them failed.
-
-        Raises: what deciding or a claim raised; DeadlineError.
-        """
+    def run(self) -> Plan:
+        """Raises: what deciding or a claim raised; DeadlineError."""
         parts = (self._claim, self._do_ahead) if self._ahead else (self._claim,)
         side_by_side(lambda part: part(), parts)
         if self._is_late:
             raise DeadlineError("out of time")
         (plan,) = self._plans
-        in_plan = all(step in plan.steps for step in self._ahead)
-        if not in_plan or self._failures:
-            for failure in self._failures:
-                if in_plan and isinstance(failure, DeadlineError):
-                    raise failure  # there is no time to wait for the same again
-            return plan, ()
-        return plan, (*plan.claims, *self._ahead)
+        if any(step not in plan.steps for step in self._ahead):
+            self.in_vain = "the kernel lists other GPUs than NVML"
+        elif self._failures:
+            if isinstance(self._failures[0], DeadlineError):
+                raise self._failures[0]  # there is no time to wait for the same again
+            self.in_vain = str(self._failures[0])
+        return plan
 
     def _claim(self) -> None:
         try:

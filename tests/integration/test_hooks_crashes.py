@@ -125,8 +125,8 @@ def test_a_prolog_that_finds_no_room_leaves_nothing(struck_node: StruckNode, sta
     for at, call in enumerate(calls, 1):
         where = f"no space at call {at} of {len(calls)}, {call}"
         result = struck_node.run(PROLOG, NEEDS_ROOM, at=at, error=ENOSPC, stays=stays)
-        if "its logs are not written" in result.stderr and not stays:
-            assert result.returncode == 0, where  # a log is not worth a job
+        if ("its logs are not written" in result.stderr or "was started twice" in result.stderr) and not stays:
+            assert result.returncode == 0, where  # a log is not worth a job, and what is begun ahead is tried again
             node.epilog(4711).check()
         else:
             assert result.returncode == 1, where
@@ -149,7 +149,7 @@ def test_a_prolog_that_cannot_start_processes_leaves_nothing(struck_node: Struck
             assert " sms=32 free=8047 " in node.client(4711).stdout, at
             node.epilog(4711).check()
         struck_node.assert_as_before(f"call {at}: {result.stderr}")
-    assert came_to == [1, 1, 0], "daemon, limits; a server that is not started ahead is no fault"
+    assert came_to == [0, 1, 0], "the daemon is started twice; limits; a server that is not started ahead is no fault"
 
 
 # ------------------------------------------------------------------------------------------ in the middle of a wait

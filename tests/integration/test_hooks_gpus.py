@@ -201,15 +201,18 @@ def kernel_lists(node: GpuNode, listed: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def starts(node: GpuNode, gpus: str, **asked_for: str) -> tuple[list[str], float]:
-    """Run a prolog. Returns: the GPUs of each start of a control daemon, and when the first was, in seconds from the
-    prolog's own.
+    """Run a prolog, which tells the admin where there are two starts and the job is ready all the same.
+
+    Returns: the GPUs of each start of a control daemon, and when the first was, in seconds from the prolog's own.
     """
     node.machine.write("/run/noting", NOTING, mode=0o755)
     node.configure('[paths]\ncontrol_program = "/run/noting"\n')
     node.machine.write(CALLS, "")
     began = time.time()
-    node.prolog(4711, gpus=gpus, **asked_for).check()
+    said = node.prolog(4711, gpus=gpus, **asked_for).check().stderr
     calls = node.machine.read(CALLS).split()
+    twice = "slurm-mps: job 4711: its control daemon was started twice: the kernel lists other GPUs than NVML\n"
+    assert said == ("" if len(calls) == 1 else twice)
     return calls, node.machine.path(CALLS).stat().st_mtime - began
 
 
@@ -293,10 +296,13 @@ exec nvidia-cuda-mps-control "$@"
     gpu_node.machine.write("/run/once", once, mode=0o755)
     gpu_node.machine.write(CALLS, "")
     gpu_node.configure('[paths]\ncontrol_program = "/run/once"\n')
-    gpu_node.prolog(4711, gpus="0").check()
+    said = gpu_node.prolog(4711, gpus="0").check().stderr
     ready = gpu_node.verdict(4711)["status"], gpu_node.compute_modes()[0]
     gpu_node.epilog(4711).check()
     assert ready == ("ready", 3)
+    assert said == (
+        "slurm-mps: job 4711: its control daemon was started twice: /run/once -d ended with status 1: no message\n"
+    )
 
 
 @pytest.mark.parametrize("start", ["", "daemon.start=exit:1"], ids=["", "the daemon does not start"])

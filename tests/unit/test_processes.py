@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -90,7 +91,7 @@ def test_a_child_has_no_descriptor_that_another_thread_opens_meanwhile() -> None
     def open_and_close() -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         while not stop.is_set():
-            os.close(os.dup2(null, 40, inheritable=True))
+            os.close(fcntl.fcntl(null, fcntl.F_DUPFD, 3))
         os.close(null)
 
     thread = threading.Thread(target=open_and_close)
