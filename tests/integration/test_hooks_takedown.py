@@ -111,7 +111,7 @@ def test_what_a_dead_daemon_left_is_found(gpu_node: GpuNode, killed: str, also: 
     )  # fmt: skip
     while not gpu_node.control(4711, "ps").stdout.count("simulated-gpus"):
         assert client.poll() is None
-    victims = {"daemon": [daemon], "server": [server], "both": [daemon, server]}[killed]
+    victims = {"daemon": [daemon], "server": [server], "both": [server, daemon]}[killed]  # it goes with its daemon
     gpu_node.run("kill", "-9", *map(str, victims)).check()
     result, took = timed_epilog(gpu_node)
     left = gpu_node.mps_processes()  # while the client is there: a server leaves with its last one
