@@ -127,7 +127,9 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded(autodetect: bool) -> Non
         version = site.machine.run(["srun", "--version"]).stdout
         client = "simulated-gpus client"
         waits = "while [ ! -e %s ]; do sleep 0.1; done"
-        steps = [client, waits % "go", f"srun {client}; srun false; srun {client}", waits % "linked", f"srun {client}"]
+        back = "until timeout 10 srun true; do sleep 1; done"  # now and then the first srun after it waits for ever
+        bad = f"{back}; srun {client}; srun false; srun {client}"
+        steps = [client, waits % "go", bad, waits % "linked", f"srun {client}"]
         job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", script="; ".join(steps))
         site.cluster.until_output(job, "uuid=")
         old_package = package_of(site, job)
