@@ -39,9 +39,10 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
             _note(step, site)
         beside = _Beside(ahead, decide, site)
         plan = beside.run()
-        done = () if beside.in_vain else (*plan.claims, *ahead)
+        done = (*plan.claims, *ahead)
         if beside.in_vain:
             _undo_or_raise(site)
+            done = ()
         for step in plan.steps:
             if step not in done:
                 _note(step, site)
@@ -52,7 +53,7 @@ def bring_up(ahead: Sequence[Step], decide: Callable[[], Plan], site: JobSite) -
         if beside.in_vain:
             tell_admin(f"job {journal.job_id}: its control daemon was started twice: {beside.in_vain}")
     except Exception as error:  # a bug, too, must not leave half of it
-        if isinstance(error, RequestError):
+        if ahead and isinstance(error, RequestError):  # else there are none, or they are of the job's run before this
             logs.forget(journal.job_id, site.config)
         problems = undo_all(replace(site, deadline=site.undo_deadline))
         if problems:
@@ -97,7 +98,7 @@ class _Beside:
         elif self._failures:
             if isinstance(self._failures[0], DeadlineError):
                 raise self._failures[0]  # there is no time to wait for the same again
-            self.in_vain = str(self._failures[0])
+            self.in_vain = _in_words(self._failures[0])
         return plan
 
     def _claim(self) -> None:
@@ -138,6 +139,10 @@ def _undo_or_raise(site: JobSite) -> None:
         raise NodeError("; ".join(problems))
 
 
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, MpsError) else f"a bug in slurm-mps: {error!r}"
+
+
 def undo_all(site: JobSite) -> list[str]:
     """Undo what the journal says, last line first; what is undone leaves it. Returns what went wrong."""
     problems = []
@@ -146,7 +151,7 @@ def undo_all(site: JobSite) -> list[str]:
         try:
             read_undo(line).undo(site)
         except Exception as error:  # whatever it is, the others have their work to do
-            problems.append(str(error) if isinstance(error, MpsError) else f"a bug in slurm-mps: {error!r}")
+            problems.append(_in_words(error))
             left.insert(0, line)
     if site.journal.undo:
         site.journal.undo = left
