@@ -31,8 +31,8 @@ from .wordfile import DamagedFileError, decode, encode, fields, with_fields
 
 STATE_DIRECTORY = "/run/slurm-mps"
 VERSION = 1  # of all files but journals and verdicts
-JOURNAL_VERSION = 2
-VERDICT_VERSION = 2  # spank/verdict.h reads the same, and doctor compares
+JOURNAL_VERSION = 1
+VERDICT_VERSION = 1  # spank/verdict.h reads the same, and doctor compares
 _LEDGER_LOCK = 0
 _SKELETON = ("jobs", "gpus", "lock")
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
@@ -147,14 +147,8 @@ class Journal:
             return None
 
 
-def _journal_from_1(lines: list[str]) -> list[str]:
-    """At first, version 1 had one daemon for each job, and did not have what Slurm calls the node."""
-    who = [f"{line} node=%" if line.startswith("job ") and " node=" not in line else line for line in lines[:1]]
-    return who + ["undo quit_daemons names=pipe" if line == "undo quit_daemon" else line for line in lines[1:]]
-
-
 def _read_journal(directory: Directory) -> Journal:
-    lines = decode(directory.read("journal"), "journal", JOURNAL_VERSION, (_journal_from_1,))
+    lines = decode(directory.read("journal"), "journal", JOURNAL_VERSION)
     try:
         name, *words = lines[0].split(" ")
         who = fields(words)

@@ -175,7 +175,7 @@ void explain_exit(const struct step *step, uid_t uid, bool script, const char *o
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	if (!step->verdict.explain[0] || !seen.bad || seen.told || !(first || last))
+	if (!seen.bad || seen.told || !(first || last))
 		return;
 	seen.looked = true;
 	look(step, uid, script, on_node);

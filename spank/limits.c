@@ -79,12 +79,7 @@ static bool lower_memory_of(const struct verdict *verdict, unsigned int gpu, uin
 			       asked, has);
 		return false;
 	}
-	if (limits->divide_memory[gpu] && !verdict->gpus[gpu].mib_for_clients && !verdict->gpus[gpu].mib) {
-		(void)snprintf(message, size, "--mps-mem=auto: the job began under an older slurm-mps, which did not note how much "
-					      "memory its GPUs have; give a size");
-		return false;
-	}
-	if (verdict->gpus[gpu].mib && mib > verdict->gpus[gpu].mib) {
+	if (mib > verdict->gpus[gpu].mib) {
 		write_mib(verdict->gpus[gpu].mib, has, sizeof(has));
 		(void)snprintf(message, size, "--mps-mem=%s%s is more than %s has (%s)", word, asked, verdict->gpus[gpu].uuid, has);
 		return false;

@@ -31,9 +31,12 @@
 #include "task.h"
 #include "verdict.h"
 
-/* For tools that look at the file, beside plugin_version, which is the release of Slurm's headers (plugin_file.py). */
-const char slurm_mps_version[] = SLURM_MPS_VERSION;
-const unsigned int slurm_mps_verdict_version = VERDICT_VERSION;
+#define TEXT_OF(macro) QUOTED(macro)
+#define QUOTED(text) #text
+
+/* For tools that look at the file without loading it (slurm_mps/plugin_file.py). */
+const char slurm_mps_plugin[] = "slurm-mps plugin " SLURM_MPS_VERSION " verdict " TEXT_OF(VERDICT_VERSION) " slurm "
+				TEXT_OF(SLURM_VERSION_NUMBER) "\n";
 
 SPANK_PLUGIN(mps, 1)
 

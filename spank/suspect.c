@@ -15,7 +15,6 @@
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/probe.py */
-#define TOOK_NOBODY 1  /* the same up to verdicts of version 1 */
 
 static void mark_name(char *name, size_t size, unsigned int gpu)
 {
@@ -33,15 +32,10 @@ static bool read_mark(int directory, unsigned int gpu, struct timespec *when)
 void suspect_mark(uint32_t job_id, const struct verdict *verdict)
 {
 	int directory = jobdir_open(job_id);
-
 	char name[MARK_SIZE];
 
 	if (directory < 0)
 		return; /* the epilog was faster */
-	if (!verdict->probe[0]) {
-		(void)close(directory);
-		return;
-	}
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
 		if (!device_may_open(&verdict->gpus[gpu]))
 			continue;
@@ -110,8 +104,7 @@ static void probe(const struct verdict *verdict, struct suspicion *suspicion)
 	}
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
 		int status = gpus[i].count ? helper_end(probes[i], &tries_left) : 0;
-		bool unwell = status == TAKES_NOBODY || status == HELPER_LATE ||
-			      (status == TOOK_NOBODY && verdict->version == 1);
+		bool unwell = status == TAKES_NOBODY || status == HELPER_LATE;
 
 		for (unsigned int j = 0; j < gpus[i].count; j++) {
 			ptrdiff_t gpu = gpus[i].gpus[j] - verdict->gpus;
@@ -131,7 +124,7 @@ void suspect_look(uint32_t job_id, const struct verdict *verdict, struct suspici
 	memset(suspicion, 0, sizeof(*suspicion));
 	if (directory < 0)
 		return;
-	for (unsigned int gpu = 0; verdict->probe[0] && gpu < verdict->gpu_count; gpu++) {
+	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
 		suspicion->probed[gpu] = read_mark(directory, gpu, &suspicion->since[gpu]) &&
 					 device_may_open(&verdict->gpus[gpu]);
 		any |= suspicion->probed[gpu];

@@ -18,8 +18,7 @@ struct suspicion {
 };
 
 /*
- * Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. Nothing is
- * noted of a job whose verdict names no program that could try them, and whose epilog may not know such notes.
+ * Note, as root, that a task of the job ended badly which could use the GPUs that this process may open.
  */
 void suspect_mark(uint32_t job_id, const struct verdict *verdict);
 

@@ -17,7 +17,6 @@
 #endif
 #define VERDICT_SIZE_MAX 32768
 #define VERDICT_HEAD "slurm-mps verdict "
-#define CLIENTS_UNSAID 48 /* as every server of a GPU since Volta takes (M5); an older GPU's says so in CUDA (O42) */
 #define CONNECT_TRIES 20
 #define CONNECT_PAUSE_MS 50
 
@@ -63,37 +62,17 @@ static bool take_daemon(struct verdict *verdict, char *value)
 	       (daemon->mib || !strcmp(limit, "-"));
 }
 
-/* "<slurm index> <minor> <uuid> <MiB for clients> <MiB in all>"; the last two came one after the other in version 1 */
+/* "<slurm index> <minor> <uuid> <MiB for clients> <MiB in all>" */
 static bool take_gpu(struct verdict *verdict, const char *value)
 {
 	struct verdict_gpu *gpu;
-	int words;
 
 	if (verdict->gpu_count == GPUS_MAX)
 		return false;
 	gpu = &verdict->gpus[verdict->gpu_count++];
-	words = sscanf(value, "%9u %9u %47s %9" SCNu64 " %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
-		       &gpu->mib_for_clients, &gpu->mib);
-	return (verdict->version == 1 ? words >= 3 : words == 5 && gpu->mib) && !strchr(gpu->uuid, ',');
-}
-
-/* What only version 1 had, before each GPU could have a daemon of its own. Returns: whether the line is such a one. */
-static bool take_only_daemon(struct verdict *verdict, const char *key, const char *value, bool *good)
-{
-	struct verdict_daemon *daemon = &verdict->daemons[0];
-
-	if (verdict->version != 1)
-		return false;
-	if (!strcmp(key, "pipe_directory"))
-		*good = !verdict->daemon_count++ && !strchr(value, ' ') &&
-			take(daemon->pipe_directory, sizeof(daemon->pipe_directory), value);
-	else if (!strcmp(key, "log_directory"))
-		*good = !strchr(value, ' ') && take(daemon->log_directory, sizeof(daemon->log_directory), value);
-	else if (!strcmp(key, "memory_limit"))
-		*good = (daemon->mib = mem_mib(value)) != 0;
-	else
-		return false;
-	return true;
+	return sscanf(value, "%9u %9u %47s %9" SCNu64 " %9" SCNu64, &gpu->slurm_index, &gpu->minor, gpu->uuid,
+		      &gpu->mib_for_clients, &gpu->mib) == 5 &&
+	       gpu->mib && !strchr(gpu->uuid, ',');
 }
 
 /* "<python> <script>" */
@@ -134,13 +113,10 @@ static bool take_status(struct verdict *verdict, const char *value)
 static bool take_line(struct verdict *verdict, char *line)
 {
 	char *value = strchr(line, ' ');
-	bool good;
 
 	if (!value)
 		return false;
 	*value++ = '\0';
-	if (take_only_daemon(verdict, line, value, &good))
-		return good;
 	if (!strcmp(line, "status"))
 		return take_status(verdict, value);
 	if (!strcmp(line, "message"))
@@ -187,7 +163,7 @@ static bool is_complete(const struct verdict *verdict)
 	if (verdict->status == VERDICT_REFUSED || verdict->status == VERDICT_WITHOUT)
 		return verdict->message[0];
 	return verdict->status == VERDICT_READY && verdict->threads_tenths && verdict->clients_per_gpu &&
-	       verdict->gpu_count && (verdict->probe[0] || verdict->version == 1) && first->pipe_directory[0] &&
+	       verdict->gpu_count && verdict->probe[0] && verdict->explain[0] && first->pipe_directory[0] &&
 	       first->log_directory[0] && verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1);
 }
 
@@ -202,31 +178,29 @@ static unsigned int version_of(const char *line)
 	return (unsigned int)strtoul(number, NULL, 10);
 }
 
-static void refuse_newer(struct verdict *verdict)
+static void refuse_newer(struct verdict *verdict, unsigned int version)
 {
 	char message[VERDICT_MESSAGE_MAX];
 
 	(void)snprintf(message, sizeof(message),
 		       "the prolog on this node is of a newer slurm-mps than spank_mps.so (verdict version %u, and the plugin "
-		       "reads up to %d); tell your admin to run slurm-mps install there", verdict->version, VERDICT_VERSION);
+		       "reads up to %d); tell your admin to run slurm-mps install there", version, VERDICT_VERSION);
 	refuse(verdict, message);
 }
 
-/* First line "slurm-mps verdict 2", last line "end ..."; between them one key and value a line. */
+/* First line "slurm-mps verdict 1", last line "end ..."; between them one key and value a line. */
 static bool parse(struct verdict *verdict, char *text)
 {
 	char *save = NULL;
 	char *line = strtok_r(text, "\n", &save);
+	unsigned int version = line ? version_of(line) : 0;
 
-	verdict->version = line ? version_of(line) : 0;
-	if (!verdict->version)
+	if (!version)
 		return false;
-	if (verdict->version > VERDICT_VERSION) {
-		refuse_newer(verdict);
+	if (version > VERDICT_VERSION) {
+		refuse_newer(verdict, version);
 		return true;
 	}
-	if (verdict->version == 1)
-		verdict->clients_per_gpu = CLIENTS_UNSAID;
 	while ((line = strtok_r(NULL, "\n", &save))) {
 		if (!strncmp(line, "end ", 4))
 			return !strtok_r(NULL, "\n", &save) && is_complete(verdict);

@@ -15,11 +15,8 @@
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
 
-/*
- * The newest version that is read here, as slurm_mps/state.py writes it. Of version 1 every form is read that a prolog
- * ever wrote, for jobs that began under it (docs/decisions/0018).
- */
-#define VERDICT_VERSION 2
+/* The newest version that is read here, as slurm_mps/state.py writes it (docs/decisions/0018). */
+#define VERDICT_VERSION 1
 
 #define VERDICT_MESSAGE_MAX 512
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
@@ -36,7 +33,7 @@ struct verdict_gpu {
 	unsigned int slurm_index; /* what Slurm calls it in SLURM_JOB_GPUS and CUDA_VISIBLE_DEVICES */
 	unsigned int minor;       /* its device node is /dev/nvidia<minor> */
 	uint64_t mib_for_clients; /* how much of its memory they can share out */
-	uint64_t mib;             /* all of it; 0, and perhaps the one above, too: a verdict of version 1 that did not say */
+	uint64_t mib;             /* all of it */
 	char uuid[48];
 };
 
@@ -49,11 +46,10 @@ struct verdict_daemon {
 
 struct verdict {
 	enum verdict_status status;
-	unsigned int version;
 	char message[VERDICT_MESSAGE_MAX];
 	char python[VERDICT_PROGRAM_MAX];
-	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well; empty: not every verdict of version 1 has it */
-	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly; the same */
+	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well */
+	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */

@@ -51,15 +51,6 @@ def _daemon(words: str, gpus: Sequence[str]) -> DaemonPlace:
     return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, tuple(gpus))
 
 
-def _from_1(lines: list[str]) -> list[str]:
-    """At first, version 1 had one daemon for each job, on three lines."""
-    known = dict(line.partition(" ")[::2] for line in lines)
-    words = [known.get(key, "") for key in ("pipe_directory", "log_directory")]
-    if not all(words):
-        return lines
-    return [*lines, f"daemon {' '.join(words)} {known.get('memory_limit', '-')}"]
-
-
 def _whole(verdict: JobVerdict) -> JobVerdict:
     """One that has all its parts, as the plugin wants them (spank/verdict.c) and as far as they are read here.
 
@@ -79,7 +70,7 @@ def parse_verdict(data: bytes) -> JobVerdict:
 
     Raises: NodeError when it is damaged, or of a newer slurm-mps.
     """
-    lines = [line.partition(" ")[::2] for line in decode(data, "verdict", VERDICT_VERSION, (_from_1,))]
+    lines = [line.partition(" ")[::2] for line in decode(data, "verdict", VERDICT_VERSION)]
     known = dict(lines)
     gpus = [value.split(" ")[2] for key, value in lines if key == "gpu" and value.count(" ") >= 2]
     daemons = [value for key, value in lines if key == "daemon"]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 import slurm_mps.probe
-from slurm_mps.state import VERDICT_VERSION
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -173,19 +172,18 @@ def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
     assert "error: mps" not in said
 
 
-@pytest.mark.parametrize("version", [1, VERDICT_VERSION])
-def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site, version: int) -> None:
-    """Here the probe ends as the script wants. Of a server that takes nobody it says 3; up to version 1 it said 1."""
+def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site) -> None:
+    """Here the probe ends as the script wants. Of a server that takes nobody it says 3."""
     nobody, untried, unsaid = "takes no programs", "was not tried after", "gave no answer"
-    endings = {"1": nobody if version == 1 else untried, "3": nobody, "2": untried, "-9": unsaid}
+    endings = {"1": untried, "3": nobody, "2": untried, "-9": unsaid}
     script = "while [ ! -e go ]; do sleep 0.1; done; srun false\n" + "".join(
         f"echo 'import os; os.kill(os.getpid(), 9) if {n} < 0 else os._exit({n})' >probe.py; echo next; srun echo ran\n"
         for n in endings
     )
     job = start(site, script, "--gres=gpu:1", "--mps")
     verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    text = verdict.read_text().replace(f"verdict {VERDICT_VERSION}", f"verdict {version}")
-    verdict.write_text(re.sub("^probe .*$", f"probe {PYTHON} /home/alice/probe.py", text, flags=re.MULTILINE))
+    other = f"probe {PYTHON} /home/alice/probe.py"
+    verdict.write_text(re.sub("^probe .*$", other, verdict.read_text(), flags=re.MULTILINE))
     site.machine.write("/home/alice/go", "")
     said = after(site, job).split("next\n")
     for name in ("go", "probe.py"):

@@ -68,7 +68,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
     gpu_node.prolog(4711, gpus="1,3", **asked("12.5", "8192M")).check()
     lines = gpu_node.machine.read(f"{STATE_DIRECTORY}/jobs/4711/verdict").splitlines()
     gpus = uuids(gpu_node)
-    assert lines[0] == "slurm-mps verdict 2"
+    assert lines[0] == "slurm-mps verdict 1"
     assert lines[1:-1] == [
         "status ready",
         "daemon /run/slurm-mps/jobs/4711/pipe /var/log/slurm-mps/4711 8G",
@@ -286,9 +286,9 @@ AGE_JOURNAL = f"""
 import re
 from slurm_mps.wordfile import decode, encode
 path = "{STATE_DIRECTORY}/jobs/4711/journal"
-lines = decode(open(path, "rb").read(), "journal", 2)
+lines = decode(open(path, "rb").read(), "journal", 1)
 lines[0] = re.sub("boot=[^ ]*", "boot=00000000-0000-0000-0000-000000000000", lines[0])
-open(path, "wb").write(encode("journal", 2, lines))
+open(path, "wb").write(encode("journal", 1, lines))
 """
 
 

@@ -272,10 +272,10 @@ def test_what_is_not_ours_is_named_and_left(node: MistreatedNode) -> None:
     assert found == {"job 4711": "repaired", "job 4712": "left", "job 4713": "left", **dict.fromkeys(strange, "left")}
     assert all(node.machine.read(path) == "do not remove\n" for path in strange)
     assert "jobs/4712 holds 'notes', which slurm-mps did not put there" in node.reconcile().stdout
-    newer = whole.replace(b"slurm-mps journal 2\n", b"slurm-mps journal 3\n")
+    newer = whole.replace(b"slurm-mps journal 1\n", b"slurm-mps journal 2\n")
     journal.write_bytes(newer)
     assert node.findings(status=1)["job 4713"] == "left"
-    assert "journal version 3 is newer than version 2" in node.reconcile().stdout
+    assert "journal version 2 is newer than version 1" in node.reconcile().stdout
     assert journal.read_bytes() == newer != whole
     journal.write_bytes(whole)
     node.run("rm", *strange, f"{STATE_DIRECTORY}/jobs/4712/notes").check()

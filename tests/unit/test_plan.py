@@ -51,12 +51,12 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
     """A plugin of another slurm-mps knows keys and words by it.
 
     Changed here? A key that an older plugin may pass over is added to the list; for any other change raise
-    VERDICT_VERSION here and in spank/verdict.h, have both readers take the older form, and record that one.
+    VERDICT_VERSION here and in spank/verdict.h.
     """
     request = replace(ask(), daemons=PER_GPU, auto_threads=True, auto_memory=True, client_priority=1)
     forms = {(key, len(value.split(" "))) for key, value in verdict(make_plan(request, DEFAULTS, GPUS)).settings}
     assert (VERDICT_VERSION, sorted(forms)) == (
-        2,
+        1,
         [
             ("auto", 1),
             ("client_priority", 1),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from slurm_mps.state import VERDICT_VERSION, Verdict, refused
@@ -51,15 +49,6 @@ def test_a_refusal_has_its_message_and_no_daemon() -> None:
 def test_daemons_and_gpus_that_do_not_go_together_are_damage(settings: list[tuple[str, str]]) -> None:
     with pytest.raises(DamagedFileError):
         written(*settings)
-
-
-def test_every_older_form_is_read() -> None:
-    """As test_plugin_parsers has the plugin read them."""
-    found = [parse_verdict(form.read_bytes()) for form in sorted(Path(__file__).with_name("verdicts").iterdir())]
-    gpus = ("GPU-51000000-78fa-2b71-eb6d-6d990af97344", "GPU-51000000-c81f-d19f-45dc-c57336a10d67")
-    place = DaemonPlace("", "/run/slurm-mps/jobs/4711/pipe", "/var/log/slurm-mps/4711", 8 << 30, gpus)
-    assert len(found) == 5
-    assert set(found) == {JobVerdict("ready", "", "25", (), (place,))}
 
 
 def test_a_newer_verdict_is_refused() -> None:

@@ -106,9 +106,7 @@ static void check_ready(const struct verdict *verdict)
 	CHECK(verdict->gpu_count > 0 && verdict->threads_tenths > 0 && verdict->threads_tenths <= 1000);
 	CHECK(verdict->clients_per_gpu > 0);
 	CHECK(verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1));
-	CHECK(verdict->version == 1 || verdict->version == 2);
-	CHECK((IS_WORD(verdict->python) && IS_WORD(verdict->probe)) ||
-	      (verdict->version == 1 && !verdict->python[0] && !verdict->probe[0]));
+	CHECK(IS_WORD(verdict->python) && IS_WORD(verdict->probe) && verdict->explain[0]);
 	for (unsigned int i = 0; i < verdict->gpu_count; i++)
 		CHECK(verdict_daemon_of(verdict, &verdict->gpus[i]) == &verdict->daemons[verdict->per_gpu ? i : 0]);
 }
@@ -138,8 +136,7 @@ static void check_limits(const struct verdict *verdict, const struct limits *lim
 
 		CHECK(!job || (limits->mib[gpu] && limits->mib[gpu] <= job));
 		CHECK(limits->mib[gpu] == job || limits->mib[gpu] >= verdict->mib_min);
-		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib ||
-		      (verdict->version == 1 && !verdict->gpus[gpu].mib));
+		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib);
 	}
 }
 
