@@ -13,7 +13,7 @@ from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.harness.machine import Result
 
@@ -399,3 +399,45 @@ def test_a_file_that_is_not_ours_is_left_for_the_admin(gpu_node: GpuNode) -> Non
     assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0])
     gpu_node.run("rm", stranger.replace("pipe/../", "")).check()
     gpu_node.epilog(4711).check()
+
+
+# ------------------------------------------------------------------------ after a prolog that was killed while it waits
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = monotonic() + 20
+    while monotonic() < end:
+        if condition():
+            return True
+        sleep(0.005)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("fault", "reached"),
+    [
+        ("nvml.init=hang", lambda node: node.machine.path(f"{STATE_DIRECTORY}/jobs/4711/config").exists()),
+        ("daemon.start=hang", lambda node: bool(node.mps_processes())),
+        ("command.set_default_active_thread_percentage=hang", lambda node: len(node.mps_processes()) == 2),
+        ("command.start_server=hang", lambda node: len(node.mps_processes()) == 2),
+        ("command.*=hang", lambda node: len(node.mps_processes()) == 2),
+        ("server.start=hang", lambda node: {p.uid for p in node.mps_processes()} == {0, 20001}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_epilog_alone_restores_what_a_prolog_killed_while_it_hung_left(
+    gpu_node: GpuNode, fault: str, reached: Callable[[GpuNode], bool]
+) -> None:
+    """A prolog that Slurm kills while driver or daemon hangs is undone by the epilog, while the daemon still hangs."""
+    gpu_node.configure(SHORT)
+    gpu_node.fault(fault)
+    prolog = gpu_node.start(PROLOG, env=job_environment(4711, gpus="0", **asked("25", "8G")))
+    assert eventually(lambda: reached(gpu_node))
+    gpu_node.machine.signal(prolog, signal.SIGKILL)
+    prolog.wait(5)
+    if fault == "nvml.init=hang":
+        gpu_node.fault()  # nothing can be asked of a driver that hangs: test_hooks_takedown.py
+    result = gpu_node.epilog(4711)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (gpu_node.files(), gpu_node.mps_processes()) == ([], [])
+    assert gpu_node.compute_modes() == [0, 0, 0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from errno import EAGAIN
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,6 +64,22 @@ def test_a_daemons_file_that_cannot_be_protected_is_a_fault_of_the_node(struck_n
     assert result.returncode == 1
     assert "/pipe/nvidia-cuda-mps-control.pid: Input/output error" in result.stderr
     assert struck_node.left() == ""
+
+
+def test_a_prolog_that_cannot_start_processes_leaves_nothing(struck_node: StruckNode) -> None:
+    """Where a process cannot be started for a moment, a prolog exits 1 with the node as before, or has all it needs."""
+    scenario = SCENARIOS["prolog per-node"]
+    calls = scenario.calls(struck_node, "posix_spawn")
+    came_to = []
+    for at in range(1, len(calls) + 1):
+        result = struck_node.struck(scenario.argv, scenario.environment, "posix_spawn", at=at, error=EAGAIN)
+        assert "temporarily unavailable" in result.stderr, at
+        came_to.append(result.returncode)
+        if result.returncode == 0:
+            assert " sms=32 free=8047 " in struck_node.client(4711).stdout, at
+            struck_node.epilog(4711).check()
+        assert struck_node.left() == "", f"call {at}: {result.stderr}"
+    assert came_to == [0, 1, 0], "the daemon is started twice; limits; a server that is not started ahead is no fault"
 
 
 @pytest.mark.parametrize("name", ["prolog per-gpu", "epilog per-gpu", "reconcile per-gpu"])
