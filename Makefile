@@ -38,30 +38,30 @@ $(DEV)/.installed: pyproject.toml
 plugin:
 	@$(MAKE) --no-print-directory -C spank
 
-fakes:
-	@$(MAKE) --no-print-directory -C tests/fakes
+simulator:
+	@$(MAKE) --no-print-directory -C tests/simulator
 
 build: deps
-	@$(MAKE) --no-print-directory plugin fakes dev
+	@$(MAKE) --no-print-directory plugin simulator dev
 
 demo: build
-	@$(DEV_PYTHON) -m tests.demo $(DEMO)
+	@$(DEV_PYTHON) -m tests.lab.demo $(DEMO)
 
 test: build
 	@$(DEV_PYTHON) -m pytest $(TESTS)
-	@[ -n "$(TESTS)" ] || $(DEV_PYTHON) -m tests.matrix --short
+	@[ -n "$(TESTS)" ] || $(DEV_PYTHON) -m tests.lab.matrix --short
 
 # The tests that need a Slurm on every release; the first time it makes their root file systems below .cache.
 # MATRIX=24.11 for one, and SLURM_MPS_RELEASE=24.11 before any other target that starts a cluster.
 test-matrix: build
-	@$(DEV_PYTHON) -m tests.matrix $(MATRIX)
+	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
 bench: build
-	@$(DEV_PYTHON) -m tests.bench $(BENCH)
+	@$(DEV_PYTHON) -m tests.lab.bench $(BENCH)
 
 # Many nodes and many jobs; SCALE="--nodes 64 --jobs 500" is what it does unless told otherwise.
 scale: build
-	@$(DEV_PYTHON) -m tests.scale $(SCALE)
+	@$(DEV_PYTHON) -m tests.lab.scale $(SCALE)
 
 # Prolog, epilog and reconcile killed at every change and at random, in every order; ten minutes unless told otherwise.
 torture: build
@@ -84,19 +84,19 @@ test-gpu: $(GPU_PYTHON)
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider --real-gpu $(or $(TESTS),tests/contract)
 
 hardware: $(GPU_PYTHON)
-	@$(GPU_PYTHON) -m tests.hardware
+	@$(GPU_PYTHON) -m tests.lab.hardware
 
 bench-gpu: $(GPU_PYTHON)
-	@$(GPU_PYTHON) -m tests.bench --real-gpu --json $$($(GPU_PYTHON) -m tests.hardware.site scripts) $(BENCH)
-	@$(GPU_PYTHON) -m tests.hardware.cost $(COST)
+	@$(GPU_PYTHON) -m tests.lab.bench --real-gpu --json $$($(GPU_PYTHON) -m tests.lab.hardware.site scripts) $(BENCH)
+	@$(GPU_PYTHON) -m tests.lab.hardware.cost $(COST)
 
 worth: $(GPU_PYTHON)
-	@$(GPU_PYTHON) -m tests.hardware.worth $(WORTH)
+	@$(GPU_PYTHON) -m tests.lab.hardware.worth $(WORTH)
 
 # The figures of docs/benchmarks, from the newest data beside them.
 plots: dev
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
-	@$(DEV_PYTHON) -m tests.hardware.plot
+	@$(DEV_PYTHON) -m tests.lab.hardware.plot
 
 # A cluster of simulated nodes with slurm-mps installed, to try things in.
 shell: build
@@ -131,5 +131,5 @@ clean:
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin fakes demo test test-matrix bench scale torture bundle test-gpu hardware bench-gpu \
+.PHONY: all build deps dev plugin simulator demo test test-matrix bench scale torture bundle test-gpu hardware bench-gpu \
 	worth plots shell install install-hooks deb docs man rpm clean

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from slurm_mps import __version__  # noqa: E402
 from slurm_mps.cli.main import build_parser  # noqa: E402
-from slurm_mps.config_file import schema  # noqa: E402
+from slurm_mps.config.file import schema  # noqa: E402
 
 project = "slurm-mps"
 release = version = __version__

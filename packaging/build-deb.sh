@@ -14,7 +14,7 @@ cd "$top"
 
 value() { root/opt/slurm-mps/bin/python3 -I -c "$1"; }
 version=$(value 'import slurm_mps; print(slurm_mps.__version__)')
-release=$(value "from slurm_mps.plugin_file import read_plugin
+release=$(value "from slurm_mps.slurm.plugin_file import read_plugin
 print('.'.join(read_plugin('root$plugins/spank_mps.so').slurm_release.split('.')[:2]))")
 python=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
 after=$(value 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1] + 1}")')

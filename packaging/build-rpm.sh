@@ -6,7 +6,7 @@ top=$PWD/build/rpm
 python=${PYTHON:-/usr/bin/python3}
 value() { "$python" -I -c "import sys; sys.path.insert(0, '.'); $1"; }
 version=$(value 'import slurm_mps; print(slurm_mps.__version__)')
-release=$(value "from slurm_mps.plugin_file import read_plugin
+release=$(value "from slurm_mps.slurm.plugin_file import read_plugin
 print('.'.join(read_plugin('build/spank/spank_mps.so').slurm_release.split('.')[:2]))")
 abi=$(value 'print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
 rm -rf "$top"

@@ -6,8 +6,6 @@ O3), so nothing that has not passed through here ever reaches it.
 
 from __future__ import annotations
 
-from .errors import RequestError
-
 MIB = 1024**2
 GIB = 1024**3
 TIB = 1024**4
@@ -33,7 +31,7 @@ def parse_thread_percentage(text: str) -> float:
     """Read an active thread percentage as a user writes it, such as ``25`` or ``12.5``.
 
     Returns: percent, 0.1 to 100.0 in steps of 0.1.
-    Raises: RequestError when the text is no such percentage.
+    Raises: ValueError when the text is no such percentage.
     Source: ``set_default_active_thread_percentage``, which takes 12.5 and answers nonsense with its old value (O1).
     """
     whole, point, decimal = text.partition(".")
@@ -41,35 +39,35 @@ def parse_thread_percentage(text: str) -> float:
         tenths = int(whole) * 10 + int(decimal or 0)
         if 1 <= tenths <= 1000:
             return tenths / 10
-    raise RequestError(f"expected {THREADS_EXPECTED}")
+    raise ValueError(f"expected {THREADS_EXPECTED}")
 
 
 def parse_memory(text: str) -> int:
     """Read a pinned device memory limit as a user writes it, such as ``512M`` or ``8G``.
 
     Returns: bytes, at least 1 MiB and a multiple of it; M, G and T count in powers of 1024.
-    Raises: RequestError when the text is no such size.
+    Raises: ValueError when the text is no such size.
     Source: O3 of the observations: only an integer with M or G is safe to pass on.
     """
     number, unit = text[:-1], text[-1:].upper()
     if unit in _UNIT_BYTES and _is_number(number, 9) and int(number) > 0:
         return int(number) * _UNIT_BYTES[unit]
-    raise RequestError(f"expected {MEMORY_EXPECTED}")
+    raise ValueError(f"expected {MEMORY_EXPECTED}")
 
 
 def parse_memory_by_gpu(text: str) -> tuple[tuple[int, int], ...]:
     """Read memory limits that differ between a job's GPUs, such as ``0:8G,1:4G``.
 
     Returns: (the job's own count of a GPU, from 0 to 63; bytes) for each entry, in the order given.
-    Raises: RequestError when the text is no such list, or names a GPU twice.
+    Raises: ValueError when the text is no such list, or names a GPU twice.
     """
     limits: list[tuple[int, int]] = []
     for entry in text.split(","):
         gpu, colon, size = entry.partition(":")
         if not colon or not _is_number(gpu, 2) or int(gpu) >= GPUS_MAX:
-            raise RequestError(f"expected {MEMORY_EXPECTED}")
+            raise ValueError(f"expected {MEMORY_EXPECTED}")
         if int(gpu) in dict(limits):
-            raise RequestError("it names a GPU twice")
+            raise ValueError("it names a GPU twice")
         limits.append((int(gpu), parse_memory(size)))
     return tuple(limits)
 
@@ -78,10 +76,10 @@ def parse_client_priority(text: str) -> int:
     """Read a client priority as a user writes it.
 
     Returns: 0 for ``normal``, 1 for ``low``, as ``set_default_client_priority`` counts (O17).
-    Raises: RequestError for anything else.
+    Raises: ValueError for anything else.
     """
     if text not in _PRIORITIES:
-        raise RequestError(f"expected {' or '.join(_PRIORITIES)}")
+        raise ValueError(f"expected {' or '.join(_PRIORITIES)}")
     return _PRIORITIES.index(text)
 
 

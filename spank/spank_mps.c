@@ -34,7 +34,7 @@
 #define TEXT_OF(macro) QUOTED(macro)
 #define QUOTED(text) #text
 
-/* For tools that look at the file without loading it (slurm_mps/plugin_file.py). */
+/* For tools that look at the file without loading it (slurm_mps/slurm/plugin_file.py). */
 const char slurm_mps_plugin[] = "slurm-mps plugin " SLURM_MPS_VERSION " verdict " TEXT_OF(VERDICT_VERSION) " slurm "
 				TEXT_OF(SLURM_VERSION_NUMBER) "\n";
 

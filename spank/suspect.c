@@ -14,7 +14,7 @@
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
-#define TAKES_NOBODY 3 /* of the server, in slurm_mps/probe.py */
+#define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
 
 static void mark_name(char *name, size_t size, unsigned int gpu)
 {

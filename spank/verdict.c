@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #ifndef FALLBACK_DIRECTORY
-#define FALLBACK_DIRECTORY "/var/log/slurm-mps" /* slurm_mps/node/logs.py */
+#define FALLBACK_DIRECTORY "/var/log/slurm-mps" /* slurm_mps/job/logs.py */
 #endif
 #define VERDICT_SIZE_MAX 32768
 #define VERDICT_HEAD "slurm-mps verdict "

@@ -15,7 +15,7 @@
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
 
-/* The newest version that is read here, as slurm_mps/state.py writes it (docs/decisions/0018). */
+/* The newest version that is read here, as slurm_mps/job/state.py writes it (docs/decisions/0018). */
 #define VERDICT_VERSION 1
 
 #define VERDICT_MESSAGE_MAX 512

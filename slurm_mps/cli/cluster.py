@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.status.cluster import MpsJob
+    from slurm_mps.slurm.cluster import MpsJob
 
 COLUMNS = (
     Column("job", "JOB", right=True),
@@ -38,8 +38,8 @@ _SLURM_SECONDS = 15.0
 def run(options: argparse.Namespace) -> int:
     """Print what Slurm says. Returns the exit status."""
     from slurm_mps.errors import NodeError
-    from slurm_mps.status.cluster import by_node, marks_jobs, mps_jobs, open_source, unknown_nodes
-    from slurm_mps.verify.hostlist import expand_hosts
+    from slurm_mps.slurm.cluster import by_node, marks_jobs, mps_jobs, open_source, unknown_nodes
+    from slurm_mps.slurm.hostlist import expand_hosts
 
     options.report = "cluster/1"
     columns = chosen(COLUMNS, options)

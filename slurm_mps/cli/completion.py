@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], whole: argparse.ArgumentParser) -> None:
+    """Register the command; `whole` is the parser that it completes."""
     parser = commands.add_parser(
         "completion",
         help="print a script that completes commands and options in a shell",
@@ -21,17 +21,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "> /etc/bash_completion.d/slurm-mps. Exit status: 0 fine, 2 usage.",
     )
     parser.add_argument("shell", choices=SHELLS, help="for which shell")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, whole=whole)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the script. Returns the exit status."""
     import shtab
 
-    from slurm_mps.cli.main import build_parser
     from slurm_mps.doctor.examine import all_checks
 
-    parser = build_parser()
+    parser = options.whole
     _tell_values(parser, {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}, {"CHECK": list(all_checks())})
     script: str = shtab.complete(parser, options.shell)
     if options.shell == "zsh":  # shtab 1.7 has one value only completed where there may be several; `*:` is zsh's word

@@ -69,9 +69,9 @@ def _read(path: str) -> bytes | None:
 
 def _problems(path: str) -> tuple[bool, list[str]]:
     """Whether there is a file, and everything that is wrong with it. Raises: OSError."""
-    from slurm_mps.config import ConfigError
-    from slurm_mps.config_file import parse_config
-    from slurm_mps.plan import refusal_of_default
+    from slurm_mps.config.file import parse_config
+    from slurm_mps.config.settings import ConfigError
+    from slurm_mps.job.plan import refusal_of_default
 
     text = _read(path)
     try:
@@ -82,7 +82,7 @@ def _problems(path: str) -> tuple[bool, list[str]]:
 
 
 def _path(options: argparse.Namespace) -> str:
-    from slurm_mps.hooks import CONFIG_PATH
+    from slurm_mps.config.settings import CONFIG_PATH
 
     path: str = options.file or CONFIG_PATH
     return path
@@ -115,8 +115,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     """Print every setting with its value and where that comes from."""
-    from slurm_mps.config import ConfigError
-    from slurm_mps.config_file import effective
+    from slurm_mps.config.file import effective
+    from slurm_mps.config.settings import ConfigError
 
     columns = chosen(COLUMNS, options)
     path = _path(options)
@@ -138,7 +138,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _schema(_options: argparse.Namespace) -> int:
-    from slurm_mps.config_file import schema
+    from slurm_mps.config.file import schema
 
     print(json.dumps(schema(), indent=2))
     return FINE

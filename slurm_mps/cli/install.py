@@ -211,11 +211,7 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
 
 
 def _doctor() -> None:
-    """Let doctor look, where this slurm-mps has one: a process of its own, which may take its time but not for ever."""
-    from slurm_mps.cli.main import has_command
-
-    if not has_command("doctor"):
-        return
+    """Let doctor look, in a process of its own, which may take its time but not for ever."""
     print("\nslurm-mps doctor:", flush=True)
     try:
         status = subprocess.run(  # isolated, and not from here: root runs no module that lies in a user's directory

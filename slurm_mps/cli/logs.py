@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from slurm_mps.job.verdict import DaemonPlace
     from slurm_mps.job_log.events import Event
     from slurm_mps.job_log.read import DaemonLogs
-    from slurm_mps.status.verdict import DaemonPlace
 
 _EVENTS_MAX = 20_000
 _LINE_MAX = 1000
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
     """The job's daemons, by name, where it still runs; and where the logs of each lie."""
+    from slurm_mps.job.told import read_verdict
     from slurm_mps.job_log.read import DaemonLogs, find_logs
-    from slurm_mps.status.verdict import read_verdict
 
     verdict = read_verdict(job_id)
     if verdict and verdict.daemons:
@@ -71,9 +71,8 @@ def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
 
 def _log_root() -> str:
     """Where the site keeps logs; the default where its configuration cannot be read."""
-    from slurm_mps.config import DEFAULTS, ConfigError
-    from slurm_mps.config_file import parse_config
-    from slurm_mps.hooks import CONFIG_PATH
+    from slurm_mps.config.file import parse_config
+    from slurm_mps.config.settings import CONFIG_PATH, DEFAULTS, ConfigError
 
     try:
         with open(CONFIG_PATH, "rb") as file:

@@ -45,13 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     plan.add_parser(commands)
     install.add_parser(commands)
-    completion.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser
-
-
-def has_command(name: str) -> bool:
-    """Whether this slurm-mps has a command of that name."""
-    return name in command_names(build_parser())
 
 
 def command_names(parser: argparse.ArgumentParser) -> list[str]:

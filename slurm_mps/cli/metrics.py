@@ -51,10 +51,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> tuple[int, NodeView | None]:
-    from slurm_mps.hooks import load_config
+    from slurm_mps.config.load import load_config
+    from slurm_mps.job.state import NodeState
     from slurm_mps.metrics.count import count
     from slurm_mps.metrics.expose import text
-    from slurm_mps.state import NodeState
     from slurm_mps.status.node import look
 
     config = load_config(None, _CONFIG_SECONDS)

@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.plan import Plan
+    from slurm_mps.job.plan import Plan
 
 _DEADLINE_SECONDS = 20.0
 _DIGITS_MAX = 9
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         return refuse(options, USAGE, f"--user={options.user}: there is no such user")
     if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
         return refuse(options, USAGE, "a job without an --mps option has no plan: its prolog does nothing")
-    from slurm_mps.hooks import Watch
+    from slurm_mps.job.watch import Watch
 
     def give_up(message: str) -> int:
         return refuse(options, PROBLEM, message)
@@ -71,10 +71,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _answer(options: argparse.Namespace, uid: int) -> int:
+    from slurm_mps.config.settings import CONFIG_PATH
     from slurm_mps.errors import NodeError, RequestError
-    from slurm_mps.hooks import CONFIG_PATH
-    from slurm_mps.node.gpus import Gpus
-    from slurm_mps.rehearsal import Wish, rehearse, sees_holders
+    from slurm_mps.job.preview import Wish, rehearse, sees_holders
+    from slurm_mps.node.nvml import Gpus
 
     wish = Wish(options.gres, options.mps, options.mps_threads, options.mps_mem, options.mps_priority, options.devices)
     try:
@@ -165,7 +165,7 @@ def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
 
 
 def _print(plan: Plan, options: argparse.Namespace) -> None:
-    from slurm_mps.rehearsal import sees_holders
+    from slurm_mps.job.preview import sees_holders
 
     steps = []
     for step in plan.steps:

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.reconcile import Finding
+    from slurm_mps.job.reconcile import Finding
 
 COLUMNS = (
     Column("thing", "THING"),
@@ -52,9 +52,9 @@ def run(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         return refuse(options, NOT_ROOT, "reconcile changes what belongs to root; run it as root")
     from slurm_mps.errors import MpsError
-    from slurm_mps.hooks import Watch
-    from slurm_mps.node.gpus import Gpus
-    from slurm_mps.reconcile import LEFT, Finding, Reconciler
+    from slurm_mps.job.reconcile import LEFT, Finding, Reconciler
+    from slurm_mps.job.watch import Watch
+    from slurm_mps.node.nvml import Gpus
 
     os.umask(0o022)
     os.chdir("/")
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _print(findings: list[Finding], columns: list[Column], options: argparse.Namespace) -> int:
     """The findings, without the jobs that are merely not over; as a report for programs all of them."""
-    from slurm_mps.reconcile import KEPT, LEFT
+    from slurm_mps.job.reconcile import KEPT, LEFT
 
     status = PROBLEM if any(finding.outcome == LEFT for finding in findings) else FINE
     if options.json:

@@ -245,7 +245,7 @@ def _daemon(daemon: DaemonView) -> dict[str, Any]:
 
 
 def _gpu(gpu: GpuView) -> dict[str, Any]:
-    from slurm_mps.node.gpus import COMPUTE_MODES
+    from slurm_mps.node.nvml import COMPUTE_MODES
 
     return {
         "uuid": gpu.uuid,

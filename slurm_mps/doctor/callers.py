@@ -13,7 +13,7 @@ import os
 import re
 from functools import cache
 
-from ..plain import read_text
+from ..node.reading import read_text
 from ..record import record, replace
 
 TYPE_CHECKING = False

@@ -6,20 +6,21 @@ import os
 import re
 import stat
 
+from ..config.settings import CONFIG_PATH, STATE_DIRECTORY
 from ..errors import MpsError
-from ..hooks import CONFIG_PATH
+from ..job.plan import refusal_of_default
+from ..job.reconcile import BUSY, KEPT
+from ..job.state import NodeState
+from ..job.told import read_verdict
+from ..job.verdict import JOBS
 from ..node.control import find_below
-from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.listen import listener
+from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import describe, pids
-from ..plain import small_number
-from ..plan import refusal_of_default
-from ..reconcile import BUSY, KEPT
-from ..state import STATE_DIRECTORY, NodeState
-from ..status.listen import listener
+from ..node.reading import small_number
+from ..slurm.hostlist import expand_hosts
 from ..status.node import READY
-from ..status.verdict import JOBS, read_verdict
 from ..units import printable
-from ..verify.hostlist import expand_hosts
 from .finding import COMPUTE, GPU_NODE, NoAnswerError, NotCheckedError, check, fine, problem, warning
 from .paths import others_can_write
 
@@ -27,8 +28,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..slurm_conf import ConfLine
-    from ..state import Journal
+    from ..job.journal import Journal
+    from ..slurm.conf import ConfLine
     from .finding import Said
     from .gpus import GpuFacts
     from .place import Place
@@ -408,7 +409,7 @@ def _held(place: Place) -> set[str] | None:
         return None
     try:
         state = NodeState(make=False)
-        return {gpu for gpu in state.ledgers() if state.read_ledger(gpu).holders}
+        return {gpu for gpu in state.ledgers.names() if state.ledgers.read(gpu).holders}
     except (FileNotFoundError, MpsError):
         return set()
 

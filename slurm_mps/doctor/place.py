@@ -17,14 +17,13 @@ from functools import cached_property
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from .. import slurm_conf as conf
-from ..config import DEFAULTS, ConfigError, SiteConfig
+from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
-from ..hooks import CONFIG_PATH
 from ..node import processes
 from ..record import record
+from ..slurm import conf
+from ..slurm.hostlist import expand_hosts
 from ..units import printable
-from ..verify.hostlist import expand_hosts
 from .callers import Script, Scripts
 from .finding import NoAnswerError, NotCheckedError
 from .gpus import Driver, look_at_gpus
@@ -35,7 +34,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ..reconcile import Finding as StaleFinding
+    from ..job.reconcile import Finding as StaleFinding
 
 T = TypeVar("T")
 
@@ -469,8 +468,8 @@ class Place:
     def _ask_hook_python(self) -> tuple[str, str]:
         values = self.hook_values()
         code = (
-            "import sys; sys.path.append(sys.argv[1]); import slurm_mps.hooks as hooks, slurm_mps.state as state; "
-            "print(hooks.__version__); print(getattr(state, 'VERDICT_VERSION', 1))"
+            "import sys; sys.path.append(sys.argv[1]); import slurm_mps, slurm_mps.job.prolog; "
+            "print(slurm_mps.__version__); print(slurm_mps.job.verdict.VERDICT_VERSION)"
         )
         argv = [values["python"], "-I", "-S", "-c", code, os.path.dirname(values["package"])]
         said = self.run(argv, self._hook().path, values["package"])
@@ -488,7 +487,7 @@ class Place:
 
     def _ask_compiler(self) -> str:
         python = self.hook_values()["python"]
-        said = self.run([python, "-I", "-m", "slurm_mps.config_file", CONFIG_PATH], self._hook().path)
+        said = self.run([python, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH], self._hook().path)
         return printable((said.errors.strip() or "no message").splitlines()[-1], 200) if said.status else ""
 
     # ------------------------------------------------------------------------------------------------ site, driver
@@ -508,7 +507,7 @@ class Place:
 
     @cached_property
     def _site(self) -> tuple[SiteConfig, list[str]]:
-        from ..config_file import parse_config
+        from ..config.file import parse_config
 
         try:
             with open(CONFIG_PATH, "rb") as file:

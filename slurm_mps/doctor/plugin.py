@@ -6,7 +6,7 @@ import os
 import stat
 
 from ..errors import MpsError
-from ..plugin_file import PluginFile, read_plugin
+from ..slurm.plugin_file import PluginFile, read_plugin
 from .finding import NotCheckedError, check, fine, problem, warning
 from .paths import closed_to_users, hidden_from_users, others_can_write
 from .slurm import name_hidden

@@ -267,7 +267,7 @@ def config_compiler(place: Place) -> Iterator[Said]:
     if said:
         python = place.hook_values()["python"]
         lacks = "'jsonschema>=4.10'" if "jsonschema" in said else "slurm-mps"
-        yield problem(f"{python} -m slurm_mps.config_file: {said}", f"{python} -m pip install {lacks}")
+        yield problem(f"{python} -m slurm_mps.config.file: {said}", f"{python} -m pip install {lacks}")
 
 
 @check(

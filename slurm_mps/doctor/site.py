@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
-from ..hooks import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH
-from ..plain import read_text
-from ..reconcile import BUSY, KEPT, LEFT
-from ..state import STATE_DIRECTORY
+from ..config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
+from ..job.reconcile import BUSY, KEPT, LEFT
+from ..node.reading import read_text
 from ..units import printable
 from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
 from .paths import closed_to_users, others_can_write, steps
@@ -17,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..reconcile import Finding
+    from ..job.reconcile import Finding
     from .finding import Said
     from .place import Place
 

@@ -6,9 +6,9 @@ import errno
 import os
 import re
 
-from ..deadlines import DeadlineProblem, check_deadlines
 from ..errors import MpsError
-from ..plain import read_text
+from ..node.reading import read_text
+from ..slurm.timeouts import DeadlineProblem, check_deadlines
 from ..units import printable
 from .finding import COMPUTE, NoAnswerError, NotCheckedError, check, fine, problem, warning
 from .paths import hidden_from_users

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..hooks import Watch
-from ..node.gpus import Gpus
-from ..reconcile import Finding, Reconciler
+from ..job.reconcile import Finding, Reconciler
+from ..job.watch import Watch
+from ..node.nvml import Gpus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..hooks import CONFIG_PATH
+from ..config.settings import CONFIG_PATH
 from . import changes
 from .build import PLUGIN
 from .plan import (

@@ -7,9 +7,9 @@ import tempfile
 
 from .. import __version__
 from ..errors import MpsError
+from ..job.verdict import VERDICT_VERSION
 from ..node import processes
-from ..plugin_file import read_plugin
-from ..state import VERDICT_VERSION
+from ..slurm.plugin_file import read_plugin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

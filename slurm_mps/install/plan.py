@@ -14,10 +14,10 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 
+from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
-from ..hooks import CONFIG_PATH
-from ..plugin_file import read_plugin
-from ..state import VERDICT_VERSION
+from ..job.verdict import VERDICT_VERSION
+from ..slurm.plugin_file import read_plugin
 from .build import PLUGIN, build_plugin, read_plugin_for, share_directory
 from .changes import DIRECTORY, LINES, Change, require_roots
 from .site import (

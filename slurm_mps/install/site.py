@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from ..errors import MpsError
 from ..node import processes
-from ..plain import read_text
-from ..slurm_conf import logical_lines, read_conf
+from ..node.reading import read_text
+from ..slurm.conf import logical_lines, read_conf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from ..record import record
+from ..slurm.hostlist import join_numbers
 from ..units import MIB, describe_memory
-from ..verify.hostlist import join_numbers
 from .events import (
     CONNECTED,
     CONTEXT,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from time import mktime
 
-from ..plain import small_number
+from ..node.reading import small_number
 from ..record import record
 
 TYPE_CHECKING = False

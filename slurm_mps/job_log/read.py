@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..plain import read_plain
+from ..node.reading import read_plain
 from ..record import record
 from .events import Event, read_events
 from .lines import parse_lines

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from ..errors import NodeError
+from ..job.state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
 from ..job_log import events as kinds
 from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_logs
-from ..state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
-from ..wordfile import DamagedFileError
+from ..node.wordfile import DamagedFileError
 from .totals import LOG_COUNTS, Totals, decode_totals
 
 TYPE_CHECKING = False

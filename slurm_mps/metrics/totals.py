@@ -11,7 +11,7 @@ Promise: an event is counted once, wherever this is killed.
 
 from __future__ import annotations
 
-from ..wordfile import DamagedFileError, decode, encode
+from ..node.wordfile import DamagedFileError, decode, encode
 
 KIND, VERSION = "metrics", 1
 #: Upper bounds of the histogram of durations, in seconds.

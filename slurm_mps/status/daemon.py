@@ -9,17 +9,17 @@ from ..errors import MpsError
 from ..job_log.events import SERVER_DIED, SERVER_READY
 from ..job_log.read import DaemonLogs, events_of
 from ..node.control import ControlDaemon
+from ..node.listen import listener
 from ..node.processes import identify
-from ..plain import small_number
+from ..node.reading import small_number
 from ..record import record
-from .listen import listener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..job.verdict import DaemonPlace
     from ..node.processes import ProcessIdentity
-    from .verdict import DaemonPlace
 
 #: Told between answers that may be empty, since the control program puts nothing between them (O7).
 _MARK = "get_default_active_thread_percentage"

@@ -9,24 +9,28 @@ from __future__ import annotations
 import os
 from shutil import which
 
-from ..config import DEFAULTS
-from ..errors import MpsError, NodeError, RequestError
-from ..node import processes, slurm
+from ..config.settings import DEFAULTS, STATE_DIRECTORY
+from ..errors import MpsError, NodeError
+from ..job.actions import side_by_side
+from ..job.state import NodeState
+from ..job.told import read_verdict
+from ..job.verdict import JOBS, DaemonPlace, Verdict
+from ..node import processes
 from ..node.control import DAEMON_PROGRAM
-from ..node.gpus import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..plain import small_number
+from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.reading import small_number
 from ..record import record
-from ..state import STATE_DIRECTORY, Journal, NodeState
-from ..steps import side_by_side
-from ..units import describe_memory, parse_thread_percentage, printable
+from ..slurm import jobs as slurm
+from ..units import describe_memory, format_thread_percentage, parse_thread_percentage, printable
 from ..verify.judge import variable_limit
 from .daemon import DIED, FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
-from .verdict import JOBS, DaemonPlace, JobVerdict, read_verdict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from ..job.journal import Journal
 
 #: How a job stands on this node.
 BEGINNING, READY, REFUSED, WITHOUT, ENDING, UNKNOWN = "beginning", "ready", "refused", "without", "ending", "unknown"
@@ -103,7 +107,7 @@ class _Job:
     job_id: int
     uid: int
     state: str
-    verdict: JobVerdict | None
+    verdict: Verdict | None
     program: str
     modes_found: Mapping[str, int]
     shares: bool = False  #: a GPU of it with another job, as far as is known
@@ -164,7 +168,7 @@ def _own_jobs(job_ids: Sequence[int], problems: list[str]) -> list[_Job]:
     return found
 
 
-def _read_verdict(job_id: int, problems: list[str]) -> JobVerdict | None:
+def _read_verdict(job_id: int, problems: list[str]) -> Verdict | None:
     try:
         return read_verdict(job_id)
     except NodeError as error:
@@ -204,7 +208,7 @@ def _roots_job(state: NodeState, journal: Journal, problems: list[str]) -> _Job:
         stage, verdict = ENDING, None
     modes, shares = {}, False
     for uuid in {gpu for place in (verdict.daemons if verdict else ()) for gpu in place.gpus}:
-        entry = state.read_ledger(uuid)
+        entry = state.ledgers.read(uuid)
         shares |= len(entry.holders) > 1
         if entry.mode_found is not None and job_id in entry.holders:
             modes[uuid] = entry.mode_found
@@ -267,16 +271,17 @@ def _view(job: _Job, answers: Mapping[str, DaemonAnswer], gpus: Mapping[str, Gpu
         uid=job.uid,
         state=job.state,
         message=verdict.message if verdict else "",
-        threads=verdict.threads if verdict else "",
+        threads=format_thread_percentage(verdict.thread_percentage) if verdict and verdict.daemons else "",
         auto=verdict.auto if verdict else (),
         daemons=tuple(daemons),
     )
 
 
 def _daemon_view(
-    job: _Job, verdict: JobVerdict, place: DaemonPlace, answer: DaemonAnswer, gpus: Mapping[str, GpuState]
+    job: _Job, verdict: Verdict, place: DaemonPlace, answer: DaemonAnswer, gpus: Mapping[str, GpuState]
 ) -> DaemonView:
     threads = {server.pid: server.threads for server in answer.servers}
+    given = format_thread_percentage(verdict.thread_percentage)
     views = []
     for uuid in place.gpus:
         state = gpus.get(uuid)
@@ -285,7 +290,7 @@ def _daemon_view(
             server = answer.servers[0].pid if answer.servers else 0
             listed = tuple(Client(pid, server, uuid, "") for pid in (state.memory_bytes if state else ()))
         clients = [
-            _client_view(client, uuid, place, threads.get(client.server) or verdict.threads, state)
+            _client_view(client, uuid, place, threads.get(client.server) or given, state)
             for client in listed
             if client.gpu == uuid
         ]
@@ -336,7 +341,7 @@ def _visible(text: str, gpus: Sequence[str]) -> list[str]:
 def _percentage(text: str) -> float | None:
     try:
         return parse_thread_percentage(text)
-    except RequestError:
+    except ValueError:
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..cuda import Cuda
+from ..node.cuda import Cuda
 
 
 def main() -> int:

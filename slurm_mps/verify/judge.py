@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 
-from ..errors import RequestError
 from ..record import record
+from ..slurm.hostlist import join_numbers
 from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable
-from .hostlist import join_numbers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ def _percentage(text: str) -> float | None:
     """What the driver ignores is no limit (O11)."""
     try:
         return parse_thread_percentage(text)
-    except RequestError:
+    except ValueError:
         return None
 
 
@@ -254,7 +253,7 @@ def _set_memory_limit(rank: Report) -> int | None:
     sizes = dict(entry.partition("=")[::2] for entry in rank.set_memory.split(","))
     try:
         return parse_memory(sizes.get(str(rank.ordinal), ""))
-    except RequestError:
+    except ValueError:
         return None
 
 
@@ -268,7 +267,7 @@ def memory_limit(rank: Report, daemon: DaemonAnswer | None) -> int | None:
     for text in (rank.job_memory, daemon.memory.get(rank.ordinal, "") if daemon else ""):
         try:
             limits.append(parse_memory(text))
-        except RequestError:
+        except ValueError:
             pass
     return min(filter(None, limits), default=None)
 

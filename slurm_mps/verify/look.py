@@ -9,12 +9,12 @@ import _thread
 import os
 import sys
 
-from ..cuda import Cuda, CudaError
 from ..errors import MpsError
 from ..node.control import DAEMON_PROGRAM, ControlDaemon
+from ..node.cuda import Cuda, CudaError
 from ..node.processes import run
 from ..record import record, replace
-from .hostlist import expand_numbers, join_numbers
+from ..slurm.hostlist import expand_numbers, join_numbers
 from .report import QUERY, TEXT_MAX, Card, DaemonAnswer, Report, parse_daemon_answer
 
 TYPE_CHECKING = False

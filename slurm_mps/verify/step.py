@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..record import record
-from .hostlist import expand_hosts
+from ..slurm.hostlist import expand_hosts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ PIECES = (
 @pytest.fixture(scope="module")
 def free_spank(shared_site: Site) -> bytes:
     """A user's own plugin, which sends what it likes to the prolog; built where its Slurm is."""
-    target, source = "/home/alice/free.so", REPOSITORY / "tests/integration/free_spank.c"
+    target, source = "/home/alice/free.so", REPOSITORY / "tests/slurm/free_spank.c"
     shared_site.machine.run(["cc", "-shared", "-fPIC", "-o", target, source]).check()
     return shared_site.machine.path(target).read_bytes()
 

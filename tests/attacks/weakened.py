@@ -42,8 +42,9 @@ class Change:
 
 
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
-STEPS, STATE, UNITS, LOGS = "slurm_mps/steps.py", "slurm_mps/state.py", "slurm_mps/units.py", "slurm_mps/node/logs.py"
-HOOK, HOOKS, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/hooks.py", "slurm_mps/lifecycle.py"
+ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
+UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/script.py"
+HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
 LIMITS, SUSPECT, VERDICT = "spank/limits.c", "spank/suspect.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
 PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
@@ -68,7 +69,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     ),
     "the pipe directory is root's alone to write": (
         Change(
-            STEPS,
+            ACTIONS,
             "site.journal.directory.make(name, 0o755).close()",
             "pipe = site.journal.directory.make(name, 0o755)\n"
             '            __import__("os").fchmod(pipe.fd, 0o1777)\n'
@@ -126,7 +127,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a size is a number": (
         Change(
             UNITS,
-            '[unit]\n    raise RequestError(f"expected {MEMORY_EXPECTED}")',
+            '[unit]\n    raise ValueError(f"expected {MEMORY_EXPECTED}")',
             "[unit]\n    return 8 * 1024 * MIB",
         ),
         Change(
@@ -147,13 +148,13 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "a verdict's value is one line": (
-        Change(STATE, '    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]', "    return text"),
+        Change(VERDICTS, '    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]', "    return text"),
     ),
     "a user's mistake is not the node's fault": (
-        Change(HOOKS, "return self._refuse(str(error), error.reason)", "return self._node_fault(str(error))"),
+        Change(SCRIPT, "return self.refuse(error)", "return self.node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
-    "the pid file is root's alone to write": (Change(STEPS, "            daemon.protect(pipe)\n", ""),),
+    "the pid file is root's alone to write": (Change(ACTIONS, "            daemon.protect(pipe)\n", ""),),
     "a pid proves nothing": (
         Change(
             CONTROL,
@@ -179,19 +180,19 @@ WALLS: dict[str, tuple[Change, ...]] = {
     # ------------------------------------------------------------------------------------------------------- order
     "a GPU's ledger is locked": (
         Change(
-            STEPS,
-            "    def apply(self, site: JobSite) -> None:\n"
-            "        site.state.lock_ledgers(site.seconds(site.config.deadlines_command))\n",
-            "    def apply(self, site: JobSite) -> None:\n",
+            ACTIONS,
+            "    def apply(self, site: JobOnNode) -> None:\n"
+            "        site.state.ledgers.lock(site.seconds(site.config.deadlines_command))\n",
+            "    def apply(self, site: JobOnNode) -> None:\n",
         ),
     ),
     "a ledger is read and written at once": (
         Change(
-            STEPS,
+            ACTIONS,
             "        others = [job for job in entry.holders if job != job_id]\n",
             '        __import__("time").sleep(0.3)\n        others = [job for job in entry.holders if job != job_id]\n',
         ),
-        Change(STEPS, "while there := site.gpus.processes(self.gpu):", "while there := ():"),
+        Change(ACTIONS, "while there := site.gpus.processes(self.gpu):", "while there := ():"),
     ),
     "the undo is on disk first": (
         Change(LIFECYCLE, "site.journal.note(undo.line(), after)", "site.journal.undo.append(undo.line())"),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pynvml
 
 from slurm_mps.errors import NodeError
-from slurm_mps.node.gpus import Gpus, expected_uuids
+from slurm_mps.node.nvml import Gpus, expected_uuids
 from slurm_mps.status.gpus import ask_nvml
 
 if TYPE_CHECKING:

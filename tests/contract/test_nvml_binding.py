@@ -1,4 +1,4 @@
-"""slurm_mps.node.gpus, our binding of NVML, held to the maintained pynvml: the same values, the same errors.
+"""slurm_mps.node.nvml, our binding of NVML, held to the maintained pynvml: the same values, the same errors.
 
 Each question is put to both in one process (nvml_both.py).
 """
@@ -23,7 +23,7 @@ WITHOUT_LIBRARY = 'mount --bind /dev/null /usr/lib/x86_64-linux-gnu/libnvidia-ml
 FIRST_FAILS = """
 import subprocess
 from slurm_mps.errors import NodeError
-from slurm_mps.node.gpus import Gpus
+from slurm_mps.node.nvml import Gpus
 gpus = Gpus()
 {opening}
 for _ in range(2):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps.cli.main import build_parser, command_names
-from slurm_mps.config_file import schema
+from slurm_mps.config.file import schema
 from tests.docs.messages import ROOT
 
 if TYPE_CHECKING:

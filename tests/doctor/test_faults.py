@@ -12,7 +12,7 @@ import pytest
 from slurm_mps import __version__
 from slurm_mps.doctor.examine import all_checks
 from slurm_mps.doctor.slurm import TRIED
-from slurm_mps.state import VERDICT_VERSION
+from slurm_mps.job.verdict import VERDICT_VERSION
 from tests.harness.release import RELEASES, chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
 
@@ -100,8 +100,9 @@ def another_slurm(release: str) -> Callable[[Patient], None]:
 
 def other_plugin_version(patient: Patient) -> None:
     data = patient.site.machine.path(PLUGIN, node="n1").read_bytes()
-    assert data.count(f"{__version__}\0".encode()) >= 1
-    patient.write(PLUGIN, data.replace(f"{__version__}\0".encode(), b"0.0.9\0"))
+    mark = f"plugin {__version__} verdict".encode()
+    assert data.count(mark) == 1
+    patient.write(PLUGIN, data.replace(mark, b"plugin 0.0.9 verdict"))
 
 
 def old_package(patient: Patient) -> None:
@@ -120,7 +121,7 @@ def newer_verdicts(patient: Patient) -> None:
     assert package
     number = f"s/^VERDICT_VERSION = {VERDICT_VERSION}/VERDICT_VERSION = {VERDICT_VERSION + 1}/"
     patient.shell(
-        f"mkdir {new} && cp -r {package[1]} {new} && sed -i '{number}' {new}/slurm_mps/state.py",
+        f"mkdir {new} && cp -r {package[1]} {new} && sed -i '{number}' {new}/slurm_mps/job/verdict.py",
         f"rm -r {new}",
     )
     hook("package", f"{new}/slurm_mps")(patient)

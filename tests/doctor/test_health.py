@@ -130,7 +130,7 @@ def test_where_only_root_can_see_the_status_says_so(patient: Patient) -> None:
 
 
 def test_a_slurm_conf_that_is_named_and_not_there_is_a_finding(patient: Patient) -> None:
-    """Slurm's own commands end there; a host that merely has none is no ailment (tests/integration/test_streams.py)."""
+    """Slurm's own commands end there; a host that merely has none is no ailment (tests/node/test_streams.py)."""
     for elsewhere in (False, True):
         status, out, _ = patient.run("doctor", elsewhere=elsewhere, SLURM_CONF="/nowhere/slurm.conf")
         assert status == 1

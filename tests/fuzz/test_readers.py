@@ -13,20 +13,31 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from slurm_mps.config import DEFAULTS, ConfigError, SiteConfig, from_lines, to_lines
-from slurm_mps.config_file import parse_config
+from slurm_mps.config.file import parse_config
+from slurm_mps.config.settings import CONFIG_VERSION, DEFAULTS, ConfigError, SiteConfig, from_lines, to_lines
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.request import JobRequest, read_request
-from slurm_mps.state import JOURNAL_VERSION, VERDICT_VERSION, VERSION, Journal, LedgerEntry, NodeState, Verdict
-from slurm_mps.steps import read_undo
+from slurm_mps.job.actions import read_undo
+from slurm_mps.job.journal import JOURNAL_VERSION, Journal
+from slurm_mps.job.ledger import LedgerEntry
+from slurm_mps.job.request import JobRequest, read_request
+from slurm_mps.job.state import NodeState
+from slurm_mps.job.verdict import DaemonPlace, Verdict, VerdictGpu, parse_verdict
+from slurm_mps.node.wordfile import DamagedFileError, decode, encode, quote, unquote
 from slurm_mps.units import MIB
-from slurm_mps.wordfile import DamagedFileError, decode, encode, quote, unquote
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 GPU = "GPU-51000000-78fa-2b71-eb6d-6d990af97344"
+READY = Verdict(
+    "ready",
+    daemons=(DaemonPlace("", "/run/slurm-mps/jobs/4711/pipe", "/var/log/slurm-mps/4711", None, (GPU,)),),
+    gpus=(VerdictGpu(0, 0, GPU, 142641, 143771),),
+    clients_per_gpu=48,
+    probe=("/opt/slurm-mps/bin/python3", "/opt/slurm-mps/probe.py"),
+    explain="/opt/slurm-mps/explain.py",
+)
 SLURMS = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": "0,1"}
 #: What an environment can hold: no NUL, and bytes that are no UTF-8 come as surrogates.
 ENVIRONMENT_BYTES = st.binary(max_size=400).map(lambda b: b.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
@@ -111,8 +122,8 @@ def journal(state: NodeState) -> Journal:
     for line in (f"release_gpu gpu={GPU}", "remove_directories", "quit_daemons names=pipe"):
         journal.note(line)
     journal.write_config(DEFAULTS)
-    journal.write_verdict(Verdict("ready", settings=(("pipe_directory", "/run/x"), ("gpu", f"0 0 {GPU}"))))
-    state.write_ledger(GPU, LedgerEntry((4711,), 0))
+    journal.write_verdict(READY)
+    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
     return journal
 
 
@@ -128,9 +139,9 @@ KINDS: dict[str, tuple[str, Callable[[NodeState, Journal], object]]] = {
     "config": ("jobs/4711/config", lambda _state, journal: journal.read_config()),
     "verdict": (
         "jobs/4711/verdict",
-        lambda _state, journal: decode(journal.directory.read("verdict"), "verdict", VERDICT_VERSION),
+        lambda _state, journal: parse_verdict(journal.directory.read("verdict")),
     ),
-    "ledger": (f"gpus/{GPU}", lambda state, _journal: state.read_ledger(GPU)),
+    "ledger": (f"gpus/{GPU}", lambda state, _journal: state.ledgers.read(GPU)),
 }
 
 
@@ -219,7 +230,7 @@ def test_a_whole_file_with_other_lines_is_read_or_refused(
 
 def checksummed(kind: str, lines: list[str]) -> bytes:
     """As encode() would, of lines that it would not take."""
-    version = JOURNAL_VERSION if kind == "journal" else VERSION
+    version = JOURNAL_VERSION if kind == "journal" else CONFIG_VERSION
     body = "".join(f"{line}\n" for line in (f"slurm-mps {kind} {version}", *lines)).encode()
     return body + f"end {crc32(body):08x}\n".encode()
 
@@ -295,5 +306,5 @@ def test_the_ways_of_spoiling_a_file_spoil_it(state: NodeState, journal: Journal
     """What the tests above write in a file's place is of its kind: unspoilt, it is read."""
     assert decode(checksummed("journal", ["x"]), "journal", JOURNAL_VERSION) == ["x"]
     assert checksummed("ledger", ["x"]) == encode("ledger", 1, ["x"])
-    assert state.read_ledger(GPU) == LedgerEntry((4711,), 0)
+    assert state.ledgers.read(GPU) == LedgerEntry((4711,), 0)
     assert journal.read_config() == DEFAULTS

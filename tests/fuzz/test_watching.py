@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 from slurm_mps.cli.status import document, rows
 from slurm_mps.errors import NodeError
+from slurm_mps.job.verdict import VERDICT_VERSION, DaemonPlace, Verdict, parse_verdict
 from slurm_mps.metrics.totals import KIND, VERSION, Totals, decode_totals
 from slurm_mps.node import processes
-from slurm_mps.state import VERDICT_VERSION
+from slurm_mps.node.wordfile import encode
+from slurm_mps.slurm.cluster import SlurmJob, mps_jobs, parse_squeue
 from slurm_mps.status import node
-from slurm_mps.status.cluster import SlurmJob, mps_jobs, parse_squeue
 from slurm_mps.status.daemon import Client, DaemonAnswer, Server, parse_clients, parse_servers
 from slurm_mps.status.gpus import GpuState
-from slurm_mps.status.verdict import DaemonPlace, JobVerdict, parse_verdict
-from slurm_mps.wordfile import encode
 
 if TYPE_CHECKING:
     from slurm_mps.status.node import ClientView
@@ -58,7 +57,7 @@ TEXTS = st.text(max_size=40) | st.text("0123456789=,.MG%GPU-", max_size=40) | st
 def seen(environment: dict[str, str], command: str) -> ClientView:
     with patch.object(processes, "environment_of", return_value=environment):
         answer = DaemonAnswer(1, "", (Server(2, "ACTIVE", "25.0"),), (Client(3, 2, GPUS[0], command),))
-        verdict = JobVerdict("ready", threads="25", daemons=(PLACE,))
+        verdict = Verdict("ready", thread_percentage=25.0, daemons=(PLACE,))
         job = node._Job(7, 20001, node.READY, verdict, "", {})  # noqa: SLF001
         view = node._view(job, {PLACE.pipe_directory: answer}, {GPUS[0]: GpuState(3, {3: 5})})  # noqa: SLF001
     whole = node.NodeView((view,), (), of_all=True, stuck=False)

@@ -2,7 +2,7 @@
 
 ``python3 -m tests.harness.pyslurm 24.11`` builds the tag that the release's row names (release.py) in the release's
 root file system, keeps it in the cache directory, and writes what it says of two jobs on a cluster of that release,
-beside what squeue says, into tests/integration/data: the tests without a pyslurm go by that. It takes some minutes and
+beside what squeue says, into tests/slurm/data: the tests without a pyslurm go by that. It takes some minutes and
 is no part of ``make test``, since no registry has a pyslurm that fits a Slurm of Debian's. ``--source DIRECTORY`` takes
 a checkout of that tag where github.com cannot be reached.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .site import Site
 
 URL = "https://github.com/PySlurm/pyslurm"
-DATA = REPOSITORY / "tests/integration/data"
+DATA = REPOSITORY / "tests/slurm/data"
 #: Where a machine has it, for PYTHONPATH.
 INSIDE = "/opt/pyslurm"
 NEEDED = ("python3-dev", "cython3", "python3-setuptools", "python3-packaging", "python3-wheel", "python3-pip")
@@ -58,7 +58,7 @@ exec chroot /media/root env -C /src SLURM_LIB_DIR="$LIBRARIES" SLURM_INCLUDE_DIR
 # What pyslurm has of what the adapter asks of a job, and what both adapters make of the same jobs.
 _SHOW = """import dataclasses, json, sys
 import pyslurm
-from slurm_mps.status.cluster import Pyslurm, Squeue
+from slurm_mps.slurm.cluster import Pyslurm, Squeue
 names = ("id", "user_name", "user_id", "state", "allocated_nodes", "admin_comment")
 jobs = [{name: getattr(job, name) for name in names} for job in pyslurm.Jobs.load().values()]
 plain = lambda one: [one.job_id, one.user, one.state, one.nodes, one.admin_comment]

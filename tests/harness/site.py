@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .release import Release
 
 CACHE = REPOSITORY / ".cache"
-FAKES = REPOSITORY / "build/fakes"
+SIMULATOR = REPOSITORY / "build/simulator"
 NEXT = "/next"
 PLUGIN_DIRECTORY = "/usr/lib/x86_64-linux-gnu/slurm-wlm"
 STATE_DIRECTORY = "/run/slurm-mps"
@@ -49,7 +49,7 @@ def gpu_machine(*, real: bool = False, of: Release | None = None, then: Release 
     It has the Slurm of the release that is chosen (tests/harness/release.py), or `of` another, and the plugin as built
     there. What it needs to be upgraded to `then` is laid below NEXT.
     """
-    simulated = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    simulated = {"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]}
     overlays = bundle.overlays() if real else simulated
     root = release.ensure_root(of or release.chosen(), CACHE)
     binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}
@@ -180,8 +180,8 @@ class Site:
             mkdir {NEXT}/made/upper {NEXT}/made/work {NEXT}/made/usr
             layers=lowerdir={NEXT}/root/usr,upperdir={NEXT}/made/upper,workdir={NEXT}/made/work
             mount -t overlay none -o $layers {NEXT}/made/usr
-            cp -a {FAKES}/bin/. {NEXT}/made/usr/bin/
-            cp -a {FAKES}/lib/. {NEXT}/made/usr/lib/x86_64-linux-gnu/
+            cp -a {SIMULATOR}/bin/. {NEXT}/made/usr/bin/
+            cp -a {SIMULATOR}/lib/. {NEXT}/made/usr/lib/x86_64-linux-gnu/
         """
         self.machine.make_directory(f"{NEXT}/made")
         self.machine.run(["sh", "-euc", lay]).check()

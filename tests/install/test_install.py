@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slurm_mps.plugin_file import read_plugin
+from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY
+from tests.harness.plugin import built_for
 from tests.harness.release import RELEASES, chosen
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import PLUGIN_DIRECTORY, gpu_machine
@@ -171,9 +172,7 @@ def test_a_plugin_for_another_slurm_is_refused_and_nothing_changes(machine: Mach
     data = lay_plugin(machine)
     runs = read_plugin(machine.path(BUILT)).slurm_release
     year, month, patch = map(int, runs.split("."))
-    number = (year << 16 | month << 8 | patch).to_bytes(4, "little")
-    other = (year << 16 | (month + 1) << 8 | patch).to_bytes(4, "little")
-    machine.path("/opt/other.so").write_bytes(data.replace(number, other))
+    machine.path("/opt/other.so").write_bytes(built_for(year << 16 | (month + 1) << 8 | patch, data))
     refused = slurm_mps(machine, "install", "--plugin", "/opt/other.so")
     assert refused.returncode == 1
     assert f"the plugin is for Slurm {year}.{month + 1:02d}.{patch}, and {runs} runs here" in refused.stderr

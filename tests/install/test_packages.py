@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slurm_mps.plugin_file import read_plugin
+from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
-from tests.harness.site import FAKES, PLUGIN_DIRECTORY
+from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
 from tests.install.places import report
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def deb() -> Path:
 @pytest.fixture
 def machine(deb: Path) -> Iterator[Machine]:
     """A machine with Slurm and simulated GPUs, without Python packages of the project; the .deb lies in /opt."""
-    machine = Machine(overlays={"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]})
+    machine = Machine(overlays={"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]})
     with machine:
         machine.path("/opt/slurm-mps.deb").write_bytes(deb.read_bytes())
         yield machine

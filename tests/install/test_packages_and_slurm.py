@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
-from tests.harness.site import FAKES, PLUGIN_DIRECTORY
+from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
 from tests.install.places import snapshot
 from tests.install.test_packages import RELEASE, make
 
@@ -58,7 +58,9 @@ rpmbuild -bb --quiet --define '_topdir /opt/rpm' --define '_rpmdir /opt' /opt/sp
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    with Machine(overlays={"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}) as machine:
+    with Machine(
+        overlays={"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]}
+    ) as machine:
         for kind in ("deb", "rpm"):
             machine.path(f"/opt/slurm-mps.{kind}").write_bytes(make(kind).read_bytes())
         yield machine

@@ -12,7 +12,7 @@ import pytest
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import PATH, Machine
 from tests.harness.release import chosen
-from tests.harness.site import CACHE, FAKES
+from tests.harness.site import CACHE, SIMULATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def wheels() -> Path:
 @pytest.fixture
 def bare(wheels: Path) -> Iterator[Machine]:
     """A machine with simulated GPUs and, in root's home, what ``git clone`` gives."""
-    overlays = {"/usr/lib/x86_64-linux-gnu": [FAKES / "lib"], "/usr/bin": [FAKES / "bin"]}
+    overlays = {"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]}
     with Machine(overlays=overlays, binds={wheels: MACHINES_WHEELS}) as machine:
         listed = ["git", "-c", f"safe.directory={REPOSITORY}", "ls-files", "-z", "-co", "--exclude-standard"]
         names = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, check=True).stdout

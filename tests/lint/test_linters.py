@@ -29,7 +29,7 @@ def git_files(*patterns: str) -> list[str]:
 
 LINTERS = {
     "spank": ["make", "--no-print-directory", "-C", "spank", "check"],
-    "fakes": ["make", "--no-print-directory", "-C", "tests/fakes", "check"],
+    "simulator": ["make", "--no-print-directory", "-C", "tests/simulator", "check"],
     "mypy": [sys.executable, "-m", "mypy"],
     "ruff": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
     "format": [sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "."],

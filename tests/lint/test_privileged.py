@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENTRIES = ["slurm_mps/hook.py", "slurm_mps/reconcile.py"]
+ENTRIES = ["slurm_mps/hook.py", "slurm_mps/job/reconcile.py"]
 FILES, PROCESSES = "slurm_mps/node/files.py", "slurm_mps/node/processes.py"
 
 #: Modules that work by path, start programs through a shell, or run what they read.
@@ -33,8 +33,8 @@ EFFECTS = frozenset(
 ALLOWED = {
     FILES: {"open", "mkdir", "unlink", "rmdir", "rename", "setxattr", "fchmod", "stat", "listdir"},
     PROCESSES: {"posix_spawn", "killpg", "stat", "readlink", "listdir"},
-    "slurm_mps/hooks.py": {"stat"},
-    "slurm_mps/node/slurm.py": {"access"},
+    "slurm_mps/config/load.py": {"stat"},
+    "slurm_mps/slurm/jobs.py": {"access"},
 }
 #: A call by path whose answer is only compared: whether a process sees the directory /run that we see.
 COMPARED = {(PROCESSES, "os.stat(place)")}
@@ -50,8 +50,8 @@ BY_DIRECTORY = {
 BUILTINS = {"eval", "exec", "compile", "__import__", "getattr", "setattr", "input", "breakpoint"}
 #: Where a name of ours, a C function's or a field's, is looked up by its text.
 DYNAMIC = {
-    "slurm_mps/node/gpus.py": {"getattr"},
-    "slurm_mps/config.py": {"getattr"},
+    "slurm_mps/node/nvml.py": {"getattr"},
+    "slurm_mps/config/settings.py": {"getattr"},
     "slurm_mps/record.py": {"getattr", "setattr"},
 }
 
@@ -184,23 +184,28 @@ def problems_of(name: str, tree: ast.AST) -> list[str]:
 PRIVILEGED = privileged()
 
 
-def test_the_privileged_code_is_what_the_hooks_import() -> None:
-    """All of the package but the command line, the readers of an admin's files and what runs as a user."""
-    everything = {str(path.relative_to(ROOT)) for path in (ROOT / "slurm_mps").rglob("*.py")}
-    assert sorted(
-        name
-        for name in everything - PRIVILEGED.keys()
-        if not re.search(r"/(cli|doctor|install|job_log|metrics|status|verify)/", name)
-    ) == [
-        "slurm_mps/config_file.py",
-        "slurm_mps/cuda.py",
-        "slurm_mps/deadlines.py",
-        "slurm_mps/explain.py",
-        "slurm_mps/plain.py",
-        "slurm_mps/plugin_file.py",
-        "slurm_mps/probe.py",
-        "slurm_mps/rehearsal.py",
-        "slurm_mps/slurm_conf.py",
+def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> None:
+    """All of job/, but for what only looks; of the other rooms no more than is listed here."""
+    job = {str(path.relative_to(ROOT)) for path in (ROOT / "slurm_mps/job").glob("*.py")}
+    assert job - PRIVILEGED.keys() == {"slurm_mps/job/preview.py", "slurm_mps/job/told.py"}
+    assert sorted(PRIVILEGED.keys() - job) == [
+        "slurm_mps/__init__.py",
+        "slurm_mps/config/load.py",
+        "slurm_mps/config/settings.py",
+        "slurm_mps/errors.py",
+        "slurm_mps/hook.py",
+        "slurm_mps/node/__init__.py",
+        "slurm_mps/node/control.py",
+        "slurm_mps/node/files.py",
+        "slurm_mps/node/messages.py",
+        "slurm_mps/node/nvml.py",
+        "slurm_mps/node/processes.py",
+        "slurm_mps/node/wordfile.py",
+        "slurm_mps/record.py",
+        "slurm_mps/slurm/__init__.py",
+        "slurm_mps/slurm/hostlist.py",
+        "slurm_mps/slurm/jobs.py",
+        "slurm_mps/units.py",
     ]
 
 
@@ -211,18 +216,18 @@ def test_root_works_by_descriptor(name: str) -> None:
 
 
 PLANTED = [
-    ("slurm_mps/state.py", "import os\nos.chown('/run/x', 1, 1)", "os.chown"),
-    ("slurm_mps/state.py", "import os\nos.chmod('/run/x', 0o777)", "os.chmod"),
-    ("slurm_mps/state.py", "import os\nos.makedirs('/run/x')", "os.makedirs"),
-    ("slurm_mps/hooks.py", "import os\nos.system('rm -r /run/x')", "os.system"),
-    ("slurm_mps/hooks.py", "import os\nos.stat('/run/x')", "os.stat('/run/x') without dir_fd"),
-    ("slurm_mps/hooks.py", "def f():\n    import shutil\n    shutil.rmtree('/run/x')", "imports shutil"),
-    ("slurm_mps/hooks.py", "import subprocess", "imports subprocess"),
-    ("slurm_mps/hooks.py", "from os import chmod", "imports from os, which hides what is called"),
-    ("slurm_mps/hooks.py", "import os as o\no.chmod('/x', 1)", "renames os"),
-    ("slurm_mps/hooks.py", "import os\ngetattr(os, 'chmod')('/x', 1)", "getattr()"),
-    ("slurm_mps/hooks.py", "open('/run/x', 'w')", "open('/run/x', 'w') by path"),
-    ("slurm_mps/hooks.py", "open('/run/x')", "open('/run/x', 'r') by path"),
+    ("slurm_mps/job/state.py", "import os\nos.chown('/run/x', 1, 1)", "os.chown"),
+    ("slurm_mps/job/state.py", "import os\nos.chmod('/run/x', 0o777)", "os.chmod"),
+    ("slurm_mps/job/state.py", "import os\nos.makedirs('/run/x')", "os.makedirs"),
+    ("slurm_mps/job/prolog.py", "import os\nos.system('rm -r /run/x')", "os.system"),
+    ("slurm_mps/config/load.py", "import os\nos.stat('/run/x')", "os.stat('/run/x') without dir_fd"),
+    ("slurm_mps/job/prolog.py", "def f():\n    import shutil\n    shutil.rmtree('/run/x')", "imports shutil"),
+    ("slurm_mps/job/prolog.py", "import subprocess", "imports subprocess"),
+    ("slurm_mps/job/prolog.py", "from os import chmod", "imports from os, which hides what is called"),
+    ("slurm_mps/job/prolog.py", "import os as o\no.chmod('/x', 1)", "renames os"),
+    ("slurm_mps/job/prolog.py", "import os\ngetattr(os, 'chmod')('/x', 1)", "getattr()"),
+    ("slurm_mps/job/prolog.py", "open('/run/x', 'w')", "open('/run/x', 'w') by path"),
+    ("slurm_mps/job/prolog.py", "open('/run/x')", "open('/run/x', 'r') by path"),
     (PROCESSES, "open('/proc/1/oom_score_adj', 'w')", "open('/proc/1/oom_score_adj', 'w') by path"),
     (PROCESSES, "import os\nos.kill(1, 9)", "os.kill"),
     (PROCESSES, "import os\nos.stat('/run/x')", "os.stat('/run/x') without dir_fd"),
@@ -245,9 +250,9 @@ def test_the_lint_sees_a_planted_line(name: str, text: str, problem: str) -> Non
 
 def test_the_lint_sees_a_line_planted_in_the_real_file() -> None:
     """The whole way: a line more in a file that the hooks import is found."""
-    text = (ROOT / "slurm_mps/lifecycle.py").read_text()
+    text = (ROOT / "slurm_mps/job/lifecycle.py").read_text()
     planted = f"{text}\n\ndef tidy() -> None:\n    import os\n\n    os.rename('/run/a', '/run/b')\n"
-    assert problems_of("slurm_mps/lifecycle.py", ast.parse(planted)) == ["os.rename"]
+    assert problems_of("slurm_mps/job/lifecycle.py", ast.parse(planted)) == ["os.rename"]
 
 
 # ------------------------------------------------------------------------------------------------------- the plugin

@@ -20,7 +20,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.model.life import Life
+from tests.torture.life import Life
 
 from . import exploits, random_kills
 from .strike import CAN_DIE, CAN_FAIL, FAULTS, StruckNode, build_library, scenarios, strike

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from slurm_mps.cli.main import main
-from slurm_mps.config import DEFAULTS, from_settings
-from slurm_mps.config_file import parse_config
+from slurm_mps.config.file import parse_config
+from slurm_mps.config.settings import DEFAULTS, from_settings
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -34,7 +34,7 @@ def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_no_file_means_the_defaults(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slurm_mps.hooks.CONFIG_PATH", "/nonexistent/mps.toml")
+    monkeypatch.setattr("slurm_mps.config.settings.CONFIG_PATH", "/nonexistent/mps.toml")
     status, out = run(capsys, "config", "check")
     assert (status, "the defaults hold" in out) == (0, True)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm_mps.config import DEFAULTS, ConfigError, from_lines, to_lines
-from slurm_mps.config_file import parse_config, schema
+from slurm_mps.config.file import parse_config, schema
+from slurm_mps.config.settings import DEFAULTS, ConfigError, from_lines, to_lines
 
 ROOT = Path(__file__).parents[2]
 

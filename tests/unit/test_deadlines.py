@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slurm_mps.config import DEFAULTS
-from slurm_mps.deadlines import check_deadlines
+from slurm_mps.config.settings import DEFAULTS
+from slurm_mps.slurm.timeouts import check_deadlines
 
 # As `scontrol show config` has them where slurm.conf says nothing, in all releases that were looked at.
 UNSET = {"MessageTimeout": "10 sec", "PrologEpilogTimeout": "65534"}

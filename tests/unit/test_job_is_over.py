@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slurm_mps.node.slurm import SlurmJob
-from slurm_mps.reconcile import is_over
+from slurm_mps.job.reconcile import is_over
+from slurm_mps.slurm.jobs import SlurmJob
 
 NOW = 1_800_000_000
 

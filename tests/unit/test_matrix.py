@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import matrix
 from tests.harness.release import RELEASES
-from tests.matrix import Outcome, commit_of, page_of, read_report, short_form, to_be_run_again, with_short_form
+from tests.lab import matrix
+from tests.lab.matrix import Outcome, commit_of, page_of, read_report, short_form, to_be_run_again, with_short_form
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,7 +139,7 @@ def test_a_report_is_counted_with_files_that_cannot_be_collected(tmp_path: Path)
         "doctor/test_some.py": "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n"
         "@pytest.mark.skip(reason='no')\ndef test_c(): pass\n",
         "install/test_broken.py": "import nothing_of_that_name\n",
-        "colocation/test_left_out.py": "import pytest\npytest.skip('not here', allow_module_level=True)\n",
+        "verify/test_left_out.py": "import pytest\npytest.skip('not here', allow_module_level=True)\n",
     }
     for name, text in files.items():
         path = tmp_path / "tests" / name
@@ -150,7 +150,7 @@ def test_a_report_is_counted_with_files_that_cannot_be_collected(tmp_path: Path)
     subprocess.run([*line, f"--junitxml={report}", "tests"], cwd=tmp_path, capture_output=True, check=False)
     counts, failures, skips = read_report(report)
     assert counts["doctor"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert (counts["install"], counts["colocation"], counts["integration"]) == ({"failed": 1}, {"skipped": 1}, {})
+    assert (counts["install"], counts["verify"], counts["slurm"]) == ({"failed": 1}, {"skipped": 1}, {})
     assert sorted(failures) == ["tests/doctor/test_some.py::test_b", "tests/install/test_broken.py"]
     assert skips["no"] == 1
     assert sum(skips.values()) == 2

@@ -4,15 +4,9 @@ import re
 
 import pytest
 
-from slurm_mps.config import DEFAULTS, SiteConfig
+from slurm_mps.config.settings import DEFAULTS, SiteConfig
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.node.control import ControlDaemon, Limits
-from slurm_mps.node.gpus import EXCLUSIVE_PROCESS, Gpu
-from slurm_mps.plan import Plan, make_plan, refusal_of_default
-from slurm_mps.record import replace
-from slurm_mps.request import PER_GPU, JobRequest
-from slurm_mps.state import VERDICT_VERSION, Verdict
-from slurm_mps.steps import (
+from slurm_mps.job.actions import (
     AdmitUser,
     HoldGpu,
     JobDaemon,
@@ -22,6 +16,12 @@ from slurm_mps.steps import (
     StartDaemons,
     StartServers,
 )
+from slurm_mps.job.plan import Plan, make_plan, refusal_of_default
+from slurm_mps.job.request import PER_GPU, JobRequest
+from slurm_mps.job.verdict import VERDICT_VERSION, Verdict
+from slurm_mps.node.control import ControlDaemon, Limits
+from slurm_mps.node.nvml import EXCLUSIVE_PROCESS, Gpu
+from slurm_mps.record import replace
 from slurm_mps.units import GIB, MIB
 
 H200 = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200", 143155 * MIB, (9, 0), (13, 0))
@@ -44,7 +44,7 @@ def verdict(plan: Plan) -> Verdict:
 
 
 def values(plan: Plan, key: str) -> list[str]:
-    return [value for name, value in verdict(plan).settings if name == key]
+    return [value for name, value in verdict(plan).settings() if name == key]
 
 
 def test_the_form_of_a_verdict_moves_with_its_number() -> None:
@@ -54,7 +54,7 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
     VERDICT_VERSION here and in spank/verdict.h.
     """
     request = replace(ask(), daemons=PER_GPU, auto_threads=True, auto_memory=True, client_priority=1)
-    forms = {(key, len(value.split(" "))) for key, value in verdict(make_plan(request, DEFAULTS, GPUS)).settings}
+    forms = {(key, len(value.split(" "))) for key, value in verdict(make_plan(request, DEFAULTS, GPUS)).settings()}
     assert (VERDICT_VERSION, sorted(forms)) == (
         1,
         [
@@ -68,6 +68,7 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
             ("gpu", 5),
             ("memory_min", 1),
             ("probe", 2),
+            ("status", 1),
             ("thread_percentage", 1),
             ("thread_percentage_min", 1),
             ("visible_devices", 1),

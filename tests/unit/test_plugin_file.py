@@ -13,8 +13,8 @@ import pytest
 import slurm_mps
 from slurm_mps.errors import MpsError
 from slurm_mps.install.build import read_plugin_for
-from slurm_mps.plugin_file import PluginFile, read_plugin
-from slurm_mps.state import VERDICT_VERSION
+from slurm_mps.job.verdict import VERDICT_VERSION
+from slurm_mps.slurm.plugin_file import PluginFile, read_plugin
 from tests.harness.cluster import REPOSITORY
 
 PLUGIN = REPOSITORY / "build/spank/spank_mps.so"

@@ -13,18 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm_mps.config import DEFAULTS
+from slurm_mps.config.settings import DEFAULTS
 from slurm_mps.errors import RequestError
-from slurm_mps.node.gpus import Gpu
-from slurm_mps.plan import make_plan
-from slurm_mps.request import JobRequest
-from slurm_mps.state import VERDICT_VERSION, Verdict, refused, without
-from slurm_mps.status.verdict import parse_verdict
+from slurm_mps.job.plan import make_plan
+from slurm_mps.job.request import JobRequest
+from slurm_mps.job.verdict import VERDICT_VERSION, parse_verdict, refused, without
+from slurm_mps.node.nvml import Gpu
+from slurm_mps.node.wordfile import DamagedFileError, encode
 from slurm_mps.units import MIB, parse_memory, parse_memory_by_gpu, parse_thread_percentage
-from slurm_mps.wordfile import DamagedFileError, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 SPANK = Path(__file__).parents[2] / "spank"
 NONE, READY, REFUSED, WITHOUT = range(4)
@@ -106,7 +105,7 @@ def test_both_sides_take_and_refuse_the_same_percentages(plugin: ctypes.CDLL, te
     """What sbatch takes the prolog must take, or a user gets two opinions."""
     try:
         tenths = round(parse_thread_percentage(text) * 10)
-    except RequestError:
+    except ValueError:
         tenths = 0
     assert plugin.threads_tenths(text.encode()) == tenths
 
@@ -130,7 +129,7 @@ def test_both_sides_take_and_refuse_the_same_lists_with_the_same_words(plugin: c
         return
     try:
         limits = dict(parse_memory_by_gpu(text))
-    except RequestError as error:
+    except ValueError as error:
         assert (problem or b"").decode() == str(error)  # noqa: PT017 - both sides say so, or neither
     else:
         assert problem is None
@@ -142,7 +141,7 @@ def test_both_sides_take_and_refuse_the_same_sizes(plugin: ctypes.CDLL, text: st
     plugin.mem_mib.restype = ctypes.c_uint64
     try:
         mib = parse_memory(text) // MIB
-    except RequestError:
+    except ValueError:
         mib = 0
     assert plugin.mem_mib(text.encode()) == mib
 
@@ -173,8 +172,13 @@ def settings(**changes: str | list[str] | None) -> tuple[tuple[str, str], ...]:
     return (*((key, value) for key, values in added for value in values), *kept)
 
 
+def ready(lines: Iterable[tuple[str, str]]) -> bytes:
+    """A ready verdict of these lines, whether or not the prolog would write such."""
+    return encode("verdict", VERDICT_VERSION, ["status ready", *(f"{key} {value}" for key, value in lines)])
+
+
 def verdict_file(**changes: str | list[str] | None) -> bytes:
-    return Verdict("ready", settings=settings(**changes)).encode()
+    return ready(settings(**changes))
 
 
 PER_GPU = [f"{PIPE}/gpu-0 /var/log/slurm-mps/4711/gpu-0 8G", f"{PIPE}/gpu-1 /var/log/slurm-mps/4711/gpu-1 4G"]
@@ -270,7 +274,7 @@ def test_no_verdict_is_none(plugin: ctypes.CDLL, state: Path) -> None:
     assert read(plugin, state, None).status == NONE
 
 
-WHOLE = Verdict("ready", settings=SETTINGS).encode()
+WHOLE = ready(SETTINGS)
 
 
 @pytest.mark.parametrize("length", range(len(WHOLE) - len("end 00000000\n") + 1))

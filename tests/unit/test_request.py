@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.request import PER_GPU, PER_NODE, JobRequest, read_request
+from slurm_mps.job.request import PER_GPU, PER_NODE, JobRequest, read_request
 from slurm_mps.units import GIB
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "2,3"}

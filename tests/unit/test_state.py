@@ -6,23 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slurm_mps.config import DEFAULTS, SiteConfig
+from slurm_mps.config.settings import DEFAULTS, STATE_DIRECTORY, SiteConfig
 from slurm_mps.errors import NodeError
+from slurm_mps.job.actions import gpu_daemon_name
+from slurm_mps.job.journal import JOURNAL_VERSION, Journal
+from slurm_mps.job.ledger import LedgerEntry
+from slurm_mps.job.request import ID_MAX
+from slurm_mps.job.state import NodeState
+from slurm_mps.job.verdict import VERDICT_VERSION, refused
 from slurm_mps.node.control import PIPE_DIRECTORY_MAX
-from slurm_mps.request import ID_MAX
-from slurm_mps.state import (
-    JOURNAL_VERSION,
-    STATE_DIRECTORY,
-    VERDICT_VERSION,
-    Journal,
-    LedgerEntry,
-    NodeState,
-    Verdict,
-    refused,
-)
-from slurm_mps.steps import gpu_daemon_name
+from slurm_mps.node.wordfile import DamagedFileError, NewerFileError, decode, encode
 from slurm_mps.units import GPUS_MAX
-from slurm_mps.wordfile import DamagedFileError, NewerFileError, decode, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,8 +82,8 @@ def test_only_the_verdict_can_be_read(state: NodeState, place: Path) -> None:
     journal.write_verdict(refused("no"))
     assert modes(place)["jobs/4711"] == 0o700, "until the user is let in"
     journal.admit_user()
-    state.write_ledger(GPU, LedgerEntry((4711,), 0))
-    state.write_compiled_config("stamp", DEFAULTS)
+    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
+    state.keep_compiled_config("stamp", DEFAULTS, 1)
     assert place.stat().st_mode & 0o7777 == 0o711
     assert modes(place) == {
         "jobs": 0o711,
@@ -210,12 +204,6 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
     assert (len(lines), len(lines[1])) == (2, len("message ") + 480)
 
 
-def test_a_ready_verdict_keeps_its_settings_in_order() -> None:
-    """Settings follow the status, each under its own key, and a key may come again."""
-    verdict = Verdict("ready", settings=(("pipe_directory", "/p"), ("gpu", "0 0 GPU-0"), ("gpu", "1 1 GPU-1")))
-    assert verdict.lines() == ["status ready", "pipe_directory /p", "gpu 0 0 GPU-0", "gpu 1 1 GPU-1"]
-
-
 # --------------------------------------------------------------------------------------------------------- the ledger
 
 
@@ -226,32 +214,32 @@ def test_a_ledger_is_read_back_as_it_was_written(state: NodeState, entry: Ledger
     """Holders in their order, and the mode that was found, DEFAULT as well as none."""
     for job in entry.holders:
         begin(state, job)
-    state.write_ledger(GPU, entry)
-    assert state.read_ledger(GPU) == entry
+    state.ledgers.write(GPU, entry)
+    assert state.ledgers.read(GPU) == entry
 
 
 def test_a_ledger_of_nobody_and_nothing_is_no_file(state: NodeState, place: Path) -> None:
     """With the last holder gone and the mode put back there is nothing to remember, nor a killed write's rest."""
     begin(state)
-    state.write_ledger(GPU, LedgerEntry((4711,), 0))
+    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
     (place / f"gpus/.{GPU}.new").touch(mode=0o600)
-    state.write_ledger(GPU, LedgerEntry())
+    state.ledgers.write(GPU, LedgerEntry())
     assert list((place / "gpus").iterdir()) == []
-    assert state.read_ledger(GPU) == LedgerEntry()
+    assert state.ledgers.read(GPU) == LedgerEntry()
 
 
 def test_a_holder_without_a_job_directory_does_not_hold(state: NodeState) -> None:
     """A job whose state is gone cannot let go any more; what it found is remembered all the same."""
     begin(state, 4712)
-    state.write_ledger(GPU, LedgerEntry((4711, 4712, 4713), 2))
-    assert state.read_ledger(GPU) == LedgerEntry((4712,), 2)
+    state.ledgers.write(GPU, LedgerEntry((4711, 4712, 4713), 2))
+    assert state.ledgers.read(GPU) == LedgerEntry((4712,), 2)
 
 
 def test_a_ledger_of_another_boot_says_nothing(state: NodeState, place: Path) -> None:
     """Compute modes do not outlive a boot: neither does what was found, nor who held."""
     begin(state)
     put(place / f"gpus/{GPU}", encode("ledger", 1, ["boot another", "mode_found 2", "holder 4711"]))
-    assert state.read_ledger(GPU) == LedgerEntry()
+    assert state.ledgers.read(GPU) == LedgerEntry()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +258,7 @@ def test_a_damaged_ledger_is_not_taken_for_none(
     """Taking it for empty would give a held GPU away, or lose the mode that was found."""
     put(place / f"gpus/{GPU}", data)
     with pytest.raises(error):
-        state.read_ledger(GPU)
+        state.ledgers.read(GPU)
 
 
 # ------------------------------------------------------------------------- the compiled configuration, the whole
@@ -280,7 +268,7 @@ def test_the_compiled_configuration_is_of_one_file(state: NodeState, place: Path
     """It is used for the very file it was made of, and for no other; damaged, of another version or none: made anew."""
     config = SiteConfig(policy_node_fault="fail_job")
     assert state.read_compiled_config("stamp") is None
-    state.write_compiled_config("stamp", config)
+    state.keep_compiled_config("stamp", config, 1)
     assert state.read_compiled_config("stamp") == config
     assert state.read_compiled_config("another") is None
     whole = (place / "config").read_bytes()
@@ -301,8 +289,8 @@ def test_locks_are_by_number(state: NodeState, place: Path) -> None:
     other = NodeState(str(place))
     state.lock_job(4711, 1)
     other.lock_job(4712, 0)
-    state.lock_ledgers(0)
-    state.unlock_ledgers()
+    state.ledgers.lock(0)
+    state.ledgers.unlock()
     other.close()
 
 

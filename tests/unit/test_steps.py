@@ -2,8 +2,8 @@
 
 import pytest
 
-from slurm_mps.steps import read_undo, side_by_side
-from slurm_mps.wordfile import DamagedFileError
+from slurm_mps.job.actions import read_undo, side_by_side
+from slurm_mps.node.wordfile import DamagedFileError
 
 
 @pytest.mark.parametrize("line", ["quit_daemons", "quit_daemons names=gpu0 more=1", "quit_daemon", "x"])

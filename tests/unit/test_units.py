@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm_mps.errors import RequestError
 from slurm_mps.units import (
     GIB,
     MIB,
@@ -46,7 +45,7 @@ def test_percentages_a_user_may_write(text: str, percent: float) -> None:
 
 @pytest.mark.parametrize("text", [*BAD_PERCENTAGES, ARABIC_DIGITS])
 def test_what_is_no_percentage_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="above 0 and up to 100"):
+    with pytest.raises(ValueError, match="above 0 and up to 100"):
         parse_thread_percentage(text)
 
 
@@ -57,7 +56,7 @@ def test_sizes_a_user_may_write(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", [*BAD_SIZES, ARABIC_DIGITS + "G"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="M, G or T"):
+    with pytest.raises(ValueError, match="M, G or T"):
         parse_memory(text)
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from slurm_mps.cli.verify import COLUMNS
 from slurm_mps.record import replace as changed
-from slurm_mps.verify import hostlist, link, look, report
+from slurm_mps.slurm import hostlist
+from slurm_mps.verify import link, look, report
 from slurm_mps.verify.judge import Findings, memory_limit, own_memory_limit, problems, thread_limit
 from slurm_mps.verify.report import DaemonAnswer, Report
 from slurm_mps.verify.step import Step, read_step

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError
-from slurm_mps.wordfile import DamagedFileError, NewerFileError, decode, encode, fields, quote, unquote, with_fields
+from slurm_mps.node.wordfile import (
+    DamagedFileError,
+    NewerFileError,
+    decode,
+    encode,
+    fields,
+    quote,
+    unquote,
+    with_fields,
+)
 
 GOOD = encode("journal", 1, ["job id=4711", "undo quit_daemon"])
 

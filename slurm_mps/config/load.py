@@ -1,0 +1,57 @@
+"""The site configuration as the prolog has it: compiled once, and again when the file has changed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .. import __version__
+from ..node import processes
+from ..node.files import open_trusted
+from .settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, DEFAULTS, ConfigError, from_lines
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from .settings import SiteConfig
+
+    class Cache(Protocol):
+        """Where the compiled form is kept between jobs."""
+
+        def read_compiled_config(self, stamp: str = "") -> SiteConfig | None: ...
+        def keep_compiled_config(self, stamp: str, config: SiteConfig, timeout_seconds: float) -> None: ...
+
+
+def load_config(cache: Cache | None, timeout_seconds: float) -> SiteConfig:
+    """The site configuration: defaults without a file, else the compiled form, made anew when the file has changed.
+
+    The directory may be a link, as sites like to have it: what root's links in root's directories lead to is checked.
+    Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
+    """
+    try:
+        with open_trusted(os.path.realpath(CONFIG_DIRECTORY)) as directory:
+            status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
+            place = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
+            stamp = f"{__version__}:{place}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+            config = cache.read_compiled_config(stamp) if cache else None
+            if config is None:
+                config = _compile(directory.read(CONFIG_NAME), timeout_seconds)
+                if cache:
+                    cache.keep_compiled_config(stamp, config, timeout_seconds)
+            return config
+    except FileNotFoundError:
+        return DEFAULTS
+
+
+def _compile(text: bytes, timeout_seconds: float) -> SiteConfig:
+    """Check and compile the file in a process of its own: here neither jsonschema nor site-packages may come in."""
+    outcome = processes.run(
+        [sys.executable, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH],
+        {"PATH": "/usr/bin:/bin"},
+        timeout_seconds,
+        text.decode("utf-8", "surrogateescape"),
+    )
+    if outcome.status:
+        raise ConfigError(outcome.errors.splitlines() or [f"{CONFIG_PATH}: cannot be checked"])
+    return from_lines(outcome.output.splitlines())

@@ -1,0 +1,109 @@
+"""A job's journal: who the job is, and the lines that undo what was done for it, on disk before it is done.
+
+slurm-mps journal 1
+job id=4711 uid=20001 restart=0 boot=<boot id> node=n1 ready=yes
+undo release_gpu gpu=GPU-...
+undo quit_daemons names=pipe
+"""
+
+from __future__ import annotations
+
+from ..config.settings import CONFIG_VERSION, from_lines, to_lines
+from ..errors import NodeError
+from ..node.wordfile import DamagedFileError, decode, encode, fields, with_fields
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..config.settings import SiteConfig
+    from ..node.files import Directory
+    from .verdict import Verdict
+
+JOURNAL_VERSION = 1
+FILE = "journal"
+
+
+class Journal:
+    """One job's way on this node: who it is, and the lines that undo what was done for it."""
+
+    def __init__(
+        self, directory: Directory, job_id: int, uid: int, restart_count: int, boot_id: str, node: str = ""
+    ) -> None:
+        self.directory = directory
+        self.job_id = job_id
+        self.uid = uid
+        self.restart_count = restart_count
+        self.boot_id = boot_id
+        self.node = node  #: what Slurm calls this node
+        self.undo: list[str] = []
+        self.ready = False
+
+    def write(self) -> None:
+        """Put the journal on disk as it stands."""
+        who = {
+            "id": str(self.job_id),
+            "uid": str(self.uid),
+            "restart": str(self.restart_count),
+            "boot": self.boot_id,
+            "node": self.node,
+            "ready": "yes" if self.ready else "no",
+        }
+        lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
+        self.directory.write(FILE, encode("journal", JOURNAL_VERSION, lines))
+
+    def note(self, undo: str, after: int = 0) -> None:
+        """Put on disk how the effect that comes next is undone: before all others, or `after` so many of them."""
+        self.undo.insert(len(self.undo) - after, undo)
+        self.write()
+
+    def admit_user(self) -> None:
+        """Let the job's user enter and read the job's directory."""
+        self.directory.grant_user(self.uid)
+
+    def write_verdict(self, verdict: Verdict) -> None:
+        self.directory.write("verdict", verdict.encode(), mode=0o644)
+
+    def tell_tasks(self, verdict: Verdict) -> None:
+        """Leave the verdict of a job without MPS; with no daemon here, all may enter where the file system has no ACLs.
+
+        Raises: NodeError; then there is no verdict at all.
+        """
+        try:
+            try:
+                self.admit_user()
+            except NodeError:
+                self.directory.open_to_all()
+            self.write_verdict(verdict)
+        except NodeError:
+            self.directory.unlink("verdict")
+            raise
+
+    def write_config(self, config: SiteConfig) -> None:
+        self.directory.write("config", encode("config", CONFIG_VERSION, to_lines(config)))
+
+    def read_config(self) -> SiteConfig | None:
+        """The configuration the job was brought up with; None when it did not come that far."""
+        try:
+            return from_lines(decode(self.directory.read("config"), "config", CONFIG_VERSION))
+        except FileNotFoundError:
+            return None
+
+
+def read_journal(directory: Directory) -> Journal:
+    """Read the journal of a job's directory.
+
+    Raises: FileNotFoundError; DamagedFileError, NewerFileError, NodeError.
+    """
+    lines = decode(directory.read(FILE), "journal", JOURNAL_VERSION)
+    try:
+        name, *words = lines[0].split(" ")
+        who = fields(words)
+        job_id, uid, restart_count = (int(who[key]) for key in ("id", "uid", "restart"))
+        journal = Journal(directory, job_id, uid, restart_count, who["boot"], who["node"])
+        journal.ready = who["ready"] == "yes"
+    except (IndexError, KeyError, ValueError):
+        raise DamagedFileError(f"{directory.path}/journal does not name its job") from None
+    undo = [line.partition(" ")[::2] for line in lines[1:]]
+    if name != "job" or any(key != "undo" for key, _ in undo):
+        raise DamagedFileError(f"{directory.path}/journal has lines of another kind")
+    journal.undo = [line for _, line in undo]
+    return journal

@@ -1,0 +1,137 @@
+"""The logs of a job's control daemon and server. Whatever goes wrong with them costs neither job nor node.
+
+/var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
+  <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
+    gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own
+    verdict                  0644, in a directory 0711: of a job without MPS that could not be told so in /run
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import NodeError
+from ..node.files import Directory, make_trusted, open_trusted
+from ..node.messages import tell_admin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from ..config.settings import SiteConfig
+
+_LOGS = ("control.log", "server.log")
+_VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin knows this one (spank/verdict.c)
+
+
+def _attempt(job_id: int, what: str, work: Callable[[], None]) -> bool:
+    """Do something with a job's logs; when it fails the admin is told, and that is all."""
+    try:
+        work()
+        return True
+    except NodeError as error:
+        tell_admin(f"job {job_id}: its logs are not {what}: {error}")
+    except OSError as error:
+        tell_admin(f"job {job_id}: its logs are not {what}: {os.strerror(error.errno or 0)}")
+    return False
+
+
+def make(job_id: int, uid: int, parts: Sequence[str], config: SiteConfig) -> bool:
+    """Make a job's log directory with its parts, empty, and let its user read it; False when there can be none."""
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            logs.remove_tree(str(job_id))
+            with logs.make(str(job_id), 0o700) as own:
+                for part in parts:
+                    own.make(part, 0o755).close()
+                own.grant_user(uid)
+
+    return _attempt(job_id, f"written below {config.paths_logs}", work)
+
+
+def leave_verdict(job_id: int, verdict: bytes, config: SiteConfig, jobs: Collection[int]) -> None:
+    """Leave the verdict of a job of which nothing is in the state directory; it goes when its logs would go.
+
+    Raises: NodeError.
+    """
+    with make_trusted(_VERDICTS, 0o711, group_is_trusted=True) as logs:
+        logs.remove_tree(str(job_id))
+        with logs.make(str(job_id), 0o711) as own:
+            own.write("verdict", verdict, mode=0o644)
+        _prune(logs, config.logs_max_jobs, (*jobs, job_id))
+
+
+def _prune(logs: Directory, keep_jobs: int, running: Collection[int]) -> None:
+    """Remove the logs of the oldest jobs that are over; job ids grow."""
+    over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in running)
+    for job_id in over[: max(0, len(over) - keep_jobs)]:
+        logs.remove_tree(str(job_id))
+
+
+def _cut(own: Directory, limit_bytes: int) -> None:
+    """Leave the end of each log of a directory, and of the directories in it."""
+    for name in own.names():
+        if name in _LOGS:
+            data = own.read_tail(name, limit_bytes + 1)
+            if len(data) > limit_bytes:
+                own.write(name, data[-limit_bytes:], mode=0o644)
+        elif name.startswith("gpu-"):
+            with own.subdirectory(name) as part:
+                _cut(part, limit_bytes)
+
+
+def untidy(config: SiteConfig, jobs: Collection[int]) -> list[int]:
+    """Jobs that are over whose logs are not as keep() leaves them: a reboot ended them, or the site changed its mind.
+
+    Raises: NodeError when the directory cannot be looked at.
+    """
+    try:
+        with open_trusted(config.paths_logs, group_is_trusted=True) as logs:
+            over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in jobs)
+            if config.logs_keep == "never":
+                return over
+            extra = len(over) - config.logs_max_jobs
+            limit = config.logs_max_kib * 1024
+            return [job for number, job in enumerate(over) if number < extra or _is_long(logs, str(job), limit)]
+    except FileNotFoundError:
+        return []
+
+
+def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
+    """Whether a log in this directory, or in one of the directories in it, is longer than _cut() leaves it."""
+    with parent.subdirectory(name) as own:
+        return any(
+            (name in _LOGS and len(own.read_tail(name, limit_bytes + 1)) > limit_bytes)
+            or (name.startswith("gpu-") and _is_long(own, name, limit_bytes))
+            for name in own.names()
+        )
+
+
+def forget(job_id: int, config: SiteConfig) -> None:
+    """Remove the logs of a job that was refused: they say nothing, and would have an older job's removed."""
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            logs.remove_tree(str(job_id))
+
+    _attempt(job_id, "removed", work)
+
+
+def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
+    """Bound a job's logs when the daemon is gone, or remove them, as the site wants; a second time does no harm.
+
+    `jobs` are all that are not over yet.
+    """
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            if config.logs_keep == "never":
+                logs.remove_tree(str(job_id))
+                return
+            if logs.exists(str(job_id)):
+                with logs.subdirectory(str(job_id)) as own:
+                    _cut(own, config.logs_max_kib * 1024)
+            _prune(logs, config.logs_max_jobs, [job for job in jobs if job != job_id])
+
+    _attempt(job_id, "kept", work)

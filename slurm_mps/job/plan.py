@@ -1,0 +1,282 @@
+"""What will be done for a job: JobRequest + SiteConfig + the job's GPUs -> Plan. Pure; printable, not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..config.settings import SiteConfig, memory_bytes
+from ..errors import NodeError, RequestError
+from ..node.control import Limits
+from ..node.nvml import EXCLUSIVE_PROCESS, Gpu
+from ..record import record
+from ..units import GPUS_MAX, MIB, describe_memory, format_memory
+from .actions import (
+    WHOLE_JOB,
+    AdmitUser,
+    HoldGpu,
+    JobDaemon,
+    MakeDirectories,
+    ReadLedgers,
+    SetLimits,
+    StartDaemons,
+    StartServers,
+    gpu_daemon_name,
+)
+from .request import PER_GPU
+from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TypeVar
+
+    from ..node.control import ControlDaemon
+    from .actions import Step
+    from .request import JobRequest
+
+    T = TypeVar("T")
+
+# A context costs 514 MiB at 100 % and 145 MiB at 25 % of an H200's threads (O15): so many parts of the whole cost at
+# 0 %, and the rest in proportion to the threads. The plugin reckons the same for a step (spank/limits.c).
+_CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
+#: What the plugin runs: to see whether a server takes clients, and to say why tasks ended badly.
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PROBE = (sys.executable, f"{_PACKAGE}/task/probe.py")
+_EXPLAIN = f"{_PACKAGE}/task/explain.py"
+_SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
+
+
+@record
+class Plan:
+    """The steps for one job, in order, and what its tasks are told when they are done.
+
+    ``slurm_indices`` are Slurm's numbers of the ``gpus``, in the same order.
+    """
+
+    gpus: tuple[Gpu, ...]
+    slurm_indices: tuple[int, ...]
+    daemons: tuple[JobDaemon, ...]
+    clients_per_gpu: int
+    request: JobRequest
+    config: SiteConfig
+    steps: tuple[Step, ...]
+
+    @property
+    def claims(self) -> tuple[Step, ...]:
+        """The first of the steps, which make the GPUs the job's; no other asks NVML."""
+        return tuple(step for step in self.steps if isinstance(step, (ReadLedgers, HoldGpu)))
+
+    def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
+        """What the plugin reads in the job's tasks; `running` are the plan's daemons.
+
+        GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
+        serves the first GPU and so on.
+        """
+        auto = (("threads", self.request.auto_threads), ("memory", self.request.auto_memory))
+        limits = self.daemons[0].limits
+        return Verdict(
+            READY,
+            daemons=tuple(_place(daemon, planned) for daemon, planned in zip(running, self.daemons, strict=True)),
+            gpus=tuple(
+                VerdictGpu(index, gpu.minor, gpu.uuid, _for_clients(gpu, self.config), gpu.memory_bytes // MIB)
+                for index, gpu in zip(self.slurm_indices, self.gpus, strict=True)
+            ),
+            per_gpu=self.request.daemons == PER_GPU,
+            thread_percentage=limits.thread_percentage,
+            thread_percentage_min=self.config.limits_thread_percentage_min,
+            memory_min=self.config.limits_memory_min,
+            context_mib=self.config.limits_memory_context_mib,
+            clients_per_gpu=self.clients_per_gpu,
+            client_priority=limits.client_priority,
+            auto=tuple(what for what, is_asked in auto if is_asked),
+            visible_devices=self.config.gpus_client_visible_devices,
+            probe=_PROBE,
+            explain=_EXPLAIN,
+        )
+
+
+def _place(daemon: ControlDaemon, planned: JobDaemon) -> DaemonPlace:
+    name = "" if planned.name == WHOLE_JOB else planned.name
+    directories = daemon.pipe_directory, daemon.log_directory
+    return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus)
+
+
+def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
+    """How many MiB of a GPU its clients can share out; what their contexts cost counts against their limits (O15)."""
+    return max(0, gpu.free_bytes // MIB - max(_SERVER_MIB, config.limits_memory_context_mib))
+
+
+def _clients_per_gpu(gpus: tuple[Gpu, ...], config: SiteConfig) -> int:
+    """How many client contexts a server takes on a GPU (O42, M5)."""
+    if config.gpus_clients_max:
+        return config.gpus_clients_max
+    if min(gpu.compute_capability for gpu in gpus) < (7, 0):
+        return 16
+    return 60 if gpus[0].cuda_version >= (13, 1) else 48
+
+
+def _thread_percentage(request: JobRequest, config: SiteConfig) -> float:
+    percent = request.thread_percentage
+    low, high = config.limits_thread_percentage_min, config.limits_thread_percentage_max
+    if request.auto_threads:
+        return high
+    if percent is None:
+        return config.limits_thread_percentage_default
+    if not low <= percent <= high:
+        raise RequestError(f"--mps-threads={percent:g}: this site allows {low:g} to {high:g}", reason="threads")
+    return percent
+
+
+def _context_bytes(percent: float, config: SiteConfig) -> int:
+    """What a context costs of a client's limit, before the program has allocated anything."""
+    parts = _CONTEXT_FIXED_PARTS * 1000 + (_CONTEXT_PARTS - _CONTEXT_FIXED_PARTS) * round(percent * 10)
+    return config.limits_memory_context_mib * parts // (_CONTEXT_PARTS * 1000) * MIB
+
+
+def refusal_of_default(config: SiteConfig, gpu: str = "", gpu_bytes: int | None = None) -> str:
+    """Why a job that gives no limit of its own is refused for the site's; "" if it is not.
+
+    `gpu` is the UUID of the GPU of so many bytes; without, what the configuration alone tells.
+    """
+    limit = memory_bytes(config.limits_memory_default)
+    if limit is None:
+        return ""
+    asked, percent = _default_word(limit), config.limits_thread_percentage_default
+    refused = _too_much(asked, limit, gpu, gpu_bytes) if gpu_bytes is not None else ""
+    return refused or _too_little(asked, limit, percent, config)
+
+
+def _default_word(limit: int) -> str:
+    return f"the site's default limit (limits.memory.default in mps.toml), {format_memory(limit)},"
+
+
+def _too_much(asked: str, limit: int, gpu: str, gpu_bytes: int) -> str:
+    return f"{asked} is more than {gpu} has ({describe_memory(gpu_bytes)})" if limit > gpu_bytes else ""
+
+
+def _too_little(asked: str, limit: int, percent: float, config: SiteConfig) -> str:
+    context = _context_bytes(percent, config)
+    if limit > context:
+        return ""
+    return (
+        f"{asked} is less than a CUDA context costs with {percent:g} % of the threads "
+        f"(about {describe_memory(context)})"
+    )
+
+
+def _checked_limit(
+    limit: int, smallest: Gpu, percent: float, config: SiteConfig, gpu_word: str, *, by_default: bool = False
+) -> int:
+    """A memory limit in bytes that a client of this GPU can have; `by_default` when the job did not ask for it."""
+    asked = _default_word(limit) if by_default else f"--mps-mem={gpu_word}{format_memory(limit)}"
+    refused = _too_much(asked, limit, smallest.uuid, smallest.memory_bytes)
+    if refused:
+        most = format_memory(smallest.memory_bytes // MIB * MIB)
+        hint = f"ask for at most {most}"
+        hint += ", or leave it out for no limit" if config.limits_memory_default == "none" else ""
+        raise RequestError(refused, hint=f"give --mps-mem={most} or less" if by_default else hint, reason="memory")
+    refused = _too_little(asked, limit, percent, config)
+    if refused:
+        least = format_memory(_context_bytes(percent, config))
+        hint = f"give --mps-mem with more than {least}" if by_default else f"ask for more than {least}"
+        raise RequestError(refused, hint=hint, reason="memory")
+    low, high = memory_bytes(config.limits_memory_min), memory_bytes(config.limits_memory_max)
+    if low is not None and limit < low:
+        raise RequestError(f"{asked}: this site allows {config.limits_memory_min} and more", reason="memory")
+    if high is not None and limit > high:
+        raise RequestError(f"{asked}: this site allows at most {config.limits_memory_max}", reason="memory")
+    return limit
+
+
+def _memory_limit(
+    request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float, number: int
+) -> int | None:
+    """The limit of the daemon that serves these GPUs, the first of which is the job's `number`-th."""
+    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    own = dict(request.memory_by_gpu).get(number)
+    if own is not None:
+        return _checked_limit(own, smallest, percent, config, f"{number}:")
+    if request.auto_memory:
+        high = memory_bytes(config.limits_memory_max)
+        return None if high is None else min(high, smallest.memory_bytes // MIB * MIB)
+    if request.memory_limit_bytes is not None:
+        return _checked_limit(request.memory_limit_bytes, smallest, percent, config, "")
+    limit = memory_bytes(config.limits_memory_default)
+    return None if limit is None else _checked_limit(limit, smallest, percent, config, "", by_default=True)
+
+
+def _check_gpu_numbers(request: JobRequest, count: int) -> None:
+    beyond = [number for number, _ in request.memory_by_gpu if number >= count]
+    if beyond:
+        has = "one GPU on this node, which is 0" if count == 1 else f"{count} GPUs on this node, 0 to {count - 1}"
+        raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}", reason="memory")
+
+
+def _served(request: JobRequest, gpus: tuple[T, ...]) -> tuple[tuple[str, tuple[T, ...]], ...]:
+    """The job's control daemons by name, and which of its GPUs each serves."""
+    if request.daemons == PER_GPU:
+        return tuple((gpu_daemon_name(number), (gpu,)) for number, gpu in enumerate(gpus))
+    return ((WHOLE_JOB, gpus),)
+
+
+def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> tuple[JobDaemon, ...]:
+    percent = _thread_percentage(request, config)
+    return tuple(
+        JobDaemon(
+            name=name,
+            gpus=tuple(gpu.uuid for gpu in its),
+            limits=Limits(percent, _memory_limit(request, config, its, percent, number), request.client_priority),
+        )
+        for number, (name, its) in enumerate(_served(request, gpus))
+    )
+
+
+def plan_start(request: JobRequest, uuids: tuple[str, ...]) -> tuple[Step, ...]:
+    """Those of make_plan()'s steps that need to know of the job's GPUs, in PCI order, no more than which they are.
+
+    None where that is not known, or where make_plan() has something to say against so many.
+    """
+    if not 0 < len(uuids) <= GPUS_MAX:
+        return ()
+    served = _served(request, uuids)
+    return MakeDirectories(tuple(name for name, _ in served)), StartDaemons(served)
+
+
+def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
+    """Decide what the job gets.
+
+    Raises: RequestError when it cannot have what it asks; NodeError when Slurm named one GPU twice.
+    """
+    if not gpus:
+        raise RequestError(
+            "this job has no GPU on this node", hint="ask for one, such as --gres=gpu:1", reason="no_gpu"
+        )
+    if len(gpus) > GPUS_MAX:
+        raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
+    numbered = zip(gpus, request.slurm_indices or tuple(gpu.index for gpu in gpus), strict=True)
+    gpus, slurm_indices = zip(*sorted(numbered, key=lambda pair: pair[0].index), strict=True)
+    uuids = tuple(gpu.uuid for gpu in gpus)
+    if len(set(uuids)) < len(uuids):
+        raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
+    _check_gpu_numbers(request, len(gpus))
+    daemons = _daemons(request, config, gpus)
+    names = tuple(daemon.name for daemon in daemons)
+    may_share = config.gpus_sharing == "share"
+    mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
+    return Plan(
+        gpus=gpus,
+        slurm_indices=slurm_indices,
+        daemons=daemons,
+        clients_per_gpu=_clients_per_gpu(gpus, config),
+        request=request,
+        config=config,
+        steps=(
+            ReadLedgers(uuids),
+            *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
+            *plan_start(request, uuids),
+            SetLimits(daemons),
+            AdmitUser(request.uid),
+            StartServers(request.uid, names),
+        ),
+    )

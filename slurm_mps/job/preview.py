@@ -1,0 +1,104 @@
+"""What the prolog would do for a job on this node: the very plan, with the undo of each step; nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ..config.load import load_config
+from ..errors import RequestError
+from ..record import record
+from ..units import printable
+from .actions import HoldGpu
+from .plan import make_plan
+from .request import PER_GPU, PER_NODE, read_request
+from .state import NodeState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..node.nvml import Gpus
+    from .plan import Plan
+
+_GRES = re.compile(r"gres/gpu|gpu")
+_COMPILE_SECONDS = 10.0
+_COUNT_MAX = 4
+
+
+@record
+class Wish:
+    """What a user would type: the values of sbatch's options, None for those not given.
+
+    ``mps`` is "" for ``--mps`` alone. ``devices``: which GPUs, as Slurm names them, instead of the first ones.
+    """
+
+    gres: str | None = None
+    mps: str | None = None
+    threads: str | None = None
+    mem: str | None = None
+    priority: str | None = None
+    devices: str | None = None
+
+
+def gpus_of_gres(gres: str) -> int:
+    """How many GPUs a value of --gres asks for: ``gpu``, ``gpu:2``, ``gpu:h200:2``, among others with commas.
+
+    Raises: RequestError when it is no such list.
+    """
+    count = 0
+    for word in gres.split(","):
+        name, *rest = word.split(":")
+        number = rest[-1] if rest and rest[-1].isdigit() else "1"
+        if not name or len(rest) > 2 or len(number) > _COUNT_MAX:
+            raise RequestError(f"--gres={printable(gres)}: expected a list such as gpu:2 or gpu:h200:2")
+        count += int(number) if _GRES.fullmatch(name) else 0
+    return count
+
+
+def environment_of(wish: Wish, uid: int, gpus_here: int) -> dict[str, str]:
+    """What slurmd would give the prolog of such a job, with what the plugin carries of its options.
+
+    Raises: RequestError when this node has fewer GPUs.
+    """
+    carried = {"": wish.mps, "_THREADS": wish.threads, "_MEM": wish.mem, "_PRIORITY": wish.priority}
+    given = {f"SPANK_MPS{name}": value for name, value in carried.items() if value is not None}
+    if wish.mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
+        raise RequestError(f"--mps=1: expected {PER_NODE} or {PER_GPU}")
+    given["SPANK_MPS"] = wish.mps if wish.mps and wish.mps != "(null)" else "1"
+    names = wish.devices
+    if names is None:
+        count = gpus_of_gres(wish.gres) if wish.gres else 0
+        if count > gpus_here:
+            raise RequestError(f"--gres={printable(wish.gres or '')}: this node has {gpus_here} GPUs")
+        names = ",".join(map(str, range(count)))
+    gpus = {"SLURM_JOB_GPUS": names} if names else {}
+    return {"SLURM_JOB_ID": "0", "SLURM_JOB_UID": str(uid), **gpus, **given}
+
+
+def rehearse(wish: Wish, uid: int, gpus_here: int, gpus: Gpus) -> Plan:
+    """The plan that the prolog would make, of this node's GPUs and site configuration.
+
+    Raises: RequestError with what the job's user would be told, also where another job holds one of the GPUs, as far as
+    sees_holders(); NodeError, ConfigError with what the admin would.
+    """
+    config = load_config(None, _COMPILE_SECONDS)
+    request = read_request(environment_of(wish, uid, gpus_here))
+    plan = make_plan(request, config, tuple(gpus.resolve(name) for name in request.gpus))
+    if sees_holders():
+        _refuse_beside_others(plan)
+    return plan
+
+
+def sees_holders() -> bool:
+    """Whether we may read which job holds a GPU: that is root's."""
+    return os.geteuid() == 0
+
+
+def _refuse_beside_others(plan: Plan) -> None:
+    try:
+        state = NodeState(make=False)
+    except FileNotFoundError:
+        return  # no job had MPS here since the boot
+    for step in plan.steps:
+        if isinstance(step, HoldGpu):
+            step.refuse_beside(state.ledgers.read(step.gpu).holders)
+    state.close()

@@ -1,0 +1,133 @@
+"""What slurmd runs before a job: bring the job's MPS up, and leave the verdict for its tasks."""
+
+from __future__ import annotations
+
+import os
+
+from ..config.load import load_config
+from ..config.settings import DEFAULTS, STATE_DIRECTORY
+from ..errors import MpsError, NodeError
+from ..node.nvml import expected_uuids
+from ..record import replace
+from . import logs
+from .actions import JobOnNode
+from .lifecycle import bring_up, is_up, take_down
+from .plan import make_plan, plan_start
+from .request import read_request, slurm_number
+from .script import Script
+from .state import NodeState
+from .verdict import refused, without
+from .watch import BRING_UP_SHARE, UNDO_SHARE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..config.settings import SiteConfig
+    from ..errors import RequestError
+    from ..node.nvml import Gpus
+    from .journal import Journal
+    from .plan import Plan
+    from .verdict import Verdict
+
+
+class Prolog(Script):
+    """The prolog of one job."""
+
+    name = "prolog"
+    done = "ready"
+    seconds = DEFAULTS.deadlines_prolog
+
+    def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
+        self._journal: Journal | None = None
+        super().__init__(environment, gpus)
+
+    def work(self, job_id: int) -> None:
+        state = self._open_state()
+        state.lock_job(job_id, self.watch.left)
+        restart_count = slurm_number(self.environment, "SLURM_JOB_RESTART_COUNT", default=0)
+        left = state.open_journal(job_id)
+        if left:
+            old = self._on_node(state, left, left.read_config() or DEFAULTS)
+            if is_up(old, restart_count):
+                return
+            take_down(replace(old, deadline=old.undo_deadline))
+        uid = slurm_number(self.environment, "SLURM_JOB_UID")
+        node = self.environment.get("SLURMD_NODENAME", "")
+        self._journal = journal = state.begin_journal(job_id, uid, restart_count, node)
+        request = read_request(self.environment)
+        journal.write_config(self.config)
+        job = self._on_node(state, journal, self.config)
+
+        def decide() -> Plan:
+            return make_plan(request, self.config, tuple(job.gpus.resolve(name) for name in request.gpus))
+
+        bring_up(plan_start(request, expected_uuids(request.gpus)), decide, job)
+
+    def _open_state(self) -> NodeState:
+        """Open the state directory and read the configuration, which says what comes of a fault of either."""
+        try:
+            self.state = NodeState()
+        except NodeError:
+            self._configure()
+            raise
+        self._configure()
+        return self.state
+
+    def _configure(self) -> None:
+        try:
+            self.config = load_config(self.state, self.watch.left)
+        except NodeError:
+            self.config = (self.state and self.state.read_compiled_config()) or DEFAULTS
+            raise
+        self.watch.set(self.config.deadlines_prolog)
+
+    def _on_node(self, state: NodeState, journal: Journal, config: SiteConfig) -> JobOnNode:
+        return JobOnNode(state, journal, self.gpus, config, self.watch.at(BRING_UP_SHARE), self.watch.at(UNDO_SHARE))
+
+    # ---------------------------------------------------------------------------------------------- what goes wrong
+
+    def refuse(self, error: RequestError) -> int:
+        """The job's tasks fail with the message; the node has nothing to do with it."""
+        if self._journal is None:
+            return self.node_fault(str(error))
+        try:
+            self._tell_tasks(refused(str(error)))
+        except NodeError as fault:
+            return self.node_fault(f"{error}; and the verdict cannot be written: {fault}")
+        self.note("refused", error.reason)
+        return 0
+
+    def node_fault(self, message: str) -> int:
+        """Tell the admin, then do as the site wants: fail the job here, let it run, or have Slurm drain the node."""
+        super().node_fault(message)
+        policy = self.config.policy_node_fault
+        try:
+            if policy != "drain" and self.job_id is not None:
+                # What could not be undone is in the way of a job that runs: a wrong compute mode, a daemon on its GPU.
+                runs = policy == "run_without_mps" and not (self._journal and self._journal.undo)
+                self._tell_tasks((without if runs else refused)(f"this node cannot give it MPS: {message}"))
+                return 0
+            if self.state and self._journal and not self._journal.undo:
+                self.state.remove_journal(self._journal)  # the job goes elsewhere, its epilog may never come here
+        except MpsError as error:
+            self.tell(str(error))
+        return 1
+
+    def _tell_tasks(self, verdict: Verdict) -> None:
+        """Leave a verdict where the plugin looks for it: with the job's state or, where none could be made, its logs.
+
+        Raises: NodeError when the job's tasks would not be told.
+        """
+        job_id = self.job_id or 0
+        try:
+            if self._journal:
+                self._journal.tell_tasks(verdict)
+                return
+        except NodeError as error:
+            self.tell(str(error))
+        elsewhere = f"{STATE_DIRECTORY}/jobs/{job_id}"
+        if not self._journal and os.path.lexists(elsewhere):
+            raise NodeError(f"{elsewhere} is there already, and may belong to a daemon that runs")
+        jobs = self.state.job_ids() if self.state else []
+        logs.leave_verdict(job_id, verdict.encode(), self.config, jobs)

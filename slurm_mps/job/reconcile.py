@@ -1,0 +1,363 @@
+"""Repair what jobs that are over left on this node: a hook was killed or failed, and no other will come.
+
+Promises (docs/decisions/0005):
+ - A job of this boot is touched only when Slurm says that it is over, and no slurmstepd of it lives here.
+ - Whatever is done is done under the hooks' own locks, by the journal's own undo; killed anywhere, it can be run again.
+ - What slurm-mps did not write is named, and left.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from time import time
+
+from ..config.load import load_config
+from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
+from ..errors import DeadlineError, MpsError, NodeError
+from ..node.control import ControlDaemon, Patience, Stray, find_below
+from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.processes import identify
+from ..record import record
+from ..slurm import jobs as slurm
+from ..slurm.hostlist import expand_hosts
+from . import logs
+from .actions import JobOnNode, let_go
+from .lifecycle import take_down
+from .request import ID_MAX
+from .state import NodeState
+from .watch import UNDO_SHARE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from ..config.settings import SiteConfig
+    from ..node.nvml import Gpus
+    from ..slurm.jobs import SlurmJob
+    from .watch import Watch
+
+#: How a finding ended. LEFT is a problem; BUSY is in a hook's hands; KEPT belongs to a job that is not over.
+REPAIRED, WOULD_REPAIR, LEFT, BUSY, KEPT = "repaired", "would repair", "left", "busy", "kept"
+
+_FINAL = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+)
+_QUEUED = frozenset(("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
+_LONG_OVER_SECONDS = 600
+_LOCK_SECONDS = 1.0
+_SLURM_SECONDS = 30.0
+_JOBS = f"{STATE_DIRECTORY}/jobs"
+_WHY_LOGS = "of a job that is over, and more than the site keeps"
+
+
+@record
+class Finding:
+    """One thing that was looked at because it was not as it should be, or because a job may still need it."""
+
+    thing: str
+    outcome: str
+    why: str
+
+
+@record
+class _Seen:
+    """What is kept of a job, as it was before Slurm was asked; no boot: it has no journal."""
+
+    boot_id: str
+    node: str
+    stamp: tuple[int, int]
+
+
+def is_over(job: SlurmJob | None, node: str, now_seconds: float) -> tuple[bool, str]:
+    """Whether a job is over on a node, by what Slurm says of it (None: it does not know it), and why. Pure.
+
+    `node` is Slurm's own name of it; without, a job that is anywhere may be here.
+    """
+    if job is None:
+        return True, "Slurm does not know the job any more"
+    if job.state in _FINAL or job.state in _QUEUED:
+        return True, f"to Slurm it is {job.state}"
+    if node and job.nodes and node not in _hosts(job.nodes, node):
+        return True, f"to Slurm it is {job.state} on other nodes only"
+    if job.state == "COMPLETING" and job.end_seconds and now_seconds - job.end_seconds > _LONG_OVER_SECONDS:
+        return True, f"to Slurm it is COMPLETING for more than {_LONG_OVER_SECONDS // 60} minutes"
+    return False, f"to Slurm it is {job.state}"
+
+
+def _hosts(nodes: str, node: str) -> list[str]:
+    try:
+        return expand_hosts(nodes)
+    except ValueError:
+        return [node]  # not understood: it may be among them
+
+
+class Reconciler:
+    """One look at the node, and its repair; with `dry_run` only the look. `report` is given each finding as it comes.
+
+    `watch` ends the process where a driver hangs; `environment` says where squeue is found and which Slurm it asks.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        gpus: Gpus,
+        watch: Watch,
+        report: Callable[[Finding], None],
+        *,
+        dry_run: bool,
+    ) -> None:
+        self._environment = environment
+        self._gpus = gpus
+        self._watch = watch
+        self._told: dict[str, int] = {}
+
+        def tell(finding: Finding) -> None:
+            self._told[finding.outcome] = self._told.get(finding.outcome, 0) + 1
+            report(finding)
+
+        self._report = tell
+        self._dry_run = dry_run
+        self._in_slurm: dict[int, SlurmJob] = {}
+        self._silence = ""  #: why Slurm gave no answer
+        self._with_steps: set[int] = set()
+        self._with_their_job: set[int] = set()  #: whose ledger entries wait: for the real run, or for a job's end
+
+    def run(self) -> bool:
+        """Look, and repair. False when there is nothing of slurm-mps on this node.
+
+        Raises: NodeError when the state directory is not to be trusted.
+        """
+        strays = _by_job(find_below(_JOBS, os.path.dirname(STATE_DIRECTORY)))
+        state = self._open_state()
+        config = self._site_config(state)
+        if state is None:
+            untidy = self._untidy_logs(config, ())
+            if not strays and not untidy:
+                return False
+            if self._dry_run:
+                self._ask(list(strays))
+                for job_id in strays:
+                    self._say_of_lost(job_id)
+                for job_id in untidy:
+                    self._report(Finding(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
+                return True
+            state = NodeState()
+        self._repair(state, strays, config)
+        return True
+
+    def _open_state(self) -> NodeState | None:
+        try:
+            return NodeState(make=False) if self._dry_run or not os.path.isdir(STATE_DIRECTORY) else NodeState()
+        except FileNotFoundError:
+            return None
+
+    def _repair(self, state: NodeState, strays: dict[int, list[Stray]], config: SiteConfig) -> None:
+        jobs = state.job_ids()
+        seen = {job: one for job in jobs if (one := self._look(state, job))}
+        lost = [job for job in strays if job not in jobs or (job in seen and not seen[job].boot_id)]
+        self._ask([*lost, *(job for job, one in seen.items() if one.boot_id == state.boot_id)])
+        for job_id, one in seen.items():
+            if job_id not in lost:
+                self._job(state, job_id, one)
+        for job_id in lost:
+            over, why = self._say_of_lost(job_id)
+            if over and not self._dry_run:
+                self._locked(state, job_id, partial(self._end_strays, state, job_id, strays[job_id], why))
+        for uuid in state.ledgers.names():
+            self._guarded(uuid, partial(self._ledger, state, uuid))
+        for path in state.strangers():
+            self._report(Finding(path, LEFT, "slurm-mps did not put it there"))
+        for job_id in self._untidy_logs(config, [*jobs, *lost]):
+            self._locked(state, job_id, partial(self._tidy, state, job_id, config))
+        if not self._dry_run and config.metrics_textfile != "none":
+            self._guarded("metrics", partial(self._note, state))
+
+    def _note(self, state: NodeState) -> None:
+        for outcome in (REPAIRED, LEFT):
+            state.note_event(f"reconcile {outcome} {self._told.get(outcome, 0)} -")
+
+    # ---------------------------------------------------------------------------------------------- who is over
+
+    def _look(self, state: NodeState, job_id: int) -> _Seen | None:
+        """What is kept of a job; None for what cannot be read, which is said."""
+        try:
+            stamp = state.stamp(job_id)
+            journal = state.look_at_journal(job_id)
+        except MpsError as error:
+            self._report(Finding(f"job {job_id}", LEFT, str(error)))
+            return None
+        return _Seen(journal.boot_id, journal.node, stamp) if journal else _Seen("", "", stamp)
+
+    def _ask(self, job_ids: list[int]) -> None:
+        """Learn what Slurm knows of jobs, from the controller only where no process of Slurm's here tells."""
+        self._with_steps = slurm.jobs_with_steps()
+        unknown = [job for job in job_ids if job not in self._with_steps]
+        self._watch.restart(2 * _SLURM_SECONDS)
+        if not unknown:
+            return
+        try:
+            self._in_slurm = slurm.find_jobs(unknown, self._environment, _SLURM_SECONDS)
+        except NodeError as error:
+            self._silence = str(error)
+
+    def _is_over(self, job_id: int, node: str) -> tuple[bool, str, str]:
+        """Whether a job of this boot is over here, what a finding about it is if it is not, and why."""
+        if job_id in self._with_steps:
+            return False, KEPT, "a slurmstepd of it runs here"
+        if self._silence:
+            return False, LEFT, f"Slurm does not say whether it is over: {self._silence}"
+        over, why = is_over(self._in_slurm.get(job_id), node, time())
+        return over, KEPT, why
+
+    # ---------------------------------------------------------------------------------------------- what is done
+
+    def _job(self, state: NodeState, job_id: int, seen: _Seen) -> None:
+        """Take down a job that is over; of one that was never begun, remove the directory."""
+        thing = f"job {job_id}"
+        if not seen.boot_id:
+            why = "its directory has no journal: nothing was begun for it"
+        elif seen.boot_id != state.boot_id:
+            why = "it is of an earlier boot"
+        else:
+            over, outcome, why = self._is_over(job_id, seen.node)
+            if not over:
+                self._report(Finding(thing, outcome, why))
+                return
+        self._locked(state, job_id, partial(self._take_down, state, job_id, seen, why))
+
+    def _take_down(self, state: NodeState, job_id: int, seen: _Seen, why: str) -> Finding:
+        thing = f"job {job_id}"
+        if state.stamp(job_id) != seen.stamp:
+            return Finding(thing, KEPT, "it came back, or its epilog ended it, in the meantime")
+        if self._dry_run:
+            self._with_their_job.add(job_id)
+            return Finding(thing, WOULD_REPAIR, why)
+        journal = state.open_journal(job_id)
+        if journal:
+            config = journal.read_config() or DEFAULTS
+            self._watch.restart(config.deadlines_epilog)
+            end = self._watch.at(UNDO_SHARE)
+            take_down(JobOnNode(state, journal, self._gpus, config, end, end))
+        return Finding(thing, REPAIRED, why)
+
+    def _say_of_lost(self, job_id: int) -> tuple[bool, str]:
+        """Whether a job is over of which there are processes and no journal; says so when nothing is to be done."""
+        over, _, why = self._is_over(job_id, "")
+        why = f"it has MPS processes and no journal; {why}"
+        if not over:  # whoever runs without a journal is not kept: its epilog will not find what it has
+            self._report(Finding(f"job {job_id}", LEFT, why))
+            self._with_their_job.add(job_id)
+        elif self._dry_run:
+            self._report(Finding(f"job {job_id}", WOULD_REPAIR, why))
+        return over, why
+
+    def _end_strays(self, state: NodeState, job_id: int, strays: list[Stray], why: str) -> Finding | None:
+        """End the processes of a job that has no journal, and look at what they may have left of their GPUs."""
+        thing = f"job {job_id}"
+        if state.look_at_journal(job_id):
+            return Finding(thing, KEPT, "it came back in the meantime")
+        if not any(identify(stray.process.pid) == stray.process for stray in strays):
+            return None
+        patience = Patience(2, DEFAULTS.deadlines_quit, DEFAULTS.deadlines_signal)
+        for directory, uid in sorted({(stray.pipe_directory, stray.uid) for stray in strays}):
+            self._watch.restart(DEFAULTS.deadlines_epilog)
+            ControlDaemon(DEFAULTS.paths_control_program, directory, "").end(uid, patience)
+        state.open_journal(job_id)  # removes the directory without one
+        for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
+            self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))
+        return Finding(thing, REPAIRED, why)
+
+    def _mode_of_lost(self, uuid: str, job_id: int) -> Finding | None:
+        if self._gpus.compute_mode(uuid) != EXCLUSIVE_PROCESS:
+            return None
+        why = f"EXCLUSIVE_PROCESS since job {job_id}, and what it was before is lost; nvidia-smi -c sets another"
+        return Finding(uuid, LEFT, why)
+
+    def _ledger(self, state: NodeState, uuid: str) -> Finding | None:
+        """Take those who are gone out of a GPU's ledger; without holders the GPU gets back its compute mode."""
+        state.ledgers.lock(_LOCK_SECONDS)
+        try:
+            written, boot_id = state.ledgers.read_as_written(uuid)
+            entry = state.ledgers.read(uuid)
+            left = entry.holders
+            if (left and left == written.holders) or self._with_their_job.intersection(written.holders):
+                return None
+            if boot_id != state.boot_id:
+                why = "its ledger is of an earlier boot" if boot_id else "a write of its ledger was cut short"
+            else:
+                why = f"held by {_and(job for job in written.holders if job not in left)}, of which there is nothing"
+                if not left and entry.mode_found is not None:
+                    why += f"; compute mode back to {COMPUTE_MODES.get(entry.mode_found, entry.mode_found)}"
+            if self._dry_run:
+                return Finding(uuid, WOULD_REPAIR, why)
+            self._watch.restart(DEFAULTS.deadlines_epilog)
+            let_go(uuid, (), state, self._gpus)
+            return Finding(uuid, REPAIRED, why)
+        finally:
+            state.ledgers.unlock()
+
+    # --------------------------------------------------------------------------------------------------- the logs
+
+    def _site_config(self, state: NodeState | None) -> SiteConfig:
+        """What the site wants kept of logs; the defaults, and a finding, where its file cannot be used."""
+        try:
+            return load_config(None if self._dry_run else state, _SLURM_SECONDS)
+        except MpsError as error:
+            self._report(Finding(CONFIG_PATH, LEFT, str(error)))
+            return DEFAULTS
+
+    def _untidy_logs(self, config: SiteConfig, jobs: Collection[int]) -> list[int]:
+        try:
+            return logs.untidy(config, jobs)
+        except MpsError as error:
+            self._report(Finding(config.paths_logs, LEFT, str(error)))
+            return []
+
+    def _tidy(self, state: NodeState, job_id: int, config: SiteConfig) -> Finding | None:
+        if job_id in state.job_ids():
+            return None
+        if self._dry_run:
+            return Finding(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS)
+        logs.keep(job_id, config, state.job_ids())
+        return Finding(f"logs of job {job_id}", REPAIRED, _WHY_LOGS)
+
+    # --------------------------------------------------------------------------------------------- how it is done
+
+    def _locked(self, state: NodeState, job_id: int, work: Callable[[], Finding | None]) -> None:
+        """Do something about a job while no hook of it can; a hook that is at work is left to it."""
+        self._watch.restart(DEFAULTS.deadlines_epilog)
+        try:
+            state.lock_job(job_id, _LOCK_SECONDS)
+        except DeadlineError:
+            self._report(Finding(f"job {job_id}", BUSY, "its prolog or epilog is at work"))
+            return
+        try:
+            self._guarded(f"job {job_id}", work)
+        finally:
+            state.unlock_job(job_id)
+
+    def _guarded(self, thing: str, work: Callable[[], Finding | None]) -> None:
+        """Do one thing and tell what came of it; what goes wrong keeps nothing else from being done."""
+        try:
+            finding = work()
+        except MpsError as error:
+            finding = Finding(thing, LEFT, str(error))
+        except OSError as error:
+            finding = Finding(thing, LEFT, f"{error.filename or 'a system call'}: {error.strerror}")
+        if finding:
+            self._report(finding)
+
+
+def _by_job(strays: list[Stray]) -> dict[int, list[Stray]]:
+    """By the job whose directory they were started for; others are none of ours."""
+    found: dict[int, list[Stray]] = {}
+    for stray in strays:
+        job = stray.pipe_directory.removeprefix(f"{_JOBS}/").partition("/")[0]
+        if job.isdigit() and len(job) <= 10 and int(job) <= ID_MAX:
+            found.setdefault(int(job), []).append(stray)
+    return found
+
+
+def _and(jobs: Iterable[int]) -> str:
+    return ", ".join(f"job {job}" for job in jobs) or "nobody"

@@ -1,0 +1,147 @@
+"""What the job asks for: the prolog's environment -> JobRequest. Pure; opens nothing, runs nothing.
+
+Every ``SPANK_*`` value is a user's text: any user can send any of them with any bytes, past the plugin and its checks
+(S4), so each is read here by a grammar and never reaches a shell, a path or a control command as it came.
+``SLURM_*`` values are slurmd's own; one that makes no sense is a fault of the node, not of the user.
+"""
+
+from __future__ import annotations
+
+from ..errors import NodeError, RequestError
+from ..record import record
+from ..units import AUTO, parse_client_priority, parse_memory, parse_memory_by_gpu, parse_thread_percentage, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+_PREFIX = "SPANK_MPS"
+_KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
+ID_MAX = 2**32 - 1
+PER_NODE, PER_GPU = "per-node", "per-gpu"
+_DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
+
+
+@record
+class JobRequest:
+    """One job's wish on this node.
+
+    ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17); with UUIDs
+    ``slurm_indices`` may have Slurm's index of each, in the same order, which is what a task's variables count by.
+    ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
+    normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
+    the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
+    ``auto_memory``: each step divides by the ranks that share a GPU.
+    """
+
+    job_id: int
+    uid: int
+    restart_count: int
+    gpus: tuple[str, ...]
+    thread_percentage: float | None = None
+    memory_limit_bytes: int | None = None
+    client_priority: int | None = None
+    daemons: str = PER_NODE
+    memory_by_gpu: tuple[tuple[int, int], ...] = ()
+    auto_threads: bool = False
+    auto_memory: bool = False
+    slurm_indices: tuple[int, ...] = ()
+
+
+def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Read a number that slurmd put into the environment.
+
+    Raises: NodeError when it is absent without a default, or no number from 0 to 2^32-1.
+    """
+    text = environment.get(name, "")
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= ID_MAX):
+        raise NodeError(f"slurmd gave the prolog no usable {name}: {printable(text)!r}")
+    return int(text)
+
+
+def _option(environment: Mapping[str, str], name: str, option: str, parse: Callable[[str], T]) -> T | None:
+    text = environment.get(name)
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise RequestError(f"{option}={printable(text)}: {error}") from None
+
+
+def _daemons(text: str) -> str:
+    if text not in _DAEMONS:
+        raise ValueError(f"expected {PER_NODE} or {PER_GPU}")
+    return _DAEMONS[text]
+
+
+def _unless_auto(text: str, parse: Callable[[str], T]) -> T | None:
+    return None if text == AUTO else parse(text)
+
+
+def _memory(text: str) -> int | tuple[tuple[int, int], ...] | None:
+    return parse_memory_by_gpu(text) if ":" in text else _unless_auto(text, parse_memory)
+
+
+def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Slurm's own names of the job's GPUs on this node; UUIDs are preferred, they need no counting."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible if "-" in visible else environment.get("SLURM_JOB_GPUS", "") or visible
+    gpus = tuple(name for name in names.split(",") if name)
+    for name in gpus:
+        if name.startswith("MIG-"):
+            raise RequestError(f"{printable(name, 48)} is a MIG device; slurm-mps serves whole GPUs only", reason="mig")
+        if not (name.startswith("GPU-") or (name.isascii() and name.isdigit() and len(name) <= 4)):
+            raise NodeError(f"slurmd gave the prolog a GPU it cannot name: {printable(name)!r}")
+    return gpus
+
+
+def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tuple[int, ...]:
+    """Slurm's indices of GPUs that are named by UUID; none where it does not say them one by one."""
+    indices = [name for name in environment.get("SLURM_JOB_GPUS", "").split(",") if name]
+    numbers = all(name.isascii() and name.isdigit() and len(name) <= 4 for name in indices)
+    by_uuid = any(name.startswith("GPU-") for name in gpus)
+    return tuple(map(int, indices)) if by_uuid and numbers and len(indices) == len(gpus) else ()
+
+
+def read_request(environment: Mapping[str, str]) -> JobRequest:
+    """Read a job's request from the environment that slurmd gives the prolog.
+
+    Raises: RequestError for what the user asked, NodeError for what slurmd said.
+    """
+    unknown = sorted(n for n in environment if n.startswith(_PREFIX + "_") and n not in _KNOWN)
+    if unknown:
+        raise RequestError(
+            f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
+            hint="is the plugin on the submit host newer than the node?",
+        )
+    daemons = _option(environment, "SPANK_MPS", "--mps", _daemons) or PER_NODE
+    memory = _option(environment, "SPANK_MPS_MEM", "--mps-mem", _memory)
+    by_gpu = memory if isinstance(memory, tuple) else ()
+    if by_gpu and daemons != PER_GPU:
+        raise RequestError(
+            f"--mps-mem={printable(environment['SPANK_MPS_MEM'])}: one control daemon cannot tell its GPUs apart",
+            hint="ask for --mps=per-gpu, or for one size",
+        )
+    gpus = _gpus(environment)
+    return JobRequest(
+        job_id=slurm_number(environment, "SLURM_JOB_ID"),
+        uid=slurm_number(environment, "SLURM_JOB_UID"),
+        restart_count=slurm_number(environment, "SLURM_JOB_RESTART_COUNT", default=0),
+        gpus=gpus,
+        thread_percentage=_option(
+            environment, "SPANK_MPS_THREADS", "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)
+        ),
+        memory_limit_bytes=memory if isinstance(memory, int) else None,
+        client_priority=_option(environment, "SPANK_MPS_PRIORITY", "--mps-priority", parse_client_priority),
+        daemons=daemons,
+        memory_by_gpu=by_gpu,
+        auto_threads=environment.get("SPANK_MPS_THREADS") == AUTO,
+        auto_memory=environment.get("SPANK_MPS_MEM") == AUTO,
+        slurm_indices=_slurm_indices(environment, gpus),
+    )

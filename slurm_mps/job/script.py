@@ -1,0 +1,104 @@
+"""What prolog and epilog have in common: the job, the state, a watch, and how a failure ends.
+
+Whose fault a failure is decides how it ends. The user's: the prolog succeeds, the verdict is a refusal, the job's
+tasks fail with its message. The node's: the site's policy (docs/decisions/0006). Ours (a bug): as the node's, with the
+traceback in the log.
+"""
+
+from __future__ import annotations
+
+import os
+from time import strftime
+
+from ..config.settings import DEFAULTS
+from ..errors import MpsError, NodeError, RequestError
+from ..node.messages import one_line, tell_admin
+from .request import slurm_number
+from .watch import Watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..config.settings import SiteConfig
+    from ..node.nvml import Gpus
+    from .state import NodeState
+
+
+class Script:
+    """A prolog or an epilog of one job; remembers as much as is needed to say how it failed."""
+
+    name = ""
+    done = ""  #: the outcome that metrics count when all went well
+    seconds = 0.0
+
+    def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
+        self.environment = environment
+        self.gpus = gpus
+        self.config: SiteConfig = DEFAULTS
+        self.state: NodeState | None = None
+        self.job_id: int | None = None
+        self.watch = Watch(self.seconds, self.node_fault)
+
+    def run(self) -> int:
+        """Do the work. Returns: the exit status for slurmd, 0 or 1 to have the node drained."""
+        try:
+            self.job_id = slurm_number(self.environment, "SLURM_JOB_ID")
+            _must_be_root()
+            self.work(self.job_id)
+            self.note(self.done)
+            return 0
+        except RequestError as error:
+            return self.refuse(error)
+        except MpsError as error:
+            return self.node_fault(str(error))
+        except Exception:
+            import traceback
+
+            return self.node_fault(f"a bug in slurm-mps: {traceback.format_exc()}")
+
+    def work(self, job_id: int) -> None:
+        raise NotImplementedError
+
+    def refuse(self, error: RequestError) -> int:
+        return self.node_fault(str(error))
+
+    def node_fault(self, message: str) -> int:
+        """Tell the admin, and whoever looks later: the health check, which gives a drained node its reason."""
+        self.tell(message)
+        try:
+            if self.state:
+                self.state.write_last_fault(f"{strftime('%Y-%m-%dT%H:%M:%S')} {one_line(f'{self.who}: {message}')}\n")
+        except NodeError:
+            pass  # the admin has been told
+        self.note("node_fault")
+        return 1
+
+    @property
+    def who(self) -> str:
+        return self.name if self.job_id is None else f"job {self.job_id}"
+
+    def tell(self, message: str) -> None:
+        tell_admin(f"{self.who}: {message}")
+
+    def note(self, outcome: str, reason: str = "-") -> None:
+        """Where the site wants metrics, note how this ended and after how long; that it cannot be noted is no fault."""
+        if self.state is None or not outcome or self.config.metrics_textfile == "none":
+            return
+        try:
+            self.state.note_event(f"{self.name} {outcome} {self.watch.spent:.4f} {reason}")
+        except NodeError:
+            pass
+
+
+def _must_be_root() -> None:
+    """Raises: NodeError when Slurm runs the script as somebody else; then nothing of root's can be read or put back.
+
+    slurmstepd of 24.05 to 25.11 drops its privileges for a moment when it ends the extern step, and an epilog that
+    PrologFlags=RunInJob has it start in that moment keeps them dropped for good.
+    """
+    if os.geteuid():
+        raise NodeError(
+            f"runs as uid {os.geteuid()}, not as root",
+            hint="with PrologFlags=RunInJob, Slurm before 26.05 does that to an epilog at times: leave it out",
+        )

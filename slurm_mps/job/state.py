@@ -1,0 +1,175 @@
+"""What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
+
+    /run/slurm-mps/          root 0711
+      lock                   locks by number: a job's id, 0 for what all share: ledgers, config
+      config                 the compiled site configuration
+      last-fault             what the last prolog or epilog that failed had to say
+      events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
+      metrics                what was counted since the boot
+      jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
+        journal              0600  what is to be undone, from the last line to the first
+        config               0600  the configuration the job was brought up with
+        verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
+        suspect-<n>          0600  a task with the job's n-th GPU ended badly since its server was seen well (plugin's)
+        told                 0600  the job's user has been told why a step ended badly, at that time (plugin's)
+        pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
+      gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
+
+Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
+back is on disk before it is changed; only root can read or write anything but the verdict. A job that began under an
+older slurm-mps ends under this one; what a newer one wrote is left as it is (docs/decisions/0010).
+"""
+
+from __future__ import annotations
+
+from ..config.settings import CONFIG_VERSION, STATE_DIRECTORY, SiteConfig, from_lines, to_lines
+from ..errors import NodeError
+from ..node import processes
+from ..node.files import LockFile, make_trusted, open_trusted, whole_name
+from ..node.wordfile import DamagedFileError, decode, encode
+from .journal import Journal, read_journal
+from .ledger import Ledgers
+
+_SKELETON = ("jobs", "gpus", "lock")
+EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
+_EVENTS_LIMIT_BYTES = 1024**2
+_METRICS_LOCK = 1 << 40  # beyond all job ids
+
+
+class NodeState:
+    """The state directory, open; made when it is not there yet, as on the first job after a boot.
+
+    With `make` false nothing is made. Raises: FileNotFoundError then.
+    """
+
+    def __init__(self, path: str = STATE_DIRECTORY, *, make: bool = True) -> None:
+        self.root = make_trusted(path, 0o711) if make else open_trusted(path)
+        if not make and not all(map(self.root.exists, _SKELETON)):
+            raise NodeError(f"{path} is not whole; the next job, or reconcile, makes what is missing")
+        self._jobs = self.root.make("jobs", 0o711) if make else self.root.subdirectory("jobs")
+        gpus = self.root.make("gpus", 0o700) if make else self.root.subdirectory("gpus")
+        self._locks = LockFile(self.root)
+        self.boot_id = processes.boot_id()
+        self.ledgers = Ledgers(gpus, self._locks, self.boot_id, self.job_ids)
+
+    def close(self) -> None:
+        for thing in (self._locks, self.ledgers, self._jobs, self.root):
+            thing.close()
+
+    def lock_job(self, job_id: int, timeout_seconds: float) -> None:
+        """Keep every other prolog and epilog of this job out until this process ends."""
+        self._locks.acquire(job_id, timeout_seconds)
+
+    def unlock_job(self, job_id: int) -> None:
+        self._locks.release(job_id)
+
+    def job_ids(self) -> list[int]:
+        """Jobs that something is kept of."""
+        return sorted(int(name) for name in self._jobs.names() if name.isdigit())
+
+    def strangers(self) -> list[str]:
+        """The paths of what no slurm-mps of this version puts where they are."""
+        ours = (*_SKELETON, "config", "last-fault", EVENTS, EVENTS_TAKEN, METRICS)
+        root = [name for name in self.root.names() if whole_name(name) not in ours]
+        jobs = [name for name in self._jobs.names() if not name.isdigit()]
+        return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
+
+    def open_journal(self, job_id: int) -> Journal | None:
+        """A job's journal; None when nothing was begun for it (what a crash left before the first note is removed).
+
+        Raises: DamagedFileError, NewerFileError (the state is kept as it is), NodeError.
+        """
+        journal = self.look_at_journal(job_id)
+        if journal is None:
+            self._jobs.remove_tree(str(job_id))
+        return journal
+
+    def stamp(self, job_id: int) -> tuple[int, int]:
+        """Tells a job's journal as it is now from every later one; (0, 0) where there is none."""
+        try:
+            with self._jobs.subdirectory(str(job_id)) as directory:
+                return directory.stamp("journal")
+        except FileNotFoundError:
+            return (0, 0)
+
+    def look_at_journal(self, job_id: int) -> Journal | None:
+        """The same, and nothing is removed."""
+        try:
+            directory = self._jobs.subdirectory(str(job_id))
+        except FileNotFoundError:
+            return None
+        try:
+            journal = read_journal(directory)
+            if journal.job_id != job_id:
+                raise DamagedFileError(f"{directory.path}/journal is of job {journal.job_id}")
+            return journal
+        except FileNotFoundError:
+            directory.close()
+            return None
+        except NodeError:
+            directory.close()
+            raise
+
+    def begin_journal(self, job_id: int, uid: int, restart_count: int, node: str = "") -> Journal:
+        """Make a job's directory, root's alone for now, and note it."""
+        directory = self._jobs.make(str(job_id), 0o700)
+        journal = Journal(directory, job_id, uid, restart_count, self.boot_id, node)
+        try:
+            journal.write()
+        except NodeError:
+            directory.close()
+            self._jobs.remove_tree(str(job_id))
+            raise
+        return journal
+
+    def remove_journal(self, journal: Journal) -> None:
+        """The last act: nothing is left to undo. The journal goes last, so that a crash here can be gone on with.
+
+        Raises: NodeError when something is in the directory that slurm-mps did not put there.
+        """
+        for name in ("verdict", "config", "told"):
+            journal.directory.unlink(name)
+        for name in journal.directory.names():
+            if name.startswith("suspect"):
+                journal.directory.unlink(name)
+        journal.directory.unlink("journal", temporary_only=True)
+        strangers = [name for name in journal.directory.names() if name != "journal"]
+        if strangers:
+            raise NodeError(f"{journal.directory.path} holds {strangers[0]!r}, which slurm-mps did not put there")
+        self._jobs.remove_tree(str(journal.job_id))
+        journal.directory.close()
+
+    def read_compiled_config(self, stamp: str = "") -> SiteConfig | None:
+        """The compiled site configuration, if it was made of the file that `stamp` describes; without one, the last."""
+        try:
+            first, *lines = decode(self.root.read("config"), "config", CONFIG_VERSION)
+            return from_lines(lines) if stamp in ("", first) else None
+        except (FileNotFoundError, NodeError, ValueError):
+            return None  # made anew from the file, which is what counts
+
+    def keep_compiled_config(self, stamp: str, config: SiteConfig, timeout_seconds: float) -> None:
+        """Keep the compiled form for the jobs to come. Takes the lock of all jobs, since jobs that start together write
+        the same file. Failing to keep it is no fault: it is compiled again.
+        """
+        try:
+            self.ledgers.lock(timeout_seconds)
+            try:
+                self.root.write("config", encode("config", CONFIG_VERSION, [stamp, *to_lines(config)]))
+            finally:
+                self.ledgers.unlock()
+        except NodeError:
+            pass
+
+    def note_event(self, words: str) -> None:
+        """Note what a hook did, for who counts it; lost where nobody has counted for long.
+
+        Raises: NodeError.
+        """
+        self.root.append(EVENTS, f"{words}\n".encode("ascii", "replace"), _EVENTS_LIMIT_BYTES)
+
+    def lock_metrics(self, timeout_seconds: float) -> None:
+        """Keep others who count out until this process ends; no hook waits for it."""
+        self._locks.acquire(_METRICS_LOCK, timeout_seconds)
+
+    def write_last_fault(self, text: str) -> None:
+        self.root.write("last-fault", text.encode("utf-8", "replace"))

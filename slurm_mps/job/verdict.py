@@ -1,0 +1,192 @@
+"""What the prolog decided about a job on this node: the one file that the plugin reads in every step (spank/verdict.c).
+
+    slurm-mps verdict 1
+    status ready                                           or refused, or without, and then only a message
+    daemon <pipe directory> <log directory> <limit or ->   one for all GPUs, or with `daemons per-gpu` one for each
+    daemons per-gpu
+    thread_percentage 25                                   what each client may use of a GPU's threads
+    thread_percentage_min 0.1                              the least that the site allows a step
+    memory_min 1M                                          the same for memory
+    context_mib 514                                        what a context costs at 100 % of the threads
+    probe <python> <script>                                finds out whether a server takes clients (task/probe.py)
+    explain <script>                                       says why tasks ended badly (task/explain.py)
+    clients_per_gpu 48
+    visible_devices uuid                                   or ordinal
+    client_priority 1                                      where the job asked for one
+    auto threads                                           what each step divides: threads, memory
+    gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
+    end <checksum>
+
+It lies in /run/slurm-mps/jobs/<job id>/verdict or, where nothing of the job can be kept there, in
+/var/log/slurm-mps/<job id>/verdict (job/logs.py). Only root can write either. job/told.py reads it for commands.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..config.settings import STATE_DIRECTORY
+from ..node.wordfile import DamagedFileError, decode, encode
+from ..record import record
+from ..units import format_memory, format_thread_percentage, parse_memory, parse_thread_percentage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+VERDICT_VERSION = 1  # spank/verdict.h reads the same, and doctor compares
+READY, REFUSED, WITHOUT = "ready", "refused", "without"
+JOBS = f"{STATE_DIRECTORY}/jobs"
+PER_GPU = "per-gpu"
+
+
+@record
+class VerdictGpu:
+    """A GPU of the job: Slurm's index of it, its device node ``/dev/nvidia<minor>``, what its clients can share out."""
+
+    slurm_index: int
+    minor: int
+    uuid: str
+    mib_for_clients: int
+    mib: int
+
+
+@record
+class DaemonPlace:
+    """Where a control daemon is, which GPUs (UUIDs, in its own order) it serves, and what it gives each client.
+
+    ``name`` is that of its pipe directory where each GPU has a daemon, and empty for the only one.
+    """
+
+    name: str
+    pipe_directory: str
+    log_directory: str
+    memory_bytes: int | None
+    gpus: tuple[str, ...]
+
+
+@record
+class Verdict:
+    """``ready``: the job has MPS. ``refused``: its tasks fail with the message. ``without``: they run without MPS.
+
+    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``.
+    """
+
+    status: str
+    message: str = ""
+    daemons: tuple[DaemonPlace, ...] = ()
+    gpus: tuple[VerdictGpu, ...] = ()
+    per_gpu: bool = False
+    thread_percentage: float = 100.0
+    thread_percentage_min: float = 0.1
+    memory_min: str = "1M"
+    context_mib: int = 0
+    clients_per_gpu: int = 0
+    client_priority: int | None = None
+    auto: tuple[str, ...] = ()
+    visible_devices: str = "uuid"
+    probe: tuple[str, str] = ("", "")
+    explain: str = ""
+
+    def encode(self) -> bytes:
+        """The file that the plugin reads."""
+        lines = (f"{key} {_one_line(value)}" for key, value in self.settings())
+        return encode("verdict", VERDICT_VERSION, lines)
+
+    def settings(self) -> Iterable[tuple[str, str]]:
+        """Its lines, as key and value."""
+        yield "status", self.status
+        if self.status != READY:
+            yield "message", self.message
+            return
+        for daemon in self.daemons:
+            limit = "-" if daemon.memory_bytes is None else format_memory(daemon.memory_bytes)
+            yield "daemon", f"{daemon.pipe_directory} {daemon.log_directory} {limit}"
+        if self.per_gpu:
+            yield "daemons", PER_GPU
+        yield "thread_percentage", format_thread_percentage(self.thread_percentage)
+        yield "thread_percentage_min", format_thread_percentage(self.thread_percentage_min)
+        yield "memory_min", self.memory_min
+        yield "context_mib", str(self.context_mib)
+        yield "probe", " ".join(self.probe)
+        yield "explain", self.explain
+        yield "clients_per_gpu", str(self.clients_per_gpu)
+        yield "visible_devices", self.visible_devices
+        if self.client_priority is not None:
+            yield "client_priority", str(self.client_priority)
+        for what in self.auto:
+            yield "auto", what
+        for gpu in self.gpus:
+            yield "gpu", f"{gpu.slurm_index} {gpu.minor} {gpu.uuid} {gpu.mib_for_clients} {gpu.mib}"
+
+
+def refused(message: str) -> Verdict:
+    return Verdict(REFUSED, message)
+
+
+def without(message: str) -> Verdict:
+    return Verdict(WITHOUT, message)
+
+
+def _one_line(text: str) -> str:
+    """A verdict's values are read to the end of the line; no message may start a line of its own."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]
+
+
+def parse_verdict(data: bytes) -> Verdict:
+    """Read a verdict's file, whole, as the plugin does.
+
+    Raises: DamagedFileError; NewerFileError.
+    """
+    lines = [line.partition(" ")[::2] for line in decode(data, "verdict", VERDICT_VERSION)]
+    try:
+        verdict = _parse(dict(lines), lines)
+    except (KeyError, ValueError):
+        raise DamagedFileError("a verdict that makes no sense") from None
+    return verdict
+
+
+def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
+    """Raises: KeyError, ValueError for anything that the prolog cannot have written."""
+    status = known["status"]
+    if status in (REFUSED, WITHOUT) and known["message"]:
+        return Verdict(status, known["message"])
+    if status != READY:
+        raise ValueError(status)
+    gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")
+    daemons = [value for key, value in lines if key == "daemon"]
+    per_gpu = known.get("daemons") == PER_GPU
+    uuids = tuple(gpu.uuid for gpu in gpus)
+    served = tuple((uuid,) for uuid in uuids) if per_gpu else (uuids,)
+    python, script = known["probe"].split(" ")
+    priority = known.get("client_priority")
+    if not gpus:
+        raise ValueError("no GPU")
+    return Verdict(
+        status,
+        daemons=tuple(_daemon(words, its) for words, its in zip(daemons, served, strict=True)),
+        gpus=gpus,
+        per_gpu=per_gpu,
+        thread_percentage=parse_thread_percentage(known["thread_percentage"]),
+        thread_percentage_min=parse_thread_percentage(known["thread_percentage_min"]),
+        memory_min=known["memory_min"],
+        context_mib=int(known["context_mib"]),
+        clients_per_gpu=int(known["clients_per_gpu"]),
+        client_priority=None if priority is None else int(priority),
+        auto=tuple(value for key, value in lines if key == "auto"),
+        visible_devices=known["visible_devices"],
+        probe=(python, script),
+        explain=known["explain"],
+    )
+
+
+def _gpu(words: str) -> VerdictGpu:
+    index, minor, uuid, for_clients, mib = words.split(" ")
+    return VerdictGpu(int(index), int(minor), uuid, int(for_clients), int(mib))
+
+
+def _daemon(words: str, gpus: tuple[str, ...]) -> DaemonPlace:
+    pipe, log, limit = words.split(" ")
+    name = os.path.basename(pipe)
+    memory = None if limit == "-" else parse_memory(limit)
+    return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus)

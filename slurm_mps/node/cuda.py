@@ -1,0 +1,100 @@
+"""What a CUDA program really has: its devices, their SMs and memory, asked of the driver as any program asks it.
+
+For ranks and tests, off the job's path. Loading it makes the process a CUDA program: with MPS set up, a client.
+Source: CUDA driver API; attribute and error numbers as in cuda.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from ..record import record
+
+_MULTIPROCESSOR_COUNT = 16
+
+
+class CudaError(Exception):
+    """A driver call failed; ``number`` is its CUresult."""
+
+    def __init__(self, function: str, number: int, name: str) -> None:
+        super().__init__(f"{function}: {name} ({number})")
+        self.number = number
+
+
+@record
+class Device:
+    """One visible device after a context was made on it. ``free_bytes`` is what an MPS memory limit leaves (O16)."""
+
+    ordinal: int
+    uuid: str
+    multiprocessors: int
+    free_bytes: int
+    total_bytes: int
+
+
+class Cuda:
+    """The CUDA driver of this process."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._call("cuInit", 0)
+
+    def _call(self, function: str, *arguments: object) -> None:
+        number = getattr(self._library, function)(*arguments)
+        if number:
+            name = ctypes.c_char_p()
+            self._library.cuGetErrorName(number, ctypes.byref(name))
+            raise CudaError(function, number, (name.value or b"unknown").decode("ascii", "replace"))
+
+    def device_count(self) -> int:
+        count = ctypes.c_int()
+        self._call("cuDeviceGetCount", ctypes.byref(count))
+        return count.value
+
+    def _device(self, ordinal: int) -> ctypes.c_int:
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        return device
+
+    def uuid(self, ordinal: int) -> str:
+        """A visible device's UUID, without a context."""
+        uuid = (ctypes.c_ubyte * 16)()
+        self._call("cuDeviceGetUuid_v2", uuid, self._device(ordinal))
+        return _uuid_text(bytes(uuid))
+
+    def multiprocessors(self, ordinal: int) -> int:
+        """How many SMs this process may use of a device: all of them unless it is an MPS client. Without a context."""
+        count = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSOR_COUNT, self._device(ordinal))
+        return count.value
+
+    def pci_address(self, ordinal: int) -> str:
+        """A device's place as sysfs writes it: ``0000:06:00.0``. Without a context."""
+        text = ctypes.create_string_buffer(32)
+        self._call("cuDeviceGetPCIBusId", text, len(text), self._device(ordinal))
+        return text.value.decode("ascii", "replace").lower()
+
+    def open_device(self, ordinal: int) -> Device:
+        """Make a context on a device and look at it; the context stays, so that the process stays a client.
+
+        Raises: CudaError, such as 2 (out of memory: the limit is below what a context costs), 46 (device unavailable:
+        another process has it exclusively) or 808 (the server has no room for another client).
+        """
+        context = ctypes.c_void_p()
+        self._call("cuCtxCreate_v2", ctypes.byref(context), 0, self._device(ordinal))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return Device(ordinal, self.uuid(ordinal), self.multiprocessors(ordinal), free.value, total.value)
+
+    def allocate(self, size_bytes: int) -> None:
+        """Take device memory and keep it.
+
+        Raises: CudaError 2 when it is more than there is, or than the limit leaves.
+        """
+        pointer = ctypes.c_void_p()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size_bytes))
+
+
+def _uuid_text(data: bytes) -> str:
+    text = data.hex()
+    return f"GPU-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,0 +1,49 @@
+"""Reading what others wrote, as whoever runs the command: for commands that only look, off the job's path."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ..errors import NodeError
+
+_SIZE_MAX = 16 * 2**20
+
+
+def read_plain(path: str, limit_bytes: int, *, tail: bool = False, roots: bool = False) -> bytes:
+    """The first bytes of a plain file, or with `tail` the last ones; never waits for a fifo, follows no link.
+
+    Raises: FileNotFoundError, PermissionError; NodeError for what is no plain file, or with `roots` not root's.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise NodeError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or (roots and status.st_uid != 0):
+        os.close(fd)
+        raise NodeError(f"{path} is no plain file{' of root' if roots else ''}")
+    with open(fd, "rb", buffering=0) as file:
+        if tail:
+            file.seek(max(0, status.st_size - limit_bytes))
+        return file.read(limit_bytes) or b""
+
+
+def read_text(path: str, limit_bytes: int = _SIZE_MAX) -> str:
+    """Read a file of the system's, through links: waits for nobody, and reads nothing but a regular file.
+
+    Raises: OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a file", path)
+        return file.read(limit_bytes).decode("utf-8", "replace")
+
+
+def small_number(text: str) -> int | None:
+    """A number such as a pid, in up to nine ASCII digits; None for anything else."""
+    return int(text) if 0 < len(text) < 10 and text.isascii() and text.isdigit() else None

@@ -1,0 +1,226 @@
+"""Which jobs and nodes of the cluster use MPS, by what Slurm says (docs/decisions/0013).
+
+Slurm itself shows nobody what a job asked of a plugin; the marks that it has are etc/job_submit.lua's. One adapter for
+each way to ask it, which has the same few facts in another form: squeue's own JSON, and pyslurm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from shutil import which
+
+from ..errors import NodeError
+from ..record import record
+from ..units import printable
+from .hostlist import expand_hosts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+    from typing import Any, Protocol
+
+    class Source(Protocol):
+        """What can be asked. Raises: NodeError."""
+
+        name: str
+
+        def jobs(self, timeout_seconds: float) -> list[SlurmJob]: ...
+
+
+_MARK = re.compile(r"mps(?::([\w.:+=,-]{1,300}))?(?:;|$)")
+_OVER = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+)
+_FIELDS = ("threads", "mem", "priority")
+
+
+@record
+class SlurmJob:
+    """A job as Slurm tells of it; nodes: a host list, empty while it waits."""
+
+    job_id: int
+    user: str
+    state: str
+    nodes: str
+    admin_comment: str
+
+
+@record
+class MpsJob:
+    """A job that asked for MPS, is not over, and what it asked."""
+
+    job_id: int
+    user: str
+    state: str
+    nodes: tuple[str, ...]
+    node_list: str
+    per_gpu: bool
+    request: Mapping[str, str]
+
+
+# ----------------------------------------------------------------------------------------------------- squeue --json
+
+
+class Squeue:
+    """Slurm's own client, of 22.05 and later; it needs Slurm's serializer and openapi plugins where it runs."""
+
+    name = "squeue --json"
+
+    def __init__(self, program: str | None = None) -> None:
+        self._program = program or which("squeue") or ""
+
+    def jobs(self, timeout_seconds: float) -> list[SlurmJob]:
+        if not self._program:
+            raise NodeError("squeue is not in PATH")
+        argv = [self._program, "--json"]
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "SLURM_CONF") if name in os.environ}
+        try:
+            done = subprocess.run(argv, env=kept, capture_output=True, timeout=timeout_seconds, check=False)  # noqa: S603
+        except subprocess.TimeoutExpired:
+            raise NodeError(f"squeue did not answer within {timeout_seconds:g} s") from None
+        except OSError as error:
+            raise NodeError(f"{self._program}: {error.strerror}") from None
+        if done.returncode:
+            words = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+            raise NodeError(f"squeue --json: {printable(words[-1], 200)}")
+        return parse_squeue(done.stdout)
+
+
+def parse_squeue(data: bytes) -> list[SlurmJob]:
+    """Read squeue's JSON, of any release: a state has become a list, and a number may be an object. Pure.
+
+    Raises: NodeError when it is none.
+    """
+    try:
+        jobs = json.loads(data)["jobs"]
+        return [
+            SlurmJob(
+                job_id=_number(job["job_id"]),
+                user=str(job.get("user_name") or job.get("user_id") or ""),
+                state=_state(job["job_state"]),
+                nodes=str(job.get("nodes") or ""),
+                admin_comment=str(job.get("admin_comment") or ""),
+            )
+            for job in jobs
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise NodeError("squeue --json says something else than jobs") from None
+
+
+def _number(value: Any) -> int:
+    return int(value["number"] if isinstance(value, dict) else value)
+
+
+def _state(value: Any) -> str:
+    return str(value[0]) if isinstance(value, list) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------ pyslurm
+
+
+class Pyslurm:
+    """The library of that name, of 23.02 and later, where it is installed and fits the Slurm that runs."""
+
+    name = "pyslurm"
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def jobs(self, timeout_seconds: float) -> list[SlurmJob]:
+        """Bounded by Slurm's own MessageTimeout, not by `timeout_seconds`."""
+        del timeout_seconds
+        try:
+            found = self._module.Jobs.load()
+            return [
+                SlurmJob(
+                    job_id=int(job.id),
+                    user=str(job.user_name or job.user_id),
+                    state=str(job.state),
+                    nodes=str(job.allocated_nodes or ""),
+                    admin_comment=str(job.admin_comment or ""),
+                )
+                for job in found.values()
+            ]
+        except Exception as error:  # its own RPCError, or an attribute that another release has not
+            raise NodeError(f"pyslurm: {printable(str(error), 200)}") from None
+
+
+def open_source() -> Source:
+    """pyslurm where it can be loaded, or else squeue."""
+    try:
+        import pyslurm
+    except Exception:  # not there, or built against another libslurm
+        return Squeue()
+    return Pyslurm(pyslurm) if hasattr(pyslurm, "Jobs") else Squeue()
+
+
+# ---------------------------------------------------------------------------------------------------------- who asked
+
+
+def mps_jobs(jobs: Iterable[SlurmJob], nodes: Collection[str] = ()) -> list[MpsJob]:
+    """Jobs that are marked and not over; on these nodes alone, if any are given. Pure."""
+    found = []
+    for job in jobs:
+        mark = _MARK.match(job.admin_comment)
+        if not mark or job.state in _OVER:
+            continue
+        words = [word for word in (mark[1] or "").split(",") if word]
+        request = dict(word.split("=", 1) for word in words if "=" in word)
+        its_nodes = _hosts(job.nodes)
+        if nodes and not set(its_nodes) & set(nodes):
+            continue
+        found.append(
+            MpsJob(
+                job_id=job.job_id,
+                user=job.user,
+                state=job.state,
+                nodes=its_nodes,
+                node_list=job.nodes,
+                per_gpu="per-gpu" in words,
+                request={name: request[name].replace("+", ",") for name in _FIELDS if name in request},
+            )
+        )
+    return sorted(found, key=lambda job: job.job_id)
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(expand_hosts(text)) if text else ()
+    except ValueError:
+        return (text,)
+
+
+def by_node(jobs: Iterable[MpsJob]) -> dict[str, list[int]]:
+    """Each node that has a job with MPS, and its jobs. Pure."""
+    found: dict[str, list[int]] = {}
+    for job in jobs:
+        for node in job.nodes:
+            found.setdefault(node, []).append(job.job_id)
+    return found
+
+
+def unknown_nodes(nodes: Collection[str], timeout_seconds: float) -> list[str]:
+    """Those of which Slurm has none of that name; none where that cannot be said."""
+    try:
+        known = _output(["sinfo", "--all", "--noheader", "--Node", "--format=%N"], timeout_seconds).split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [node for node in nodes if node not in known]
+
+
+def marks_jobs(timeout_seconds: float, run: Callable[[list[str], float], str] | None = None) -> bool:
+    """Whether the controller has a job_submit script that could mark jobs; True where that cannot be said."""
+    try:
+        text = (run or _output)(["scontrol", "show", "config"], timeout_seconds)
+    except (OSError, subprocess.SubprocessError):
+        return True
+    found = re.search(r"^JobSubmitPlugins\s*=\s*(.*)$", text, re.MULTILINE)
+    return not found or "lua" in found[1].split(",")
+
+
+def _output(argv: list[str], timeout_seconds: float) -> str:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_seconds, check=True)  # noqa: S603
+    return done.stdout

@@ -1,0 +1,109 @@
+"""Slurm's configuration files as Slurm reads them: lines with their place, includes followed.
+
+Source: slurm.conf(5), gres.conf(5), spank(8).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+
+from ..node.reading import read_text
+from ..record import record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PAIR = re.compile(r'([A-Za-z][\w.-]*)\s*\+?=\s*("[^"]*"|\S+)')
+_INCLUDE = re.compile(r"^include\s+(\S.*)$", re.IGNORECASE)
+_PLUGSTACK_INCLUDE = re.compile(r"^include[ \t]+([^ \t]+)")  # plugstack.conf's words: in small letters alone (spank.c)
+_DEPTH_MAX = 8
+
+
+@record
+class ConfLine:
+    """One line without its comment, joined with those that continue it."""
+
+    path: str
+    number: int
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.number}"
+
+    def pairs(self) -> dict[str, str]:
+        """The line's ``Key=value`` words, keys in lower case."""
+        return {key.lower(): value.strip('"') for key, value in _PAIR.findall(self.text)}
+
+
+@record
+class Conf:
+    """A configuration file with all that it includes, and what could not be read of it."""
+
+    path: str
+    lines: tuple[ConfLine, ...]
+    problems: tuple[str, ...]
+    files: tuple[str, ...]  #: all that were read, the file itself first
+
+    def records(self, key: str) -> list[tuple[ConfLine, dict[str, str]]]:
+        """The lines that begin with this key, such as NodeName, and their pairs."""
+        found = []
+        for line in self.lines:
+            pairs = line.pairs()
+            if next(iter(pairs), "") == key.lower():
+                found.append((line, pairs))
+        return found
+
+    def settings(self, key: str) -> list[tuple[ConfLine, str]]:
+        """Each line that gives this key a value, in the file's order."""
+        return [(line, pairs[key.lower()]) for line in self.lines if key.lower() in (pairs := line.pairs())]
+
+
+def logical_lines(path: str, text: str) -> Iterator[ConfLine]:
+    """A file's lines without comments, joined where they are continued."""
+    begun, number = "", 0
+    for count, raw in enumerate(text.splitlines(), start=1):
+        number = number or count
+        line = re.split(r"(?<!\\)#", raw, maxsplit=1)[0].rstrip()
+        if line.endswith("\\"):
+            begun += line[:-1] + " "
+            continue
+        whole = (begun + line).strip()
+        if whole:
+            yield ConfLine(path, number, whole)
+        begun, number = "", 0
+
+
+def read_conf(path: str, *, globs: bool = False) -> Conf:
+    """Read a file and what it includes; with `globs` an include is a pattern, as in plugstack.conf.
+
+    Raises: OSError when the file itself cannot be read.
+    """
+    problems: list[str] = []
+    files: list[str] = []
+    lines = tuple(_read(path, read_text(path), globs, problems, files, 0))
+    return Conf(path, lines, tuple(problems), tuple(files))
+
+
+def _read(path: str, text: str, globs: bool, problems: list[str], files: list[str], depth: int) -> Iterator[ConfLine]:
+    include = _PLUGSTACK_INCLUDE if globs else _INCLUDE
+    files.append(path)
+    for line in logical_lines(path, text):
+        match = include.match(line.text)
+        if not match:
+            yield line
+            continue
+        wanted = os.path.join(os.path.dirname(path), match[1].strip().strip('"'))
+        for included in sorted(glob.glob(wanted)) if globs else [wanted]:
+            if depth >= _DEPTH_MAX:
+                problems.append(f"{line.place}: includes go deeper than {_DEPTH_MAX}")
+                return
+            try:
+                inner = read_text(included)
+            except OSError as error:
+                problems.append(f"{line.place}: {included}: {error.strerror}")
+                continue
+            yield from _read(included, inner, globs, problems, files, depth + 1)

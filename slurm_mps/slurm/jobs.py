@@ -1,0 +1,89 @@
+"""What Slurm knows of jobs: from its processes on this node, or from its client where the controller must be asked.
+
+Prolog and epilog never ask (docs/decisions/0005).
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import NodeError
+from ..node import processes
+from ..record import record
+from ..units import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_CLIENT = "squeue"
+_PLACES = ("/usr/local/bin", "/usr/bin", "/opt/slurm/bin", "/usr/local/slurm/bin")
+_FORMAT = "%A|%T|%e|%N"
+_JOBS_AT_ONCE = 200
+_STEP_TITLE = "slurmstepd: ["
+
+
+@record
+class SlurmJob:
+    """A job as Slurm has it: its state in squeue's long form, and where it is.
+
+    `end_seconds` (since 1970) is when it ended or is to end, None where Slurm does not say. `nodes` is a host list; of
+    a COMPLETING job only the nodes that it has not left.
+    """
+
+    state: str
+    end_seconds: int | None
+    nodes: str
+
+
+def jobs_with_steps() -> set[int]:
+    """The jobs that a slurmstepd of this machine works for, by the title that it gives its process."""
+    found = set()
+    for pid in processes.pids():
+        title = processes.roots_command_line(pid)
+        job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
+        if title.startswith(_STEP_TITLE) and dot and job.isdigit():
+            found.add(int(job))
+    return found
+
+
+def _client(path: str) -> str:
+    for place in (*path.split(":"), *_PLACES):
+        program = f"{place}/{_CLIENT}"
+        if place.startswith("/") and os.access(program, os.X_OK):
+            return program
+    raise NodeError(f"{_CLIENT} is not in PATH")
+
+
+def find_jobs(job_ids: Sequence[int], environment: Mapping[str, str], timeout_seconds: float) -> dict[int, SlurmJob]:
+    """What the controller knows of these jobs; those that it does not know are not in the answer.
+
+    Raises: NodeError when it does not answer, or in another way than squeue(1) says; DeadlineError.
+    """
+    program = _client(environment.get("PATH", ""))
+    given = {name: environment[name] for name in ("PATH", "SLURM_CONF") if name in environment}
+    found: dict[int, SlurmJob] = {}
+    for start in range(0, len(job_ids), _JOBS_AT_ONCE):
+        part = job_ids[start : start + _JOBS_AT_ONCE]
+        jobs = ",".join(map(str, (part[0], *part)))  # one alone that is not known is an error to squeue, two are not
+        argv = [program, "--local", "--noheader", "--states=all", f"--format={_FORMAT}", f"--jobs={jobs}"]
+        outcome = processes.run(argv, {**given, "SLURM_TIME_FORMAT": "%s"}, timeout_seconds)
+        if outcome.status:
+            said = printable((outcome.errors.strip() or "no message").splitlines()[-1], 200)
+            raise NodeError(f"{program} ended with status {outcome.status}: {said}")
+        found |= _read(outcome.output)
+    return found
+
+
+def _read(text: str) -> dict[int, SlurmJob]:
+    """Raises: NodeError when it is not whole: a job that is missed here would be taken for one that is over."""
+    if len(text) >= processes.OUTPUT_LIMIT_BYTES or (text and not text.endswith("\n")):
+        raise NodeError(f"{_CLIENT} says more than can be read")
+    found = {}
+    for line in text.splitlines():
+        job, *rest = line.split("|")
+        if not job.isdigit() or len(rest) != 3:
+            raise NodeError(f"{_CLIENT} says {printable(line, 80)!r}")
+        state, end, nodes = rest
+        found[int(job)] = SlurmJob(state, int(end) if end.isdigit() else None, nodes)
+    return found

@@ -1,0 +1,55 @@
+"""A program that prints one line on why tasks of a step ended badly, where MPS explains it, and nothing otherwise.
+
+Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012). Arguments: the job's id; when
+the step's tasks were forked, in seconds since 1970; ``step`` or ``script``; a client's memory limit on a GPU in MiB,
+``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between, where the status is as
+wait(2) has it and nothing for a task that runs. For a script of which a step was told something there is one more,
+``told``, and the time is that of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_LIMIT_BYTES = 4 * 1024**2
+_LINE_MAX = 900
+
+
+def main() -> int:
+    sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
+    from slurm_mps.job.told import read_verdict
+    from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
+    from slurm_mps.job_log.read import DaemonLogs, events_of
+    from slurm_mps.node.listen import listener
+
+    job_id, since, kind, memory, listed, *more = sys.argv[1:]
+    tasks = tuple(
+        Task(int(rank), int(pid), int(status) if status else None)
+        for rank, pid, status in (task.split(":") for task in listed.split(","))
+    )
+    verdict = read_verdict(int(job_id))
+    if verdict is None:
+        return 0
+    seen = [
+        seen_since(
+            float(since),
+            place.gpus,
+            gone=listener(place.pipe_directory) is None,  # before its last words are read
+            events=events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES),
+            told="told" in more,
+        )
+        for place in verdict.daemons
+    ]
+    step = Step(tasks, kind == "script", memory)
+    found = explain(step, seen)
+    hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
+    words = "; ".join(found) or suspect_limit(step, seen)
+    if words:
+        line = f"job {job_id}: {words}"
+        sys.stdout.write(f"{line[: _LINE_MAX - len(hint)]}{hint}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

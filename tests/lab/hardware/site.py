@@ -1,0 +1,139 @@
+"""A site on this machine's own GPUs, for what is measured there: its programs in place, its settings left alone.
+
+``python3 -m tests.lab.hardware.site KIND`` prints where data of a kind are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tests.harness.cluster import REPOSITORY
+from tests.harness.gpunode import UNCHANGED
+from tests.harness.site import Site
+from tests.lab.bench.__main__ import cpu_model
+
+if TYPE_CHECKING:
+    from tests.harness.machine import Result
+
+NODE = "n1"
+CPUS = 64
+PLACE = "/opt/hardware"
+_PROGRAMS = ("client.py", "load.py", "inference.py", "first_context.py")
+_MODULES = ("tests/contract/cuda_client.py", "tests/lab/hardware/meeting.py")
+
+
+def cards() -> list[str]:
+    """The GPUs of this machine: name and driver."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def data_file(kind: str) -> Path:
+    """Where docs/benchmarks has what is measured on these GPUs today: ``2026-11-23-h200-worth.json``."""
+    card = cards()[0].partition(",")[0].split()[-1].lower()
+    return REPOSITORY / "docs/benchmarks/data" / f"{time.strftime('%Y-%m-%d')}-{card}-{kind}.json"
+
+
+def host_traces() -> set[str]:
+    """What a throw-away machine may leave on its host: programs, files in the usual places, cgroups."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        try:
+            name = (process / "comm").read_text().strip() if process.name.isdigit() else ""
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if name.startswith(("nvidia-cuda-mps", "slurm", "munge")) and "Z" not in _state(process):
+            found.add(f"{name} {process.name}")
+    for place in ("/run", "/tmp", "/dev/shm", "/var/log", "/etc/slurm", "/sys/fs/cgroup"):
+        if os.path.isdir(place):
+            found.update(f"{place}/{name}" for name in os.listdir(place))
+    return found
+
+
+def _state(process: Path) -> str:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def measured_on() -> dict[str, Any]:
+    """What a figure is to be read with."""
+    return {
+        "gpus": cards(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+class RealSite(Site):
+    """One node with all GPUs of this machine; programs that ranks run lie in PLACE, where users can read them."""
+
+    def __init__(self, *, constrain_devices: bool = True) -> None:
+        super().__init__(
+            real=True,
+            nodes=1,
+            gpus_per_node=len(cards()),
+            cpus_per_node=CPUS,
+            config=UNCHANGED,
+            constrain_devices=constrain_devices,
+        )
+        self._meetings = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for name in _PROGRAMS:
+            self.machine.write(f"{PLACE}/{name}", (REPOSITORY / "tests/lab/hardware" / name).read_text(), mode=0o755)
+        for name in _MODULES:
+            self.machine.write(f"{PLACE}/{name}", (REPOSITORY / name).read_text())
+        return self
+
+    @cached_property
+    def multiprocessors(self) -> int:
+        """Of the first GPU, as a program without MPS has it."""
+        program = ["/usr/bin/python3", f"{PLACE}/load.py", "1", self.meeting(), "0"]
+        said = reports(self.node(NODE, *program, env={"CUDA_VISIBLE_DEVICES": "0"}).check().stdout)
+        return int(said[0]["sms"])
+
+    def meeting(self) -> str:
+        """A fresh directory on the node, in which the ranks of a step can meet."""
+        self._meetings += 1
+        place = f"/tmp/meeting-{self._meetings}"
+        self.node(NODE, "mkdir", "-m", "777", place).check()
+        return place
+
+    def end_meetings(self) -> None:
+        for number in range(1, self._meetings + 1):
+            self.node(NODE, "rm", "-rf", f"/tmp/meeting-{number}")
+
+
+def reports(text: str) -> list[dict[str, Any]]:
+    """The lines of JSON that ranks printed."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def failed(result: Result) -> str:
+    """What is to be said of a step that did not work."""
+    return f"exit {result.returncode}: {(result.stderr or result.stdout)[-400:].strip()}"
+
+
+def torch_python() -> str | None:
+    """An interpreter with PyTorch: the one that stands first on PATH, if it has it."""
+    python = shutil.which("python3")
+    has = python and subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
+    return python if has else None
+
+
+if __name__ == "__main__":
+    print(data_file(sys.argv[1]))

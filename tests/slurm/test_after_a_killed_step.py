@@ -1,0 +1,227 @@
+"""The step after one that was cancelled or faulted works: a server that a killed client left is made good first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import slurm_mps.task.probe
+from tests.harness.site import PYTHON, STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from tests.harness.cluster import Job
+    from tests.harness.site import Site
+
+CLIENT = "simulated-gpus client"
+GOOD = re.compile(r"uuid=\S+ sms=\d+ free=\d+ total=\d+ mps=\d+")
+
+
+def start(site: Site, script: str, *options: str) -> Job:
+    job = site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}")
+    site.cluster.until("the job's script", lambda: "started" in site.cluster.output(job) or None, 20)
+    return job
+
+
+def waits(site: Site, job: Job, text: str) -> None:
+    site.cluster.until(f"{text!r} in the output", lambda: text in site.cluster.output(job) or None, 20)
+
+
+def after(site: Site, job: Job) -> str:
+    """What the job's script said after the word `next`."""
+    site.cluster.wait(job)
+    return site.cluster.output(job).partition("next\n")[2]
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
+def test_a_cancelled_step_does_not_poison_the_next(any_site: Site, options: list[str]) -> None:
+    """It was killed inside a kernel: without the cure the next client on its GPU fails with 719 (O46)."""
+    script = f"srun -n2 --gpus-per-task=1 {CLIENT} --spin\necho next\nsrun -n2 --gpus-per-task=1 {CLIENT}\n"
+    job = start(any_site, script, "-n2", "--gres=gpu:2", *options)
+    any_site.cluster.until("both clients", lambda: any_site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    any_site.machine.run(["scancel", f"{job}.0"], user="alice").check()
+    said = after(any_site, job)
+    assert len(GOOD.findall(said)) == 2, any_site.cluster.output(job)
+    assert "FAILED" not in said
+
+
+def test_a_step_after_a_fault_waits_for_its_victims_to_leave(site: Site) -> None:
+    """The server is in FAULT until then and takes nobody (O34)."""
+    script = (
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --hold 3 &\nsleep 1\n"
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --fault\necho next\n"
+        f"srun --exact -n1 --mem=0 --overlap {CLIENT}\nwait\n"
+    )
+    job = start(site, script, "-n4", "--gres=gpu:1", "--mps")
+    said = after(site, job)
+    assert GOOD.search(said), site.cluster.output(job)
+
+
+def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: Site) -> None:
+    script = "srun -n1 false\necho next\nsrun -n4 echo ran\n"
+    site.fault("n1", "server.start=hang")
+    job = start(site, script, "-n4", "--gres=gpu:1", "--mps")
+    said = after(site, job)
+    site.fault("n1")
+    assert "ran" not in said.splitlines()
+    messages = [line for line in said.splitlines() if "error: mps: " in line]
+    assert len(messages) == 1
+    assert "its MPS server on this node takes no programs" in messages[0]
+
+
+def test_only_a_task_that_ended_badly_leaves_a_mark_and_the_next_good_step_takes_it_away(site: Site) -> None:
+    mark = f"{STATE_DIRECTORY}/jobs/*/suspect-0"
+    job = start(
+        site,
+        "srun true; touch good; while [ -e good ]; do sleep 0.1; done\n"
+        "srun false; touch bad; while [ -e bad ]; do sleep 0.1; done\n"
+        "srun true; touch cured; while [ -e cured ]; do sleep 0.1; done\n",
+        "--gres=gpu:1",
+        "--mps",
+    )
+    seen = {}
+    for stage in ("good", "bad", "cured"):
+        flag = site.machine.path(f"/home/alice/{stage}")
+        site.cluster.until(stage, lambda flag=flag: flag.exists() or None, 20)  # type: ignore[misc]
+        seen[stage] = site.node("n1", "sh", "-c", f"ls -l {mark}").stdout.split()[:3]
+        flag.unlink()
+    site.cluster.wait(job)
+    assert seen["good"] == []
+    assert seen["bad"][0].startswith("-rw-------")
+    assert seen["bad"][2] == "root"
+    assert seen["cured"] == []
+
+
+def test_a_job_without_mps_leaves_no_mark(site: Site) -> None:
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", script="srun false")
+    site.cluster.wait(job)
+    assert site.state_files("n1") == []
+
+
+def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site) -> None:
+    """Its program is root's and its environment made from nothing; here it only tells what it is."""
+    site.machine.write(
+        "/opt/tell.py",
+        "import os\n"
+        "status = open('/proc/self/status').read()\n"
+        "ids = [line.split()[1:] for line in status.splitlines() if line[:4] in ('Uid:', 'Gid:')]\n"
+        "fds = sorted(os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if n != '3')\n"
+        "open('/home/alice/told', 'w').write(repr((ids, sorted(os.environ), set(fds))))\n",
+    )
+    script = "srun false\necho next\nsrun env LD_PRELOAD=/home/alice/x.so PYTHONPATH=/home/alice true\n"
+    job = start(site, "while [ ! -e go ]; do sleep 0.1; done\n" + script, "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    lines = verdict.read_text().splitlines()
+    changed = [f"{line.rpartition(' ')[0]} /opt/tell.py" if line.startswith("probe ") else line for line in lines]
+    verdict.write_text("\n".join(changed) + "\n")
+    site.machine.write("/home/alice/go", "")
+    site.cluster.wait(job)
+    ids, environment, descriptors = eval(site.machine.read("/home/alice/told"))  # our own file
+    for name in ("go", "told"):
+        site.machine.path(f"/home/alice/{name}").unlink()
+    assert ids == [["20001"] * 4, ["65534"] * 4]  # nobody's group, so that its user cannot trace it
+    assert set(environment) - {"LC_CTYPE"} == {
+        "PATH",
+        "CUDA_MPS_PIPE_DIRECTORY",
+        "CUDA_MPS_LOG_DIRECTORY",
+        "CUDA_VISIBLE_DEVICES",
+    }
+    assert descriptors == {"/dev/null"}
+
+
+@pytest.mark.parametrize(
+    ("python", "probe"),
+    [
+        (PYTHON, "/opt/gone/slurm_mps/task/probe.py"),
+        ("/opt/gone/bin/python3", "/opt/gone/slurm_mps/task/probe.py"),
+        (PYTHON, "/opt/alone/slurm_mps/task/probe.py"),
+    ],
+    ids=["no program", "no Python", "no package"],
+)
+def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
+    site: Site, python: str, probe: str
+) -> None:
+    """An upgrade moved what the verdict names: nothing is known of the server, and it is not blamed.
+
+    When the program is back the same job's next step runs.
+    """
+    site.machine.write("/opt/alone/slurm_mps/task/probe.py", Path(slurm_mps.task.probe.__file__).read_text())
+    script = (
+        "while [ ! -e go ]; do sleep 0.1; done; srun false\n"
+        f"srun -n2 {CLIENT}; touch refused; while [ -e refused ]; do sleep 0.1; done\necho next\nsrun {CLIENT}\n"
+    )
+    job = start(site, script, "-n2", "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    whole = verdict.read_text()
+    verdict.write_text(re.sub("^probe .*$", f"probe {python} {probe}", whole, flags=re.MULTILINE))
+    flag = site.machine.path("/home/alice/refused")
+    site.machine.write("/home/alice/go", "")
+    site.cluster.until("the refused step", lambda: flag.exists() or None, 20)
+    refused = site.cluster.output(job)
+    verdict.write_text(whole)
+    flag.unlink()
+    said = after(site, job)
+    site.machine.path("/home/alice/go").unlink()
+    messages = [line for line in refused.splitlines() if "error: mps: " in line]
+    assert len(messages) == 1
+    assert f"was not tried after an earlier step ended badly, for {python} -I -S {probe} does not run" in messages[0]
+    assert "uuid=" not in refused
+    assert GOOD.search(said), site.cluster.output(job)
+    assert "error: mps" not in said
+
+
+def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site) -> None:
+    """Here the probe ends as the script wants. Of a server that takes nobody it says 3."""
+    nobody, untried, unsaid = "takes no programs", "was not tried after", "gave no answer"
+    endings = {"1": untried, "3": nobody, "2": untried, "-9": unsaid}
+    script = "while [ ! -e go ]; do sleep 0.1; done; srun false\n" + "".join(
+        f"echo 'import os; os.kill(os.getpid(), 9) if {n} < 0 else os._exit({n})' >probe.py; echo next; srun echo ran\n"
+        for n in endings
+    )
+    job = start(site, script, "--gres=gpu:1", "--mps")
+    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+    other = f"probe {PYTHON} /home/alice/probe.py"
+    verdict.write_text(re.sub("^probe .*$", other, verdict.read_text(), flags=re.MULTILINE))
+    site.machine.write("/home/alice/go", "")
+    said = after(site, job).split("next\n")
+    for name in ("go", "probe.py"):
+        site.machine.path(f"/home/alice/{name}").unlink()
+    for reason in (nobody, untried, unsaid):
+        assert [reason in words for words in said] == [reason == why for why in endings.values()], said
+
+
+def test_a_step_that_the_plugin_refused_leaves_no_mark(any_site: Site) -> None:
+    """Its programs never ran, so that nothing is to be suspected of the server."""
+    script = "srun -n1 echo ran\necho next\nls /run/slurm-mps/jobs/$SLURM_JOB_ID\nsrun -n1 --gres=gpu:1 " + CLIENT
+    job = start(any_site, script, "-n2", "--gres=gpu:2", "--mps=per-gpu")
+    said = after(any_site, job)
+    assert "suspect" not in said
+    assert GOOD.search(said), any_site.cluster.output(job)
+
+
+@pytest.mark.parametrize("options", [["--mps"], ["--mps=per-gpu"]], ids=["per-node", "per-gpu"])
+def test_a_step_of_one_gpu_after_a_bad_one_looks_at_its_own_only(any_site: Site, options: list[str]) -> None:
+    """With devices confined it can open no other, and says nothing about it."""
+    script = f"srun -n1 --gres=gpu:1 false\necho next\nsrun -n1 --gres=gpu:1 {CLIENT}\nsrun -n1 --gres=none echo ran"
+    job = start(any_site, script, "-n2", "--gres=gpu:2", *options)
+    said = after(any_site, job)
+    assert GOOD.search(said), any_site.cluster.output(job)
+    assert "ran" in said.splitlines()
+
+
+def test_a_step_on_one_gpu_does_not_absolve_the_other(any_site: Site) -> None:
+    """The step on the last GPU is killed in a kernel, one on the first runs, and then one on the last again."""
+    one = "srun -n1 --exact --gres=gpu:1"
+    script = (
+        f"{one} sh -c 'touch busy; while [ -e busy ]; do sleep 0.1; done' &\n"
+        "while [ ! -e busy ]; do sleep 0.1; done\n"
+        f"timeout -s TERM 2 {one} {CLIENT} --spin\nrm busy\nwait\n"
+        f"{one} sh -c '{CLIENT}; touch first; while [ ! -e done ]; do sleep 0.1; done' &\n"
+        f"while [ ! -e first ]; do sleep 0.1; done\necho next\n{one} {CLIENT}\ntouch done\nwait\nrm -f first done\n"
+    )
+    job = start(any_site, script, "-n3", "--gres=gpu:2", "--mps")
+    said = after(any_site, job)
+    assert GOOD.search(said), any_site.cluster.output(job)
+    assert "FAILED" not in said
