@@ -5,6 +5,10 @@ Slurm drains a node whose prolog fails, so a user's mistake must never look like
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class MpsError(Exception):
     """Something to tell a person: ``message`` says who, what, on which thing and why; ``hint`` what to do."""
@@ -35,3 +39,16 @@ class NodeError(MpsError):
 
 class DeadlineError(NodeError):
     """Something on this node did not answer in time."""
+
+
+def raise_all(problems: Sequence[Exception]) -> None:
+    """Raise what went wrong; of several problems, one NodeError that reports them all. Nothing where there is none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise NodeError("; ".join(map(describe_error, problems)))
+
+
+def describe_error(error: Exception) -> str:
+    """An error for a message: our own in its words, any other as the bug that it is."""
+    return str(error) if isinstance(error, MpsError) else f"a bug in slurm-mps: {error!r}"

@@ -15,20 +15,15 @@ def main() -> int:
     """Run a hook with a known umask and directory. Returns its exit status."""
     gc.disable()  # a process of a tenth of a second; looking for garbage takes 1 ms of it
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
-    from slurm_mps.node.nvml import Gpus
-
-    gpus = Gpus()
-    if sys.argv[1] == "prolog":
-        gpus.open_ahead()  # while Python imports the rest
     os.umask(0o022)
     os.chdir("/")
     if sys.argv[1] == "prolog":
         from slurm_mps.job.prolog import Prolog
 
-        return Prolog(os.environ, gpus).run()
+        return Prolog(os.environ).run()
     from slurm_mps.job.epilog import Epilog
 
-    return Epilog(os.environ, gpus).run()
+    return Epilog(os.environ).run()
 
 
 if __name__ == "__main__":

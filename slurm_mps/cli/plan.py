@@ -158,7 +158,7 @@ def _uuids(count: int) -> list[str]:
 def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
     """Tell the message that the job's user, or the admin, would read."""
     if options.json:
-        print_json(options, PROBLEM, problem=message, meaning=meaning, steps=[])
+        print_json(options, PROBLEM, problem=message, meaning=meaning, actions=[])
     else:
         complain(f"{message} ({meaning})")
     return PROBLEM
@@ -167,12 +167,12 @@ def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
 def _print(plan: Plan, options: argparse.Namespace) -> None:
     from slurm_mps.job.preview import sees_holders
 
-    steps = []
-    for step in plan.steps:
-        undo = step.look()
-        steps.append(
+    actions = []
+    for action in plan.actions:
+        undo = action.undo()
+        actions.append(
             {
-                "step": step.describe(),
+                "action": action.describe(),
                 "undo": undo and undo.line(),
                 "undo_means": undo and undo.describe(),
             }
@@ -180,12 +180,12 @@ def _print(plan: Plan, options: argparse.Namespace) -> None:
     if options.json:
         gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
         print_json(
-            options, FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, holders_seen=sees_holders(), steps=steps
+            options, FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, holders_seen=sees_holders(), actions=actions
         )
         return
-    for number, one in enumerate(steps, start=1):
-        print(f"{number:2}. {one['step']}")
+    for number, one in enumerate(actions, start=1):
+        print(f"{number:2}. {one['action']}")
         if one["undo"]:
             print(f"    undo, noted first: {one['undo']}")
             print(f"                       {one['undo_means']}")
-    print(f"{len(steps) + 1:2}. tell the job's tasks: ready, {plan.clients_per_gpu} clients on each GPU")
+    print(f"{len(actions) + 1:2}. tell the job's tasks: ready, {plan.clients_per_gpu} clients on each GPU")

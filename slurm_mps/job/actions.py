@@ -1,15 +1,15 @@
-"""Each kind of step that brings a job's MPS up, beside the undo that takes it down again.
+"""Each kind of action that brings a job's MPS up, beside the undo that takes it back.
 
-A step looks (what will undo me?), its undo is written into the journal, then it applies. An undo finds nothing left
-to do when it runs again, and when its step never came to apply.
+An action's undo is written into the journal before the action is applied. An undo finds nothing left to do when it
+runs again, and when its action was never applied.
 """
 
 from __future__ import annotations
 
-import _thread
 from time import monotonic, sleep
 
-from ..errors import DeadlineError, MpsError, NodeError, RequestError
+from ..errors import DeadlineError, NodeError, RequestError, raise_all
+from ..node import control, processes
 from ..node.control import ControlDaemon, Limits, Patience, limit_commands
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
@@ -21,24 +21,23 @@ from . import logs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from typing import Protocol, TypeVar
+    from typing import Protocol
 
     from ..config.settings import SiteConfig
+    from ..node.files import Directory
     from ..node.nvml import Gpus
     from .journal import Journal
     from .state import NodeState
 
-    T = TypeVar("T")
-
     class Undo(Protocol):
         def line(self) -> str: ...
         def describe(self) -> str: ...
-        def undo(self, site: JobOnNode) -> None: ...
+        def run(self, job: JobOnNode) -> None: ...
 
-    class Step(Protocol):
+    class Action(Protocol):
         def describe(self) -> str: ...
-        def look(self) -> Undo | None: ...
-        def apply(self, site: JobOnNode) -> None: ...
+        def undo(self) -> Undo | None: ...
+        def apply(self, job: JobOnNode) -> None: ...
 
 
 _LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
@@ -55,10 +54,10 @@ def gpu_daemon_name(number: int) -> str:
 
 @record
 class JobOnNode:
-    """What a step acts on: one job's place on this node.
+    """What an action acts on: one job on this node.
 
     Both deadlines are monotonic times in seconds: what is brought up must be so by the first, so that there is time to
-    undo it all by the second.
+    undo it all by the second. `meanwhile` is done while daemons quit, which takes a tenth of a second.
     """
 
     state: NodeState
@@ -67,6 +66,7 @@ class JobOnNode:
     config: SiteConfig
     deadline: float
     undo_deadline: float
+    meanwhile: Callable[[], None] | None = None
 
     def seconds(self, wanted: float) -> float:
         """How long one thing may take: what it wants, but no longer than is left of the whole.
@@ -97,53 +97,6 @@ class JobDaemon:
     limits: Limits
 
 
-def _in_thread(act: Callable[[T], None], thing: T) -> _thread.LockType | None:
-    """Do something in a thread. Returns: a lock that is free when it is done; None where there is no thread for it."""
-    done = _thread.allocate_lock()
-    done.acquire()
-
-    def run() -> None:
-        act(thing)
-        done.release()
-
-    try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError:
-        return None
-    return done
-
-
-def side_by_side(act: Callable[[T], None], things: Sequence[T]) -> None:
-    """Do the same to several things at once and wait for all of it; whatever waits in it has its own deadline.
-
-    Raises: what went wrong; of several failures, one NodeError that tells them all.
-    """
-    errors: list[Exception] = []
-
-    def attempt(thing: T) -> None:
-        try:
-            act(thing)
-        except Exception as error:  # raised again below, in the thread that waits
-            errors.append(error)
-
-    here = [things[0]]
-    ends = []
-    for thing in things[1:]:
-        end = _in_thread(attempt, thing)
-        if end is None:  # no thread to be had: one after the other, then
-            here.append(thing)
-        else:
-            ends.append(end)
-    for thing in here:
-        attempt(thing)
-    for end in ends:
-        end.acquire()
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise NodeError("; ".join(str(error) if isinstance(error, MpsError) else repr(error) for error in errors))
-
-
 @record
 class ReadLedgers:
     """See that what is kept of the GPUs can be read, before anything is changed that could not be undone without it."""
@@ -153,12 +106,12 @@ class ReadLedgers:
     def describe(self) -> str:
         return f"see that what is kept of {', '.join(self.gpus)} can be read"
 
-    def look(self) -> None:
+    def undo(self) -> None:
         return None
 
-    def apply(self, site: JobOnNode) -> None:
+    def apply(self, job: JobOnNode) -> None:
         for gpu in self.gpus:
-            site.state.ledgers.read(gpu)
+            job.state.ledgers.read(gpu)
 
 
 @record
@@ -177,15 +130,15 @@ class HoldGpu:
         mode = "compute mode left alone" if self.mode is None else f"compute mode {COMPUTE_MODES[self.mode]}"
         return f"hold {self.gpu} for the job, {mode}{', with other jobs' if self.may_share else ''}"
 
-    def look(self) -> ReleaseGpu:
+    def undo(self) -> ReleaseGpu:
         return ReleaseGpu(self.gpu)
 
-    def apply(self, site: JobOnNode) -> None:
-        site.state.ledgers.lock(site.seconds(site.config.deadlines_command))
+    def apply(self, job: JobOnNode) -> None:
+        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
         try:
-            self._hold(site)
+            self._hold(job)
         finally:
-            site.state.ledgers.unlock()
+            job.state.ledgers.unlock()
 
     def refuse_beside(self, others: Sequence[int]) -> None:
         """Raises: RequestError where other jobs hold the GPU and the site does not share one."""
@@ -196,23 +149,24 @@ class HoldGpu:
                 reason="shared_gpu",
             )
 
-    def _hold(self, site: JobOnNode) -> None:
-        job_id = site.journal.job_id
-        entry = site.state.ledgers.read(self.gpu)
+    def _hold(self, job: JobOnNode) -> None:
+        job_id = job.journal.job_id
+        job.journal.claims = True
+        entry = job.state.ledgers.read(self.gpu)
         others = [job for job in entry.holders if job != job_id]
         self.refuse_beside(others)
         if not others and self.mode == EXCLUSIVE_PROCESS:
-            self._see_it_free(site)
+            self._see_it_free(job)
         found = entry.mode_found
         if found is None and self.mode is not None:
-            found = site.gpus.compute_mode(self.gpu)
-        site.state.ledgers.write(self.gpu, replace(entry, holders=(*others, job_id), mode_found=found))
-        if self.mode is not None and site.gpus.compute_mode(self.gpu) != self.mode:
-            site.gpus.set_compute_mode(self.gpu, self.mode)
+            found = job.gpus.compute_mode(self.gpu)
+        job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, job_id), mode_found=found))
+        if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
+            job.gpus.set_compute_mode(self.gpu, self.mode)
 
-    def _see_it_free(self, site: JobOnNode) -> None:
+    def _see_it_free(self, job: JobOnNode) -> None:
         end = monotonic() + _LEAVING_SECONDS
-        while there := site.gpus.processes(self.gpu):
+        while there := job.gpus.processes(self.gpu):
             if monotonic() > end:
                 raise NodeError(
                     f"{self.gpu}: in use by process {', '.join(map(describe, there[:4]))}, though Slurm has just given "
@@ -234,12 +188,12 @@ class ReleaseGpu:
     def describe(self) -> str:
         return f"let go of {self.gpu}; the last job to do so puts back the compute mode that the first one found"
 
-    def undo(self, site: JobOnNode) -> None:
-        site.state.ledgers.lock(site.seconds(site.config.deadlines_command))
+    def run(self, job: JobOnNode) -> None:
+        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
         try:
-            let_go(self.gpu, (site.journal.job_id,), site.state, site.gpus)
+            let_go(self.gpu, (job.journal.job_id,), job.state, job.gpus)
         finally:
-            site.state.ledgers.unlock()
+            job.state.ledgers.unlock()
 
 
 def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> None:
@@ -266,15 +220,15 @@ class MakeDirectories:
     def describe(self) -> str:
         return f"make the pipe directory {', '.join(self.daemons)} in the job's directory, and the log directory"
 
-    def look(self) -> RemoveDirectories:
+    def undo(self) -> RemoveDirectories:
         return RemoveDirectories()
 
-    def apply(self, site: JobOnNode) -> None:
+    def apply(self, job: JobOnNode) -> None:
         for name in self.daemons:
-            site.journal.directory.make(name, 0o755).close()
+            job.journal.directory.make(name, 0o755).close()
         parts = [name for name in self.daemons if name != WHOLE_JOB]
-        if not logs.make(site.journal.job_id, site.journal.uid, parts, site.config):
-            with site.journal.directory.make("log", 0o755) as here:
+        if not logs.make(job.journal.job_id, job.journal.uid, parts, job.config):
+            with job.journal.directory.make("log", 0o755) as here:
                 for part in parts:
                     here.make(part, 0o755).close()
 
@@ -289,10 +243,10 @@ class RemoveDirectories:
     def describe(self) -> str:
         return "remove the pipe directories, and cut the logs to what the site keeps"
 
-    def undo(self, site: JobOnNode) -> None:
-        if not site.journal.directory.exists("log"):
-            logs.keep(site.journal.job_id, site.config, site.state.job_ids())
-        here = site.journal.directory
+    def run(self, job: JobOnNode) -> None:
+        if not job.journal.directory.exists("log"):
+            logs.keep(job.journal.job_id, job.config, job.state.job_ids())
+        here = job.journal.directory
         for name in here.names():
             if name in (WHOLE_JOB, "log") or name.startswith("gpu-"):
                 here.remove_tree(name)
@@ -307,20 +261,51 @@ class StartDaemons:
     def describe(self) -> str:
         return "start " + "; ".join(f"control daemon {name} on {', '.join(gpus)}" for name, gpus in self.served)
 
-    def look(self) -> QuitDaemons:
+    def undo(self) -> QuitDaemons:
         return QuitDaemons(tuple(name for name, _ in self.served))
 
-    def apply(self, site: JobOnNode) -> None:
-        side_by_side(lambda one: self._start(*one, site), self.served)
+    def apply(self, job: JobOnNode) -> None:
+        self._check(self.begin(job), job)
 
-    def _start(self, name: str, gpus: tuple[str, ...], site: JobOnNode) -> None:
-        daemon = site.daemon(name)
-        log_limit_bytes = _LOG_GROWS_TO * site.config.logs_max_kib * 1024
-        daemon.start(gpus, site.seconds(site.config.deadlines_daemon_start), log_limit_bytes)
-        with site.journal.directory.subdirectory(name) as pipe:
-            daemon.protect(pipe)
-            if daemon.process(pipe) is None:
-                raise NodeError(f"{daemon.program} -d said yes, but no control daemon runs")
+    def begin(self, job: JobOnNode) -> list[processes.Child]:
+        """Start them all, and do not wait. Raises: NodeError; then none is left that was started here."""
+        log_limit_bytes = _LOG_GROWS_TO * job.config.logs_max_kib * 1024
+        children: list[processes.Child] = []
+        try:
+            for name, gpus in self.served:
+                children.append(job.daemon(name).start(gpus, log_limit_bytes))
+        except NodeError:
+            processes.wait_all(children, 0)
+            raise
+        return children
+
+    def finish(self, children: Sequence[processes.Child], job: JobOnNode) -> None:
+        """Wait for what begin() started before the GPUs were claimed, and see that each daemon runs.
+
+        What failed is tried once more: a GPU may have been in a mode in which no daemon starts.
+        Raises: NodeError.
+        """
+        try:
+            self._check(children, job)
+        except DeadlineError:
+            raise
+        except NodeError as error:
+            self.undo().run(job)
+            self.apply(job)
+            tell_admin(f"job {job.journal.job_id}: its control daemon was started twice: {error}")
+
+    def _check(self, children: Sequence[processes.Child], job: JobOnNode) -> None:
+        """Wait for what begin() started, and see that each daemon runs. Raises: NodeError."""
+        seconds = job.seconds(job.config.deadlines_daemon_start)
+        outcomes = processes.wait_all(children, seconds)
+        problems = []
+        for (name, _), outcome in zip(self.served, outcomes, strict=True):
+            try:
+                with job.journal.directory.subdirectory(name) as pipe:
+                    job.daemon(name).check_start(outcome, seconds, pipe)
+            except NodeError as error:
+                problems.append(error)
+        raise_all(problems)
 
 
 @record
@@ -335,35 +320,39 @@ class QuitDaemons:
     def describe(self) -> str:
         return f"end control daemon {', '.join(self.names)} and its servers: quit, then SIGTERM, then SIGKILL"
 
-    def stand(self, site: JobOnNode) -> bool:
-        """Whether all of them run."""
-        return all(self._stands(name, site) for name in self.names)
+    def all_run(self, job: JobOnNode) -> bool:
+        """Whether all of the daemons run."""
+        for name in self.names:
+            try:
+                with job.journal.directory.subdirectory(name) as pipe:
+                    if job.daemon(name).process(pipe) is None:
+                        return False
+            except FileNotFoundError:
+                return False
+        return True
 
-    def _stands(self, name: str, site: JobOnNode) -> bool:
-        try:
-            with site.journal.directory.subdirectory(name) as pipe:
-                return site.daemon(name).process(pipe) is not None
-        except FileNotFoundError:
-            return False
-
-    def undo(self, site: JobOnNode) -> None:
-        side_by_side(lambda name: self._quit(name, site), self.names)
-
-    def _quit(self, name: str, site: JobOnNode) -> None:
-        wanted = site.config.deadlines_quit + 2 * site.config.deadlines_signal
-        share = site.seconds(wanted) / wanted
+    def run(self, job: JobOnNode) -> None:
+        wanted = job.config.deadlines_quit + 2 * job.config.deadlines_signal
+        share = job.seconds(wanted) / wanted
         patience = Patience(
             force_after_seconds=2,
-            quit_seconds=share * site.config.deadlines_quit,
-            signal_seconds=share * site.config.deadlines_signal,
+            quit_seconds=share * job.config.deadlines_quit,
+            signal_seconds=share * job.config.deadlines_signal,
         )
+        found: list[tuple[ControlDaemon, Directory | None]] = []
         try:
-            pipe = site.journal.directory.subdirectory(name)
-        except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
-            site.daemon(name).quit(None, site.journal.uid, patience)
-            return
-        with pipe:
-            site.daemon(name).quit(pipe, site.journal.uid, patience)
+            for name in self.names:
+                try:
+                    pipe = job.journal.directory.subdirectory(name)
+                except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
+                    found.append((job.daemon(name), None))
+                else:
+                    found.append((job.daemon(name), pipe))
+            control.quit_all(found, job.journal.uid, patience, job.meanwhile)
+        finally:
+            for _, opened in found:
+                if opened:
+                    opened.close()
 
 
 @record
@@ -378,14 +367,12 @@ class SetLimits:
             for one in self.daemons
         )
 
-    def look(self) -> None:
+    def undo(self) -> None:
         return None
 
-    def apply(self, site: JobOnNode) -> None:
-        side_by_side(lambda daemon: self._set(daemon, site), self.daemons)
-
-    def _set(self, one: JobDaemon, site: JobOnNode) -> None:
-        site.daemon(one.name).set_limits(one.limits, len(one.gpus), site.seconds(site.config.deadlines_command))
+    def apply(self, job: JobOnNode) -> None:
+        wanted = [(job.daemon(one.name), one.limits, len(one.gpus)) for one in self.daemons]
+        control.set_limits(wanted, job.seconds(job.config.deadlines_command))
 
 
 @record
@@ -400,11 +387,11 @@ class AdmitUser:
     def describe(self) -> str:
         return f"let uid {self.uid} into the job's directory"
 
-    def look(self) -> None:
+    def undo(self) -> None:
         return None
 
-    def apply(self, site: JobOnNode) -> None:
-        site.journal.admit_user()
+    def apply(self, job: JobOnNode) -> None:
+        job.journal.admit_user()
 
 
 @record
@@ -421,17 +408,15 @@ class StartServers:
     def describe(self) -> str:
         return f"tell {', '.join(self.daemons)}: start_server -uid {self.uid}; not waited for"
 
-    def look(self) -> None:
+    def undo(self) -> None:
         return None
 
-    def apply(self, site: JobOnNode) -> None:
-        side_by_side(lambda name: self._start(name, site), self.daemons)
-
-    def _start(self, name: str, site: JobOnNode) -> None:
+    def apply(self, job: JobOnNode) -> None:
+        daemons = [job.daemon(name) for name in self.daemons]
         try:
-            site.daemon(name).start_server(self.uid, site.seconds(site.config.deadlines_command))
+            control.start_servers(daemons, self.uid, job.seconds(job.config.deadlines_command))
         except NodeError as error:
-            tell_admin(f"job {site.journal.job_id}: the server is not started ahead of the first client: {error}")
+            tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
 
 
 def read_undo(line: str) -> Undo:

@@ -27,8 +27,7 @@ class Epilog(Script):
             return
         self.config = config = journal.read_config() or DEFAULTS
         self.watch.set(config.deadlines_epilog)
-        if config.gpus_compute_mode != "unchanged":
-            self.gpus.open_ahead()  # while the daemon quits
         end = self.watch.at(UNDO_SHARE)
-        take_down(JobOnNode(state, journal, self.gpus, config, end, end))
+        needs_nvml = config.gpus_compute_mode != "unchanged"
+        take_down(JobOnNode(state, journal, self.gpus, config, end, end, self.gpus.open if needs_nvml else None))
         self.note("done")

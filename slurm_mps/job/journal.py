@@ -36,6 +36,7 @@ class Journal:
         self.node = node  #: what Slurm calls this node
         self.undo: list[str] = []
         self.ready = False
+        self.claims = False  #: whether a GPU may have been claimed, so that undoing it asks NVML
 
     def write(self) -> None:
         """Put the journal on disk as it stands."""
@@ -50,9 +51,9 @@ class Journal:
         lines = [with_fields("job", who), *(f"undo {line}" for line in self.undo)]
         self.directory.write(FILE, encode("journal", JOURNAL_VERSION, lines))
 
-    def note(self, undo: str, after: int = 0) -> None:
-        """Put on disk how the effect that comes next is undone: before all others, or `after` so many of them."""
-        self.undo.insert(len(self.undo) - after, undo)
+    def note(self, *undos: str) -> None:
+        """Put on disk how the effects that come next are undone; they are undone before all others, last one first."""
+        self.undo += undos
         self.write()
 
     def admit_user(self) -> None:

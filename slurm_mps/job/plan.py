@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ..node.control import ControlDaemon
-    from .actions import Step
+    from .actions import Action
     from .request import JobRequest
 
     T = TypeVar("T")
@@ -49,7 +49,7 @@ _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for wh
 
 @record
 class Plan:
-    """The steps for one job, in order, and what its tasks are told when they are done.
+    """The actions for one job, in order, and the verdict for its tasks when they are done.
 
     ``slurm_indices`` are Slurm's numbers of the ``gpus``, in the same order.
     """
@@ -60,12 +60,7 @@ class Plan:
     clients_per_gpu: int
     request: JobRequest
     config: SiteConfig
-    steps: tuple[Step, ...]
-
-    @property
-    def claims(self) -> tuple[Step, ...]:
-        """The first of the steps, which make the GPUs the job's; no other asks NVML."""
-        return tuple(step for step in self.steps if isinstance(step, (ReadLedgers, HoldGpu)))
+    actions: tuple[Action, ...]
 
     def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
         """What the plugin reads in the job's tasks; `running` are the plan's daemons.
@@ -232,15 +227,22 @@ def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> 
     )
 
 
-def plan_start(request: JobRequest, uuids: tuple[str, ...]) -> tuple[Step, ...]:
-    """Those of make_plan()'s steps that need to know of the job's GPUs, in PCI order, no more than which they are.
+def first_actions(request: JobRequest, config: SiteConfig, uuids: tuple[str, ...]) -> tuple[Action, ...]:
+    """The actions that need to know no more than which GPUs the job has (in PCI order): make_plan()'s begin with them.
 
-    None where that is not known, or where make_plan() has something to say against so many.
+    None where the GPUs are not known, or where make_plan() has something to say against so many.
     """
     if not 0 < len(uuids) <= GPUS_MAX:
         return ()
     served = _served(request, uuids)
-    return MakeDirectories(tuple(name for name, _ in served)), StartDaemons(served)
+    may_share = config.gpus_sharing == "share"
+    mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
+    return (
+        ReadLedgers(uuids),
+        *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
+        MakeDirectories(tuple(name for name, _ in served)),
+        StartDaemons(served),
+    )
 
 
 def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
@@ -261,9 +263,6 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
     _check_gpu_numbers(request, len(gpus))
     daemons = _daemons(request, config, gpus)
-    names = tuple(daemon.name for daemon in daemons)
-    may_share = config.gpus_sharing == "share"
-    mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
     return Plan(
         gpus=gpus,
         slurm_indices=slurm_indices,
@@ -271,12 +270,10 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         clients_per_gpu=_clients_per_gpu(gpus, config),
         request=request,
         config=config,
-        steps=(
-            ReadLedgers(uuids),
-            *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
-            *plan_start(request, uuids),
+        actions=(
+            *first_actions(request, config, uuids),
             SetLimits(daemons),
             AdmitUser(request.uid),
-            StartServers(request.uid, names),
+            StartServers(request.uid, tuple(daemon.name for daemon in daemons)),
         ),
     )

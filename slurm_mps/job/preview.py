@@ -98,7 +98,7 @@ def _refuse_beside_others(plan: Plan) -> None:
         state = NodeState(make=False)
     except FileNotFoundError:
         return  # no job had MPS here since the boot
-    for step in plan.steps:
-        if isinstance(step, HoldGpu):
-            step.refuse_beside(state.ledgers.read(step.gpu).holders)
+    for action in plan.actions:
+        if isinstance(action, HoldGpu):
+            action.refuse_beside(state.ledgers.read(action.gpu).holders)
     state.close()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+from time import monotonic
 
 from ..config.load import load_config
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError
-from ..node.nvml import expected_uuids
 from ..record import replace
 from . import logs
 from .actions import JobOnNode
-from .lifecycle import bring_up, is_up, take_down
-from .plan import make_plan, plan_start
+from .lifecycle import bring_up, is_up, take_down, undo_all
 from .request import read_request, slurm_number
 from .script import Script
 from .state import NodeState
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 
     from ..config.settings import SiteConfig
     from ..errors import RequestError
-    from ..node.nvml import Gpus
     from .journal import Journal
-    from .plan import Plan
     from .verdict import Verdict
+
+_UNDO_SECONDS = 0.3  # of the watch's last words
 
 
 class Prolog(Script):
@@ -38,9 +37,9 @@ class Prolog(Script):
     done = "ready"
     seconds = DEFAULTS.deadlines_prolog
 
-    def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self._journal: Journal | None = None
-        super().__init__(environment, gpus)
+        super().__init__(environment)
 
     def work(self, job_id: int) -> None:
         state = self._open_state()
@@ -57,12 +56,7 @@ class Prolog(Script):
         self._journal = journal = state.begin_journal(job_id, uid, restart_count, node)
         request = read_request(self.environment)
         journal.write_config(self.config)
-        job = self._on_node(state, journal, self.config)
-
-        def decide() -> Plan:
-            return make_plan(request, self.config, tuple(job.gpus.resolve(name) for name in request.gpus))
-
-        bring_up(plan_start(request, expected_uuids(request.gpus)), decide, job)
+        bring_up(request, self._on_node(state, journal, self.config))
 
     def _open_state(self) -> NodeState:
         """Open the state directory and read the configuration, which says what comes of a fault of either."""
@@ -97,6 +91,13 @@ class Prolog(Script):
             return self.node_fault(f"{error}; and the verdict cannot be written: {fault}")
         self.note("refused", error.reason)
         return 0
+
+    def give_up(self, message: str) -> int:
+        """The watch's last words. NVML hangs, it seems: all is undone that does not need it."""
+        if self.state and self._journal:
+            job = self._on_node(self.state, self._journal, self.config)
+            undo_all(replace(job, deadline=monotonic() + _UNDO_SECONDS), claims=not self._journal.claims)
+        return self.node_fault(message)
 
     def node_fault(self, message: str) -> int:
         """Tell the admin, then do as the site wants: fail the job here, let it run, or have Slurm drain the node."""

@@ -15,7 +15,7 @@ from time import time
 from ..config.load import load_config
 from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import DeadlineError, MpsError, NodeError
-from ..node.control import ControlDaemon, Patience, Stray, find_below
+from ..node.control import ControlDaemon, Patience, Stray, end_by_signals, find_below
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import identify
 from ..record import record
@@ -262,7 +262,8 @@ class Reconciler:
         patience = Patience(2, DEFAULTS.deadlines_quit, DEFAULTS.deadlines_signal)
         for directory, uid in sorted({(stray.pipe_directory, stray.uid) for stray in strays}):
             self._watch.restart(DEFAULTS.deadlines_epilog)
-            ControlDaemon(DEFAULTS.paths_control_program, directory, "").end(uid, patience)
+            daemon = ControlDaemon(DEFAULTS.paths_control_program, directory, "")
+            end_by_signals([(daemon, ())], uid, patience)
         state.open_journal(job_id)  # removes the directory without one
         for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
             self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))

@@ -13,6 +13,7 @@ from time import strftime
 from ..config.settings import DEFAULTS
 from ..errors import MpsError, NodeError, RequestError
 from ..node.messages import one_line, tell_admin
+from ..node.nvml import Gpus
 from .request import slurm_number
 from .watch import Watch
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..config.settings import SiteConfig
-    from ..node.nvml import Gpus
     from .state import NodeState
 
 
@@ -32,13 +32,13 @@ class Script:
     done = ""  #: the outcome that metrics count when all went well
     seconds = 0.0
 
-    def __init__(self, environment: Mapping[str, str], gpus: Gpus) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
-        self.gpus = gpus
+        self.gpus = Gpus()
         self.config: SiteConfig = DEFAULTS
         self.state: NodeState | None = None
         self.job_id: int | None = None
-        self.watch = Watch(self.seconds, self.node_fault)
+        self.watch = Watch(self.seconds, self.give_up)
 
     def run(self) -> int:
         """Do the work. Returns: the exit status for slurmd, 0 or 1 to have the node drained."""
@@ -59,6 +59,10 @@ class Script:
 
     def work(self, job_id: int) -> None:
         raise NotImplementedError
+
+    def give_up(self, message: str) -> int:
+        """What the watch does when the time is over."""
+        return self.node_fault(message)
 
     def refuse(self, error: RequestError) -> int:
         return self.node_fault(str(error))

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from time import monotonic, sleep
 
-from ..errors import NodeError
+from ..errors import DeadlineError, NodeError, raise_all
 from ..record import record
 from ..units import format_control_percentage, format_memory, format_thread_percentage, printable
 from . import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .files import Directory
-    from .processes import ProcessIdentity
+    from .processes import Outcome, ProcessIdentity
 
 DAEMON_PROGRAM = "nvidia-cuda-mps-control"
 SERVER_PROGRAM = "nvidia-cuda-mps-server"
@@ -61,6 +61,14 @@ def limit_commands(limits: Limits, device_count: int) -> list[str]:
     if limits.client_priority is not None:
         lines += [f"set_default_client_priority {limits.client_priority}", "get_default_client_priority"]
     return lines
+
+
+def limit_answers(limits: Limits, device_count: int) -> list[str]:
+    """What a daemon answers to limit_commands() when it has done them."""
+    percent = format_control_percentage(limits.thread_percentage)
+    memory = [] if limits.memory_bytes is None else [format_memory(limits.memory_bytes)] * device_count
+    priority = [] if limits.client_priority is None else [str(limits.client_priority)]
+    return [percent, percent, *memory, *priority]
 
 
 @record
@@ -114,72 +122,60 @@ class ControlDaemon:
             "CUDA_MPS_LOG_DIRECTORY": self.log_directory,
         }
 
-    def start(self, gpu_uuids: Sequence[str], timeout_seconds: float, log_limit_bytes: int) -> None:
-        """Start the daemon in the background on exactly these GPUs.
+    def start(self, gpu_uuids: Sequence[str], log_limit_bytes: int) -> processes.Child:
+        """Start the daemon in the background on exactly these GPUs, and do not wait for it.
 
         Its logs stop growing at `log_limit_bytes`, which it does not mind (O49): each connection is two lines of them,
         and the job's user can make a hundred thousand a second.
-        Raises: NodeError when the program says no; whether it says yes and starts nothing (O5) shows in process().
+        Returns: the program, whose outcome check_start() judges.
+        Raises: NodeError when it cannot be started.
         """
         if len(self.pipe_directory) > PIPE_DIRECTORY_MAX:
             raise NodeError(f"{self.pipe_directory} is too long for the control daemon's sockets")
         environment = {**self._environment, "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
-        outcome = processes.run([self.program, "-d"], environment, timeout_seconds, file_limit_bytes=log_limit_bytes)
+        return processes.spawn([self.program, "-d"], environment, file_limit_bytes=log_limit_bytes)
+
+    def check_start(self, outcome: Outcome | None, timeout_seconds: float, pipe: Directory) -> None:
+        """See that the program that start() gave has started a daemon, and make root's files root's alone.
+
+        The daemon leaves its pid file and its lock writable by all (O37).
+        Raises: NodeError; DeadlineError where the program has not ended in time (None).
+        """
+        if outcome is None:
+            raise DeadlineError(f"{self.program} did not answer within {timeout_seconds:g} s")
         if outcome.status:
             said = printable((outcome.errors or outcome.output).strip() or "no message", 200)
             raise NodeError(f"{self.program} -d ended with status {outcome.status}: {said}")
+        for name in (PID_FILE, LOCK_FILE):
+            pipe.protect(name)
+        if self.process(pipe) is None:
+            raise NodeError(f"{self.program} -d said yes, but no control daemon runs")
 
     def command(self, lines: Sequence[str], timeout_seconds: float) -> list[str]:
         """Send commands in one go and give back the lines of the answer that say something.
 
-        The daemon talks to one at a time; while somebody else has its ear this tries again (O40).
         Raises: NodeError when no daemon is there or the answer is an error; DeadlineError when none comes.
         """
+        (answer,) = ask_all([(self, lines)], timeout_seconds)
+        if isinstance(answer, NodeError):
+            raise answer
+        return answer
+
+    def _ask(self, lines: Sequence[str]) -> processes.Child:
+        """Begin to send commands. Raises: NodeError."""
         for line in lines:
             if not _GRAMMAR.issuperset(line):
                 raise NodeError(f"{printable(line)!r} is no control command")
-        text = "".join(f"{line}\n" for line in lines)
-        end = monotonic() + timeout_seconds
-        outcome = processes.run([self.program], self._environment, timeout_seconds, text)
-        while outcome.status and _TURNED_AWAY in outcome.errors and monotonic() + _TURNED_AWAY_SECONDS < end:
-            sleep(_TURNED_AWAY_SECONDS)
-            outcome = processes.run([self.program], self._environment, end - monotonic(), text)
+        return processes.spawn([self.program], self._environment, "".join(f"{line}\n" for line in lines))
+
+    def _answer(self, outcome: Outcome | None, timeout_seconds: float) -> list[str] | NodeError:
+        if outcome is None:
+            return DeadlineError(f"{self.program} did not answer within {timeout_seconds:g} s")
         if outcome.status:
             said = printable(outcome.errors.strip() or "no message", 200)
-            raise NodeError(
-                f"control daemon of {self.pipe_directory}: {self.program} ended with status {outcome.status}: {said}"
-            )
+            message = f"{self.program} ended with status {outcome.status}: {said}"
+            return NodeError(f"control daemon of {self.pipe_directory}: {message}")
         return [line for line in outcome.output.splitlines() if line.strip()]
-
-    def set_limits(self, limits: Limits, device_count: int, timeout_seconds: float) -> None:
-        """Set the defaults of servers to come, and read them back.
-
-        Devices go by the daemon's ordinal, which all driver releases take.
-        Raises: NodeError when what is read back is not what was set.
-        """
-        percent = format_control_percentage(limits.thread_percentage)
-        lines = limit_commands(limits, device_count)
-        expected = [percent, percent]
-        if limits.memory_bytes is not None:
-            expected += [format_memory(limits.memory_bytes)] * device_count
-        if limits.client_priority is not None:
-            expected.append(str(limits.client_priority))
-        answer = self.command(lines, timeout_seconds)
-        if answer != expected:
-            raise NodeError(
-                f"control daemon of {self.pipe_directory}: asked for {'; '.join(lines)}, "
-                f"and it reads back {printable(' '.join(answer) or 'nothing', 200)!r} "
-                f"instead of {' '.join(expected)!r}"
-            )
-
-    def start_server(self, uid: int, timeout_seconds: float) -> None:
-        """Have a server started for a user; it is up 0.15 s and more later, and not waited for (O26)."""
-        self.command([f"start_server -uid {uid}"], timeout_seconds)
-
-    def protect(self, pipe: Directory) -> None:
-        """Make root's files in the pipe directory root's alone: the daemon leaves them writable by all (O37)."""
-        for name in (PID_FILE, LOCK_FILE):
-            pipe.protect(name)
 
     def process(self, pipe: Directory) -> ProcessIdentity | None:
         """The running daemon, by the pid file that it keeps in its pipe directory.
@@ -211,57 +207,7 @@ class ControlDaemon:
                 found.append(process)
         return found
 
-    def end(self, server_uid: int, patience: Patience) -> None:
-        """End whatever of this daemon is still there, without asking; its directory need not be there.
-
-        Raises: NodeError that names what is still there after all that.
-        """
-        self._end_by_signals([], server_uid, patience)
-
-    def quit(self, pipe: Directory | None, server_uid: int, patience: Patience) -> None:
-        """End the daemon and its servers: ask, then use signals, each with a time of its own.
-
-        The servers are the daemon's own children, noted before it is asked: they run as the job's user, who can change
-        what a server says of itself, but not whose child it is. Without `pipe` (an earlier try removed the directory),
-        or without a daemon, what is left is searched for.
-        Raises: NodeError that names what is still there after all that.
-        """
-        daemon = self.process(pipe) if pipe else None
-        ours = [daemon, *processes.children(daemon)] if daemon else []
-        if daemon and self._quit_politely(ours, patience):
-            return
-        self._end_by_signals(ours, server_uid, patience)
-
-    def _quit_politely(self, ours: list[ProcessIdentity], patience: Patience) -> bool:
-        """Ask the daemon to quit, and see that it went and took its servers along."""
-        end = monotonic() + patience.quit_seconds
-        try:
-            self.command([f"quit -t {patience.force_after_seconds}"], patience.quit_seconds)
-        except NodeError:
-            return False  # it does not answer, or went by itself
-        return all(processes.wait_ended(process, max(0.0, end - monotonic())) for process in ours)
-
-    def _end_by_signals(self, ours: list[ProcessIdentity], server_uid: int, patience: Patience) -> None:
-        """Without the daemon nobody says whose servers are whose: all that look like its are ended, and waited for."""
-        ours = ours or self.find_processes(server_uid)
-        for number in (processes.SIGTERM, processes.SIGKILL):
-            left = _alive(ours)
-            for process in left:
-                processes.signal_process(process, number)
-            end = monotonic() + patience.signal_seconds
-            for process in left:
-                processes.wait_ended(process, max(0.0, end - monotonic()))
-        self._kill_strays(server_uid)
-        stuck = _alive(ours)
-        if not stuck:
-            return
-        pids = ", ".join(str(process.pid) for process in stuck[:_NAMED_PIDS])
-        raise NodeError(
-            f"MPS processes {pids} of {self.pipe_directory} are still there after quit, SIGTERM and SIGKILL",
-            hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
-        )
-
-    def _kill_strays(self, server_uid: int) -> None:
+    def kill_strays(self, server_uid: int) -> None:
         """End what else looks like ours: a server that a daemon on its way out had just started.
 
         The job's user can make such, and more than can be waited for: they are no fault of the node.
@@ -269,10 +215,134 @@ class ControlDaemon:
         found = self.find_processes(server_uid)
         for process in found:
             processes.signal_process(process, processes.SIGKILL)
-        end = monotonic() + _STRAY_SECONDS
-        for process in found:
-            processes.wait_ended(process, max(0.0, end - monotonic()))
+        processes.wait_all_ended(found, monotonic() + _STRAY_SECONDS)
 
 
-def _alive(some: list[ProcessIdentity]) -> list[ProcessIdentity]:
+def ask_all(
+    questions: Sequence[tuple[ControlDaemon, Sequence[str]]],
+    timeout_seconds: float,
+    meanwhile: Callable[[], None] | None = None,
+) -> list[list[str] | NodeError]:
+    """Send each daemon its commands, all at once; do something else `meanwhile` they answer.
+
+    A daemon talks to one at a time; while somebody else has its ear this tries again (O40).
+    Returns: for each daemon the lines of its answer that say something, or what went wrong (NodeError; DeadlineError
+    when no answer comes).
+    """
+    deadline = monotonic() + timeout_seconds
+    answers: dict[int, list[str] | NodeError] = {}
+    left = list(enumerate(questions))
+    while left:
+        asked: list[tuple[int, ControlDaemon, processes.Child]] = []
+        for number, (daemon, lines) in left:
+            try:
+                asked.append((number, daemon, daemon._ask(lines)))  # noqa: SLF001 - one class, and its own function
+            except NodeError as error:
+                answers[number] = error
+        if meanwhile:
+            meanwhile()
+            meanwhile = None
+        outcomes = processes.wait_all([child for _, _, child in asked], max(0.0, deadline - monotonic()))
+        for (number, daemon, _), outcome in zip(asked, outcomes, strict=True):
+            turned_away = outcome is not None and outcome.status and _TURNED_AWAY in outcome.errors
+            if not turned_away or monotonic() + _TURNED_AWAY_SECONDS >= deadline:
+                answers[number] = daemon._answer(outcome, timeout_seconds)  # noqa: SLF001
+        left = [one for one in left if one[0] not in answers]
+        if left:
+            sleep(_TURNED_AWAY_SECONDS)
+    return [answers[number] for number in range(len(questions))]
+
+
+def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seconds: float) -> None:
+    """Set the defaults of servers to come and read them back, for each daemon with so many devices.
+
+    Devices go by the daemon's ordinal, which all driver releases take.
+    Raises: NodeError when what is read back is not what was set.
+    """
+    asked = [(daemon, limit_commands(wanted, count)) for daemon, wanted, count in limits]
+    problems = []
+    for (daemon, wanted, count), (_, lines), answer in zip(limits, asked, ask_all(asked, timeout_seconds), strict=True):
+        expected = limit_answers(wanted, count)
+        if isinstance(answer, NodeError):
+            problems.append(answer)
+        elif answer != expected:
+            said = printable(" ".join(answer) or "nothing", 200)
+            problems.append(
+                NodeError(
+                    f"control daemon of {daemon.pipe_directory}: asked for {'; '.join(lines)}, "
+                    f"and it reads back {said!r} instead of {' '.join(expected)!r}"
+                )
+            )
+    raise_all(problems)
+
+
+def start_servers(daemons: Sequence[ControlDaemon], uid: int, timeout_seconds: float) -> None:
+    """Have each daemon start a server for a user; it is up 0.15 s and more later, and not waited for (O26).
+
+    Raises: NodeError.
+    """
+    answers = ask_all([(daemon, [f"start_server -uid {uid}"]) for daemon in daemons], timeout_seconds)
+    raise_all([answer for answer in answers if isinstance(answer, NodeError)])
+
+
+def quit_all(
+    daemons: Sequence[tuple[ControlDaemon, Directory | None]],
+    server_uid: int,
+    patience: Patience,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
+    """End the daemons and their servers: ask, then use signals, each with a time of its own that all share.
+
+    The servers are the daemons' own children, noted before a daemon is asked: they run as the job's user, who can
+    change what a server says of itself, but not whose child it is. Without a pipe directory (an earlier try removed
+    it), or without a daemon, what is left is searched for. `meanwhile` is done while the daemons quit.
+    Raises: NodeError that names what is still there after all that.
+    """
+    there = []
+    for daemon, pipe in daemons:
+        process = daemon.process(pipe) if pipe else None
+        there.append((daemon, [process, *processes.children(process)] if process else []))
+    questions = [(daemon, [f"quit -t {patience.force_after_seconds}"]) for daemon, ours in there if ours]
+    end = monotonic() + patience.quit_seconds
+    answers = iter(ask_all(questions, patience.quit_seconds, meanwhile))
+    # A daemon that does not answer hangs, or went by itself; one that went took its servers along.
+    asked = [bool(ours) and not isinstance(next(answers), NodeError) for _, ours in there]
+    stuck = [
+        (daemon, ours)
+        for (daemon, ours), answered in zip(there, asked, strict=True)
+        if not answered or not processes.wait_all_ended(ours, end)
+    ]
+    if stuck:
+        end_by_signals(stuck, server_uid, patience)
+
+
+def end_by_signals(
+    daemons: Sequence[tuple[ControlDaemon, Sequence[ProcessIdentity]]], server_uid: int, patience: Patience
+) -> None:
+    """End what is still there of these daemons, without asking: the processes known of each, or all that look like its.
+
+    Raises: NodeError that names what is still there after SIGTERM and SIGKILL.
+    """
+    known = {daemon: list(ours) or daemon.find_processes(server_uid) for daemon, ours in daemons}
+    everything = [process for ours in known.values() for process in ours]
+    for number in (processes.SIGTERM, processes.SIGKILL):
+        for process in _alive(everything):
+            processes.signal_process(process, number)
+        processes.wait_all_ended(_alive(everything), monotonic() + patience.signal_seconds)
+    for daemon in known:
+        daemon.kill_strays(server_uid)
+    problems = []
+    for daemon, ours in known.items():
+        if stuck := _alive(ours):
+            pids = ", ".join(str(process.pid) for process in stuck[:_NAMED_PIDS])
+            problems.append(
+                NodeError(
+                    f"MPS processes {pids} of {daemon.pipe_directory} are still there after quit, SIGTERM and SIGKILL",
+                    hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
+                )
+            )
+    raise_all(problems)
+
+
+def _alive(some: Sequence[ProcessIdentity]) -> list[ProcessIdentity]:
     return [process for process in some if processes.identify(process.pid) == process]

@@ -10,7 +10,6 @@ Source: NVIDIA's NVML API reference; function names and numbers as in nvml.h.
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 
 from ..errors import NodeError
@@ -108,7 +107,7 @@ def _describe(library: ctypes.CDLL, status: int) -> str:
 
 
 class Gpus:
-    """NVML, opened at its first use or ahead of it, and never closed.
+    """NVML, opened at its first use, and never closed.
 
     The process that uses it is short, an undo may need it, and where persistence mode is off the last to close a GPU
     may take its compute mode along.
@@ -117,25 +116,18 @@ class Gpus:
     def __init__(self) -> None:
         self._nvml: ctypes.CDLL | None = None
         self._handles: dict[str, ctypes.c_void_p] = {}
-        self._opening = _thread.allocate_lock()
 
-    def open_ahead(self) -> None:
-        """Begin to open NVML while the caller does something else; with the first handle it takes 17 ms (O29).
+    def open(self) -> None:
+        """Open NVML now, which takes 17 ms with the first handle (O29): while something else has to be waited for.
 
-        What goes wrong here goes wrong again in the call that needs it, and is said there.
+        What goes wrong here goes wrong again in the call that needs it, and is reported there.
         """
-        self._opening.acquire()
-        _thread.start_new_thread(self._open_in_thread, ())
-
-    def _open_in_thread(self) -> None:
         try:
-            self._open().nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(ctypes.c_void_p()))
+            self._library().nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(ctypes.c_void_p()))
         except NodeError:
             pass
-        finally:
-            self._opening.release()
 
-    def _open(self) -> ctypes.CDLL:
+    def _library(self) -> ctypes.CDLL:
         if self._nvml is None:
             try:
                 library = ctypes.CDLL(_LIBRARY)
@@ -146,10 +138,6 @@ class Gpus:
                 raise NodeError(f"this node's NVIDIA driver: nvmlInit_v2: {_describe(library, status)}")
             self._nvml = library
         return self._nvml
-
-    def _library(self) -> ctypes.CDLL:
-        with self._opening:
-            return self._open()
 
     def _call(self, function: str, subject: str, *arguments: Any) -> None:
         library = self._library()

@@ -11,7 +11,6 @@ Promises:
 
 from __future__ import annotations
 
-import _thread
 import os
 import resource
 import select
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
 OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
-_NEW_DESCRIPTORS = range(3, 64)  # a new one gets the lowest number that is free
 _SIGXFSZ = 25
-_limiting = _thread.allocate_lock()  # a limit is the whole process's until its child is there
 _SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # all that can be given a default again
 
 
@@ -44,18 +41,17 @@ class Outcome:
 
 
 def _to_close(program: str) -> list[int]:
-    """Descriptors that whoever started us left open for all to inherit, and where those come that another thread opens
-    meanwhile: NVML's do not close by themselves from the start. Python's do.
+    """Descriptors that a child must not have: those that we were started with and left inheritable, and NVML's, which
+    it opens without O_CLOEXEC. Python's own close by themselves.
     """
     try:
         fds = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError as error:
         raise NodeError(f"{program} cannot be started: {os.strerror(error.errno or 0)}") from None
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = [fd for fd in _NEW_DESCRIPTORS if fd < most or most == resource.RLIM_INFINITY]
+    found = []
     for fd in fds:
         try:
-            if fd > 2 and fd not in found and os.get_inheritable(fd):
+            if fd > 2 and os.get_inheritable(fd):
                 found.append(fd)
         except OSError:
             pass  # the one that listed the others
@@ -75,24 +71,24 @@ def _pipes(program: str) -> list[tuple[int, int]]:
     return pipes
 
 
-class _Child:
-    """A started program, its pipes, and the poll over them and its end."""
+class Child:
+    """A started program, its pipes and its end; wait_all() reads what it says."""
 
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
     ) -> None:
+        self.program = argv[0]
         to_close = _to_close(argv[0])
         (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
         actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in streams]
         actions += [(os.POSIX_SPAWN_CLOSE, fd) for fd in to_close]
         signals = [number for number in _SIGNALS if file_limit_bytes is None or number != _SIGXFSZ]
-        _limiting.acquire()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
-            if file_limit_bytes is not None:
+            if file_limit_bytes is not None:  # the child inherits it, and we have our own back at once
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, limits[1]))
-            self.pid = os.posix_spawn(
+            self._pid = os.posix_spawn(
                 argv[0],
                 list(argv),
                 dict(environment),
@@ -106,19 +102,23 @@ class _Child:
                 os.close(fd)
             raise NodeError(f"{argv[0]}: {os.strerror(error.errno or 0)}") from None
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            _limiting.release()
+            if file_limit_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             for fd, _ in streams:
                 os.close(fd)
         try:
-            self._end = os.pidfd_open(self.pid)
+            self._end = os.pidfd_open(self._pid)
         except OSError as error:
             for fd in (self._input, self._output, self._errors):
                 os.close(fd)
-            os.killpg(self.pid, SIGKILL)
-            os.waitpid(self.pid, 0)
+            os.killpg(self._pid, SIGKILL)
+            os.waitpid(self._pid, 0)
             raise NodeError(f"{argv[0]} cannot be watched: {os.strerror(error.errno or 0)}") from None
         self._text = text
+        self._said = {self._output: b"", self._errors: b""}
+        self._open = {self._output, self._errors, self._end}  #: what the program has not closed or ended yet
+        self._outcome: Outcome | None = None
+        self._closed = False
         os.set_blocking(self._input, False)
         self._feed()
 
@@ -130,58 +130,54 @@ class _Child:
         except BlockingIOError:
             return
         except BrokenPipeError:
-            self._text = b""  # it does not want the rest
+            self._text = b""  # the program does not want the rest
         os.close(self._input)
         self._input = -1
 
-    def communicate(self, deadline: float) -> Outcome | None:
-        """Write and read until the program has ended and closed its streams; None when the deadline comes first."""
-        collected = {self._output: b"", self._errors: b""}
-        poll = select.poll()
-        waiting = {self._output, self._errors, self._end}
-        for fd in waiting:
-            poll.register(fd, select.POLLIN)
-        if self._input >= 0:
-            poll.register(self._input, select.POLLOUT)
-        while waiting:
-            ready = poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1))
-            if not ready or monotonic() > deadline:
-                return None
-            for fd, _ in ready:
-                if fd == self._input:
-                    poll.unregister(fd)
-                    self._feed()
-                    if self._input >= 0:
-                        poll.register(fd, select.POLLOUT)
-                elif not self._take(fd, collected):
-                    poll.unregister(fd)
-                    waiting.discard(fd)
-        _, status = os.waitpid(self.pid, 0)
-        output, errors = (collected[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
-        return Outcome(os.waitstatus_to_exitcode(status), output, errors)
+    def awaited(self) -> dict[int, int]:
+        """The descriptors to poll, and for what; none when the program has ended and closed its streams."""
+        if self._closed:
+            return {}
+        feeding = {self._input: select.POLLOUT} if self._input >= 0 and self._open else {}
+        return {**dict.fromkeys(self._open, select.POLLIN), **feeding}
 
-    def _take(self, fd: int, collected: dict[int, bytes]) -> bool:
-        """Read what has come, keeping no more than the bound; False at the end of a stream or of the program."""
-        if fd == self._end:
-            return False
-        chunk = os.read(fd, 4096)
-        if len(collected[fd]) < OUTPUT_LIMIT_BYTES:
-            collected[fd] += chunk
-        return bool(chunk)
+    def attend(self, fd: int) -> None:
+        """Do what a descriptor that is ready asks for."""
+        if fd == self._input:
+            self._feed()
+        elif fd == self._end:
+            self._open.discard(fd)
+        else:
+            chunk = os.read(fd, 4096)
+            if len(self._said[fd]) < OUTPUT_LIMIT_BYTES:
+                self._said[fd] += chunk
+            if not chunk:
+                self._open.discard(fd)
 
-    def close(self) -> None:
+    def close(self) -> Outcome | None:
+        """What the program said and how it ended; None for one that has not, whose process group is killed."""
+        if self._closed:
+            return self._outcome
+        self._closed = True
+        if not self._open:
+            _, status = os.waitpid(self._pid, 0)
+            output, errors = (self._said[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
+            self._outcome = Outcome(os.waitstatus_to_exitcode(status), output, errors)
+        else:
+            self._kill()
         for fd in (self._input, self._output, self._errors, self._end):
             if fd >= 0:
                 os.close(fd)
+        return self._outcome
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """End the whole process group; a child that even SIGKILL does not end is left to init."""
         try:
-            os.killpg(self.pid, SIGKILL)  # our own child, not reaped yet: its pid cannot be another's
+            os.killpg(self._pid, SIGKILL)  # our own child, not reaped yet: its pid cannot be another's
         except ProcessLookupError:
             pass
         if _ended(self._end, _REAP_SECONDS):
-            os.waitpid(self.pid, 0)
+            os.waitpid(self._pid, 0)
 
 
 def _ended(pidfd: int, timeout_seconds: float) -> bool:
@@ -190,29 +186,46 @@ def _ended(pidfd: int, timeout_seconds: float) -> bool:
     return bool(poll.poll(max(0, int(timeout_seconds * 1000))))
 
 
-def run(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    timeout_seconds: float,
-    text: str = "",
-    file_limit_bytes: int | None = None,
-) -> Outcome:
-    """Run a program to its end with `text` on its standard input.
+def spawn(
+    argv: Sequence[str], environment: Mapping[str, str], text: str = "", file_limit_bytes: int | None = None
+) -> Child:
+    """Start a program with `text` on its standard input, and do not wait for it.
 
     No file that it or what it leaves behind writes becomes longer than `file_limit_bytes`; a write beyond that fails
     (SIGXFSZ is ignored, as Python does).
+    Raises: NodeError when it cannot be started.
+    """
+    return Child(argv, environment, text.encode("utf-8", "surrogateescape"), file_limit_bytes)
+
+
+def wait_all(children: Sequence[Child], timeout_seconds: float) -> list[Outcome | None]:
+    """Wait until all of these programs have ended and closed their streams, in one poll over all.
+
+    Returns: what each said and how it ended; None for one that did not end in time, whose process group is killed.
+    """
+    deadline = monotonic() + timeout_seconds
+    while waited := {fd: (child, events) for child in children for fd, events in child.awaited().items()}:
+        poll = select.poll()
+        for fd, (_, events) in waited.items():
+            poll.register(fd, events)
+        ready = poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1))
+        if not ready or monotonic() > deadline:
+            break
+        for fd, _ in ready:
+            waited[fd][0].attend(fd)
+    return [child.close() for child in children]
+
+
+def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: float, text: str = "") -> Outcome:
+    """Run a program to its end with `text` on its standard input.
+
     Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
     be started.
     """
-    child = _Child(argv, environment, text.encode("utf-8", "surrogateescape"), file_limit_bytes)
-    try:
-        outcome = child.communicate(monotonic() + timeout_seconds)
-        if outcome is None:
-            child.kill()
-            raise DeadlineError(f"{argv[0]} did not answer within {timeout_seconds:g} s")
-        return outcome
-    finally:
-        child.close()
+    (outcome,) = wait_all([spawn(argv, environment, text)], timeout_seconds)
+    if outcome is None:
+        raise DeadlineError(f"{argv[0]} did not answer within {timeout_seconds:g} s")
+    return outcome
 
 
 @record
@@ -372,6 +385,11 @@ def wait_ended(process: ProcessIdentity, timeout_seconds: float) -> bool:
         return identify(process.pid) != process or _ended(fd, timeout_seconds) or identify(process.pid) != process
     finally:
         os.close(fd)
+
+
+def wait_all_ended(some: Sequence[ProcessIdentity], deadline: float) -> bool:
+    """Wait until all of these processes have ended, or the monotonic time `deadline`; whether all have."""
+    return all(wait_ended(process, max(0.0, deadline - monotonic())) for process in some)
 
 
 def boot_id() -> str:

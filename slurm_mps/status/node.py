@@ -7,11 +7,11 @@ client's own environment says (its rank, a lower limit of its own) is its user's
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from shutil import which
 
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError
-from ..job.actions import side_by_side
 from ..job.state import NodeState
 from ..job.told import read_verdict
 from ..job.verdict import JOBS, DaemonPlace, Verdict
@@ -239,8 +239,8 @@ def _ask_daemons(
         answers[place.pipe_directory] = answer
 
     places = _places(jobs)
-    if places:
-        side_by_side(ask_one, places)
+    with ThreadPoolExecutor(max(1, len(places))) as pool:
+        list(pool.map(ask_one, places))
     return answers
 
 

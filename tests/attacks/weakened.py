@@ -70,8 +70,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "the pipe directory is root's alone to write": (
         Change(
             ACTIONS,
-            "site.journal.directory.make(name, 0o755).close()",
-            "pipe = site.journal.directory.make(name, 0o755)\n"
+            "job.journal.directory.make(name, 0o755).close()",
+            "pipe = job.journal.directory.make(name, 0o755)\n"
             '            __import__("os").fchmod(pipe.fd, 0o1777)\n'
             "            pipe.close()",
         ),
@@ -137,11 +137,11 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(
             CONTROL,
-            "            expected += [format_memory(limits.memory_bytes)] * device_count",
-            '            expected += [processes.os.environ["SPANK_MPS_MEM"]] * device_count',
+            "else [format_memory(limits.memory_bytes)] * device_count",
+            'else [processes.os.environ["SPANK_MPS_MEM"]] * device_count',
         ),
     ),
-    "what was set is read back": (Change(CONTROL, "        if answer != expected:", "        if False:"),),
+    "what was set is read back": (Change(CONTROL, "        elif answer != expected:", "        elif False:"),),
     "user's text is made printable": (
         Change(
             UNITS, '    shown = "".join(c if " " <= c <= "~" else "?" for c in text[: limit + 1])', "    return text"
@@ -154,7 +154,9 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(SCRIPT, "return self.refuse(error)", "return self.node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
-    "the pid file is root's alone to write": (Change(ACTIONS, "            daemon.protect(pipe)\n", ""),),
+    "the pid file is root's alone to write": (
+        Change(CONTROL, "            pipe.protect(name)\n", "            pass\n"),
+    ),
     "a pid proves nothing": (
         Change(
             CONTROL,
@@ -165,14 +167,14 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "only what survives SIGKILL is a fault": (
         Change(
             CONTROL,
-            "        stuck = _alive(ours)\n",
-            "        stuck = self.find_processes(server_uid)\n",
+            "        if stuck := _alive(ours):\n",
+            "        if stuck := daemon.find_processes(server_uid):\n",
         ),
     ),
     "signals follow where asking fails": (
         Change(
             CONTROL,
-            "        self._end_by_signals(ours, server_uid, patience)\n",
+            "        end_by_signals(stuck, server_uid, patience)\n",
             '        raise NodeError("it does not quit")\n',
         ),
     ),
@@ -181,9 +183,9 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a GPU's ledger is locked": (
         Change(
             ACTIONS,
-            "    def apply(self, site: JobOnNode) -> None:\n"
-            "        site.state.ledgers.lock(site.seconds(site.config.deadlines_command))\n",
-            "    def apply(self, site: JobOnNode) -> None:\n",
+            "    def apply(self, job: JobOnNode) -> None:\n"
+            "        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))\n",
+            "    def apply(self, job: JobOnNode) -> None:\n",
         ),
     ),
     "a ledger is read and written at once": (
@@ -192,11 +194,9 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "        others = [job for job in entry.holders if job != job_id]\n",
             '        __import__("time").sleep(0.3)\n        others = [job for job in entry.holders if job != job_id]\n',
         ),
-        Change(ACTIONS, "while there := site.gpus.processes(self.gpu):", "while there := ():"),
+        Change(ACTIONS, "while there := job.gpus.processes(self.gpu):", "while there := ():"),
     ),
-    "the undo is on disk first": (
-        Change(LIFECYCLE, "site.journal.note(undo.line(), after)", "site.journal.undo.append(undo.line())"),
-    ),
+    "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
     # ------------------------------------------------------------------------------------------------------ plugin
     "a task's memory limit is one that the driver can use": (
         Change(

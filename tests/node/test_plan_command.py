@@ -64,10 +64,10 @@ def test_what_is_planned_is_what_a_prolog_notes(
     """The same undo lines in the same order, the same daemons, the same GPUs."""
     gpu_node.configure(config)
     report = plan(gpu_node, f"--gres=gpu:{gpus}", "--user=alice", *words(options))
-    planned = [step["undo"] for step in report["steps"] if step["undo"]]
+    planned = [one["undo"] for one in report["actions"] if one["undo"]]
     gpu_node.prolog(JOB, gpus=",".join(map(str, range(gpus))), **spank(options)).check()
     assert planned == noted(gpu_node)
-    assert all(step["undo_means"] for step in report["steps"] if step["undo"])
+    assert all(one["undo_means"] for one in report["actions"] if one["undo"])
     held = [uuid.removeprefix("release_gpu gpu=") for uuid in planned if uuid.startswith("release_gpu")]
     assert held == [gpu["uuid"] for gpu in report["gpus"]]
     gpu_node.epilog(JOB).check()
@@ -76,7 +76,7 @@ def test_what_is_planned_is_what_a_prolog_notes(
 def test_the_commands_are_those_that_the_daemon_gets(gpu_node: GpuNode) -> None:
     """What the plan says of the limits is what a daemon, told so, answers a rank with."""
     report = plan(gpu_node, "--gres=gpu:2", "--mps-threads=25", "--mps-mem=8G")
-    (told,) = [step["step"] for step in report["steps"] if step["step"].startswith("tell pipe, and read back: ")]
+    (told,) = [one["action"] for one in report["actions"] if one["action"].startswith("tell pipe, and read back: ")]
     gpu_node.prolog(JOB, SPANK_MPS="1", SPANK_MPS_THREADS="25", SPANK_MPS_MEM="8G").check()
     answers = {
         "get_default_active_thread_percentage": "25.0",
@@ -101,7 +101,7 @@ def test_the_commands_are_those_that_the_daemon_gets(gpu_node: GpuNode) -> None:
 )
 def test_the_sites_configuration_counts(gpu_node: GpuNode, config: str, said: str) -> None:
     gpu_node.configure(config)
-    assert said in "\n".join(step["step"] for step in plan(gpu_node, "--gres=gpu:1", "--mps")["steps"])
+    assert said in "\n".join(one["action"] for one in plan(gpu_node, "--gres=gpu:1", "--mps")["actions"])
 
 
 def test_a_wrong_configuration_is_the_nodes_fault(gpu_node: GpuNode) -> None:
@@ -121,7 +121,7 @@ def test_a_configuration_that_only_root_may_read_is_no_fault_of_the_node(gpu_nod
     result = gpu_node.run(*COMMAND, "--json", "--gres=gpu:1", "--mps", user="alice")
     assert (result.returncode, result.stderr) == (4, "slurm-mps: /etc/slurm/mps.toml: Permission denied\n")
     assert checked(result.stdout, 4)["error"] == "/etc/slurm/mps.toml: Permission denied"
-    assert plan(gpu_node, "--gres=gpu:1", "--mps")["steps"]
+    assert plan(gpu_node, "--gres=gpu:1", "--mps")["actions"]
     gpu_node.run("rm", "/etc/slurm/mps.toml").check()
 
 
@@ -144,7 +144,7 @@ def test_a_mistake_is_told_in_the_words_of_the_job(gpu_node: GpuNode, gpus: str,
     report = plan(gpu_node, *gres, *words(options), status=1)
     gpu_node.prolog(JOB, gpus=gpus, **spank(options)).check()
     assert report["problem"] == gpu_node.verdict(JOB)["message"]
-    assert report["steps"] == []
+    assert report["actions"] == []
     gpu_node.epilog(JOB).check()
 
 

@@ -76,9 +76,9 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
     )
 
 
-def test_the_steps_in_order() -> None:
+def test_the_actions_in_order() -> None:
     one = (JobDaemon("pipe", ("GPU-0", "GPU-1"), Limits(25.0, 8 * GIB)),)
-    assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).steps == (
+    assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).actions == (
         ReadLedgers(("GPU-0", "GPU-1")),
         HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
@@ -151,7 +151,7 @@ def test_slurms_own_indices_go_with_the_gpus_that_it_names_by_uuid() -> None:
 )
 def test_the_mode_is_left_alone_where_the_site_says_so(config: SiteConfig) -> None:
     plan = make_plan(ask(), config, GPUS)
-    assert [step.mode for step in plan.steps if isinstance(step, HoldGpu)] == [None, None]
+    assert [action.mode for action in plan.actions if isinstance(action, HoldGpu)] == [None, None]
 
 
 def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:

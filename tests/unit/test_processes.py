@@ -22,6 +22,8 @@ from slurm_mps.node.processes import (
     run,
     runs_program,
     signal_process,
+    spawn,
+    wait_all,
     wait_ended,
 )
 
@@ -82,37 +84,6 @@ def test_a_child_that_does_not_read_is_no_trouble() -> None:
     assert sh("exit 4", given="text\n" * 50_000)[0] == 4, "more than a pipe holds"
 
 
-REPOSITORY = Path(__file__).parents[2]
-OPENS_MEANWHILE = """
-import fcntl, os, threading
-from slurm_mps.node.processes import run
-
-stop = threading.Event()
-
-def open_and_close():
-    null = os.open(os.devnull, os.O_RDONLY)
-    while not stop.is_set():
-        os.close(fcntl.fcntl(null, fcntl.F_DUPFD, 3))
-
-thread = threading.Thread(target=open_and_close)
-thread.start()
-seen = {" ".join(run(["/bin/ls", "/proc/self/fd"], {}, 5).output.split()) for _ in range(200)}
-stop.set()
-thread.join()
-print(*sorted(seen), sep=", ")
-"""
-
-
-def test_a_child_has_no_descriptor_that_another_thread_opens_meanwhile() -> None:
-    """As NVML does, which the prolog opens in a thread; for a moment its descriptors are everybody's to inherit.
-
-    In a process as the prolog's, which has few: a new one gets the lowest number that is free.
-    """
-    program = [sys.executable, "-c", OPENS_MEANWHILE]
-    ran = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert ran.stdout == "0 1 2 3\n", "3 is what it lists"
-
-
 def test_a_child_has_no_descriptor_of_ours(tmp_path: Path) -> None:
     """Whatever we hold open, also what we were started with, a child has its three streams."""
     with (tmp_path / "held").open("w") as held:
@@ -131,7 +102,9 @@ def test_a_child_has_no_signal_ignored() -> None:
 def test_a_childs_files_can_be_bounded(tmp_path: Path) -> None:
     """A write beyond the bound fails and ends nobody; whoever started the child, and the next one, have no bound."""
     grow = f"head -c 9000 /dev/zero >{tmp_path}/file; echo $?"
-    bounded = run([SH, "-c", grow], {"PATH": "/usr/bin:/bin"}, 5, file_limit_bytes=4096)
+    child = spawn([SH, "-c", grow], {"PATH": "/usr/bin:/bin"}, file_limit_bytes=4096)
+    (bounded,) = wait_all([child], 5)
+    assert bounded is not None
     assert (bounded.output, (tmp_path / "file").stat().st_size) == ("1\n", 4096)
     assert sh(grow) == (0, "0\n", "")
     (tmp_path / "own").write_bytes(b"x" * 9000)
