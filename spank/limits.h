@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "devices.h"
+#include "gpus.h"
 #include "options.h"
 #include "verdict.h"
 

@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-#include "devices.h"
+#include "gpus.h"
 #include "verdict.h"
 
 struct rollcall;

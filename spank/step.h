@@ -5,9 +5,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "health.h"
 #include "limits.h"
 #include "rollcall.h"
-#include "suspect.h"
 #include "verdict.h"
 
 struct step {
@@ -17,7 +17,7 @@ struct step {
 	struct verdict verdict;
 	struct limits limits;
 	struct rollcall *rollcall;
-	struct suspicion suspicion;
+	struct health health;
 	const char *trouble[GPUS_MAX];        /* why no task can use a GPU; NULL: it can */
 };
 

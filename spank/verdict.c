@@ -3,13 +3,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #ifndef FALLBACK_DIRECTORY
@@ -17,8 +14,6 @@
 #endif
 #define VERDICT_SIZE_MAX 32768
 #define VERDICT_HEAD "slurm-mps verdict "
-#define CONNECT_TRIES 20
-#define CONNECT_PAUSE_MS 50
 
 static void refuse(struct verdict *verdict, const char *message)
 {
@@ -277,43 +272,4 @@ void verdict_read_elsewhere(uint32_t job_id, struct verdict *verdict)
 const struct verdict_daemon *verdict_daemon_of(const struct verdict *verdict, const struct verdict_gpu *gpu)
 {
 	return &verdict->daemons[verdict->per_gpu ? gpu - verdict->gpus : 0];
-}
-
-/* The socket itself is open to all (O25): make sure that root listens on it, not whoever got there first. */
-static bool root_listens(int fd)
-{
-	struct ucred peer;
-	socklen_t size = sizeof(peer);
-
-	return !getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) && peer.uid == 0;
-}
-
-/* Connect without waiting, trying again while the daemon's queue is full: many steps may start at once. */
-static bool connects(int fd, const struct sockaddr_un *address)
-{
-	for (int tries = 0; tries < CONNECT_TRIES; tries++) {
-		if (!connect(fd, (const struct sockaddr *)address, sizeof(*address)))
-			return true;
-		if (errno != EAGAIN && errno != EINTR)
-			return false;
-		(void)poll(NULL, 0, CONNECT_PAUSE_MS);
-	}
-	return false;
-}
-
-bool verdict_daemon_answers(const struct verdict_daemon *daemon)
-{
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int length = snprintf(address.sun_path, sizeof(address.sun_path), "%s/control", daemon->pipe_directory);
-	bool answers;
-	int fd;
-
-	if (length < 0 || (size_t)length >= sizeof(address.sun_path))
-		return false;
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* O39 */
-	if (fd < 0)
-		return false;
-	answers = connects(fd, &address) && root_listens(fd);
-	(void)close(fd);
-	return answers;
 }

@@ -80,7 +80,4 @@ void verdict_read(uint32_t job_id, struct verdict *verdict);
  */
 void verdict_read_elsewhere(uint32_t job_id, struct verdict *verdict);
 
-/* Whether root's control daemon takes connections in its pipe directory; waits a second at most. */
-bool verdict_daemon_answers(const struct verdict_daemon *daemon);
-
 #endif

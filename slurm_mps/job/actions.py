@@ -98,23 +98,6 @@ class JobDaemon:
 
 
 @record
-class ReadLedgers:
-    """See that what is kept of the GPUs can be read, before anything is changed that could not be undone without it."""
-
-    gpus: tuple[str, ...]
-
-    def describe(self) -> str:
-        return f"see that what is kept of {', '.join(self.gpus)} can be read"
-
-    def undo(self) -> None:
-        return None
-
-    def apply(self, job: JobOnNode) -> None:
-        for gpu in self.gpus:
-            job.state.ledgers.read(gpu)
-
-
-@record
 class HoldGpu:
     """Hold a GPU for the job, in compute mode `mode` (None: the mode is left alone).
 

@@ -67,9 +67,15 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
 
 
 def _note(actions: Iterable[Action], job: JobOnNode) -> None:
-    """Put on disk how these actions are undone, as far as it is not there yet."""
-    undos = [undo.line() for action in actions if (undo := action.undo()) is not None]
-    new = [line for line in undos if line not in job.journal.undo]
+    """Put on disk how these actions are undone, as far as it is not there yet.
+
+    A GPU's ledger is read first: nothing is begun that could not be undone because the ledger cannot be read.
+    """
+    undos = [undo for action in actions if (undo := action.undo()) is not None]
+    for undo in undos:
+        if isinstance(undo, ReleaseGpu):
+            job.state.ledgers.read(undo.gpu)
+    new = [line for undo in undos if (line := undo.line()) not in job.journal.undo]
     if new:
         job.journal.note(*new)
 

@@ -17,7 +17,6 @@ from .actions import (
     HoldGpu,
     JobDaemon,
     MakeDirectories,
-    ReadLedgers,
     SetLimits,
     StartDaemons,
     StartServers,
@@ -238,7 +237,6 @@ def first_actions(request: JobRequest, config: SiteConfig, uuids: tuple[str, ...
     may_share = config.gpus_sharing == "share"
     mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
     return (
-        ReadLedgers(uuids),
         *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
         MakeDirectories(tuple(name for name, _ in served)),
         StartDaemons(served),

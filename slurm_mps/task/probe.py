@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 _SECONDS = 4.0
 _PAUSE_SECONDS = 0.1
-_TAKES_NOBODY = 3  # spank/suspect.c
+_TAKES_NOBODY = 3  # spank/health.c
 #: A server that says so is well: out of memory (2), and no room for another client (808).
 _GOOD_NUMBERS = (2, 808)
 

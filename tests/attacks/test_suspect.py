@@ -122,6 +122,7 @@ while time.time() < end and not (found and os.path.exists("over")):
             continue
         if b"probe.py" in line:
             found = True
+            open("seen", "w").close()
             if libc.ptrace(PTRACE_SEIZE, int(pid), 0, 0) == 0:
                 raise SystemExit("mine")
 print("found" if found else "none")
@@ -133,11 +134,13 @@ def test_a_user_takes_the_probe_over(cluster: Site, works: bool) -> None:
     """It is not among the step's processes, which Slurm ends: whoever can trace it has one that outlives the job."""
     cluster.machine.write("/home/alice/tracer.py", TRACER, user="alice")
     script = (
-        "rm -f over; python3 tracer.py 2>&1 & sleep 0.5\nsrun --overlap false\nsrun --overlap true\ntouch over; wait\n"
+        "rm -f over seen; python3 tracer.py 2>&1 &\n"
+        "for try in 1 2 3 4 5 6; do srun --overlap false; srun --overlap true; [ ! -e seen ] || break; done\n"
+        "touch over; wait\n"
     )
     job = cluster.cluster.sbatch("-wn1", "-n2", "--gres=gpu:1", "--mps", script=script)
     cluster.cluster.wait(job)
     said = cluster.cluster.output(job)
-    cluster.machine.run(["rm", "-f", "/home/alice/tracer.py", "/home/alice/over"])
+    cluster.machine.run(["rm", "-f", *(f"/home/alice/{name}" for name in ("tracer.py", "over", "seen"))])
     assert ("mine" in said) is works
     assert works or "found" in said

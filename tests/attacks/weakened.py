@@ -45,7 +45,7 @@ FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes
 ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
 UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/script.py"
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
-LIMITS, SUSPECT, VERDICT = "spank/limits.c", "spank/suspect.c", "spank/verdict.c"
+LIMITS, HEALTH, VERDICT = "spank/limits.c", "spank/health.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
 PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
 
@@ -221,7 +221,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "	while (given && *given)\n"
             "		(void)putenv(strdup(*given++));\n",
         ),
-        Change(SUSPECT, '"-I", "-S", ', ""),
+        Change("spank/spank_mps.c", "#include <stdlib.h>\n", "#include <stdlib.h>\n#include <string.h>\n"),
+        Change(HEALTH, '"-I", "-S", ', ""),
         Change(
             HELPER,
             "#include <signal.h>\n",

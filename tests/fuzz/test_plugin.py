@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "plugin"
 SECONDS = 2
-PARSERS = ("options.c", "limits.c", "devices.c")
+PARSERS = ("options.c", "limits.c", "gpus.c")
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
 
 

@@ -200,13 +200,13 @@ def test_it_changes_nothing(gpu_node: GpuNode) -> None:
     assert "slurm_mps.config.file" in started[1]
 
 
-def test_people_read_numbered_steps(gpu_node: GpuNode) -> None:
+def test_people_read_numbered_actions(gpu_node: GpuNode) -> None:
     lines = gpu_node.run(*COMMAND, "--devices=1", "--mps", "--user=alice").check().stdout.splitlines()
-    steps = [line for line in lines if re.match(r" ?\d+\. ", line)]
-    assert len(steps) == 8
-    assert steps[1].endswith("for the job, compute mode EXCLUSIVE_PROCESS")
-    assert f"let uid {USERS['alice']} into the job's directory" in steps[5]
-    assert lines[2].strip().startswith("undo, noted first: release_gpu gpu=GPU-51000000-")
+    actions = [line for line in lines if re.match(r" ?\d+\. ", line)]
+    assert len(actions) == 7
+    assert actions[0].endswith("for the job, compute mode EXCLUSIVE_PROCESS")
+    assert f"let uid {USERS['alice']} into the job's directory" in actions[4]
+    assert lines[1].strip().startswith("undo, noted first: release_gpu gpu=GPU-51000000-")
 
 
 @pytest.mark.parametrize(

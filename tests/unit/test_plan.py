@@ -11,7 +11,6 @@ from slurm_mps.job.actions import (
     HoldGpu,
     JobDaemon,
     MakeDirectories,
-    ReadLedgers,
     SetLimits,
     StartDaemons,
     StartServers,
@@ -79,7 +78,6 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
 def test_the_actions_in_order() -> None:
     one = (JobDaemon("pipe", ("GPU-0", "GPU-1"), Limits(25.0, 8 * GIB)),)
     assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).actions == (
-        ReadLedgers(("GPU-0", "GPU-1")),
         HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
         HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
         MakeDirectories(("pipe",)),

@@ -90,7 +90,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plugin(state: Path) -> ctypes.CDLL:
     """The plugin's own readers, without Slurm."""
     library = state / "readers.so"
-    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "devices.c", "limits.c", "rollcall.c")]
+    sources = [str(SPANK / name) for name in ("options.c", "verdict.c", "gpus.c", "limits.c", "rollcall.c")]
     flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-g", f'-DSTATE_DIRECTORY="{state}"']
     flags.append(f'-DFALLBACK_DIRECTORY="{state}/logs"')
     subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", library, *sources], check=True)
@@ -358,7 +358,7 @@ def test_only_a_plain_file_of_roots_is_a_verdict(plugin: ctypes.CDLL, state: Pat
 
 
 class CTaskGpus(ctypes.Structure):
-    """spank/devices.h's struct task_gpus."""
+    """spank/gpus.h's struct task_gpus."""
 
     _fields_ = (("count", ctypes.c_uint), ("gpus", ctypes.c_void_p * 64), ("ordinals", ctypes.c_uint * 64))
 

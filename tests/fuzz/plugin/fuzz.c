@@ -14,7 +14,7 @@
 
 #include "verdict.c" /* for parse(), which the plugin reaches through a file alone */
 
-#include "devices.h"
+#include "gpus.h"
 #include "limits.h"
 #include "options.h"
 

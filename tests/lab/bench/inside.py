@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONTROL = "/usr/bin/nvidia-cuda-mps-control"
 LATENCY = "latency=observed"
 #: docs/decisions/0003 has these.
-IMPORTS = ("", "ctypes", "json", "typing", "subprocess", "dataclasses", "pynvml", "jsonschema", "slurm_mps.job.hooks")
+IMPORTS = ("", "ctypes", "json", "typing", "subprocess", "dataclasses", "pynvml", "jsonschema", "slurm_mps.job.prolog")
 PLAIN_RUNS_PER_ROUND = 20
 SLEEPING_ROUNDS = 5  # of the sample's prolog, which sleeps for a second
 _HUNG_SECONDS = 60

@@ -1,6 +1,6 @@
 /* Which of the job's GPUs a task has, whatever Slurm's variables say. */
-#ifndef SLURM_MPS_DEVICES_H
-#define SLURM_MPS_DEVICES_H
+#ifndef SLURM_MPS_GPUS_H
+#define SLURM_MPS_GPUS_H
 
 #include <stdbool.h>
 #include <stddef.h>

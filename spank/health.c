@@ -1,13 +1,12 @@
-#include "suspect.h"
+#include "health.h"
 
 #include <fcntl.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "devices.h"
+#include "gpus.h"
 #include "helper.h"
 #include "jobdir.h"
 
@@ -29,7 +28,7 @@ static bool read_mark(int directory, unsigned int gpu, struct timespec *when)
 	return jobdir_read_mark(directory, name, when);
 }
 
-void suspect_mark(uint32_t job_id, const struct verdict *verdict)
+void health_mark(uint32_t job_id, const struct verdict *verdict)
 {
 	int directory = jobdir_open(job_id);
 	char name[MARK_SIZE];
@@ -45,7 +44,7 @@ void suspect_mark(uint32_t job_id, const struct verdict *verdict)
 	(void)close(directory);
 }
 
-void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct suspicion *suspicion)
+void health_clear(uint32_t job_id, const struct verdict *verdict, const struct health *health)
 {
 	int directory = jobdir_open(job_id);
 	struct timespec now;
@@ -54,10 +53,9 @@ void suspect_clear(uint32_t job_id, const struct verdict *verdict, const struct 
 	if (directory < 0)
 		return;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		const struct timespec *then = &suspicion->since[gpu];
+		const struct timespec *then = &health->since[gpu];
 
-		if (!suspicion->probed[gpu] || suspicion->unwell[gpu] || suspicion->untried[gpu] ||
-		    !read_mark(directory, gpu, &now) ||
+		if (!health->probed[gpu] || health->of[gpu] != HEALTH_GOOD || !read_mark(directory, gpu, &now) ||
 		    now.tv_sec != then->tv_sec || now.tv_nsec != then->tv_nsec)
 			continue;
 		mark_name(name, sizeof(name), gpu);
@@ -83,53 +81,63 @@ static pid_t start_probe(const struct verdict *verdict, const struct verdict_dae
 }
 
 /* The noted GPUs of one control daemon. */
-static void gpus_of_daemon(const struct verdict *verdict, unsigned int daemon, const struct suspicion *suspicion,
+static void gpus_of_daemon(const struct verdict *verdict, unsigned int daemon, const struct health *health,
 			   struct task_gpus *gpus)
 {
 	gpus->count = 0;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
-		if (suspicion->probed[gpu] && verdict_daemon_of(verdict, &verdict->gpus[gpu]) == &verdict->daemons[daemon])
+		if (health->probed[gpu] && verdict_daemon_of(verdict, &verdict->gpus[gpu]) == &verdict->daemons[daemon])
 			gpus->gpus[gpus->count++] = &verdict->gpus[gpu];
 }
 
-static void probe(const struct verdict *verdict, struct suspicion *suspicion)
+/* What the probe's end says of the server; HELPER_LATE: it hangs in the driver, as the server's clients would. */
+static enum server_health health_by(int status)
+{
+	switch (status) {
+	case 0:
+		return HEALTH_GOOD;
+	case TAKES_NOBODY:
+	case HELPER_LATE:
+		return HEALTH_REFUSES;
+	case HELPER_DIED:
+		return HEALTH_SILENT;
+	default:
+		return HEALTH_UNTRIED;
+	}
+}
+
+static void probe(const struct verdict *verdict, struct health *health)
 {
 	static struct task_gpus gpus[GPUS_MAX];
 	pid_t probes[GPUS_MAX];
 	int tries_left = WAIT_TRIES;
 
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
-		gpus_of_daemon(verdict, i, suspicion, &gpus[i]);
+		gpus_of_daemon(verdict, i, health, &gpus[i]);
 		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i]) : 0;
 	}
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
 		int status = gpus[i].count ? helper_end(probes[i], &tries_left) : 0;
-		bool unwell = status == TAKES_NOBODY || status == HELPER_LATE;
 
-		for (unsigned int j = 0; j < gpus[i].count; j++) {
-			ptrdiff_t gpu = gpus[i].gpus[j] - verdict->gpus;
-
-			suspicion->unwell[gpu] = unwell;
-			suspicion->untried[gpu] = status && !unwell;
-			suspicion->unsaid[gpu] = status == HELPER_DIED;
-		}
+		for (unsigned int j = 0; j < gpus[i].count; j++)
+			health->of[gpus[i].gpus[j] - verdict->gpus] = health_by(status);
 	}
 }
 
-void suspect_look(uint32_t job_id, const struct verdict *verdict, struct suspicion *suspicion)
+void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health)
 {
 	int directory = jobdir_open(job_id);
 	bool any = false;
 
-	memset(suspicion, 0, sizeof(*suspicion));
+	memset(health, 0, sizeof(*health));
 	if (directory < 0)
 		return;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		suspicion->probed[gpu] = read_mark(directory, gpu, &suspicion->since[gpu]) &&
-					 device_may_open(&verdict->gpus[gpu]);
-		any |= suspicion->probed[gpu];
+		health->probed[gpu] = read_mark(directory, gpu, &health->since[gpu]) &&
+				      device_may_open(&verdict->gpus[gpu]);
+		any |= health->probed[gpu];
 	}
 	(void)close(directory);
 	if (any)
-		probe(verdict, suspicion);
+		probe(verdict, health);
 }

@@ -1,4 +1,4 @@
-#include "devices.h"
+#include "gpus.h"
 
 #include <errno.h>
 #include <fcntl.h>

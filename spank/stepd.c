@@ -1,0 +1,117 @@
+#include "stepd.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <slurm/slurm_version.h>
+
+#include "daemon.h"
+#include "request.h"
+
+const char *stepd_on_node(void)
+{
+#if SLURM_VERSION_NUMBER < SLURM_VERSION_NUM(25, 5, 0)
+	return "";
+#else
+	static char words[72];
+	const char *name = getenv("SLURMD_NODENAME");
+
+	if (name)
+		(void)snprintf(words, sizeof(words), " on %s", name);
+	return words;
+#endif
+}
+
+static void fail(struct step *step, const char *message)
+{
+	step->failed = true;
+	slurm_error("mps: job %u%s: %s", step->job_id, stepd_on_node(), message);
+}
+
+/* Slurm gives the job's tasks what was carried to the prolog under SLURM_SPANK_. */
+static bool job_asked(spank_t sp)
+{
+	char value[8];
+
+	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
+}
+
+/* Why no task can use a GPU; NULL where its control daemon answers, and its server takes programs. */
+static const char *trouble_of(const struct step *step, unsigned int gpu, bool answers)
+{
+	static char untried[2 * VERDICT_PROGRAM_MAX + 192], silent[sizeof(untried)];
+
+	if (!answers)
+		return "its MPS control daemon on this node does not answer";
+	switch (step->health.of[gpu]) {
+	case HEALTH_REFUSES:
+		return "its MPS server on this node takes no programs: one that an earlier step's fault has hit, or that hangs, "
+		       "is still there; end it, or the job";
+	case HEALTH_UNTRIED:
+		(void)snprintf(untried, sizeof(untried),
+			       "its MPS server on this node was not tried after an earlier step ended badly, for %s -I -S %s "
+			       "does not run; was slurm-mps moved or removed?", step->verdict.python, step->verdict.probe);
+		return untried;
+	case HEALTH_SILENT:
+		(void)snprintf(silent, sizeof(silent),
+			       "how its MPS server on this node is after an earlier step ended badly is not known, for %s -I -S "
+			       "%s gave no answer; start the step again", step->verdict.python, step->verdict.probe);
+		return silent;
+	case HEALTH_GOOD:
+		break;
+	}
+	return NULL;
+}
+
+static void find_trouble(struct step *step)
+{
+	bool answers[GPUS_MAX] = { false };
+
+	for (unsigned int i = 0; i < step->verdict.daemon_count; i++)
+		answers[i] = daemon_answers(&step->verdict.daemons[i]);
+	health_look(step->job_id, &step->verdict, &step->health);
+	for (unsigned int gpu = 0; gpu < step->verdict.gpu_count; gpu++) {
+		const struct verdict_daemon *daemon = verdict_daemon_of(&step->verdict, &step->verdict.gpus[gpu]);
+
+		step->trouble[gpu] = trouble_of(step, gpu, answers[daemon - step->verdict.daemons]);
+	}
+}
+
+void stepd_judge(spank_t sp, struct step *step)
+{
+	const struct step_options options_given = { request.daemons, request.threads, request.mem, request.priority };
+	char message[VERDICT_MESSAGE_MAX];
+
+	if (step->known)
+		return;
+	step->known = true;
+	if (spank_get_item(sp, S_JOB_ID, &step->job_id) != ESPANK_SUCCESS) {
+		if (job_asked(sp))
+			fail(step, "slurmstepd does not tell the job's id");
+		return;
+	}
+	verdict_read(step->job_id, &step->verdict);
+	if (step->verdict.status == VERDICT_NONE && job_asked(sp))
+		verdict_read_elsewhere(step->job_id, &step->verdict);
+	switch (step->verdict.status) {
+	case VERDICT_READY:
+		if (limits_of_step(&step->verdict, &options_given, &step->limits, message, sizeof(message)))
+			find_trouble(step);
+		else
+			fail(step, message);
+		break;
+	case VERDICT_REFUSED:
+		fail(step, step->verdict.message);
+		break;
+	case VERDICT_WITHOUT:
+		slurm_error("mps: job %u%s: RUNS WITHOUT MPS on this node, with no limits, as this site wants it: %s", step->job_id,
+			    stepd_on_node(), step->verdict.message);
+		break;
+	case VERDICT_NONE:
+		if (job_asked(sp))
+			fail(step, "MPS was asked for, but no prolog set it up on this node: give --mps to sbatch, "
+				   "salloc or the srun that makes the job; if you did, tell your admin that "
+				   "slurm-mps is not in the Prolog of this node");
+		break;
+	}
+}
