@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from slurm_mps.cli.output import (
     FINE,
     NOT_HERE,
@@ -16,7 +18,6 @@ from slurm_mps.cli.output import (
 )
 from slurm_mps.units import printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

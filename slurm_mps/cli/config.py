@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -17,7 +18,6 @@ from slurm_mps.cli.output import (
     refuse,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

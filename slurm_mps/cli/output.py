@@ -13,11 +13,11 @@ import argparse
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from slurm_mps import __version__
 from slurm_mps.units import printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, NoReturn

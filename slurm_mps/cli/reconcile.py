@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -19,7 +20,6 @@ from slurm_mps.cli.output import (
     refuse,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

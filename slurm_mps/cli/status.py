@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from functools import cache
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -19,7 +20,6 @@ from slurm_mps.cli.output import (
 )
 from slurm_mps.units import MIB
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator

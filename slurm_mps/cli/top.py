@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from time import monotonic, strftime
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import FINE, NOT_HERE, Column, chosen, complain, leave
 from slurm_mps.cli.status import COLUMNS, job_number, remarks, rows, seconds
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

@@ -9,12 +9,12 @@ import json
 import math
 import sys
 import tomllib
+from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
 
 from jsonschema import Draft202012Validator
 
-from ..record import record
 from .settings import ConfigError, SiteConfig, from_settings, memory_bytes, to_lines
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
     return config
 
 
-@record
+@dataclass(frozen=True)
 class Setting:
     """One setting: its name as in the file, what holds, the default, and whether the file gives it."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..record import record
 from ..slurm.hostlist import join_numbers
 from ..units import MIB, describe_memory
 from .events import (
@@ -22,7 +23,6 @@ from .events import (
     Event,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
@@ -40,7 +40,7 @@ VANISHED = (
 _ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
 
 
-@record
+@dataclass(frozen=True)
 class Task:
     """A task of the step on this node: its rank, its pid, and how it ended as wait(2) says it; None: it runs."""
 
@@ -56,7 +56,7 @@ class Task:
         return not (os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) in _ENDED_BY_SOMEBODY)
 
 
-@record
+@dataclass(frozen=True)
 class Seen:
     """What one control daemon's logs say since the step began; `gpus` are its own, in its order."""
 
@@ -80,7 +80,7 @@ def seen_since(
     return Seen(gpus, news, gone and bool(news or not told), ended)
 
 
-@record
+@dataclass(frozen=True)
 class Step:
     """A step on this node. script: it is the job's script. memory: MiB of a client on a GPU, ``auto``, or ``-``."""
 

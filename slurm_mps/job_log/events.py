@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from heapq import merge
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
-from ..record import record
-
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -30,7 +29,7 @@ _PINNED = re.compile(r"Device pinned memory limit for device (\d{1,3}) set to 0x
 _THREADS = re.compile(r"Active Threads Percentage set to (\d{1,3}\.\d)")
 
 
-@record
+@dataclass(frozen=True)
 class Event:
     """One thing that happened. pid: of the daemon, server or client that it happened to; 0 where the log does not say.
 

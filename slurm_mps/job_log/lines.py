@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import mktime
+from typing import TYPE_CHECKING
 
 from ..node.reading import small_number
-from ..record import record
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ _MINUTE = len("[2026-11-23 02:13")
 _SECONDS = len("[2026-11-23 02:13:43.580")
 
 
-@record
+@dataclass(frozen=True)
 class Line:
     """One line: when (seconds since 1970), which of NVIDIA's programs, its pid, and what it says."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from ..errors import NodeError
 from ..job.state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
@@ -11,7 +12,6 @@ from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_
 from ..node.wordfile import DamagedFileError
 from .totals import LOG_COUNTS, Totals, decode_totals
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 

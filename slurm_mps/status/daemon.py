@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from ..errors import MpsError
 from ..job_log.events import SERVER_DIED, SERVER_READY
@@ -12,9 +14,7 @@ from ..node.control import ControlDaemon
 from ..node.listen import listener
 from ..node.processes import identify
 from ..node.reading import small_number
-from ..record import record
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ ACTIVE, FAULT = "ACTIVE", "FAULT"
 DIED = "DIED"
 
 
-@record
+@dataclass(frozen=True)
 class Server:
     """An MPS server: its state in the daemon's word, and what percentage of a GPU's threads it gives a client.
 
@@ -44,7 +44,7 @@ class Server:
     threads: str
 
 
-@record
+@dataclass(frozen=True)
 class Client:
     """A client on one GPU, as the control program's ``ps`` lists it; gpu: a UUID, "" for one that is not known here."""
 
@@ -54,7 +54,7 @@ class Client:
     command: str
 
 
-@record
+@dataclass(frozen=True)
 class DaemonAnswer:
     """pid: None when nobody listens. problem: why it did not answer, or not all; empty when it did.
 

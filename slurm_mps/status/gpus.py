@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import _thread
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..record import record
-
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-@record
+@dataclass(frozen=True)
 class GpuState:
     """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66)."""
 
@@ -19,7 +18,7 @@ class GpuState:
     memory_bytes: Mapping[int, int]
 
 
-@record
+@dataclass(frozen=True)
 class NvmlAnswer:
     """By UUID; why it is not all, if it is not; and whether a thread still waits for a driver that hangs."""
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from shutil import which
+from typing import TYPE_CHECKING
 
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError
@@ -19,14 +21,12 @@ from ..node import processes
 from ..node.control import DAEMON_PROGRAM
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.reading import small_number
-from ..record import record
 from ..slurm import jobs as slurm
 from ..units import describe_memory, format_thread_percentage, parse_thread_percentage, printable
 from ..verify.judge import variable_limit
 from .daemon import DIED, FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,7 +38,7 @@ TIMEOUT_SECONDS = 2.0
 BATCH = "batch"
 
 
-@record
+@dataclass(frozen=True)
 class ClientView:
     """A client on one GPU. step, rank: of its task ("" where it does not say). threads: percent of the GPU's threads.
 
@@ -56,7 +56,7 @@ class ClientView:
     limit_bytes: int | None
 
 
-@record
+@dataclass(frozen=True)
 class GpuView:
     """A GPU of a job: the mode it is in, the one that was found (None: it was not changed, or only root may know)."""
 
@@ -66,7 +66,7 @@ class GpuView:
     clients: tuple[ClientView, ...]
 
 
-@record
+@dataclass(frozen=True)
 class DaemonView:
     """A control daemon of a job; pid: None when it is gone, 0 when it cannot be told."""
 
@@ -77,7 +77,7 @@ class DaemonView:
     gpus: tuple[GpuView, ...]
 
 
-@record
+@dataclass(frozen=True)
 class JobView:
     """A job on this node, and how it stands; `message` says why, where it has no MPS."""
 
@@ -90,7 +90,7 @@ class JobView:
     daemons: tuple[DaemonView, ...]
 
 
-@record
+@dataclass(frozen=True)
 class NodeView:
     """All that was seen; `problems` in words, those of a job with its number in front."""
 
@@ -100,7 +100,7 @@ class NodeView:
     stuck: bool  #: whether a thread of this process waits for a driver that hangs
 
 
-@record
+@dataclass(frozen=True)
 class _Job:
     """What the files say of a job."""
 
