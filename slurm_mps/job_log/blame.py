@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..slurm.hostlist import join_numbers
@@ -130,10 +131,12 @@ def explain(step: Step, seen: Sequence[Seen]) -> list[str]:
 
 
 def _faults(seen: Seen, names: _Names) -> list[str]:
-    return [_fault(event, seen, names) for event in seen.events if event.kind == FAULT and names.ours(event.pids)]
+    first_left = min((event.seconds for event in seen.events if event.kind == LEFT), default=inf)
+    faults = [event for event in seen.events if event.kind == FAULT and names.ours(event.pids)]
+    return [_fault(event, first_left, seen, names) for event in faults]
 
 
-def _fault(event: Event, seen: Seen, names: _Names) -> str:
+def _fault(event: Event, first_left: float, seen: Seen, names: _Names) -> str:
     gpu = seen.gpus[event.device] if 0 <= event.device < len(seen.gpus) else "its GPU"
     others = [pid for pid in event.pids if pid not in event.culprits]
     if not event.culprits:
@@ -141,18 +144,13 @@ def _fault(event: Event, seen: Seen, names: _Names) -> str:
             f"a GPU fault on {gpu} ended {names.who(event.pids)}; the MPS server does not say whose it was "
             "(a program that is killed inside a kernel causes one, too)"
         )
-    maybe = f" ({_ANOTHERS})" if _may_be_anothers(event, seen) else ""
+    came = event.seconds - event.age_seconds - _SAME_MOMENT_SECONDS
+    just_came = 0 <= event.age_seconds < _SOON_SECONDS
+    maybe = f" ({_ANOTHERS})" if just_came and first_left < came else ""
     words = f"{names.who(event.culprits)} hit a GPU fault on {gpu}{maybe}"
     if others:
         return f"{words} and took {names.who(others)} along: a fault ends every program on its GPU"
     return f"{words}; no other program was on that GPU"
-
-
-def _may_be_anothers(event: Event, seen: Seen) -> bool:
-    """Whether the culprit had just come, and another had left before it did (O67)."""
-    came = event.seconds - event.age_seconds - _SAME_MOMENT_SECONDS
-    left = any(before.kind == LEFT and before.seconds < came for before in seen.events)
-    return 0 <= event.age_seconds < _SOON_SECONDS and left
 
 
 def _servers(seen: Seen, names: _Names) -> list[str]:

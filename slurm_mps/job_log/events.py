@@ -22,6 +22,7 @@ FAULT, REFUSED, FULL = "fault", "refused", "full"
 
 _FAULT_LINES_SECONDS = 2.0
 _PIDS_MAX = 1024
+_CLIENTS_MAX = 65536
 _CLIENT = re.compile(r"\{PID: (\d{1,9}), Context(?: ID)?: (\d{1,9})\}")
 _UUID = re.compile(r"\(uuid (GPU-[0-9a-f-]{36})\) is associated")
 _NUMBER = re.compile(r"\d{1,9}")
@@ -55,9 +56,8 @@ class Event:
 
 
 class _Client:
-    def __init__(self) -> None:
-        self.uid = -1
-        self.waiting: dict[int, str] = {}  #: contexts that are not active yet, and their GPUs
+    def __init__(self, uid: int = -1) -> None:
+        self.uid = uid
         self.active_since = -1.0
 
 
@@ -66,18 +66,24 @@ class _Fault:
         self.seconds = line.seconds
         self.server = line.pid
         self.culprits: list[int] = []
-        self.pids: list[int] = []
+        self.pids: dict[int, None] = {}  #: in the order of the log
         self.devices: list[int] = []
         self.handled = False
         self.age_seconds = -1.0
 
 
 class _Reader:
-    """Reads one daemon's lines in the order of time; `events` is what has happened so far."""
+    """Reads one daemon's lines in the order of time; `events` is what has happened so far.
+
+    The job's user can write most lines, and as many as the log holds: what is done for one does not grow with those
+    before it.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._clients: dict[int, _Client] = {}
+        self._waiting: dict[int, dict[int, str]] = {}  #: by pid, contexts that are not active yet, and their GPUs
+        self._without_gpu: dict[tuple[int, int], None] = {}  #: those among them whose GPU is not known
         self._asked: set[int] = set()  #: servers that were told to go, and did not say that they stay
         self._forced: set[int] = set()  #: servers that were not asked
         self._ready: set[int] = set()
@@ -143,8 +149,15 @@ class _Reader:
 
     def _client(self, pid: int) -> _Client:
         if pid not in self._clients:
+            if len(self._clients) >= _CLIENTS_MAX:
+                self._forget(next(iter(self._clients)))
             self._clients[pid] = _Client()
         return self._clients[pid]
+
+    def _forget(self, pid: int) -> _Client:
+        for context in self._waiting.pop(pid, {}):
+            self._without_gpu.pop((pid, context), None)
+        return self._clients.pop(pid, _Client())
 
     def _of_client(self, line: Line) -> None:
         """Lines that begin with ``Client {PID: ``."""
@@ -161,40 +174,39 @@ class _Reader:
             self._victim(line, pid, _first_number(rest))
 
     def _connected(self, line: Line, pid: int, context: int) -> None:
-        client = self._client(pid)
         if context == 0:
-            uid, self._clients[pid] = client.uid, _Client()
-            self._clients[pid].uid = uid
+            uid = self._forget(pid).uid
+            self._client(pid).uid = uid
             self._add(line, CONNECTED, pid, uid=uid)
-        else:
-            client.waiting[context] = ""
+            return
+        self._client(pid)
+        waiting = self._waiting.setdefault(pid, {})
+        if len(waiting) < _PIDS_MAX:
+            waiting[context] = ""
+            self._without_gpu[pid, context] = None
 
     def _associated(self, line: Line) -> None:
         """Says no pid: it is the one client's that waits, if one does."""
         found = _UUID.search(line.text)
-        waiting = self._waiting_for_a_gpu()
-        if found and len(waiting) == 1:
-            client, context = waiting[0]
-            client.waiting[context] = found[1]
-
-    def _waiting_for_a_gpu(self) -> list[tuple[_Client, int]]:
-        return [
-            (client, context) for client in self._clients.values() for context, gpu in client.waiting.items() if not gpu
-        ]
+        if found and len(self._without_gpu) == 1:
+            (pid, context), _ = self._without_gpu.popitem()
+            self._waiting[pid][context] = found[1]
 
     def _is_active(self, line: Line) -> None:
         found = _CLIENT.search(line.text)
         if found and line.text.endswith(" is ACTIVE"):
-            client = self._client(int(found[1]))
-            client.active_since = line.seconds
-            gpu = client.waiting.pop(int(found[2]), "")
-            self._add(line, CONTEXT, int(found[1]), gpu=gpu)
+            pid, context = int(found[1]), int(found[2])
+            self._client(pid).active_since = line.seconds
+            waiting = self._waiting.get(pid, {})
+            gpu = waiting.pop(context, "")
+            self._without_gpu.pop((pid, context), None)
+            if not waiting:
+                self._waiting.pop(pid, None)
+            self._add(line, CONTEXT, pid, gpu=gpu)
 
     def _left(self, line: Line) -> None:
         pid = _first_number(line.text)
-        uid = self._client(pid).uid
-        del self._clients[pid]
-        self._add(line, LEFT, pid, uid=uid)
+        self._add(line, LEFT, pid, uid=self._forget(pid).uid)
 
     def _terminated(self, line: Line) -> None:
         found = _CLIENT.search(line.text)
@@ -202,8 +214,8 @@ class _Reader:
             self._add(line, TERMINATED, int(found[1]))
 
     def _full(self, line: Line) -> None:
-        waiting = [pid for pid, client in self._clients.items() if client.waiting]
-        self._add(line, FULL, waiting[0] if len(waiting) == 1 else 0, number=_first_number(line.text))
+        pid = next(iter(self._waiting)) if len(self._waiting) == 1 else 0
+        self._add(line, FULL, pid, number=_first_number(line.text))
 
     def _not_accepted(self, line: Line) -> None:
         """``Failed to accept new client. Maximum …`` or ``Failed to accept client {PID: …} with status 807``"""
@@ -268,7 +280,7 @@ class _Reader:
     def _victim(self, line: Line, pid: int, device: int) -> None:
         fault = self._open_fault(line, handled=True)
         if pid not in fault.pids and len(fault.pids) < _PIDS_MAX:
-            fault.pids.append(pid)
+            fault.pids[pid] = None
         if device not in fault.devices and len(fault.devices) < 64:
             fault.devices.append(device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from ..errors import NodeError
@@ -13,12 +14,13 @@ from ..node.wordfile import DamagedFileError
 from .totals import LOG_COUNTS, Totals, decode_totals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 _EVENTS_LIMIT_BYTES = 2 * 1024**2
 _TOTALS_LIMIT_BYTES = 1024**2
 _LOG_LIMIT_BYTES = 32 * 1024**2
 _LOCK_SECONDS = 1.0
+_SAVE_SECONDS = 1.0
 _NOTHING = (0,) * len(LOG_COUNTS)
 _COUNTED_AS = {
     kinds.FAULT: 0,
@@ -36,7 +38,12 @@ def count(state: NodeState, log_root: str, *, keep: bool) -> Totals:
     """
     state.lock_metrics(_LOCK_SECONDS)
     totals, first = _read(state)
-    _count_logs(totals, log_root, state.job_ids(), first=first)
+
+    def save() -> None:
+        if keep:
+            state.root.write(METRICS, totals.encode())
+
+    _count_logs(totals, log_root, state.job_ids(), save, first=first)
     if not keep:
         for name in (EVENTS_TAKEN, EVENTS):
             if state.root.exists(name) and _stamp(state, name) != totals.taken:
@@ -45,7 +52,7 @@ def count(state: NodeState, log_root: str, *, keep: bool) -> Totals:
     _count_taken(state, totals)
     if state.root.rename(EVENTS, EVENTS_TAKEN):
         _count_taken(state, totals)
-    state.root.write(METRICS, totals.encode())
+    save()
     return totals
 
 
@@ -80,22 +87,28 @@ def _text(state: NodeState, name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- the logs
 
 
-def _count_logs(totals: Totals, root: str, running: Collection[int], *, first: bool) -> None:
-    """Look into the logs that have changed. Those of jobs that were over before the first count are not counted."""
+def _count_logs(totals: Totals, root: str, running: Collection[int], save: Callable[[], None], *, first: bool) -> None:
+    """Look into the logs that have changed. Those of jobs that were over before the first count are not counted.
+
+    What was counted is saved every second: who is cut off does not begin anew.
+    """
     there = _jobs_with_logs(root)
+    saved = monotonic()
     for job_id in [job for job in totals.logs if job not in there]:
         totals.forget_log(job_id)
+    if first:
+        totals.logs |= {job: (_size(find_logs(root, job)), _NOTHING) for job in there if job not in running}
     for job_id in there:
         logs = find_logs(root, job_id)
         size = _size(logs)
         before, counted = totals.logs.get(job_id, ("", _NOTHING))
         if size == before:
             continue
-        if first and job_id not in running:
-            totals.logs[job_id] = (size, _NOTHING)
-            continue
         found = _count_job(logs)
         totals.logs[job_id] = (size, tuple(map(max, counted, found)))  # a log that was cut has less
+        if monotonic() > saved + _SAVE_SECONDS:
+            save()
+            saved = monotonic()
 
 
 def _jobs_with_logs(root: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from time import mktime, strptime
+from time import mktime, process_time, strptime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -161,6 +161,37 @@ def test_nonsense_is_nothing(data: bytes) -> None:
 TEXTS = [
     line.text for name in ("control", "server") for line in parse_lines((LOGS / f"spinner.{name}.log").read_bytes())
 ]
+
+
+#: Every line that a user's clients can bring about, with a number of its own.
+LINES = {
+    "new client": "NEW CLIENT {n} from user 20001: Server is ready, push client to 700",
+    "connected": "Client {{PID: {n}, Context ID: 0}} connected",
+    "context": "Client {{PID: {n}, Context ID: {n}}} connected",
+    "a context of one": "Client {{PID: 7, Context ID: {n}}} connected",
+    "associated": DEVICE,
+    "active": "Status of client {{PID: {n}, Context ID: {n}}} is ACTIVE",
+    "culprit": "Client {{PID: {n}, Context: 1}} encountered a fatal GPU error.",
+    "handles": "Server is handling a fatal GPU error.",
+    "victim": "Client {{PID: {n}, Context: 1}} on device 0 to be torn down",
+    "full": "Failed to accept new client. Maximum number of clients 48 has been reached",
+    "refused": "Failed to accept client {{PID: {n}, Context: 1}} with status 807",
+    "terminated": "MPS server requesting client {{PID: {n}, Context: 1}} to terminate",
+    "left": "Client process {n} disconnected",
+}
+
+
+@pytest.mark.parametrize("second", LINES)
+@pytest.mark.parametrize("first", ["context", "a context of one", "new client", "left", "victim"])
+def test_no_line_costs_more_for_those_before_it(first: str, second: str) -> None:
+    """Half of one kind, half of another: each took a minute and more of quadratic time for the two pairs that were."""
+    many = 15_000
+    lines = [LINES[kind].format(n=n + 1) for kind in (first, second) for n in range(many)]
+    start = process_time()
+    found = told((), lines) if first != "new client" else told(lines[:many], lines[many:])
+    step = Step((Task(0, 5, 256),), script=False, memory="1024")
+    explain(step, [seen_since(0, GPUS, gone=False, events=found)])
+    assert process_time() - start < 5
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(TEXTS), st.integers(0, 80), st.text(max_size=6)), max_size=30))
