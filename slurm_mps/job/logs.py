@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..config.settings import SiteConfig
 
 _LOGS = ("control.log", "server.log")
+_SLACK = 16
 _VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin knows this one (spank/verdict.c)
 
 
@@ -63,19 +64,37 @@ def leave_verdict(job_id: int, verdict: bytes, config: SiteConfig, jobs: Collect
 
 
 def _prune(logs: Directory, keep_jobs: int, running: Collection[int]) -> None:
-    """Remove the logs of the oldest jobs that are over; job ids grow."""
-    over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in running)
-    for job_id in over[: max(0, len(over) - keep_jobs)]:
+    """Remove logs of jobs that are over where there are too many."""
+    for job_id in _too_many(logs, keep_jobs, running):
         logs.remove_tree(str(job_id))
+
+
+def _over(logs: Directory, running: Collection[int]) -> list[int]:
+    return [int(name) for name in logs.names() if name.isdigit() and int(name) not in running]
+
+
+def _too_many(logs: Directory, keep_jobs: int, running: Collection[int]) -> list[int]:
+    """The jobs whose logs are to go: always the oldest of the user who has most, so that nobody pushes out another's.
+
+    A few more than must, so that not every job has to look.
+    """
+    over = _over(logs, running)
+    if len(over) <= keep_jobs:
+        return []
+    by_user: dict[int | None, list[tuple[int, int]]] = {}
+    for job_id in over:
+        name = str(job_id)
+        by_user.setdefault(logs.user_let_in(name), []).append((logs.changed_ns(name), job_id))
+    theirs = [sorted(jobs, reverse=True) for jobs in by_user.values()]
+    extra = len(over) - keep_jobs + keep_jobs // _SLACK
+    return [max(filter(None, theirs), key=lambda jobs: (len(jobs), -jobs[-1][0])).pop()[1] for _ in range(extra)]
 
 
 def _cut(own: Directory, limit_bytes: int) -> None:
     """Leave the end of each log of a directory, and of the directories in it."""
     for name in own.names():
         if name in _LOGS:
-            data = own.read_tail(name, limit_bytes + 1)
-            if len(data) > limit_bytes:
-                own.write(name, data[-limit_bytes:], mode=0o644)
+            own.cut(name, limit_bytes, mode=0o644)
         elif name.startswith("gpu-"):
             with own.subdirectory(name) as part:
                 _cut(part, limit_bytes)
@@ -88,12 +107,12 @@ def untidy(config: SiteConfig, jobs: Collection[int]) -> list[int]:
     """
     try:
         with open_trusted(config.paths_logs, group_is_trusted=True) as logs:
-            over = sorted(int(name) for name in logs.names() if name.isdigit() and int(name) not in jobs)
+            over = sorted(_over(logs, jobs))
             if config.logs_keep == "never":
                 return over
-            extra = len(over) - config.logs_max_jobs
+            extra = _too_many(logs, config.logs_max_jobs, jobs)
             limit = config.logs_max_kib * 1024
-            return [job for number, job in enumerate(over) if number < extra or _is_long(logs, str(job), limit)]
+            return [job for job in over if job in extra or _is_long(logs, str(job), limit)]
     except FileNotFoundError:
         return []
 
@@ -129,9 +148,12 @@ def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
             if config.logs_keep == "never":
                 logs.remove_tree(str(job_id))
                 return
+            if job_id in jobs and logs.exists(str(job_id)):
+                with logs.subdirectory(str(job_id)) as own:
+                    own.touch()  # the age of logs is when their job ended: job ids begin anew
+            _prune(logs, config.logs_max_jobs, [job for job in jobs if job != job_id])
             if logs.exists(str(job_id)):
                 with logs.subdirectory(str(job_id)) as own:
                     _cut(own, config.logs_max_kib * 1024)
-            _prune(logs, config.logs_max_jobs, [job for job in jobs if job != job_id])
 
     _attempt(job_id, "kept", work)

@@ -131,16 +131,20 @@ class Directory:
         """When a file was last written to, in nanoseconds since 1970."""
         return os.stat(_check_name(name), dir_fd=self.fd, follow_symlinks=False).st_mtime_ns
 
+    def touch(self) -> None:
+        """Make now the time at which this directory was last written to."""
+        os.utime(self.fd)
+
     def names(self) -> list[str]:
         return sorted(os.listdir(self.fd))
 
-    def _open_roots_file(self, name: str) -> int:
+    def _open_roots_file(self, name: str, how: int = os.O_RDONLY) -> int:
         """Open a regular file that root made here; others may have written it.
 
         Raises: FileNotFoundError; NodeError for a link, a second name of a file elsewhere, or no file at all.
         """
         try:
-            fd = os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
+            fd = os.open(_check_name(name), how | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -171,6 +175,34 @@ class Directory:
         with open(fd, "rb", buffering=0) as file:
             file.seek(max(0, os.fstat(fd).st_size - limit_bytes))
             return file.read(limit_bytes) or b""
+
+    def cut(self, name: str, limit_bytes: int, mode: int) -> None:
+        """Leave the last `limit_bytes` of a file of root's that is longer, whole or as it was.
+
+        The space of the rest is free when this returns, though somebody may still have it open.
+        Raises: FileNotFoundError; NodeError.
+        """
+        data = self.read_tail(name, limit_bytes + 1)
+        if len(data) <= limit_bytes:
+            return
+        fd = self._open_roots_file(name, os.O_WRONLY)
+        try:
+            self.write(name, data[-limit_bytes:], mode)
+            os.ftruncate(fd, 0)
+        except OSError as error:
+            raise self._fault(name, error) from None
+        finally:
+            os.close(fd)
+
+    def user_let_in(self, name: str) -> int | None:
+        """The user that grant_user() let into a directory in this one; None for one that it did not make so."""
+        with self.subdirectory(name) as directory:
+            try:
+                acl = os.getxattr(directory.fd, "system.posix_acl_access")
+            except OSError:
+                return None
+        found = [uid for tag, _, uid in _ACL_ENTRY.iter_unpack(acl[len(_ACL_VERSION) :]) if tag == _ACL_USER]
+        return found[0] if found else None
 
     def protect(self, name: str) -> None:
         """Take the right to write a file of root's from everybody else; none there is fine."""
@@ -247,7 +279,7 @@ class Directory:
                 raise self._fault(victim, error) from None
 
     def remove_tree(self, name: str) -> None:
-        """Remove a directory and all in it; none there is fine.
+        """Remove a directory and all in it, whose space is free at once; none there is fine.
 
         Raises: NodeError when something cannot be removed, lies on another file system, or is beyond any size that
         this program ever makes.
@@ -297,13 +329,25 @@ def _remove_tree(parent_fd: int, name: str, device: int, budget: list[int], dept
             budget[0] -= 1
             if budget[0] < 0 or depth == 0:
                 raise NodeError(f"{name} holds more than slurm-mps ever makes; it is left for the admin")
-            if stat.S_ISDIR(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):
+            status = os.stat(entry, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
                 _remove_tree(fd, entry, device, budget, depth - 1)
-            else:
-                os.unlink(entry, dir_fd=fd)
+                continue
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size:
+                _empty(fd, entry)
+            os.unlink(entry, dir_fd=fd)
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=parent_fd)
+
+
+def _empty(parent_fd: int, name: str) -> None:
+    """Give a file's space back: who has it open would keep it for as long as he likes."""
+    fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent_fd)
+    try:
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def open_trusted(path: str, *, group_is_trusted: bool = False) -> Directory:

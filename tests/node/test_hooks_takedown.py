@@ -275,14 +275,17 @@ def test_logs_are_kept_for_root_and_the_jobs_user(gpu_node: GpuNode) -> None:
 
 
 def test_kept_logs_are_bounded(gpu_node: GpuNode) -> None:
-    """Of each log the end is kept, up to the site's size; of the jobs the latest, up to the site's number."""
+    """Of each log the end is kept, up to the site's size; of the jobs the latest, up to the site's number.
+
+    Ids begin anew, where the controller's state was lost; a user's many jobs push out none of another's.
+    """
     gpu_node.configure('[paths]\nlogs = "/var/log/bounded"\n[logs]\nmax_kib = 2\nmax_jobs = 2\n')
-    for job in (9, 10, 101):
-        gpu_node.prolog(job).check()
+    for job, user in ((50, "bob"), (100, "alice"), (101, "alice"), (7, "alice")):
+        gpu_node.prolog(job, user=user).check()
         gpu_node.control(job, "get_default_client_priority\n" * 200)
         gpu_node.epilog(job).check()
-    assert gpu_node.run("ls", "/var/log/bounded").stdout.split() == ["10", "101"]
-    log = gpu_node.machine.path("/var/log/bounded/101/control.log").read_bytes()
+    assert gpu_node.run("ls", "/var/log/bounded").stdout.split() == ["50", "7"]
+    log = gpu_node.machine.path("/var/log/bounded/7/control.log").read_bytes()
     assert len(log) == 2048
     assert log.endswith(b"Exit with status 0\n")
 

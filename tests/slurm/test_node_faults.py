@@ -524,4 +524,4 @@ def test_logs_and_verdicts_have_a_bound_in_total(gpu_node: GpuNode) -> None:
     left = gpu_node.run("ls", "/var/log/slurm-mps").stdout.split()
     assert logged[0] <= 3 * 2 * 2 * 1024
     assert logged[1] == 3
-    assert left == ["5008", "5009", "5010", "5011"]
+    assert (len(left), left[-1]) == (4, "5011")
