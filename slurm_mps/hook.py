@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import sys
+
+_DESCRIPTORS = 128
 
 
 def main() -> int:
@@ -17,6 +20,7 @@ def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
     os.umask(0o022)
     os.chdir("/")
+    _have_descriptors()
     if sys.argv[1] == "prolog":
         from slurm_mps.job.prolog import Prolog
 
@@ -24,6 +28,16 @@ def main() -> int:
     from slurm_mps.job.epilog import Epilog
 
     return Epilog(os.environ).run()
+
+
+def _have_descriptors() -> None:
+    """See to it that what is begun can be undone: slurmd may have been started with a few descriptors only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _DESCRIPTORS:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, max(hard, _DESCRIPTORS)))
+        except (OSError, ValueError):
+            pass  # root of a container that may not; it may well be enough
 
 
 if __name__ == "__main__":

@@ -6,17 +6,17 @@ import os
 import re
 import stat
 
-from ..config.settings import CONFIG_PATH, STATE_DIRECTORY
+from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
 from ..job.plan import refusal_of_default
 from ..job.reconcile import BUSY, KEPT
 from ..job.state import NodeState
 from ..job.told import read_verdict
 from ..job.verdict import JOBS
-from ..node.control import find_below
+from ..node.control import search
 from ..node.listen import listener
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..node.processes import describe, pids
+from ..node.processes import describe, name_of, parent_of, pids, uid_of
 from ..node.reading import small_number
 from ..slurm.hostlist import expand_hosts
 from ..status.node import READY
@@ -51,6 +51,7 @@ _STATIC_PARTITIONS, _PROTOCOL_3 = "sm_partition", "protocol"
 _DAEMON, _SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 _COMM_MAX = 15
 _ANCESTORS_MAX = 64
+_SEARCH_SECONDS = 5.0
 
 
 # ------------------------------------------------------------------------------------------------------ gres.conf
@@ -436,16 +437,12 @@ def _is_slurms(pid: int) -> bool:
     Daemons that are no job's are another finding.
     """
     for _ in range(_ANCESTORS_MAX):
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                before, _, after = file.read().rpartition(b")")
-            owner = os.stat(f"/proc/{pid}").st_uid
-        except OSError:
+        parent = parent_of(pid)
+        if parent is None:
             return True  # gone meanwhile
-        name = before.partition(b"(")[2].decode("utf-8", "replace")
-        if owner == 0 and name in ("slurmstepd", _DAEMON[:_COMM_MAX]):
+        if uid_of(pid) == 0 and name_of(pid) in ("slurmstepd", _DAEMON[:_COMM_MAX]):
             return True
-        pid = int(after.split()[1])
+        pid = parent
         if pid <= 1:
             return False
     return False
@@ -465,7 +462,7 @@ def _but_servers(place: Place, foreign: list[int]) -> list[int]:
     except (FileNotFoundError, MpsError):
         return foreign
     servers = set()
-    for one in find_below(JOBS, STATE_DIRECTORY):
+    for one in search(JOBS, _SEARCH_SECONDS):
         job_id = small_number(one.pipe_directory.removeprefix(f"{JOBS}/").partition("/")[0])
         journal = _journal(state, job_id) if job_id is not None else None
         if journal and one.uid in (0, journal.uid):
@@ -535,13 +532,14 @@ def _is_left_over(place: Place, job_id: int) -> bool:
     where=COMPUTE,
 )
 def other_daemon(place: Place) -> Iterator[Said]:
-    found = [pid for pid in pids() if _runs(pid, _DAEMON)]
-    if found and not place.is_root:
-        raise NotCheckedError("only root sees whose control daemons these are", needs_root=True)
-    for pid in found:
-        pipe = _pipe_directory(pid)
-        if pipe is not None and not pipe.startswith(f"{STATE_DIRECTORY}/jobs/"):
-            where = printable(pipe or "/tmp/nvidia-mps", 80)  # noqa: S108 - the driver's own default
+    if not place.is_root:
+        if any(_runs(pid, _DAEMON) for pid in pids()):
+            raise NotCheckedError("only root sees whose control daemons these are", needs_root=True)
+        return
+    for one in search("", _SEARCH_SECONDS):
+        if one.program == _DAEMON and not one.pipe_directory.startswith(f"{JOBS}/"):
+            where = printable(one.pipe_directory or "/tmp/nvidia-mps", 80)  # noqa: S108 - the driver's own default
+            pid = one.process.pid
             yield warning(f"control daemon {describe(pid)} in {where} is of no job", f"end it: kill {pid}")
 
 
@@ -551,17 +549,3 @@ def _runs(pid: int, program: str) -> bool:
             return os.path.basename(file.read(4096).partition("\0")[0]) == program
     except OSError:
         return False
-
-
-def _pipe_directory(pid: int) -> str | None:
-    """Where a daemon was told to be; "" for the default, None for one that is gone, or sees another /run than we do."""
-    try:
-        theirs, ours = os.stat(f"/proc/{pid}/root/run"), os.stat("/run")
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            words = file.read(65536).split(b"\0")
-    except OSError:
-        return None
-    if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
-        return None
-    given = next((word for word in words if word.startswith(b"CUDA_MPS_PIPE_DIRECTORY=")), b"=")
-    return given.partition(b"=")[2].decode("utf-8", "replace")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from ..config.settings import SiteConfig
-    from ..node.files import Directory
     from ..node.nvml import Gpus
     from .journal import Journal
     from .state import NodeState
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
 
 _LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
+_SEARCH_SECONDS = 2.0
 _LEAVING_SECONDS, _LEAVING_POLL_SECONDS = 0.5, 0.05
 
 #: The pipe directory of the one daemon that serves all of a job's GPUs.
@@ -305,37 +305,18 @@ class QuitDaemons:
 
     def all_run(self, job: JobOnNode) -> bool:
         """Whether all of the daemons run."""
-        for name in self.names:
-            try:
-                with job.journal.directory.subdirectory(name) as pipe:
-                    if job.daemon(name).process(pipe) is None:
-                        return False
-            except FileNotFoundError:
-                return False
-        return True
+        return all(job.daemon(name).process() for name in self.names)
 
     def run(self, job: JobOnNode) -> None:
-        wanted = job.config.deadlines_quit + 2 * job.config.deadlines_signal
+        wanted = job.config.deadlines_quit + 2 * job.config.deadlines_signal + 2 * _SEARCH_SECONDS
         share = job.seconds(wanted) / wanted
         patience = Patience(
             force_after_seconds=2,
             quit_seconds=share * job.config.deadlines_quit,
             signal_seconds=share * job.config.deadlines_signal,
+            search_seconds=share * _SEARCH_SECONDS,
         )
-        found: list[tuple[ControlDaemon, Directory | None]] = []
-        try:
-            for name in self.names:
-                try:
-                    pipe = job.journal.directory.subdirectory(name)
-                except FileNotFoundError:  # an earlier try removed it; what it could not end may be there still
-                    found.append((job.daemon(name), None))
-                else:
-                    found.append((job.daemon(name), pipe))
-            control.quit_all(found, job.journal.uid, patience, job.meanwhile)
-        finally:
-            for _, opened in found:
-                if opened:
-                    opened.close()
+        control.quit_all([job.daemon(name) for name in self.names], job.journal.uid, patience, job.meanwhile)
 
 
 @record

@@ -15,9 +15,9 @@ from time import time
 from ..config.load import load_config
 from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import DeadlineError, MpsError, NodeError
-from ..node.control import ControlDaemon, Patience, Stray, end_by_signals, find_below
+from ..node.control import DAEMON_PROGRAM, Stray, kill_all, search
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..node.processes import identify
+from ..node.processes import SIGKILL, SIGTERM, identify
 from ..record import record
 from ..slurm import jobs as slurm
 from ..slurm.hostlist import expand_hosts
@@ -47,6 +47,8 @@ _QUEUED = frozenset(("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _LONG_OVER_SECONDS = 600
 _LOCK_SECONDS = 1.0
 _SLURM_SECONDS = 30.0
+_SEARCH_SECONDS = 10.0
+_FORGED_SECONDS = 1.0
 _JOBS = f"{STATE_DIRECTORY}/jobs"
 _WHY_LOGS = "of a job that is over, and more than the site keeps"
 
@@ -80,9 +82,13 @@ def is_over(job: SlurmJob | None, node: str, now_seconds: float) -> tuple[bool, 
         return True, f"to Slurm it is {job.state}"
     if node and job.nodes and node not in _hosts(job.nodes, node):
         return True, f"to Slurm it is {job.state} on other nodes only"
-    if job.state == "COMPLETING" and job.end_seconds and now_seconds - job.end_seconds > _LONG_OVER_SECONDS:
+    if job.state == "COMPLETING" and _is_long_ago(job.end_seconds, now_seconds):
         return True, f"to Slurm it is COMPLETING for more than {_LONG_OVER_SECONDS // 60} minutes"
     return False, f"to Slurm it is {job.state}"
+
+
+def _is_long_ago(end_seconds: int | None, now_seconds: float) -> bool:
+    return end_seconds is not None and now_seconds - end_seconds > _LONG_OVER_SECONDS
 
 
 def _hosts(nodes: str, node: str) -> list[str]:
@@ -128,12 +134,12 @@ class Reconciler:
 
         Raises: NodeError when the state directory is not to be trusted.
         """
-        strays = _by_job(find_below(_JOBS, os.path.dirname(STATE_DIRECTORY)))
+        strays, forged = self._search()
         state = self._open_state()
         config = self._site_config(state)
         if state is None:
             untidy = self._untidy_logs(config, ())
-            if not strays and not untidy:
+            if not strays and not forged and not untidy:
                 return False
             if self._dry_run:
                 self._ask(list(strays))
@@ -141,10 +147,27 @@ class Reconciler:
                     self._say_of_lost(job_id)
                 for job_id in untidy:
                     self._report(Finding(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
+                self._end_forged(forged, ())
                 return True
             state = NodeState()
         self._repair(state, strays, config)
+        self._end_forged(forged, state.job_ids())
         return True
+
+    def _search(self) -> tuple[dict[int, list[Stray]], dict[int, list[Stray]]]:
+        """The processes that look like a job's, by job: those of which root's control daemon is there, and the others.
+
+        A server without its daemon proves nothing: any user can make one.
+        """
+        self._watch.restart(2 * _SEARCH_SECONDS)
+        try:
+            found = search(_JOBS, _SEARCH_SECONDS)
+        except NodeError as error:
+            self._report(Finding("this node", LEFT, str(error)))
+            return {}, {}
+        served = {one.pipe_directory for one in found if one.program == DAEMON_PROGRAM and one.uid == 0}
+        real = [one for one in found if one.pipe_directory in served]
+        return _by_job(real), _by_job([one for one in found if one.pipe_directory not in served])
 
     def _open_state(self) -> NodeState | None:
         try:
@@ -190,24 +213,30 @@ class Reconciler:
         return _Seen(journal.boot_id, journal.node, stamp) if journal else _Seen("", "", stamp)
 
     def _ask(self, job_ids: list[int]) -> None:
-        """Learn what Slurm knows of jobs, from the controller only where no process of Slurm's here tells."""
+        """Learn what Slurm knows of jobs: its processes here, and its controller."""
         self._with_steps = slurm.jobs_with_steps()
-        unknown = [job for job in job_ids if job not in self._with_steps]
         self._watch.restart(2 * _SLURM_SECONDS)
-        if not unknown:
+        if not job_ids:
             return
         try:
-            self._in_slurm = slurm.find_jobs(unknown, self._environment, _SLURM_SECONDS)
+            self._in_slurm = slurm.find_jobs(job_ids, self._environment, _SLURM_SECONDS)
         except NodeError as error:
             self._silence = str(error)
 
     def _is_over(self, job_id: int, node: str) -> tuple[bool, str, str]:
-        """Whether a job of this boot is over here, what a finding about it is if it is not, and why."""
-        if job_id in self._with_steps:
-            return False, KEPT, "a slurmstepd of it runs here"
+        """Whether a job of this boot is over here, what a finding about it is if it is not, and why.
+
+        A slurmstepd that is there long after its job has ended hangs, and keeps nothing.
+        """
+        job, steps = self._in_slurm.get(job_id), job_id in self._with_steps
         if self._silence:
-            return False, LEFT, f"Slurm does not say whether it is over: {self._silence}"
-        over, why = is_over(self._in_slurm.get(job_id), node, time())
+            why = "a slurmstepd of it runs here" if steps else f"Slurm does not say whether it is over: {self._silence}"
+            return False, KEPT if steps else LEFT, why
+        over, why = is_over(job, node, time())
+        if over and steps and job is None:
+            return False, LEFT, f"{why}, and yet a slurmstepd of it runs here: end that, and run this again"
+        if over and steps and job and not (job.state in _FINAL and _is_long_ago(job.end_seconds, time())):
+            return False, KEPT, "a slurmstepd of it runs here"
         return over, KEPT, why
 
     # ---------------------------------------------------------------------------------------------- what is done
@@ -257,17 +286,28 @@ class Reconciler:
         thing = f"job {job_id}"
         if state.look_at_journal(job_id):
             return Finding(thing, KEPT, "it came back in the meantime")
-        if not any(identify(stray.process.pid) == stray.process for stray in strays):
+        processes = [stray.process for stray in strays]
+        if not any(identify(process.pid) == process for process in processes):
             return None
-        patience = Patience(2, DEFAULTS.deadlines_quit, DEFAULTS.deadlines_signal)
-        for directory, uid in sorted({(stray.pipe_directory, stray.uid) for stray in strays}):
-            self._watch.restart(DEFAULTS.deadlines_epilog)
-            daemon = ControlDaemon(DEFAULTS.paths_control_program, directory, "")
-            end_by_signals([(daemon, ())], uid, patience)
+        for number in (SIGTERM, SIGKILL):
+            kill_all(processes, number, DEFAULTS.deadlines_signal)
+        if left := [str(process.pid) for process in processes if identify(process.pid) == process]:
+            return Finding(thing, LEFT, f"{why}; MPS processes {', '.join(left)} are there after SIGKILL")
         state.open_journal(job_id)  # removes the directory without one
         for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
             self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))
         return Finding(thing, REPAIRED, why)
+
+    def _end_forged(self, forged: dict[int, list[Stray]], jobs: Collection[int]) -> None:
+        """End what looks like a server of a job that is not here, all at once: it holds a GPU, or pretends to."""
+        found = [one.process for job_id, some in forged.items() if job_id not in jobs for one in some]
+        if not found:
+            return
+        why = f"{len(found)} that look like servers of jobs that are not here"
+        self._report(Finding("processes without a daemon", WOULD_REPAIR if self._dry_run else REPAIRED, why))
+        if not self._dry_run:
+            self._watch.restart(DEFAULTS.deadlines_epilog)
+            kill_all(found, SIGKILL, _FORGED_SECONDS)
 
     def _mode_of_lost(self, uuid: str, job_id: int) -> Finding | None:
         if self._gpus.compute_mode(uuid) != EXCLUSIVE_PROCESS:

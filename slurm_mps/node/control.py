@@ -9,19 +9,23 @@ This module knows the command text and nothing else does: a speaker of the v3 pr
 
 from __future__ import annotations
 
+import os
+import sys
 from time import monotonic, sleep
 
 from ..errors import DeadlineError, NodeError, raise_all
 from ..record import record
 from ..units import format_control_percentage, format_memory, format_thread_percentage, printable
 from . import processes
+from .listen import listener
+from .processes import ProcessIdentity, identify, runs_program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from .files import Directory
-    from .processes import Outcome, ProcessIdentity
+    from .processes import Outcome
 
 DAEMON_PROGRAM = "nvidia-cuda-mps-control"
 SERVER_PROGRAM = "nvidia-cuda-mps-server"
@@ -32,8 +36,8 @@ PIPE_DIRECTORY_MAX = 107 - len("/control_privileged")
 _TURNED_AWAY = "Cannot send command"
 _TURNED_AWAY_SECONDS = 0.02
 _STRAY_SECONDS = 1.0
+_SEARCH_BYTES = 4 * 1024 * 1024
 _NAMED_PIDS = 20
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./")
 _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
 
 
@@ -78,6 +82,7 @@ class Patience:
     force_after_seconds: int  #: ``quit -t``: the daemon itself forces its clients out after this
     quit_seconds: float
     signal_seconds: float
+    search_seconds: float
 
 
 @record
@@ -86,23 +91,36 @@ class Stray:
 
     process: ProcessIdentity
     uid: int
+    program: str
     pipe_directory: str
     gpus: tuple[str, ...]
 
 
-def find_below(directory: str, place: str) -> list[Stray]:
-    """Every control daemon of root's, and every server, with a pipe directory below `directory`, which need not be
-    there any more; `place`, which it is in, tells this node from others (see processes.find_programs).
+def search(directory: str, timeout_seconds: float) -> list[Stray]:
+    """Every control daemon and server, of anybody, with a pipe directory that is `directory` or lies below it.
+
+    An empty `directory` means all; an empty pipe directory is the driver's default.
+
+    Looks at each process of the node, in a process of its own that is abandoned when it is late (node/search.py).
+    Raises: NodeError; DeadlineError when the search does not end, as where a process waits in a file system that hangs.
     """
+    program = f"{os.path.dirname(os.path.abspath(__file__))}/search.py"
+    argv = [sys.executable, "-I", "-S", program, directory]
+    try:
+        outcome = processes.run(argv, {}, timeout_seconds, output_limit_bytes=_SEARCH_BYTES)
+    except DeadlineError:
+        message = f"MPS processes of {directory} could not be searched for within {timeout_seconds:g} s"
+        hint = "a process of this node waits in a file system that does not answer (ps: state D)"
+        raise DeadlineError(message, hint) from None
+    if outcome.status:
+        raise NodeError(
+            f"{program} ended with status {outcome.status}: {printable(outcome.errors.strip()[-200:], 200)}"
+        )
     found = []
-    for one in processes.find_programs((DAEMON_PROGRAM, SERVER_PROGRAM), place):
-        pipe = one.environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
-        if not (pipe.startswith(f"{directory}/") and _PLAIN.issuperset(pipe)):
-            continue  # a server's environment is its user's to write, and so is one that only looks like a server
-        if one.program == SERVER_PROGRAM or one.uid == 0:
-            gpus = one.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            named = tuple(gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < 96 and _PLAIN.issuperset(gpu))
-            found.append(Stray(one.process, one.uid, pipe, named))
+    for line in outcome.output.splitlines():
+        pid, start, uid, name, pipe, gpus = line.split(" ")
+        uuids = () if gpus == "-" else tuple(gpus.split(","))
+        found.append(Stray(ProcessIdentity(int(pid), int(start)), int(uid), name, pipe, uuids))
     return found
 
 
@@ -148,7 +166,7 @@ class ControlDaemon:
             raise NodeError(f"{self.program} -d ended with status {outcome.status}: {said}")
         for name in (PID_FILE, LOCK_FILE):
             pipe.protect(name)
-        if self.process(pipe) is None:
+        if self.process() is None:
             raise NodeError(f"{self.program} -d said yes, but no control daemon runs")
 
     def command(self, lines: Sequence[str], timeout_seconds: float) -> list[str]:
@@ -177,45 +195,15 @@ class ControlDaemon:
             return NodeError(f"control daemon of {self.pipe_directory}: {message}")
         return [line for line in outcome.output.splitlines() if line.strip()]
 
-    def process(self, pipe: Directory) -> ProcessIdentity | None:
-        """The running daemon, by the pid file that it keeps in its pipe directory.
+    def process(self) -> ProcessIdentity | None:
+        """The running daemon, by the kernel's word of who listens on its socket (O39); None when it is not root's ours.
 
-        The file says where to look and proves nothing. None when the process it names is not this daemon.
+        Drivers of branch 535 write no pid file (O83), and where there is one it proves nothing (O37).
         """
-        try:
-            text = pipe.read_tail(PID_FILE, 16).strip()
-        except FileNotFoundError:
-            return None
-        if not text.isdigit():
-            return None
-        process = processes.identify(int(text))
-        return process if process and self._is_ours(process.pid, DAEMON_PROGRAM, (0,)) else None
-
-    def _is_ours(self, pid: int, program: str, uids: Sequence[int]) -> bool:
-        return processes.runs_program(pid, (program,), uids, f"CUDA_MPS_PIPE_DIRECTORY={self.pipe_directory}")
-
-    def find_processes(self, server_uid: int) -> list[ProcessIdentity]:
-        """Every process of this daemon: itself and its servers, also when they have lost one another.
-
-        Looks at each process of the node; for the way out when something went wrong.
-        """
-        found = []
-        for pid in processes.pids():
-            process = processes.identify(pid)
-            ours = self._is_ours(pid, DAEMON_PROGRAM, (0,)) or self._is_ours(pid, SERVER_PROGRAM, (0, server_uid))
-            if process and ours and processes.identify(pid) == process:
-                found.append(process)
-        return found
-
-    def kill_strays(self, server_uid: int) -> None:
-        """End what else looks like ours: a server that a daemon on its way out had just started.
-
-        The job's user can make such, and more than can be waited for: they are no fault of the node.
-        """
-        found = self.find_processes(server_uid)
-        for process in found:
-            processes.signal_process(process, processes.SIGKILL)
-        processes.wait_all_ended(found, monotonic() + _STRAY_SECONDS)
+        pid = listener(self.pipe_directory)
+        process = identify(pid) if pid else None
+        variable = f"CUDA_MPS_PIPE_DIRECTORY={self.pipe_directory}"
+        return process if process and runs_program(process.pid, (DAEMON_PROGRAM,), (0,), variable) else None
 
 
 def ask_all(
@@ -286,52 +274,51 @@ def start_servers(daemons: Sequence[ControlDaemon], uid: int, timeout_seconds: f
 
 
 def quit_all(
-    daemons: Sequence[tuple[ControlDaemon, Directory | None]],
+    daemons: Sequence[ControlDaemon],
     server_uid: int,
     patience: Patience,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """End the daemons and their servers: ask, then use signals, each with a time of its own that all share.
+    """End a job's daemons and their servers: ask, then use signals, each with a time of its own that all share.
 
     The servers are the daemons' own children, noted before a daemon is asked: they run as the job's user, who can
-    change what a server says of itself, but not whose child it is. Without a pipe directory (an earlier try removed
-    it), or without a daemon, what is left is searched for. `meanwhile` is done while the daemons quit.
-    Raises: NodeError that names what is still there after all that.
+    change what a server says of itself, but not whose child it is. Where no daemon answers, what is left is searched
+    for. `meanwhile` is done while the daemons quit.
+    Raises: NodeError that names what is still there after all that, or says that it could not be searched for.
     """
     there = []
-    for daemon, pipe in daemons:
-        process = daemon.process(pipe) if pipe else None
+    for daemon in daemons:
+        process = daemon.process()
         there.append((daemon, [process, *processes.children(process)] if process else []))
     questions = [(daemon, [f"quit -t {patience.force_after_seconds}"]) for daemon, ours in there if ours]
     end = monotonic() + patience.quit_seconds
     answers = iter(ask_all(questions, patience.quit_seconds, meanwhile))
     # A daemon that does not answer hangs, or went by itself; one that went took its servers along.
     asked = [bool(ours) and not isinstance(next(answers), NodeError) for _, ours in there]
-    stuck = [
-        (daemon, ours)
+    stuck = {
+        daemon: ours
         for (daemon, ours), answered in zip(there, asked, strict=True)
         if not answered or not processes.wait_all_ended(ours, end)
-    ]
+    }
     if stuck:
-        end_by_signals(stuck, server_uid, patience)
+        _end_by_signals(stuck, server_uid, patience)
 
 
-def end_by_signals(
-    daemons: Sequence[tuple[ControlDaemon, Sequence[ProcessIdentity]]], server_uid: int, patience: Patience
-) -> None:
-    """End what is still there of these daemons, without asking: the processes known of each, or all that look like its.
+def _end_by_signals(known: dict[ControlDaemon, list[ProcessIdentity]], server_uid: int, patience: Patience) -> None:
+    """End what is still there of a job's daemons, without asking: the processes known of each, or all that look so.
 
-    Raises: NodeError that names what is still there after SIGTERM and SIGKILL.
+    Raises: NodeError.
     """
-    known = {daemon: list(ours) or daemon.find_processes(server_uid) for daemon, ours in daemons}
+    problems: list[NodeError] = []
+    try:
+        if not all(known.values()):
+            found = _find_processes(known, server_uid, patience.search_seconds)
+            known = {daemon: ours or found[daemon] for daemon, ours in known.items()}
+    except NodeError as error:
+        problems.append(error)
     everything = [process for ours in known.values() for process in ours]
     for number in (processes.SIGTERM, processes.SIGKILL):
-        for process in _alive(everything):
-            processes.signal_process(process, number)
-        processes.wait_all_ended(_alive(everything), monotonic() + patience.signal_seconds)
-    for daemon in known:
-        daemon.kill_strays(server_uid)
-    problems = []
+        kill_all(everything, number, patience.signal_seconds)
     for daemon, ours in known.items():
         if stuck := _alive(ours):
             pids = ", ".join(str(process.pid) for process in stuck[:_NAMED_PIDS])
@@ -341,7 +328,36 @@ def end_by_signals(
                     hint="a process that SIGKILL does not end waits in the driver; the GPU may need a reset",
                 )
             )
+    if not problems:  # else the search would fail again, or what it finds hangs with the rest
+        # A daemon on its way out may have just started a server. The job's user can make such, and more than can be
+        # waited for: they are no fault of the node.
+        found = _find_processes(known, server_uid, patience.search_seconds)
+        kill_all([process for ours in found.values() for process in ours], processes.SIGKILL, _STRAY_SECONDS)
     raise_all(problems)
+
+
+def _find_processes(
+    daemons: Collection[ControlDaemon], server_uid: int, timeout_seconds: float
+) -> dict[ControlDaemon, list[ProcessIdentity]]:
+    """Every process of a job's daemons: themselves and their servers, also when they have lost one another.
+
+    Raises: NodeError, DeadlineError.
+    """
+    found: dict[ControlDaemon, list[ProcessIdentity]] = {daemon: [] for daemon in daemons}
+    (job_directory,) = {os.path.dirname(daemon.pipe_directory) for daemon in daemons}
+    for one in search(job_directory, timeout_seconds):
+        for daemon, ours in found.items():
+            theirs = one.uid == 0 or (one.uid == server_uid and one.program == SERVER_PROGRAM)
+            if one.pipe_directory == daemon.pipe_directory and theirs:
+                ours.append(one.process)
+    return found
+
+
+def kill_all(some: Sequence[ProcessIdentity], number: int, timeout_seconds: float) -> None:
+    """Send a signal to what is still there of these processes, and wait for them for one time that they share."""
+    for process in (alive := _alive(some)):
+        processes.signal_process(process, number)
+    processes.wait_all_ended(alive, monotonic() + timeout_seconds)
 
 
 def _alive(some: Sequence[ProcessIdentity]) -> list[ProcessIdentity]:

@@ -5,6 +5,7 @@ Promises:
  - No wait is without a deadline, and no answer is read without a bound.
  - A signal goes only to a process proved to be the one meant: by pidfd, after its start time, its program and its
    environment were compared. Never by name, never by a bare pid.
+ - No file system that a user chose is asked: nothing is opened or looked up through /proc/PID/exe, root, cwd or fd.
 
 ``subprocess`` is not used: it costs the prolog more than the work itself (docs/decisions/0003).
 """
@@ -28,6 +29,9 @@ SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two
 OUTPUT_LIMIT_BYTES = 65536
 _REAP_SECONDS = 0.5
 _SIGXFSZ = 25
+# statx(2): struct statx is 256 bytes, and stx_uid is at 20
+_AT_FDCWD, _AT_STATX_DONT_SYNC, _STATX_UID = -100, 0x4000, 0x8
+_STATX_SIZE, _STATX_UID_AT = 256, 20
 _SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # all that can be given a default again
 
 
@@ -77,7 +81,7 @@ class Child:
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
     ) -> None:
-        self.program = argv[0]
+        self.output_limit_bytes = OUTPUT_LIMIT_BYTES
         to_close = _to_close(argv[0])
         (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
@@ -149,7 +153,7 @@ class Child:
             self._open.discard(fd)
         else:
             chunk = os.read(fd, 4096)
-            if len(self._said[fd]) < OUTPUT_LIMIT_BYTES:
+            if len(self._said[fd]) < self.output_limit_bytes:
                 self._said[fd] += chunk
             if not chunk:
                 self._open.discard(fd)
@@ -216,13 +220,21 @@ def wait_all(children: Sequence[Child], timeout_seconds: float) -> list[Outcome 
     return [child.close() for child in children]
 
 
-def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: float, text: str = "") -> Outcome:
+def run(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    timeout_seconds: float,
+    text: str = "",
+    output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
+) -> Outcome:
     """Run a program to its end with `text` on its standard input.
 
     Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
     be started.
     """
-    (outcome,) = wait_all([spawn(argv, environment, text)], timeout_seconds)
+    child = spawn(argv, environment, text)
+    child.output_limit_bytes = output_limit_bytes
+    (outcome,) = wait_all([child], timeout_seconds)
     if outcome is None:
         raise DeadlineError(f"{argv[0]} did not answer within {timeout_seconds:g} s")
     return outcome
@@ -237,30 +249,45 @@ class ProcessIdentity:
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """Name the process that has this pid now; None when there is none, or only a zombie."""
+    """Name the process that has this pid now; None when there is none, or it has ended.
+
+    A process whose main thread has ended is there as long as another thread runs: a server still holds its GPU (O78).
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             state, *rest = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if state in (b"Z", b"X") else ProcessIdentity(pid, int(rest[18]))
+    threads = int(rest[16])  # field 20 of /proc/PID/stat; the start time is field 22
+    return None if state in (b"Z", b"X") and threads <= 1 else ProcessIdentity(pid, int(rest[18]))
 
 
 def describe(pid: int) -> str:
     """A process in words, as far as it tells: ``4711 (python3 of uid 20001)``."""
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            name = printable(file.read(64).decode("utf-8", "replace").strip())
-        return f"{pid} ({name} of uid {os.stat(f'/proc/{pid}').st_uid})"
-    except OSError:
-        return f"{pid}"
+    name = printable(name_of(pid))
+    return f"{pid} ({name} of uid {uid_of(pid)})" if name else f"{pid}"
+
+
+def name_of(pid: int) -> str:
+    """What a process calls itself, at first its program's name cut to 15 bytes; empty when it is gone."""
+    return _proc_bytes(pid, "comm").decode("utf-8", "replace").strip()
 
 
 def children(process: ProcessIdentity) -> list[ProcessIdentity]:
-    """The children of a process, by the kernel's word."""
+    """The children of a process, by the kernel's word: those it lists, whose parent is that process."""
     words = _proc_bytes(process.pid, f"task/{process.pid}/children").split()
     found = [identify(int(pid)) for pid in words]
-    return [child for child in found if child] if identify(process.pid) == process else []
+    ours = [child for child in found if child and parent_of(child.pid) == process.pid]
+    return ours if identify(process.pid) == process else []
+
+
+def _status(pid: int, key: str) -> list[str]:
+    """The values of a line of /proc/PID/status; none where the process is gone."""
+    for line in _proc_bytes(pid, "status").decode("utf-8", "replace").splitlines():
+        name, _, values = line.partition(":")
+        if name == key:
+            return values.split()
+    return []
 
 
 def _proc_bytes(pid: int, name: str) -> bytes:
@@ -272,11 +299,18 @@ def _proc_bytes(pid: int, name: str) -> bytes:
 
 
 def uid_of(pid: int) -> int | None:
-    """The user of a process; None when it is gone."""
-    try:
-        return os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return None
+    """The user of a process, by all of its user ids: None when they differ, as in a setuid program, or it is gone.
+
+    Its directory in /proc does not tell: it is root's where a user's process has made itself undumpable.
+    """
+    uids = set(_status(pid, "Uid"))
+    return int(uids.pop()) if len(uids) == 1 else None
+
+
+def parent_of(pid: int) -> int | None:
+    """The pid of a process's parent; None when the process is gone."""
+    parent = _status(pid, "PPid")
+    return int(parent[0]) if parent else None
 
 
 def environment_of(pid: int) -> dict[str, str]:
@@ -288,13 +322,15 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(word.partition("=")[::2] for word in text.split("\0") if "=" in word)
 
 
-def roots_command_line(pid: int) -> str:
-    """What a process of root's calls itself, with blanks between the words; empty for any other's."""
-    try:
-        uid = os.stat(f"/proc/{pid}").st_uid
-    except OSError:
+def roots_title(pid: int, program: str) -> str:
+    """What a process of root's that runs a program of this name calls itself; empty for any other.
+
+    A setuid program that a user starts has a title of the user's choice, but the user's real id. slurmstepd itself
+    has another effective id for moments.
+    """
+    if _status(pid, "Uid")[:1] != ["0"] or program_of(pid) != program:
         return ""
-    return "" if uid else _proc_bytes(pid, "cmdline").replace(b"\0", b" ").decode("utf-8", "replace")
+    return _proc_bytes(pid, "cmdline").replace(b"\0", b" ").decode("utf-8", "replace")
 
 
 def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], variable: str) -> bool:
@@ -303,52 +339,32 @@ def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], va
     The program must be root's file, so that a user's own of the same name does not pass; a user who runs the real one
     with such an environment has made it a process of that job.
     """
-    name, uid = _program(pid)
-    return name in program_names and uid in uids and variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
-
-
-def _program(pid: int) -> tuple[str, int]:
-    """The name of the program of root's that a process runs, and its user; no name where there is none."""
-    try:
-        program = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
-        owner = os.stat(f"/proc/{pid}/exe").st_uid
-        uid = os.stat(f"/proc/{pid}").st_uid
-    except OSError:
-        return "", -1
-    return ("" if owner else program), uid
-
-
-@record
-class Running:
-    """A process that runs one of root's programs: the program's name, its user, its environment when it started."""
-
-    process: ProcessIdentity
-    program: str
-    uid: int
-    environment: dict[str, str]
-
-
-def find_programs(names: Sequence[str], place: str) -> Iterator[Running]:
-    """Every process that runs one of root's programs of these names and sees the directory `place` that we see.
-
-    Those of another container, or of another node on this machine, have a directory of their own of that name.
-    """
-    for pid in pids():
-        process = identify(pid)
-        name, uid = _program(pid)
-        if process and name in names and _sees(pid, place):
-            text = _proc_bytes(pid, "environ").decode("utf-8", "surrogateescape")
-            environment = dict(word.partition("=")[::2] for word in text.split("\0"))
-            if identify(pid) == process:
-                yield Running(process, name, uid, environment)
-
-
-def _sees(pid: int, place: str) -> bool:
-    try:
-        theirs, ours = os.stat(f"/proc/{pid}/root{place}"), os.stat(place)
-    except OSError:
+    if uid_of(pid) not in uids or program_of(pid) not in program_names:
         return False
-    return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+    return variable.encode() in _proc_bytes(pid, "environ").split(b"\0")
+
+
+def program_of(pid: int) -> str:
+    """The name of the program of root's that a process runs; empty where there is none.
+
+    The file system that the program lies on may be a user's own, or hang: it is not asked. readlink(2) gives the
+    kernel's own path, and AT_STATX_DONT_SYNC the owner that the kernel has.
+    """
+    try:
+        name = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
+    except OSError:
+        return ""
+    return name if _owner_as_cached(f"/proc/{pid}/exe") == 0 else ""
+
+
+def _owner_as_cached(path: str) -> int | None:
+    """The owner of what a path leads to, as the kernel has it now; None where there is nothing."""
+    import ctypes  # where there is a job with MPS it is there already, for NVML
+
+    found = ctypes.create_string_buffer(_STATX_SIZE)
+    if ctypes.CDLL(None).statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_UID, found):
+        return None
+    return int.from_bytes(found.raw[_STATX_UID_AT : _STATX_UID_AT + 4], "little")
 
 
 def pids() -> Iterator[int]:

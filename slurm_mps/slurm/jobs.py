@@ -40,7 +40,7 @@ def jobs_with_steps() -> set[int]:
     """The jobs that a slurmstepd of this machine works for, by the title that it gives its process."""
     found = set()
     for pid in processes.pids():
-        title = processes.roots_command_line(pid)
+        title = processes.roots_title(pid, "slurmstepd")
         job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
         if title.startswith(_STEP_TITLE) and dot and job.isdigit():
             found.add(int(job))

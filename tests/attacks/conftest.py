@@ -62,3 +62,11 @@ def stay(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     target = tmp_path_factory.mktemp("stay") / "stay.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", target, HERE / "stay.c"], check=True)
     return target.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def silent_fs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A program that runs another from a file system of its user's own that stops answering (silent_fs.c)."""
+    target = tmp_path_factory.mktemp("silent") / "silent_fs"
+    subprocess.run(["cc", "-o", target, HERE / "silent_fs.c"], check=True)
+    return target.read_bytes()

@@ -42,6 +42,7 @@ class Change:
 
 
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
+RECONCILE = "slurm_mps/job/reconcile.py"
 ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
 UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/script.py"
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
@@ -84,8 +85,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(
             FILES,
-            "if stat.S_ISDIR(os.stat(entry, dir_fd=fd, follow_symlinks=False).st_mode):",
-            "if stat.S_ISDIR(os.stat(entry, dir_fd=fd).st_mode):",
+            "            status = os.stat(entry, dir_fd=fd, follow_symlinks=False)\n",
+            "            status = os.stat(entry, dir_fd=fd)\n",
         ),
     ),
     "removal is bounded": (Change(FILES, "        if budget[0] < 0 or depth == 0:", "        if False:"),),
@@ -97,8 +98,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "only root's plain file is read": (
         Change(
             FILES,
-            "os.open(_check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)",
-            "os.open(_check_name(name), os.O_RDONLY, dir_fd=self.fd)",
+            "os.open(_check_name(name), how | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.fd)",
+            "os.open(_check_name(name), how, dir_fd=self.fd)",
         ),
         Change(
             FILES,
@@ -160,23 +161,68 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a pid proves nothing": (
         Change(
             CONTROL,
-            "return process if process and self._is_ours(process.pid, DAEMON_PROGRAM, (0,)) else None",
-            "return process",
+            "        pid = listener(self.pipe_directory)\n",
+            "        with open(f'{self.pipe_directory}/{PID_FILE}') as file:\n"
+            "            return identify(int(file.read()))\n"
+            "        pid = listener(self.pipe_directory)\n",
         ),
     ),
     "only what survives SIGKILL is a fault": (
         Change(
             CONTROL,
             "        if stuck := _alive(ours):\n",
-            "        if stuck := daemon.find_processes(server_uid):\n",
+            "        if stuck := _find_processes(known, server_uid, 2)[daemon]:\n",
         ),
     ),
     "signals follow where asking fails": (
         Change(
             CONTROL,
-            "        end_by_signals(stuck, server_uid, patience)\n",
+            "        _end_by_signals(stuck, server_uid, patience)\n",
             '        raise NodeError("it does not quit")\n',
         ),
+    ),
+    "no file system of a user's is asked": (
+        Change(PROCESSES, '_owner_as_cached(f"/proc/{pid}/exe") == 0', 'os.stat(f"/proc/{pid}/exe").st_uid == 0'),
+    ),
+    "a search can be abandoned": (
+        Change(
+            CONTROL,
+            "outcome = processes.run(argv, {}, timeout_seconds, output_limit_bytes=_SEARCH_BYTES)",
+            'lines = __import__("slurm_mps.node.search", fromlist=["lines"]).lines(directory)\n'
+            '        outcome = processes.Outcome(0, "".join(lines), "")',
+        ),
+    ),
+    "a title is not the kernel's word": (
+        Change(
+            PROCESSES,
+            'if _status(pid, "Uid")[:1] != ["0"] or program_of(pid) != program:',
+            'if _status(pid, "Uid")[1:2] != ["0"]:',
+        ),
+    ),
+    "forged servers are ended together": (
+        Change(
+            RECONCILE,
+            "            kill_all(found, SIGKILL, _FORGED_SECONDS)\n",
+            "            for one in found:\n                kill_all([one], SIGTERM, DEFAULTS.deadlines_signal)\n",
+        ),
+    ),
+    "forged servers are no finding": (
+        Change(
+            RECONCILE,
+            "for one in found if one.program == DAEMON_PROGRAM and one.uid == 0}",
+            "for one in found}",
+        ),
+    ),
+    "what is removed gives its space back": (
+        Change(FILES, "            os.ftruncate(fd, 0)\n        except", "            pass\n        except"),
+        Change(
+            FILES,
+            "if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size:",
+            "if False:",
+        ),
+    ),
+    "a user's logs push out nobody else's": (
+        Change(LOGS, "by_user.setdefault(logs.user_let_in(name), [])", "by_user.setdefault(None, [])"),
     ),
     "logs are bounded while the job runs": (Change(CONTROL, ", file_limit_bytes=log_limit_bytes", ""),),
     # ------------------------------------------------------------------------------------------------------- order

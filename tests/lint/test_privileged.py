@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENTRIES = ["slurm_mps/hook.py", "slurm_mps/job/reconcile.py"]
-FILES, PROCESSES = "slurm_mps/node/files.py", "slurm_mps/node/processes.py"
+FILES, PROCESSES, SEARCH = (f"slurm_mps/node/{name}.py" for name in ("files", "processes", "search"))
+ENTRIES = ["slurm_mps/hook.py", "slurm_mps/job/reconcile.py", SEARCH]
+SOCKETS = {"slurm_mps/node/messages.py": "socket", "slurm_mps/node/listen.py": "_socket"}
 
 #: Modules that work by path, start programs through a shell, or run what they read.
 NEVER_IMPORTED = frozenset(
@@ -31,13 +32,34 @@ EFFECTS = frozenset(
     | {"setuid", "seteuid", "setresuid", "setgid", "setgroups", "setns", "unshare", "stat", "lstat", "listdir"}
 )
 ALLOWED = {
-    FILES: {"open", "mkdir", "unlink", "rmdir", "rename", "setxattr", "fchmod", "stat", "listdir"},
-    PROCESSES: {"posix_spawn", "killpg", "stat", "readlink", "listdir"},
+    FILES: {
+        "open",
+        "mkdir",
+        "unlink",
+        "rmdir",
+        "rename",
+        "setxattr",
+        "fchmod",
+        "ftruncate",
+        "utime",
+        "stat",
+        "listdir",
+    },
+    PROCESSES: {"posix_spawn", "killpg", "readlink", "listdir"},
+    SEARCH: {"readlink", "stat"},
     "slurm_mps/config/load.py": {"stat"},
     "slurm_mps/slurm/jobs.py": {"access"},
 }
 #: A call by path whose answer is only compared: whether a process sees the directory /run that we see.
-COMPARED = {(PROCESSES, "os.stat(place)")}
+COMPARED = {(SEARCH, "os.stat(f'/proc/{pid}/root/run')"), (SEARCH, "os.stat('/run')")}
+#: Where a file system may be asked that a user chose: of root's processes, in a program that can be abandoned; without
+#: a question to the file system; and what is our own.
+THROUGH_A_PROCESS = {
+    (SEARCH, "/proc/{}/root/run", "os.stat"),
+    (PROCESSES, "/proc/{}/exe", "os.readlink"),
+    (PROCESSES, "/proc/{}/exe", "_owner_as_cached"),
+    (PROCESSES, "/proc/self/fd", "os.listdir"),
+}
 #: What takes a name must be told which directory it is in.
 BY_DIRECTORY = {
     "open": {"dir_fd"},
@@ -122,8 +144,8 @@ def import_problems(name: str, tree: ast.AST) -> list[str]:
     problems = [
         f"imports {top}" for top in sorted({m.partition(".")[0] for m in imported(name, tree)} & NEVER_IMPORTED)
     ]
-    if name != "slurm_mps/node/messages.py" and "socket" in imported(name, tree):
-        problems.append("imports socket")
+    sockets = {"socket", "_socket"} & imported(name, tree)
+    problems += [f"imports {module}" for module in sockets - {SOCKETS.get(name)}]
     for node in runtime_nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.module in ("os", "posix", "builtins"):
             problems.append(f"imports from {node.module}, which hides what is called")
@@ -163,6 +185,25 @@ def directory_problems(function: str, call: ast.Call) -> list[str]:
     return problems
 
 
+def through_a_process(name: str, tree: ast.AST) -> list[str]:
+    """Paths that lead into a file system of a process's choice, which may never answer: not even SIGKILL ends who asks.
+
+    A link alone is read without asking anybody; its owner is looked at as the kernel has it.
+    """
+    called = {id(arg): dotted(call.func) for _, call in calls(tree) for arg in call.args}
+    problems = []
+    for node in runtime_nodes(tree):
+        if isinstance(node, ast.JoinedStr | ast.Constant):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            path = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+            function = called.get(id(node), "")
+            if re.match(r"/proc/[^/ ]+/(exe|root|cwd|fd|task/[^/]+/(exe|root|cwd|fd))\b", path) and (
+                (name, path, function) not in THROUGH_A_PROCESS
+            ):
+                problems.append(f"{function}({path})")
+    return problems
+
+
 def problems_of(name: str, tree: ast.AST) -> list[str]:
     """What a privileged file does that it may not."""
     problems = import_problems(name, tree)
@@ -197,9 +238,11 @@ def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> N
         "slurm_mps/node/__init__.py",
         "slurm_mps/node/control.py",
         "slurm_mps/node/files.py",
+        "slurm_mps/node/listen.py",
         "slurm_mps/node/messages.py",
         "slurm_mps/node/nvml.py",
         "slurm_mps/node/processes.py",
+        "slurm_mps/node/search.py",
         "slurm_mps/node/wordfile.py",
         "slurm_mps/record.py",
         "slurm_mps/slurm/__init__.py",
@@ -213,6 +256,25 @@ def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> N
 def test_root_works_by_descriptor(name: str) -> None:
     """Nothing outside the two doors changes files or processes, and the doors themselves go by descriptor."""
     assert problems_of(name, PRIVILEGED[name]) == []
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm_mps").rglob("*.py")))
+def test_no_file_system_of_a_users_choice_is_asked(name: str) -> None:
+    """Also not by what root runs by hand: doctor, status, metrics."""
+    assert through_a_process(name, ast.parse((ROOT / name).read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("import os\nos.stat(f'/proc/{pid}/exe')", "os.stat(/proc/{}/exe)"),
+        ("import os\nplace = f'/proc/{pid}/root/run'\nos.stat(place)", "(/proc/{}/root/run)"),
+        ("open(f'/proc/{pid}/fd/{number}')", "open(/proc/{}/fd/{})"),
+        ("import os\nos.listdir(f'/proc/{pid}/task/{pid}/cwd')", "os.listdir(/proc/{}/task/{}/cwd)"),
+    ],
+)
+def test_the_lint_sees_a_planted_question(text: str, problem: str) -> None:
+    assert through_a_process(PROCESSES, ast.parse(text)) == [problem]
 
 
 PLANTED = [
@@ -230,7 +292,7 @@ PLANTED = [
     ("slurm_mps/job/prolog.py", "open('/run/x')", "open('/run/x', 'r') by path"),
     (PROCESSES, "open('/proc/1/oom_score_adj', 'w')", "open('/proc/1/oom_score_adj', 'w') by path"),
     (PROCESSES, "import os\nos.kill(1, 9)", "os.kill"),
-    (PROCESSES, "import os\nos.stat('/run/x')", "os.stat('/run/x') without dir_fd"),
+    (PROCESSES, "import os\nos.stat('/run/x')", "os.stat"),
     (FILES, "import os\nos.mkdir('/run/x')", "os.mkdir('/run/x') without dir_fd"),
     (FILES, "import os\nos.rename('a', 'b', src_dir_fd=3)", "os.rename('a', 'b', src_dir_fd=3) without dst_dir_fd"),
     (FILES, "import os\nos.open('a', os.O_RDONLY, dir_fd=3)", "os.open('a', os.O_RDONLY, dir_fd=3) follows links"),

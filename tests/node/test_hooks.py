@@ -198,7 +198,7 @@ def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
     gpu_node.epilog(4712).check()
     ctypes = "import ctypes, os; type('S', (ctypes.Structure,), {'_fields_': [('n', ctypes.c_int)]})"
     allowed = imported(gpu_node, "-c", ctypes) | {"__future__", "_thread", "encodings.ascii", "errno", "types"}
-    allowed |= {"binascii", "fcntl", "gc", "select", "resource", "time"}
+    allowed |= {"_socket", "binascii", "fcntl", "gc", "select", "resource", "time"}
     hook = f"{gpu_node.package}/hook.py"
     prolog, epilog = imported(gpu_node, hook, "prolog"), imported(gpu_node, hook, "epilog")
     assert {"slurm_mps.job.actions", "slurm_mps.node.nvml"} <= prolog & epilog

@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,6 +70,22 @@ def crash(node: MistreatedNode, job_id: int = 4711, **spank: str) -> None:
     """A job whose processes and whose epilog were killed: all but the MPS processes is left."""
     node.prolog(job_id, gpus="0,1", **(spank or asked("25", "8G"))).check()
     node.kill(*node.mps_processes())
+
+
+@contextmanager
+def as_slurmstepd(node: MistreatedNode, program: str = "/usr/local/sbin/slurmstepd") -> Iterator[None]:
+    """A process of root's, of a program of this name, with the title of a step of job 4711."""
+    if program.endswith("slurmstepd"):
+        node.run("cp", "/usr/bin/sleep", program).check()
+    step = node.start("bash", "-c", f"exec -a 'slurmstepd: [4711.batch]' {program} 60")
+    name = Path(program).name
+    while not any(process.comm == name for process in node.machine.processes()):
+        assert step.poll() is None
+    try:
+        yield
+    finally:
+        node.machine.signal(step, signal.SIGKILL)
+        step.wait(5)
 
 
 # ------------------------------------------------------------------------------------------------- which job is over
@@ -139,19 +156,32 @@ def test_a_slurm_that_does_not_answer_leaves_the_job(node: MistreatedNode, said:
     node.epilog(4711).check()
 
 
-def test_a_step_on_this_node_is_enough(node: MistreatedNode) -> None:
-    """Where a slurmstepd of the job runs nobody asks Slurm; only root's word counts for it."""
+def test_a_slurmstepd_keeps_its_job_where_slurm_is_silent(node: MistreatedNode) -> None:
+    """Only root's slurmstepd: a program of root's of another name, with its title, proves nothing."""
     node.slurm_says(None)
     node.prolog(4711).check()
-    title = ["bash", "-c", "exec -a 'slurmstepd: [4711.batch]' sleep 60"]
-    for user, status, outcome in (("root", 0, "kept"), ("alice", 1, "left")):
-        step = node.start(*title, user=user)
-        while not any(process.comm == "sleep" for process in node.machine.processes()):
-            assert step.poll() is None
-        assert node.findings(status=status) == {"job 4711": outcome}
-        assert node.asked() == (user == "alice")
-        node.machine.signal(step, signal.SIGKILL)
-        step.wait(5)
+    with as_slurmstepd(node, "/usr/bin/sleep"):
+        assert node.findings(status=1) == {"job 4711": "left"}
+    with as_slurmstepd(node):
+        assert node.findings() == {"job 4711": "kept"}
+    node.epilog(4711).check()
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ({4711: f"COMPLETED|{int(time())}|n1"}, "kept"),
+        ({4711: "COMPLETED|1000000000|n1"}, "repaired"),
+        (UNKNOWN, "left"),
+    ],
+    ids=["just over", "long over", "forgotten"],
+)
+def test_a_slurmstepd_that_hangs_keeps_no_job(node: MistreatedNode, said: dict[int, str], outcome: str) -> None:
+    """The controller calls the job over for minutes. Where it has forgotten the job, an admin is to look."""
+    crash(node)
+    node.slurm_says(said)
+    with as_slurmstepd(node):
+        assert node.findings(status=int(outcome == "left")) == {"job 4711": outcome}
     node.epilog(4711).check()
 
 

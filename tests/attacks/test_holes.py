@@ -1,0 +1,167 @@
+"""What a process of a user's can do to those who look for it: hang them, deceive them, keep them busy."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.attacks.processes import started, until
+from tests.attacks.weakened import attack
+from tests.harness.gpunode import EPILOG, job_environment
+
+if TYPE_CHECKING:
+    from tests.harness.gpunode import GpuNode
+    from tests.harness.machine import Result
+
+RECONCILE = """
+import sys
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+from slurm_mps.cli.main import main
+sys.argv[:] = ["slurm-mps", "reconcile"]
+sys.exit(main())
+"""
+SERVER = "/usr/bin/nvidia-cuda-mps-server"
+
+
+def reconcile(node: GpuNode, said: str = "") -> Result:
+    """Of the package that the hooks run, with a squeue that says this."""
+    node.machine.write("/usr/local/bin/squeue", f"#!/bin/sh\nprintf '%s' '{said}'\n", mode=0o755)
+    result = node.run("/opt/slurm-mps/bin/python3", "-c", RECONCILE, node.package)
+    node.run("rm", "/usr/local/bin/squeue").check()
+    return result
+
+
+@attack("a search can be abandoned", even_without="no file system of a user's is asked")
+def test_a_file_system_that_does_not_answer(
+    node: GpuNode, silent_fs: bytes, walls_down: tuple[str, ...], works: bool
+) -> None:
+    """alice runs a program from a file system of her own, stops her server and lets the job end.
+
+    Who asks that file system waits beyond SIGKILL, and slurmd with it. Whoever is not waited for costs the node all the
+    same: the epilog cannot say that nothing is left.
+    """
+    place = node.machine.path("/home/alice/silent_fs")
+    place.write_bytes(silent_fs)
+    place.chmod(0o755)
+    node.run(
+        "sh", "-c", "[ -e /dev/fuse ] || mknod /dev/fuse c 10 229; chmod 666 /dev/fuse"
+    ).check()  # as distributions do
+    node.configure("[deadlines]\nquit = 0.5\nsignal = 0.6\nepilog = 4\n")
+    node.prolog(4711, user="alice").check()
+    server = until("the server", lambda: next((p.pid for p in node.mps_processes() if p.uid), None))
+    silent = node.machine.path("/home/alice/silent")
+    with started(node, "/home/alice/silent_fs", "/usr/bin/sleep", "/home/alice/silent", user="alice"):
+        until("it is silent", lambda: silent.exists() or None)
+        node.run("kill", "-STOP", str(server), user="alice").check()
+        epilog = node.start(EPILOG, env=job_environment(4711))
+        end = time.monotonic() + 6
+        while epilog.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        hangs = epilog.poll() is None
+        status = epilog.poll()
+    silent.unlink()
+    epilog.wait(10)
+    node.epilog(4711).check()
+    assert hangs is works
+    assert works or status == len(walls_down)
+
+
+@attack("a title is not the kernel's word")
+def test_a_setuid_program_with_the_title_of_slurmstepd(node: GpuNode, works: bool) -> None:
+    """bob has root's su call itself the slurmstepd of alice's job, whose hooks were killed: reconcile leaves it?"""
+    node.prolog(4711, user="alice").check()
+    title = 'exec -a "slurmstepd: [4711.0]" su root < <(sleep 60)'
+    with started(node, "bash", "-c", title, user="bob"):
+        until("su", lambda: any(process.comm == "su" for process in node.machine.processes()) or None)
+        reconcile(node, f"4711|COMPLETED|{int(time.time())}|n1\n")
+        kept = node.files() != []
+    node.epilog(4711).check()
+    assert kept is works
+
+
+FORGED = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for job in range(int(sys.argv[2])):
+    if os.fork() == 0:
+        pipe = f"/run/slurm-mps/jobs/{9000 + job}/pipe"
+        os.execve(sys.argv[1], [sys.argv[1]], {"LD_PRELOAD": "/home/alice/stay.so", "CUDA_MPS_PIPE_DIRECTORY": pipe})
+os.wait()
+"""
+
+
+def forged(node: GpuNode, stay: bytes, said: str, count: int) -> tuple[Result, float]:
+    """What reconcile says of so many forged servers, each of another job, and how long it takes."""
+    place = node.machine.path("/home/alice/stay.so")
+    place.write_bytes(stay)
+    place.chmod(0o755)
+    with started(node, "/usr/bin/python3", "-c", FORGED, SERVER, str(count), user="alice"):
+        until(
+            "they are there",
+            lambda: sum(p.comm == "nvidia-cuda-mps" for p in node.machine.processes()) == count or None,
+        )
+        start = time.monotonic()
+        result = reconcile(node, said)
+        seconds = time.monotonic() - start
+    return result, seconds
+
+
+OPEN = """
+import socket, sys, time
+held = open("/var/log/slurm-mps/4711/control.log")
+try:
+    for _ in range(30_000):
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        one.connect(sys.argv[1])
+        one.close()
+finally:
+    open("/home/alice/ready", "w").close()
+    time.sleep(60)
+"""
+
+
+def used_kib(node: GpuNode) -> int:
+    return int(node.run("df", "--output=used", "-k", "/var/log").check().stdout.split()[-1])
+
+
+@attack("what is removed gives its space back")
+@pytest.mark.parametrize("keep", ["always", "never"])
+def test_a_log_that_is_held_open(node: GpuNode, keep: str, works: bool) -> None:
+    """A process of alice's outside the job has the log open when it is cut or removed: its space is nobody's."""
+    node.run("mount", "-t", "tmpfs", "none", "/var/log").check()
+    node.configure(f'[logs]\nkeep = "{keep}"\nmax_kib = 128\n')
+    node.prolog(4711, user="alice").check()
+    ready = node.machine.path("/home/alice/ready")
+    with started(node, "/usr/bin/python3", "-c", OPEN, f"{node.pipe_directory(4711)}/control", user="alice"):
+        until("the log is long", lambda: ready.exists() or None)
+        ready.unlink()
+        node.epilog(4711).check()
+        left = used_kib(node)
+    node.run("umount", "/var/log").check()
+    assert (left > 1024) is works
+
+
+@attack("a user's logs push out nobody else's")
+def test_a_user_who_has_many_jobs_to_erase_anothers_logs(node: GpuNode, works: bool) -> None:
+    node.configure('[paths]\nlogs = "/var/log/fair"\n[logs]\nmax_jobs = 2\n')
+    for job, user in ((4711, "bob"), (4712, "alice"), (4713, "alice")):
+        node.prolog(job, user=user).check()
+        node.epilog(job).check()
+    logs = node.run("ls", "/var/log/fair").stdout.split()
+    assert ("4711" not in logs) is works
+
+
+@attack("forged servers are ended together")
+def test_forged_servers_cost_reconcile_a_moment(node: GpuNode, stay: bytes, works: bool) -> None:
+    """Each ignores SIGTERM: one after the other they would cost minutes, and what comes after them waits."""
+    _, seconds = forged(node, stay, "", 5)
+    assert (seconds > 15) is works
+
+
+@attack("forged servers are no finding")
+def test_forged_servers_turn_nothing_red(node: GpuNode, stay: bytes, works: bool) -> None:
+    """They name jobs that run elsewhere: nothing of this node's is wrong."""
+    result, _ = forged(node, stay, "9000|RUNNING|N/A|n1\n", 1)
+    assert (result.returncode == 1) is works
