@@ -69,17 +69,18 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     try:
         return _parse(parser, arguments)
     except WrongUsageError as error:
-        if not _is_said_elsewhere(error.options):
-            error.parser.print_usage(sys.stderr)
-            print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
-            report = getattr(error.options, "report", None)
-            if report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
-                _print_report(report, USAGE, {"error": str(error)})
+        if _is_said_elsewhere(error.options):
+            raise SystemExit(FINE) from None
+        error.parser.print_usage(sys.stderr)
+        print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        report = getattr(error.options, "report", None)
+        if report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
+            _print_report(report, USAGE, {"error": str(error)})
         raise SystemExit(USAGE) from None
 
 
 def _is_said_elsewhere(options: argparse.Namespace) -> bool:
-    """Whether another process has the same command line and says what is wrong with it: a command's own default."""
+    """Whether another process has the same command line and says what is wrong with it, and ends with the status."""
     asked = getattr(options, "is_said_elsewhere", None)
     return bool(asked and asked())
 
@@ -140,26 +141,43 @@ def console(*, fitted: bool = False) -> Console:
 
 
 def make_table(
-    rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False, style: str = "style"
+    rows: Sequence[Mapping[str, object]],
+    columns: Sequence[Column],
+    *,
+    noheader: bool = False,
+    style: str = "style",
+    widths: Mapping[str, int] | None = None,
 ) -> Table:
     """`rows` name their cells as the columns do; the key `style` holds a row's colour, if any.
 
-    None and what is missing show as ``-``.
+    None and what is missing show as ``-``. widths: how wide the columns of these names are at least.
     """
     from rich.table import Table
 
     table = Table(box=None, show_header=not noheader, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True, overflow="crop")
+        table.add_column(
+            column.heading,
+            justify="right" if column.right else "left",
+            min_width=(widths or {}).get(column.name),
+            no_wrap=True,
+            overflow="crop",
+        )
     for row in rows:
         cells = [_cell(row.get(column.name), column.longest) for column in columns]
         table.add_row(*cells, style=str(row.get(style) or "") or None)
     return table
 
 
-def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], *, noheader: bool = False) -> None:
+def print_table(
+    rows: Sequence[Mapping[str, object]],
+    columns: Sequence[Column],
+    *,
+    noheader: bool = False,
+    widths: Mapping[str, int] | None = None,
+) -> None:
     """Print `rows` as make_table() has them, as wide as they are: a number is never cut, a terminal wraps the line."""
-    table = make_table(rows, columns, noheader=noheader)
+    table = make_table(rows, columns, noheader=noheader, widths=widths)
     out = console()
     with out.capture() as capture:
         out.print(table)
@@ -196,7 +214,7 @@ def _print_report(report: str, status: int, fields: Mapping[str, Any]) -> None:
 def refuse(options: argparse.Namespace, status: int, *messages: str) -> int:
     """Say why there is no answer: on stderr, and with --json also in a report without one. Returns the exit status."""
     if status == USAGE and _is_said_elsewhere(options):
-        return status
+        return FINE
     for message in messages:
         complain(message)
     if getattr(options, "json", False):  # top has no report

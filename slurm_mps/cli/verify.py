@@ -1,13 +1,15 @@
-"""``slurm-mps verify``: what the ranks of a step really have, as a table and in plain words."""
+"""``slurm-mps verify``: what the ranks of a step really have, as a table and in plain words, node by node."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import ArgumentTypeError
 from time import monotonic, sleep
 
 from slurm_mps.cli.output import (
+    FINE,
     NOT_HERE,
     PROBLEM,
     Column,
@@ -23,8 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.verify.link import Link
-    from slurm_mps.verify.session import Result
+    from slurm_mps.verify.report import Evidence
     from slurm_mps.verify.step import Step
 
 COLUMNS = (
@@ -40,8 +41,9 @@ COLUMNS = (
     Column("gpu_numa", "GPU NUMA", right=True),
     Column("uuid", "UUID", hidden=True),
 )
+#: How wide the cells of a column can become, where its heading is not as wide anyway.
+_WIDTHS = {"gpu": 17, "pid": 7, "server": 7, "sms": 7, "uuid": 40}
 _SECONDS_MAX = 600.0
-_HEAD_START_SECONDS = 2.0
 
 
 def _seconds(text: str) -> float:
@@ -60,95 +62,83 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "verify",
         help="inside a step: is every rank an MPS client, on which GPU, with which limits",
-        description="Run with srun in a job: every rank finds out what it really has, and rank 0 prints it. "
-        "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not in a Slurm step or no CUDA driver here.",
+        description="Run with srun in a job: every rank finds out what it really has, and the first rank of each node "
+        "prints it. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not in a Slurm step or no CUDA driver here.",
     )
     add_table_options(parser, COLUMNS, "verify/1")
-    parser.add_argument("--no-mpi", action="store_true", help="do without the MPI that the step was started with")
     parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each rank's report (10)")
-    parser.set_defaults(run=run, is_said_elsewhere=_rank_0_says_it)
+    parser.set_defaults(run=run, is_said_elsewhere=_first_rank_says_it)
 
 
-def _rank_0_says_it() -> bool:
-    """Whether what is wrong with the command line is said by rank 0 of the step, another process that has the same.
-
-    Gives it the time to: with ``srun --kill-on-bad-exit`` the first rank that ends takes all others along.
-    """
+def _step() -> Step | None:
     from slurm_mps.verify.step import read_step
 
-    step = read_step(os.environ, os.uname().nodename)
-    if step is None or step.rank == 0:
-        return False
-    sleep(_HEAD_START_SECONDS)
-    return True
+    return read_step(os.environ, os.uname().nodename)
+
+
+def _first_rank_says_it() -> bool:
+    """Whether the first rank of this node has the same command line, and says what is wrong with it."""
+    step = _step()
+    return step is not None and not step.is_first
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run this rank's part; rank 0 prints. Returns the exit status, which is the same for all."""
-    from slurm_mps.verify.step import read_step
-
+    """Run this rank's part; the first rank of a node prints, and has the exit status."""
     columns = chosen(COLUMNS, options)
-    step = read_step(os.environ, os.uname().nodename)
+    step = _step()
     if step is None:
         return refuse(options, NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
-    from slurm_mps.verify.link import LinkError
-    from slurm_mps.verify.session import verify
+    from slurm_mps.verify.look import report_node, report_rank
+    from slurm_mps.verify.meeting import MeetingError
 
-    def show(result: Result) -> None:
-        if options.json:
-            _report(result, link.through, options)
-        else:
-            _print(result, columns, options)
-
+    # With srun -K a task that ends badly has Slurm terminate all others; they finish their reports all the same.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end = monotonic() + options.timeout / 2
     try:
-        link = _open(step, options)
-        status = verify(step, os.environ, link, options.timeout, show)
-    except LinkError as error:
+        if not step.is_first:
+            report_rank(step, os.environ, options.timeout)
+            return FINE
+        evidence = report_node(step, os.environ, options.timeout)
+    except MeetingError as error:
         message = f"rank {step.rank}: {error}"
-        if step.rank == 0:
+        if step.is_first:
             return refuse(options, PROBLEM, message)
-        complain(message)  # one report for the whole step, and that is rank 0's
+        complain(message)  # a report is the first rank's alone
         return PROBLEM
-    link.close()
+    status = _print(evidence, columns, step, options)
+    if status and len(step.nodes) > 1:
+        sleep(max(0.0, end - monotonic()))  # ranks of other nodes may be starting, and not ignore SIGTERM yet
     return status
 
 
-def _open(step: Step, options: argparse.Namespace) -> Link:
-    from slurm_mps.verify.link import open_link
-    from slurm_mps.verify.mpi import open_mpi_link
+def _print(evidence: Evidence, columns: list[Column], step: Step, options: argparse.Namespace) -> int:
+    """Print the node's part of the answer. Returns the exit status."""
+    from slurm_mps.verify.judge import problems
+    from slurm_mps.verify.table import document, rows, summary
 
-    mpi = None if options.no_mpi else open_mpi_link(step, os.environ)
-    return mpi or open_link(step, os.environ, monotonic() + 2 * options.timeout)
-
-
-def _no_driver(result: Result) -> str:
-    """What to say where no rank has a driver; empty where one has."""
-    return f"there is no CUDA driver here: {result.findings.ranks[0].error}" if result.status == NOT_HERE else ""
-
-
-def _report(result: Result, through: str, options: argparse.Namespace) -> None:
-    """`through`: how the ranks' reports were gathered."""
-    from slurm_mps.verify.table import document
-
-    error = _no_driver(result)
-    if error:
-        complain(error)
-    fields = {"error": error} if error else {}
-    found = document(result.findings, result.problems)
-    print_json(options, result.status, **fields, **found, gathered_through=through)
-
-
-def _print(result: Result, columns: list[Column], options: argparse.Namespace) -> None:
-    """The table, and below it in words what it means; where fields were chosen the words are commentary."""
-    from slurm_mps.verify.table import rows, summary
-
-    error = _no_driver(result)
-    if error:
-        complain(error)
-    print_table(rows(result.findings), columns, noheader=options.noheader)
-    if options.format or options.noheader:
-        for problem in result.problems:
-            complain(problem)
+    wrong = problems(evidence)
+    status = PROBLEM if wrong else FINE
+    error = ""
+    if all(rank.no_driver for rank in evidence.ranks):
+        status = NOT_HERE
+        error = f"there is no CUDA driver here: {evidence.ranks[0].error}"
+        complain(_of_node(step, error))
+    if options.json:
+        print_json(options, status, **({"error": error} if error else {}), **document(evidence, wrong))
+        return status
+    several = len(step.nodes) > 1
+    widths = _WIDTHS | {"node": max(map(len, step.nodes))} if several else {}  # so that the nodes' columns line up
+    print_table(rows(evidence), columns, noheader=options.noheader, widths=widths)
+    if options.format or options.noheader:  # a program reads the table
+        for problem in wrong:
+            complain(_of_node(step, problem))
     else:
-        print("\n".join(["", *(result.problems or [summary(result.findings)])]))
+        sentences = [_of_node(step, sentence) for sentence in wrong or [summary(evidence)]]
+        print("\n".join(["", *sentences, *([""] if several else [])]))
     sys.stdout.flush()
+    return status
+
+
+def _of_node(step: Step, sentence: str) -> str:
+    """Say which node is meant, where several print."""
+    return f"{step.node}: {sentence}" if len(step.nodes) > 1 else sentence

@@ -1,6 +1,5 @@
-"""``slurm-mps verify``: every rank of a step finds out what it really has, and rank 0 says what is wrong.
+"""``slurm-mps verify``: every rank of a step finds out what it really has, and each node says what is wrong there.
 
-Runs as the user, in the user's own step; nothing of it is on the way of prolog and epilog. ``look`` asks the driver,
-the control daemon and the machine; ``link`` and ``mpi`` bring the reports together; ``step``, ``report``, ``judge``,
-``table`` and ``hostlist`` are pure.
+It runs as the user, in the user's own step; prolog and epilog never import it. ``look`` asks the driver, the control
+daemons and the machine; ``meeting`` brings the reports of one node together; ``judge`` and ``table`` are pure.
 """

@@ -1,16 +1,16 @@
-"""A program of its own that prints how many SMs each visible GPU has; run as no MPS client (see ``look``)."""
+"""A program of its own that prints how many SMs the only visible GPU has; run as no MPS client (see ``look``)."""
 
 from __future__ import annotations
 
+import os
 import sys
-
-from ..node.cuda import Cuda
 
 
 def main() -> int:
-    cuda = Cuda()
-    for ordinal in range(cuda.device_count()):
-        sys.stdout.write(f"{cuda.uuid(ordinal)} {cuda.multiprocessors(ordinal)}\n")
+    sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
+    from slurm_mps.node.cuda import Cuda
+
+    sys.stdout.write(str(Cuda().multiprocessors(0)))
     return 0
 
 

@@ -1,21 +1,20 @@
-"""What is wrong, in plain words, from what the ranks and the control daemons said. Pure.
+"""What is wrong, in plain words, from what the ranks and the control daemons of one node reported. Pure.
 
-Facts go before intentions: a rank is a client if the control daemon says so, and is limited if the driver says so.
+Facts go before intentions: a rank is a client if the control daemon lists it, and is limited if the driver says so.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from ..record import record
 from ..slurm.hostlist import join_numbers
 from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from .report import DaemonAnswer, Report
+    from .report import DaemonReport, Evidence, RankReport
 
 #: The smallest part of an H200 that a percentage comes down to: 1 % and 3 % are 8 SMs (O10).
 SMALLEST_PART = 8
@@ -25,29 +24,7 @@ _UNKNOWN = "? "
 _DRIVER_SIZE = re.compile(r"(\d{1,9})([MG])(i?B)?", re.IGNORECASE)
 
 
-@record
-class Findings:
-    """All that was reported. daemons: by host and pipe directory. cards: SMs of whole GPUs, by UUID.
-
-    size: how many ranks the step has. waited_seconds: how long the missing ones were waited for.
-    """
-
-    ranks: Sequence[Report]
-    daemons: Mapping[tuple[str, str], DaemonAnswer]
-    cards: Mapping[str, int]
-    size: int
-    waited_seconds: float
-
-    def daemon(self, rank: Report) -> DaemonAnswer | None:
-        return self.daemons.get((rank.host, rank.pipe_directory))
-
-    def server(self, rank: Report) -> int:
-        """The server of a rank, as the control daemon says; 0 for a rank that is no client."""
-        daemon = self.daemon(rank)
-        return daemon.clients.get(rank.pid, 0) if daemon else 0
-
-
-def problems(found: Findings) -> list[str]:
+def problems(found: Evidence) -> list[str]:
     """Everything that is not as it should be, the causes first; empty when all is well."""
     return [
         *_missing(found),
@@ -65,61 +42,55 @@ def problems(found: Findings) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- who is there
 
 
-def _missing(found: Findings) -> list[str]:
-    there = {rank.rank for rank in found.ranks}
-    missing = [number for number in range(found.size) if number not in there]
+def _missing(found: Evidence) -> list[str]:
+    missing = sorted(set(found.expected) - {rank.rank for rank in found.ranks})
     return [f"{_ranks(missing)} did not report within {found.waited_seconds:g} s"] if missing else []
 
 
-def _silent_daemons(found: Findings) -> list[str]:
+def _silent_daemons(found: Evidence) -> list[str]:
     return [
-        f"the control daemon of {printable(directory, 120)} on {printable(host)} does not answer: "
-        f"{printable(answer.problem, 200)}"
-        for (host, directory), answer in sorted(found.daemons.items())
+        f"the control daemon of {printable(directory, 120)} does not answer: {printable(answer.problem, 200)}"
+        for directory, answer in sorted(found.daemons.items())
         if answer.problem
     ]
 
 
-def _errors(found: Findings) -> list[str]:
+def _errors(found: Evidence) -> list[str]:
     return _grouped(
         found.ranks,
-        lambda rank: rank.error and f"cannot use {_gpu_word(rank)}: {printable(rank.error, 200)}",
+        lambda rank: rank.error and f"cannot use {rank.gpu or 'a GPU'}: {printable(rank.error, 200)}",
         lambda ranks, words: f"{_ranks(ranks)} {words}",
     )
 
 
-def _gpu_word(rank: Report) -> str:
-    return rank.gpu or "a GPU"
+def _without_mps(found: Evidence) -> list[str]:
+    """Ranks that no daemon lists; a rank that failed only where the reason is clear."""
 
-
-def _without_mps(found: Findings) -> list[str]:
-    """Ranks that no daemon knows; for one that failed, only where it is clear why."""
-
-    def words(rank: Report) -> str:
+    def words(rank: RankReport) -> str:
         daemon = found.daemon(rank)
         known_why = rank.pipe_problem or (daemon and daemon.problem)
         return "" if found.server(rank) or (rank.error and not known_why) else _why_without(rank, daemon)
 
     def sentence(ranks: list[int], why: str) -> str:
         if why.startswith(_UNKNOWN):
-            return f"nobody can say whether {_ranks(ranks)} {_have(ranks)} MPS: {why.removeprefix(_UNKNOWN)}"
+            return f"cannot tell whether {_ranks(ranks)} {_have(ranks)} MPS: {why.removeprefix(_UNKNOWN)}"
         return f"{_ranks(ranks)} {'runs' if len(ranks) == 1 else 'run'} without MPS: {why}"
 
     return _grouped(found.ranks, words, sentence)
 
 
-def _of_another_job(found: Findings) -> list[str]:
+def _of_another_job(found: Evidence) -> list[str]:
     return _grouped(
         found.ranks,
-        lambda rank: rank.other_job and f"told to use the control daemon of job {printable(rank.other_job)}",
-        lambda ranks, words: f"{_ranks(ranks)} {'was' if len(ranks) == 1 else 'were'} {words}: the environment is its",
+        lambda rank: rank.other_job and f"the pipe directory of job {printable(rank.other_job)}",
+        lambda ranks, words: f"{_ranks(ranks)} {_have(ranks)} {words}: the environment was inherited from that job",
     )
 
 
-def _why_without(rank: Report, daemon: DaemonAnswer | None) -> str:
+def _why_without(rank: RankReport, daemon: DaemonReport | None) -> str:
     directory = printable(rank.pipe_directory, 120)
     if rank.node_fault and rank.pipe_problem:
-        return f"{printable(rank.node_fault, 300)}; this site then lets a job run without"
+        return f"{printable(rank.node_fault, 300)}; this site lets jobs run without MPS on a faulty node"
     if rank.pipe_problem:
         asked = "" if rank.asked else "; this job did not ask for MPS (--mps)"
         return f"{printable(rank.pipe_problem, 200)}{asked}"
@@ -133,18 +104,18 @@ def _why_without(rank: Report, daemon: DaemonAnswer | None) -> str:
 # ------------------------------------------------------------------------------------------------------ who shares
 
 
-def _by_gpu(found: Findings) -> dict[tuple[str, str], list[Report]]:
-    groups: dict[tuple[str, str], list[Report]] = {}
+def _by_gpu(found: Evidence) -> dict[str, list[RankReport]]:
+    groups: dict[str, list[RankReport]] = {}
     for rank in found.ranks:
         if rank.gpu:
-            groups.setdefault((rank.host, rank.gpu), []).append(rank)
+            groups.setdefault(rank.gpu, []).append(rank)
     return dict(sorted(groups.items()))
 
 
-def _apart(found: Findings) -> list[str]:
-    """GPUs whose ranks have different servers, or of whose ranks only some have one."""
+def _apart(found: Evidence) -> list[str]:
+    """GPUs whose ranks have different servers, or where only some ranks have one."""
     words = []
-    for (host, gpu), ranks in _by_gpu(found).items():
+    for gpu, ranks in _by_gpu(found).items():
         servers: dict[int, list[int]] = {}
         for rank in ranks:
             servers.setdefault(found.server(rank), []).append(rank.rank)
@@ -155,51 +126,42 @@ def _apart(found: Findings) -> list[str]:
         rest = [rank.rank for rank in ranks if rank.rank not in together]
         share = "share one server" if len(together) > 1 else "has a server"
         others = f"{_ranks(rest)} {'do' if len(rest) > 1 else 'does'} not"
-        words.append(f"{_ranks(together)} on {gpu} of {printable(host)} {share}, {others}")
+        words.append(f"{_ranks(together)} on {gpu} {share}, {others}")
     return words
 
 
-def _piled_up(found: Findings) -> list[str]:
-    """Nodes where all ranks are on one GPU while the step has more of them there."""
-    words = []
-    for host in sorted({rank.host for rank in found.ranks}):
-        ranks = [rank for rank in found.ranks if rank.host == host and rank.gpu]
-        used = {rank.gpu for rank in ranks}
-        count = max((rank.step_gpus for rank in ranks), default=0)
-        if len(ranks) < 2 or len(used) > 1 or count < 2:
-            continue
-        known = {gpu for rank in ranks for gpu in _daemon_gpus(found, rank)} - used
-        unused = f": nobody uses {', '.join(sorted(known))}" if known else ""
-        place = f"all {len(ranks)} ranks of {printable(host)} are on {used.pop()}"
-        words.append(f"{place}, although the step has {count} GPUs there{unused}")
-    return words
-
-
-def _daemon_gpus(found: Findings, rank: Report) -> tuple[str, ...]:
-    daemon = found.daemon(rank)
-    return daemon.gpus if daemon else ()
+def _piled_up(found: Evidence) -> list[str]:
+    """Whether all ranks are on one GPU while the step has more of them here."""
+    ranks = [rank for rank in found.ranks if rank.gpu]
+    used = {rank.gpu for rank in ranks}
+    count = max((rank.step_gpus for rank in ranks), default=0)
+    if len(ranks) < 2 or len(used) > 1 or count < 2:
+        return []
+    unused = sorted({gpu for daemon in found.daemons.values() for gpu in daemon.gpus} - used)
+    hint = f": no rank uses {', '.join(unused)}" if unused else ""
+    return [f"all {len(ranks)} ranks are on {used.pop()}, although the step has {count} GPUs on this node{hint}"]
 
 
 # --------------------------------------------------------------------------------------------------------- limits
 
 
-def thread_limit(rank: Report, daemon: DaemonAnswer | None) -> float | None:
-    """The lowest percentage that the rank's environment, its job or the control daemon sets; None for no limit."""
-    texts = (rank.threads, rank.set_threads, rank.job_threads, daemon.threads if daemon else "")
+def thread_limit(rank: RankReport, daemon: DaemonReport | None) -> float | None:
+    """The lowest percentage that the rank's environment, the plugin or the control daemon sets; None for no limit."""
+    texts = (rank.threads, rank.set_threads, daemon.threads if daemon else "")
     return min(filter(None, map(_percentage, texts)), default=None)
 
 
 def _percentage(text: str) -> float | None:
-    """What the driver ignores is no limit (O11)."""
+    """None for what the driver ignores, which is no limit (O11)."""
     try:
         return parse_thread_percentage(text)
     except ValueError:
         return None
 
 
-def _over_threads(found: Findings) -> list[str]:
-    def words(rank: Report) -> str:
-        limit, total = thread_limit(rank, found.daemon(rank)), found.cards.get(rank.gpu, 0)
+def _over_threads(found: Evidence) -> list[str]:
+    def words(rank: RankReport) -> str:
+        limit, total = thread_limit(rank, found.daemon(rank)), found.card(rank)
         if limit is None or not total or rank.multiprocessors <= max(SMALLEST_PART, total * limit / 100):
             return ""
         variable = _lost("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", rank.threads, rank.set_threads)
@@ -210,19 +172,19 @@ def _over_threads(found: Findings) -> list[str]:
 
 
 def _lost(name: str, value: str, was_set: str) -> str:
-    """A variable that something took from the program, or changed, after the plugin had set it; empty for none."""
+    """A variable that was removed or changed after the plugin had set it; empty for none."""
     return f"{name}={printable(was_set, 60)}" if was_set and value != was_set else ""
 
 
-def _why_over(found: Findings, rank: Report, lost: str) -> str:
+def _why_over(found: Evidence, rank: RankReport, lost: str) -> str:
     if found.server(rank) and lost:
-        return f"the step's {lost} was changed or taken away before the program started"
+        return f"the step's {lost} was changed or removed before the program started"
     if found.server(rank):
-        return "the server does not keep to it; it may be older than the limit"
+        return "the server does not apply the limit; it may have started before the limit was set"
     return "without MPS no limit holds"
 
 
-def own_memory_limit(rank: Report) -> int | None:
+def own_memory_limit(rank: RankReport) -> int | None:
     """What the rank's own variable sets for its device, in bytes; None when it does not name it, or is empty.
 
     Raises: ValueError for a value that the driver cannot use, whereupon it drops every limit (O12).
@@ -248,31 +210,31 @@ def variable_limit(text: str, visible: Sequence[str], ordinal: int, gpu: str) ->
     return limit
 
 
-def _set_memory_limit(rank: Report) -> int | None:
+def _set_memory_limit(rank: RankReport) -> int | None:
     """What the plugin set for the rank's device, in bytes; None where it set nothing."""
     sizes = dict(entry.partition("=")[::2] for entry in rank.set_memory.split(","))
+    return _memory(sizes.get(str(rank.ordinal), ""))
+
+
+def _memory(text: str) -> int | None:
+    """None for what is no limit."""
     try:
-        return parse_memory(sizes.get(str(rank.ordinal), ""))
+        return parse_memory(text)
     except ValueError:
         return None
 
 
-def memory_limit(rank: Report, daemon: DaemonAnswer | None) -> int | None:
-    """The lowest memory limit of environment, job and control daemon, in bytes; None for no limit."""
+def memory_limit(rank: RankReport, daemon: DaemonReport | None) -> int | None:
+    """The lowest memory limit of environment, plugin and control daemon, in bytes; None for no limit."""
     try:
-        limits = [own_memory_limit(rank)]
+        own = own_memory_limit(rank)
     except ValueError:
-        limits = []
-    limits.append(_set_memory_limit(rank))
-    for text in (rank.job_memory, daemon.memory.get(rank.ordinal, "") if daemon else ""):
-        try:
-            limits.append(parse_memory(text))
-        except ValueError:
-            pass
-    return min(filter(None, limits), default=None)
+        own = None
+    default = _memory(daemon.memory.get(rank.ordinal, "")) if daemon else None
+    return min(filter(None, (own, _set_memory_limit(rank), default)), default=None)
 
 
-def _over_memory(found: Findings) -> list[str]:
+def _over_memory(found: Evidence) -> list[str]:
     free = {rank.rank: rank.free_bytes for rank in found.ranks}
 
     def sentence(ranks: list[int], words: str) -> str:
@@ -284,7 +246,7 @@ def _over_memory(found: Findings) -> list[str]:
     )
 
 
-def _memory_words(found: Findings, rank: Report) -> str:
+def _memory_words(found: Evidence, rank: RankReport) -> str:
     limit = memory_limit(rank, found.daemon(rank))
     asked = f" although limited to {describe_memory(limit)}" if limit else ""
     try:
@@ -310,9 +272,9 @@ def _have(numbers: list[int]) -> str:
 
 
 def _grouped(
-    ranks: Iterable[Report], words: Callable[[Report], str], sentence: Callable[[list[int], str], str]
+    ranks: Iterable[RankReport], words: Callable[[RankReport], str], sentence: Callable[[list[int], str], str]
 ) -> list[str]:
-    """One sentence for all ranks of which the same is to be said; nothing for those of which nothing is."""
+    """One sentence for all ranks with the same words; none for ranks without words."""
     groups: dict[str, list[int]] = {}
     for rank in ranks:
         groups.setdefault(words(rank), []).append(rank.rank)

@@ -1,62 +1,83 @@
-"""What one rank finds out: its GPU from the driver, its clients from the control daemon, NUMA nodes from sysfs.
+"""What a rank and its node really have: asked of the driver, the control daemons, sysfs and the environment.
 
 Every wait has a deadline. The driver is asked in a thread, since a call into a driver that hangs never returns.
 """
 
 from __future__ import annotations
 
-import _thread
 import os
 import sys
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from threading import Thread
+from time import monotonic
+from typing import TYPE_CHECKING
 
 from ..errors import MpsError
+from ..job.verdict import JOBS
 from ..node.control import DAEMON_PROGRAM, ControlDaemon
 from ..node.cuda import Cuda, CudaError
 from ..node.processes import run
-from ..record import record, replace
 from ..slurm.hostlist import expand_numbers, join_numbers
-from .report import QUERY, TEXT_MAX, Card, DaemonAnswer, Report, parse_daemon_answer
+from . import card
+from .meeting import find_meeting, open_meeting
+from .report import QUERY, DaemonReport, Evidence, RankReport, parse_daemon_answer
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
+    from .meeting import Meeting
     from .step import Step
 
 DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 (the driver's own, for a process without the variable)
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _NODES = "/sys/devices/system/node"
-_JOBS = "/run/slurm-mps/jobs"
 
 
-@record
-class _Gpu:
-    """What the driver says to this process."""
-
-    ordinal: int = 0
-    visible: str = ""
-    gpu: str = ""
-    multiprocessors: int = 0
-    free_bytes: int = 0
-    total_bytes: int = 0
-    gpu_numa: str = ""
-    error: str = ""
-    no_driver: bool = False
+# ------------------------------------------------------------------------------------------------- the whole report
 
 
-def look(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> Report:
-    """Make a context on this rank's GPU, which stays, and report what this process has."""
-    gpu = _ask_driver(step.local_id, timeout_seconds)
+def report_node(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> Evidence:
+    """The part of a node's first rank: report, collect the other ranks' reports, and ask the control daemons.
+
+    The daemons are asked while the other ranks are still there, since a daemon lists no others.
+    Raises: MeetingError.
+    """
+    deadline = monotonic() + timeout_seconds
+    with open_meeting(step) as meeting:
+        ranks = [look(step, meeting, environment, timeout_seconds)]
+        ranks += meeting.collect(step.node_ranks[1:], deadline)
+        directories = {rank.pipe_directory for rank in ranks if not rank.pipe_problem}
+        daemons = ask_daemons(sorted(directories), environment, timeout_seconds / 3)
+    return Evidence(step.node, step.node_ranks, ranks, daemons, timeout_seconds)
+
+
+def report_rank(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> None:
+    """The part of every other rank: report, and stay a client until the first rank has asked the control daemons.
+
+    Raises: MeetingError.
+    """
+    meeting = find_meeting(step, monotonic() + timeout_seconds)
+    meeting.put(look(step, meeting, environment, timeout_seconds))
+    meeting.wait(monotonic() + 2 * timeout_seconds)
+
+
+def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_seconds: float) -> RankReport:
+    """Make a context on this rank's GPU, which stays, and report what this process has.
+
+    The first rank that comes with a GPU finds out how large the whole of it is: a bound rank sees no other.
+    Raises: MeetingError.
+    """
     directory = environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
+    owner = owner_of(directory)
 
     def given(name: str) -> str:
-        return environment.get(name, "")[:TEXT_MAX]
+        return environment.get(name, "")
 
-    return Report(
+    report = RankReport(
         rank=step.rank,
-        host=step.host,
         pid=os.getpid(),
-        pipe_directory=(directory or DEFAULT_PIPE_DIRECTORY)[:TEXT_MAX],
+        pipe_directory=directory or DEFAULT_PIPE_DIRECTORY,
         pipe_problem=pipe_problem(directory),
         asked="SLURM_SPANK_MPS" in environment,
         step_gpus=step_gpus(environment),
@@ -64,72 +85,55 @@ def look(step: Step, environment: Mapping[str, str], timeout_seconds: float) -> 
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
         set_threads=given("SLURM_MPS_ACTIVE_THREAD_PERCENTAGE"),
         set_memory=given("SLURM_MPS_PINNED_DEVICE_MEM_LIMIT"),
-        other_job=other_job(directory, environment.get("SLURM_JOB_ID", "")),
-        job_threads=given("SLURM_SPANK_MPS_THREADS"),
-        job_memory=given("SLURM_SPANK_MPS_MEM"),
         node_fault=given("SLURM_MPS_NODE_FAULT"),
+        other_job="" if owner in step.job_ids else owner,
         cpu_numa=cpu_numa(os.sched_getaffinity(0), _NODES),
-        **vars(gpu),
     )
+    answer: SimpleQueue[RankReport] = SimpleQueue()
+    Thread(target=lambda: answer.put(_use_gpu(report, step.local_id)), daemon=True).start()
+    try:
+        report = answer.get(timeout=(seconds := timeout_seconds * 0.6))  # in time for a report that says so
+    except Empty:
+        return replace(report, error=f"the CUDA driver did not answer within {seconds:g} s")
+    if report.gpu and meeting.claim(report.gpu):
+        size = _ask_card(report.gpu, meeting.path, environment, timeout_seconds / 3)
+        report = replace(report, card_multiprocessors=size)
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
-def _ask_driver(local_id: int, timeout_seconds: float) -> _Gpu:
-    answer: list[_Gpu] = []
-    done = _thread.allocate_lock()
-    done.acquire()
-
-    def ask() -> None:
-        try:
-            answer.append(_use_gpu(local_id))
-        finally:
-            done.release()
-
-    _thread.start_new_thread(ask, ())
-    if not done.acquire(timeout=timeout_seconds):
-        return _Gpu(error=f"the CUDA driver did not answer within {timeout_seconds:g} s")
-    return answer[0] if answer else _Gpu(error="the CUDA driver could not be asked")
-
-
-def _use_gpu(local_id: int) -> _Gpu:
-    """The device that a task takes which counts its node's GPUs: its local id, modulo their number."""
-    found = _Gpu()
+def _use_gpu(report: RankReport, local_id: int) -> RankReport:
+    """Add the device that a task takes which counts its node's GPUs: its local id, modulo their number."""
     try:
         cuda = Cuda()
         count = cuda.device_count()
         ordinal = local_id % count
         visible = ",".join(cuda.uuid(number) for number in range(count))
-        found = _Gpu(ordinal=ordinal, visible=visible, gpu=cuda.uuid(ordinal))
-        found = replace(found, gpu_numa=gpu_numa(cuda.pci_address(ordinal)))
+        numa = gpu_numa(cuda.pci_address(ordinal))
+        report = replace(report, ordinal=ordinal, visible=visible, gpu=cuda.uuid(ordinal), gpu_numa=numa)
         device = cuda.open_device(ordinal)
     except OSError as error:
-        return _Gpu(error=str(error)[:TEXT_MAX], no_driver=True)
+        return replace(report, error=str(error), no_driver=True)
     except CudaError as error:
-        return replace(found, error=str(error))
-    return replace(
-        found,
-        multiprocessors=device.multiprocessors,
-        free_bytes=device.free_bytes,
-        total_bytes=device.total_bytes,
-    )
+        return replace(report, error=str(error))
+    free, total = device.free_bytes, device.total_bytes
+    return replace(report, multiprocessors=device.multiprocessors, free_bytes=free, total_bytes=total)
 
 
-def ask_card(gpu: str, environment: Mapping[str, str], timeout_seconds: float) -> Card:
-    """Ask a short process that is no MPS client how many SMs the whole GPU has: its pipe directory is empty (O21)."""
-    import tempfile
+def _ask_card(gpu: str, empty_directory: str, environment: Mapping[str, str], timeout_seconds: float) -> int:
+    """How many SMs a whole GPU has; 0 when that cannot be found out.
 
-    with tempfile.TemporaryDirectory(prefix="slurm-mps-verify-") as empty:
-        kept = {name: environment[name] for name in ("LD_LIBRARY_PATH", "PYTHONPATH") if name in environment}
-        clean = {"PATH": _PATH, **kept, "CUDA_MPS_PIPE_DIRECTORY": empty, "CUDA_VISIBLE_DEVICES": gpu}
-        try:
-            outcome = run([sys.executable, "-P", "-m", "slurm_mps.verify.card"], clean, timeout_seconds)
-        except MpsError:
-            return Card(gpu, 0)
-    words = outcome.output.split()
-    known = outcome.status == 0 and words[:1] == [gpu] and words[1].isdecimal()
-    return Card(gpu, int(words[1]) if known else 0)
+    Asks a short process that is no MPS client, since its pipe directory has no control daemon (O21).
+    """
+    clean = {"PATH": _PATH, "LD_LIBRARY_PATH": environment.get("LD_LIBRARY_PATH", "")}
+    clean |= {"CUDA_MPS_PIPE_DIRECTORY": empty_directory, "CUDA_VISIBLE_DEVICES": gpu}
+    try:
+        outcome = run([sys.executable, "-I", "-S", card.__file__], clean, timeout_seconds)
+    except MpsError:
+        return 0
+    return int(outcome.output) if outcome.status == 0 and outcome.output.isdecimal() else 0
 
 
 # ----------------------------------------------------------------------------------------------- the control daemon
@@ -147,26 +151,37 @@ def pipe_problem(directory: str) -> str:
     return f"CUDA_MPS_PIPE_DIRECTORY={directory} {reason}" if directory else "CUDA_MPS_PIPE_DIRECTORY is not set"
 
 
-def other_job(directory: str, job_id: str) -> str:
-    """The job whose pipe directory this is, if it is not this one's; empty for any other directory."""
-    place = directory.removeprefix(f"{_JOBS}/")
-    owner = place.partition("/")[0]
-    return owner[:TEXT_MAX] if place != directory and job_id and owner != job_id else ""
+def owner_of(directory: str) -> str:
+    """The id of the job whose pipe directory this is; empty for any other directory."""
+    place = directory.removeprefix(f"{JOBS}/")
+    return place.partition("/")[0] if place != directory else ""
 
 
-def ask_daemon(directory: str, environment: Mapping[str, str], timeout_seconds: float) -> DaemonAnswer:
+def ask_daemons(
+    directories: Collection[str], environment: Mapping[str, str], timeout_seconds: float
+) -> dict[str, DaemonReport]:
+    """Ask the control daemons of these pipe directories, all at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not directories:
+        return {}
+    with ThreadPoolExecutor(len(directories)) as pool:
+        answers = pool.map(lambda directory: _ask_daemon(directory, environment, timeout_seconds), directories)
+        return dict(zip(directories, answers, strict=True))
+
+
+def _ask_daemon(directory: str, environment: Mapping[str, str], timeout_seconds: float) -> DaemonReport:
     """Ask a control daemon for its clients, GPUs and limits, in one go: it talks to one at a time (O40)."""
-    path = environment.get("PATH", _PATH).split(":")
-    programs = [f"{place}/{DAEMON_PROGRAM}" for place in path if os.access(f"{place}/{DAEMON_PROGRAM}", os.X_OK)]
-    if not programs:
-        return DaemonAnswer(f"{DAEMON_PROGRAM} is not in PATH", {}, "", {}, ())
+    from shutil import which
+
+    program = which(DAEMON_PROGRAM, path=environment.get("PATH", _PATH))
+    if not program:
+        return DaemonReport(f"{DAEMON_PROGRAM} is not in PATH")
     try:
-        lines = ControlDaemon(programs[0], directory, environment.get("CUDA_MPS_LOG_DIRECTORY", directory)).command(
-            QUERY, timeout_seconds
-        )
+        daemon = ControlDaemon(program, directory, environment.get("CUDA_MPS_LOG_DIRECTORY", directory))
+        return parse_daemon_answer(daemon.command(QUERY, timeout_seconds))
     except MpsError as error:
-        return DaemonAnswer(str(error)[:TEXT_MAX], {}, "", {}, ())
-    return parse_daemon_answer(lines)
+        return DaemonReport(str(error))
 
 
 # ---------------------------------------------------------------------------------------------------- the machine

@@ -1,22 +1,15 @@
-"""What ranks tell rank 0, and how it is read again: only objects of exactly these fields and types. Pure.
-
-Text comes from a process that may be anybody's (see ``link``): it is bounded here and made printable where it is shown.
-"""
+"""What a rank and a control daemon report, and how a control daemon's answer is read. Pure."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ..record import record
-
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Mapping, Sequence
 
-    Message = dict[str, Any]
-
-TEXT_MAX = 4096
-#: Ordinals whose memory limit the daemon is asked for; more GPUs than that no node has.
+#: Ordinals whose memory limit the daemon is asked for; no node has more GPUs.
 ORDINALS = 16
 QUERY = (
     "device_query --csv",
@@ -32,84 +25,84 @@ _PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
 _SIZE = re.compile(r"\d{1,12}[MG]")
 
 
-@record
-class Report:
-    """What one rank has and was given; "" and 0 where there is nothing. ``visible`` are GPU UUIDs, with commas.
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank has and was given; "" and 0 where there is nothing. ``visible``: GPU UUIDs, joined by commas.
 
-    node_fault: why its node runs the job without MPS, where the site wants it so. set_threads, set_memory: what the
-    plugin put into threads and memory, where that was no wish of the user's. other_job: whose daemon it was told.
+    threads, memory: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
+    user had set nothing. node_fault: why the node runs the job without MPS, on a site that allows it. other_job: the
+    job whose pipe directory the rank has instead of its own job's. card_multiprocessors: SMs of the whole GPU, from
+    one rank for each GPU.
     """
 
     rank: int
-    host: str
     pid: int
-    error: str
-    no_driver: bool
     pipe_directory: str
-    pipe_problem: str
-    asked: bool
-    step_gpus: int
-    threads: str
-    memory: str
-    job_threads: str
-    job_memory: str
-    ordinal: int
-    visible: str
-    gpu: str
-    multiprocessors: int
-    free_bytes: int
-    total_bytes: int
-    cpu_numa: str
-    gpu_numa: str
-    node_fault: str = ""
+    pipe_problem: str = ""
+    asked: bool = True
+    step_gpus: int = 0
+    threads: str = ""
+    memory: str = ""
     set_threads: str = ""
     set_memory: str = ""
+    node_fault: str = ""
     other_job: str = ""
+    cpu_numa: str = ""
+    ordinal: int = 0
+    visible: str = ""
+    gpu: str = ""
+    gpu_numa: str = ""
+    multiprocessors: int = 0
+    card_multiprocessors: int = 0
+    free_bytes: int = 0
+    total_bytes: int = 0
+    error: str = ""
+    no_driver: bool = False
 
 
-@record
-class DaemonAnswer:
-    """What the control daemon of one pipe directory said; ``problem`` when it said nothing.
+@dataclass(frozen=True)
+class DaemonReport:
+    """What the control daemon of one pipe directory answered; ``problem``: why it answered nothing.
 
-    clients: the server of each client's pid. memory: limit by the client's ordinal (O13), as the daemon prints it.
+    clients: the server of each client, by pid. memory: the limit by the client's ordinal (O13), as the daemon prints
+    it.
     """
 
-    problem: str
-    clients: dict[int, int]
-    threads: str
-    memory: dict[int, str]
-    gpus: tuple[str, ...]
+    problem: str = ""
+    clients: Mapping[int, int] = field(default_factory=dict)
+    threads: str = ""
+    memory: Mapping[int, str] = field(default_factory=dict)
+    gpus: tuple[str, ...] = ()
 
 
-@record
-class Card:
-    """How many SMs a whole GPU has, asked by a process that is no MPS client; 0 when that failed."""
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that was reported on one node.
 
-    gpu: str
-    multiprocessors: int
-
-
-def to_message(report: Report) -> Message:
-    return dict(vars(report))
-
-
-def from_message(message: object) -> Report:
-    """Read a rank's report.
-
-    Raises: ValueError when it has other fields, other types, longer texts or negative numbers.
+    expected: all ranks that the step has there. daemons: by pipe directory. waited_seconds: how long the ranks had.
     """
-    fields = Report.__annotations__
-    if not isinstance(message, dict) or message.keys() != fields.keys():
-        raise ValueError("not the fields of a report")
-    for name, kind in fields.items():
-        value = message[name]
-        if type(value).__name__ != kind or (kind == "str" and len(value) > TEXT_MAX) or (kind == "int" and value < 0):
-            raise ValueError(f"{name} is no {kind} that a report may have")
-    return Report(**message)
+
+    node: str
+    expected: tuple[int, ...]
+    ranks: Sequence[RankReport]
+    daemons: Mapping[str, DaemonReport]
+    waited_seconds: float
+
+    def daemon(self, rank: RankReport) -> DaemonReport | None:
+        return self.daemons.get(rank.pipe_directory)
+
+    def server(self, rank: RankReport) -> int:
+        """The server of a rank, according to the control daemon; 0 for a rank that is no client."""
+        daemon = self.daemon(rank)
+        return daemon.clients.get(rank.pid, 0) if daemon else 0
+
+    def card(self, rank: RankReport) -> int:
+        """How many SMs the whole of the rank's GPU has; 0 where that is not known."""
+        return max(one.card_multiprocessors for one in self.ranks if one.gpu == rank.gpu)
 
 
-def parse_daemon_answer(lines: list[str]) -> DaemonAnswer:
-    """Read what the daemon answers to QUERY. The kinds of line are told apart by their form: answers may be empty."""
+def parse_daemon_answer(lines: list[str]) -> DaemonReport:
+    """Read what the daemon answers to QUERY. Each kind of line is known by its form, since answers may be empty."""
     clients: dict[int, int] = {}
     memory: dict[int, str] = {}
     gpus: list[str] = []
@@ -124,20 +117,4 @@ def parse_daemon_answer(lines: list[str]) -> DaemonAnswer:
             gpus.append(columns[2])
         elif len(words) > 4 and words[0].isdecimal() and words[2].isdecimal():
             clients[int(words[0])] = int(words[2])
-    return DaemonAnswer("", clients, threads, memory, tuple(gpus))
-
-
-def daemon_message(answer: DaemonAnswer) -> Message:
-    """As JSON keeps it, whose keys are texts."""
-    return {**vars(answer), "clients": list(answer.clients.items()), "memory": list(answer.memory.items())}
-
-
-def daemon_from_message(message: Message) -> DaemonAnswer:
-    """Raises: ValueError, TypeError or KeyError when it is none."""
-    return DaemonAnswer(
-        str(message["problem"])[:TEXT_MAX],
-        {int(pid): int(server) for pid, server in message["clients"]},
-        str(message["threads"])[:TEXT_MAX],
-        {int(ordinal): str(size)[:TEXT_MAX] for ordinal, size in message["memory"]},
-        tuple(str(gpu)[:TEXT_MAX] for gpu in message["gpus"]),
-    )
+    return DaemonReport("", clients, threads, memory, tuple(gpus))

@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
-from ..record import record
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from ..slurm.hostlist import expand_hosts
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@record
+@dataclass(frozen=True)
 class Step:
-    """One task of a step. launch_addresses: where srun and the job's first node may be reached, as Slurm says."""
+    """One task of a step.
 
-    job_id: str
-    step_id: str
-    cluster: str
+    name: tells this node's part of the step from every other, and is no secret. node_ranks: the step's ranks on this
+    node. nodes: the names of the step's nodes. job_ids: the job's id, or the ids of all components of a heterogeneous
+    job.
+    """
+
+    name: str
     rank: int
-    size: int
     local_id: int
-    node_id: int
-    host: str
-    hosts: tuple[str, ...]
-    launch_addresses: tuple[str, ...]
+    node_ranks: tuple[int, ...]
+    node: str
+    nodes: tuple[str, ...]
+    job_ids: frozenset[str]
 
     @property
-    def name(self) -> str:
-        """What tells this step from all others; no secret."""
-        return f"{self.cluster}.{self.job_id}.{self.step_id}"
+    def is_first(self) -> bool:
+        """Whether this rank reports for its node."""
+        return self.rank == self.node_ranks[0]
 
 
 def read_step(environment: Mapping[str, str], hostname: str) -> Step | None:
     """Read the variables of a task; None outside a step, and in a batch script itself (-5 to newer Slurms)."""
     try:
-        size = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
-        rank = int(environment["SLURM_PROCID"])
-        hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_NODELIST"])
-        addresses = (environment.get(name, "") for name in ("SLURM_LAUNCH_NODE_IPADDR", "SLURM_SRUN_COMM_HOST"))
+        node_ranks = tuple(map(int, environment["SLURM_GTIDS"].split(",")))
         step = Step(
-            job_id=environment["SLURM_JOB_ID"],
-            step_id=environment["SLURM_STEP_ID"],
-            cluster=environment.get("SLURM_CLUSTER_NAME", ""),
-            rank=rank,
-            size=size,
-            local_id=int(environment.get("SLURM_LOCALID", rank)),
-            node_id=int(environment.get("SLURM_NODEID", 0)),
-            host=environment.get("SLURMD_NODENAME", hostname),
-            hosts=tuple(hosts),
-            launch_addresses=tuple(dict.fromkeys(filter(None, addresses))),
+            name=f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}.{node_ranks[0]}",
+            rank=int(environment["SLURM_PROCID"]),
+            local_id=int(environment["SLURM_LOCALID"]),
+            node_ranks=node_ranks,
+            node=environment.get("SLURMD_NODENAME", hostname),
+            nodes=tuple(expand_hosts(environment["SLURM_STEP_NODELIST"])),
+            job_ids=_job_ids(environment),
         )
     except (KeyError, ValueError):
         return None
-    return step if 0 <= rank < size and step.step_id.isdecimal() else None
+    return step if step.rank in node_ranks and environment["SLURM_STEP_ID"].isdecimal() else None
+
+
+def _job_ids(environment: Mapping[str, str]) -> frozenset[str]:
+    """SLURM_JOB_ID, which names the leader in every component of a heterogeneous job, and the components' own ids.
+
+    ``srun A : B`` outside a job sets the older names alone (22.05). A list that another job left does not begin with
+    this job's id.
+    """
+    job_id = environment["SLURM_JOB_ID"]
+    for prefix in ("SLURM_JOB_ID_HET_GROUP_", "SLURM_JOB_ID_PACK_GROUP_"):
+        if environment.get(f"{prefix}0") == job_id:
+            return frozenset(value for name, value in environment.items() if name.startswith(prefix))
+    return frozenset({job_id})

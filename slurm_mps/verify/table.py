@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..units import MIB
 from .judge import memory_limit, thread_limit
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .judge import Findings
-    from .report import Report
+    from .report import Evidence, RankReport
 
 _SHORT_GPU = 17
 
 
-def _order(rank: Report) -> tuple[str, str, int]:
-    return rank.host, rank.gpu, rank.rank
+def rows(found: Evidence) -> list[dict[str, object]]:
+    """One for each rank, by GPU; cells by the names of the command's columns, None for what is not known."""
+    return [_row(found, rank) for rank in sorted(found.ranks, key=lambda rank: (rank.gpu, rank.rank))]
 
 
-def rows(found: Findings) -> list[dict[str, object]]:
-    """One for each rank, by node and GPU; cells by the names of the command's columns, None for what is not known."""
-    return [_row(found, rank) for rank in sorted(found.ranks, key=_order)]
-
-
-def _row(found: Findings, rank: Report) -> dict[str, object]:
+def _row(found: Evidence, rank: RankReport) -> dict[str, object]:
     limit = memory_limit(rank, found.daemon(rank))
-    total = found.cards.get(rank.gpu, 0)
     return {
-        "node": rank.host,
+        "node": found.node,
         "gpu": rank.gpu[:_SHORT_GPU] or "none",
         "uuid": rank.gpu,
         "rank": rank.rank,
         "pid": rank.pid,
         "server": found.server(rank) or "none",
-        "sms": f"{rank.multiprocessors or '-'}/{total or '-'}",
+        "sms": f"{rank.multiprocessors or '-'}/{found.card(rank) or '-'}",
         "free": rank.free_bytes // MIB if rank.multiprocessors else None,
         "limit": limit // MIB if limit else None,
         "cpu_numa": rank.cpu_numa,
@@ -42,37 +37,36 @@ def _row(found: Findings, rank: Report) -> dict[str, object]:
     }
 
 
-def summary(found: Findings) -> str:
+def summary(found: Evidence) -> str:
     """What to say when nothing is wrong."""
-    if found.size == 1:
+    if len(found.expected) == 1:
         return "1 rank, a client of MPS"
-    return f"{found.size} ranks, all clients, each GPU's ranks share one server"
+    return f"{len(found.expected)} ranks, all clients, each GPU's ranks share one server"
 
 
-def document(found: Findings, problems: list[str]) -> dict[str, Any]:
+def document(found: Evidence, problems: list[str]) -> dict[str, Any]:
     """The report for programs. Sizes are in bytes; ``server`` is null for a rank that is no client."""
     return {
+        "node": found.node,
         "problems": problems,
         "ranks": [_rank(found, rank) for rank in sorted(found.ranks, key=lambda rank: rank.rank)],
         "daemons": [
             {
-                "host": host,
                 "pipe_directory": directory,
                 "problem": answer.problem or None,
                 "active_thread_percentage": answer.threads or None,
                 "gpus": list(answer.gpus),
                 "clients": len(answer.clients),
             }
-            for (host, directory), answer in sorted(found.daemons.items())
+            for directory, answer in sorted(found.daemons.items())
         ],
     }
 
 
-def _rank(found: Findings, rank: Report) -> dict[str, Any]:
+def _rank(found: Evidence, rank: RankReport) -> dict[str, Any]:
     daemon = found.daemon(rank)
     return {
         "rank": rank.rank,
-        "host": rank.host,
         "pid": rank.pid,
         "gpu": rank.gpu or None,
         "visible": [gpu for gpu in rank.visible.split(",") if gpu],
@@ -80,7 +74,7 @@ def _rank(found: Findings, rank: Report) -> dict[str, Any]:
         "server": found.server(rank) or None,
         "pipe_directory": rank.pipe_directory,
         "multiprocessors": rank.multiprocessors or None,
-        "card_multiprocessors": found.cards.get(rank.gpu) or None,
+        "card_multiprocessors": found.card(rank) or None,
         "thread_percentage": thread_limit(rank, daemon),
         "free_bytes": rank.free_bytes if rank.multiprocessors else None,
         "total_bytes": rank.total_bytes or None,

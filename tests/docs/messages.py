@@ -20,8 +20,8 @@ SAYING |= {"print", "write", "exit", "error", "ArgumentTypeError", "SystemExit"}
 #: Files that are sentences from end to end.
 SENTENCES = {"slurm_mps/job_log/blame.py", "slurm_mps/job_log/words.py", "slurm_mps/verify/judge.py"}
 SENTENCES |= {"slurm_mps/verify/table.py"}
-#: Caught on the way: of a rank's report, and a programmer's own.
-NOT_SAID = {"slurm_mps/record.py", "slurm_mps/verify/report.py"}
+#: A programmer's own.
+NOT_SAID = {"slurm_mps/record.py"}
 #: Of the plugin: an option's help (that of the others is known by its end).
 NO_MESSAGES = {
     "share this job's GPUs between its processes through CUDA MPS, "  # noqa: ISC004

@@ -42,7 +42,7 @@ def test_from_a_bare_slurm_to_a_verified_job_and_back() -> None:
             assert set(left_to_do(machine)) <= {"systemctl enable slurm-mps-reconcile.service"}
 
             job = cluster.sbatch(
-                "--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2", script="srun slurm-mps verify --no-mpi"
+                "--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2", script="srun slurm-mps verify"
             )
             info = cluster.wait(job)
             assert (info.state, cluster.output(job).count("32/132")) == ("COMPLETED", 2), cluster.output(job)

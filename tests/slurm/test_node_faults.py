@@ -263,7 +263,7 @@ def test_verify_says_that_the_job_runs_without_mps(site: Site) -> None:
     assert (
         "ranks 0-1 run without MPS: this node cannot give it MPS: /usr/bin/nvidia-cuda-mps-control -d" in result.stdout
     )
-    assert "; this site then lets a job run without" in result.stdout
+    assert "; this site lets jobs run without MPS on a faulty node" in result.stdout
 
 
 def test_what_a_step_asks_has_no_effect_without_mps(site: Site) -> None:
