@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 (the driver's own, for a process without the variable)
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _NODES = "/sys/devices/system/node"
+#: What only a task of a job with MPS has. SLURM_SPANK_MPS is in tasks of sbatch's and salloc's jobs alone.
+_MARKS = ("SLURM_SPANK_MPS", "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE", "SLURM_MPS_NODE_FAULT")
 
 
 # ------------------------------------------------------------------------------------------------- the whole report
@@ -79,7 +81,7 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
         pid=os.getpid(),
         pipe_directory=directory or DEFAULT_PIPE_DIRECTORY,
         pipe_problem=pipe_problem(directory),
-        asked="SLURM_SPANK_MPS" in environment,
+        asked=asked_for_mps(step, environment),
         step_gpus=step_gpus(environment),
         threads=given("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
@@ -155,6 +157,16 @@ def owner_of(directory: str) -> str:
     """The id of the job whose pipe directory this is; empty for any other directory."""
     place = directory.removeprefix(f"{JOBS}/")
     return place.partition("/")[0] if place != directory else ""
+
+
+def asked_for_mps(step: Step, environment: Mapping[str, str]) -> bool:
+    """Whether anything shows that the job asked for MPS: the task's environment, or the job's state on this node."""
+    own = owner_of(environment.get("CUDA_MPS_PIPE_DIRECTORY", "")) in step.job_ids
+    return (
+        own
+        or any(name in environment for name in _MARKS)
+        or any(os.path.isdir(f"{JOBS}/{job}") for job in step.job_ids)
+    )
 
 
 def ask_daemons(

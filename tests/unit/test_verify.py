@@ -475,3 +475,20 @@ def test_ranks_that_were_told_another_jobs_daemon() -> None:
 )
 def test_whose_daemon_it_is(directory: str, owner: str) -> None:
     assert look.owner_of(directory) == owner
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        ({}, False),
+        ({"SLURM_SPANK_MPS": "1"}, True),
+        ({"SLURM_MPS_ACTIVE_THREAD_PERCENTAGE": "100"}, True),
+        ({"SLURM_MPS_NODE_FAULT": "no daemon"}, True),
+        ({"CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/7/pipe"}, True),
+        ({"CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/8/pipe"}, False),
+        ({"CUDA_MPS_PIPE_DIRECTORY": "/tmp"}, False),
+    ],
+)
+def test_whether_a_job_asked_for_mps(environment: dict[str, str], asked: bool) -> None:
+    """Whatever shows it: only sbatch's and salloc's jobs have the option in their tasks' environment."""
+    assert look.asked_for_mps(step_of(0), environment) is asked

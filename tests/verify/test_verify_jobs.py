@@ -141,6 +141,7 @@ def test_each_node_prints_its_own_table_and_has_its_own_status(site: Site) -> No
     rows = [line for line in table if not line.startswith("NODE")]
     assert len({tuple(match.end() for match in re.finditer(r"\S+", row)) for row in rows}) == 1
     assert "n1: 2 ranks, all clients, each GPU's ranks share one server" in lines
+    assert "n2: ranks 2-3 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/tmp has no control daemon" in lines
     statuses = sorted(line for line in result.stderr.splitlines() if line.startswith("rank"))
     assert statuses == ["rank 0: 0", "rank 1: 0", "rank 2: 1", "rank 3: 0"]
 
@@ -182,6 +183,13 @@ def test_a_job_without_mps_is_told(site: Site) -> None:
     assert report["problems"] == [
         "ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY is not set; this job did not ask for MPS (--mps)"
     ]
+
+
+def test_a_job_of_srun_that_asked_is_not_told_that_it_did_not(site: Site) -> None:
+    """Its tasks have no SLURM_SPANK_MPS, and this one has lost all that the plugin set; the job's state is here."""
+    lost = ("env", "-u", "CUDA_MPS_PIPE_DIRECTORY", "-u", "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE")
+    result = site.cluster.srun("-wn1", "--gres=gpu:1", "--mps", *lost, *VERIFY.split())
+    assert "rank 0 runs without MPS: CUDA_MPS_PIPE_DIRECTORY is not set\n" in result.stdout
 
 
 def test_a_wrong_pipe_directory_is_caught(any_site: Site) -> None:
