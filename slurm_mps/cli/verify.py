@@ -39,6 +39,7 @@ COLUMNS = (
     Column("limit", "LIMIT MIB", right=True),
     Column("cpu_numa", "CPU NUMA", right=True),
     Column("gpu_numa", "GPU NUMA", right=True),
+    Column("priority", "PRIORITY", hidden=True),
     Column("uuid", "UUID", hidden=True),
 )
 #: How wide the cells of a column can become, where its heading is not as wide anyway.

@@ -22,6 +22,7 @@ SMALLEST_PART = 8
 _GONE = "Cannot find MPS control daemon"
 _UNKNOWN = "? "
 _DRIVER_SIZE = re.compile(r"(\d{1,9})([MG])(i?B)?", re.IGNORECASE)
+_PRIORITIES = {"0": "normal", "1": "low"}
 
 
 def problems(found: Evidence) -> list[str]:
@@ -36,6 +37,7 @@ def problems(found: Evidence) -> list[str]:
         *_piled_up(found),
         *_over_threads(found),
         *_over_memory(found),
+        *_over_priority(found),
     ]
 
 
@@ -258,6 +260,31 @@ def _memory_words(found: Evidence, rank: RankReport) -> str:
         return ""
     variable = _lost("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", rank.memory, rank.set_memory)
     return f"too much memory{asked}: {_why_over(found, rank, variable)}"
+
+
+# -------------------------------------------------------------------------------------------------------- priority
+
+
+def priority(rank: RankReport, daemon: DaemonReport | None) -> str | None:
+    """``normal`` or ``low``; None where that is not known.
+
+    A client's own variable goes before the daemon's default. Source: CUDA_MPS_CLIENT_PRIORITY in NVIDIA's MPS
+    documentation; not seen on hardware.
+    """
+    default = daemon.priority if daemon else ""
+    return _PRIORITIES.get(rank.priority) or _PRIORITIES.get(default)
+
+
+def _over_priority(found: Evidence) -> list[str]:
+    """Clients that raised the priority of a job that asked for low; the daemon's default is low then."""
+
+    def words(rank: RankReport) -> str:
+        daemon = found.daemon(rank)
+        low = daemon is not None and _PRIORITIES.get(daemon.priority) == "low"
+        raised = low and found.server(rank) and priority(rank, daemon) != "low"
+        return "normal priority although the job asked for low: CUDA_MPS_CLIENT_PRIORITY=0 was set" if raised else ""
+
+    return _grouped(found.ranks, words, lambda ranks, text: f"{_ranks(ranks)} {_have(ranks)} {text}")
 
 
 # ---------------------------------------------------------------------------------------------------------- words

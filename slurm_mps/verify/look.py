@@ -85,6 +85,7 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
         step_gpus=step_gpus(environment),
         threads=given("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
+        priority=given("CUDA_MPS_CLIENT_PRIORITY"),
         set_threads=given("SLURM_MPS_ACTIVE_THREAD_PERCENTAGE"),
         set_memory=given("SLURM_MPS_PINNED_DEVICE_MEM_LIMIT"),
         node_fault=given("SLURM_MPS_NODE_FAULT"),

@@ -14,6 +14,7 @@ ORDINALS = 16
 QUERY = (
     "device_query --csv",
     "ps",
+    "get_default_client_priority",
     *(
         line
         for ordinal in range(ORDINALS)
@@ -29,7 +30,7 @@ _SIZE = re.compile(r"\d{1,12}[MG]")
 class RankReport:
     """What one rank has and was given; "" and 0 where there is nothing. ``visible``: GPU UUIDs, joined by commas.
 
-    threads, memory: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
+    threads, memory, priority: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
     user had set nothing. node_fault: why the node runs the job without MPS, on a site that allows it. other_job: the
     job whose pipe directory the rank has instead of its own job's. card_multiprocessors: SMs of the whole GPU, from
     one rank for each GPU.
@@ -43,6 +44,7 @@ class RankReport:
     step_gpus: int = 0
     threads: str = ""
     memory: str = ""
+    priority: str = ""
     set_threads: str = ""
     set_memory: str = ""
     node_fault: str = ""
@@ -65,7 +67,7 @@ class DaemonReport:
     """What the control daemon of one pipe directory answered; ``problem``: why it answered nothing.
 
     clients: the server of each client, by pid. memory: the limit by the client's ordinal (O13), as the daemon prints
-    it.
+    it. priority: ``0`` for normal, ``1`` for low, "" from a driver that does not tell.
     """
 
     problem: str = ""
@@ -73,6 +75,7 @@ class DaemonReport:
     threads: str = ""
     memory: Mapping[int, str] = field(default_factory=dict)
     gpus: tuple[str, ...] = ()
+    priority: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,17 @@ def parse_daemon_answer(lines: list[str]) -> DaemonReport:
     clients: dict[int, int] = {}
     memory: dict[int, str] = {}
     gpus: list[str] = []
-    threads, ordinal = "", -1
+    threads, priority, ordinal = "", "", -1
     for line in lines:
         text, words, columns = line.strip(), line.split(), line.split(",")
         if _PERCENTAGE.fullmatch(text):
             threads, ordinal = text, ordinal + 1
         elif _SIZE.fullmatch(text):
             memory[ordinal] = text
+        elif text in ("0", "1"):
+            priority = text
         elif len(columns) > 3 and columns[2].startswith("GPU-"):
             gpus.append(columns[2])
         elif len(words) > 4 and words[0].isdecimal() and words[2].isdecimal():
             clients[int(words[0])] = int(words[2])
-    return DaemonReport("", clients, threads, memory, tuple(gpus))
+    return DaemonReport("", clients, threads, memory, tuple(gpus), priority)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..units import MIB
-from .judge import memory_limit, thread_limit
+from .judge import memory_limit, priority, thread_limit
 
 if TYPE_CHECKING:
     from typing import Any
@@ -32,6 +32,7 @@ def _row(found: Evidence, rank: RankReport) -> dict[str, object]:
         "sms": f"{rank.multiprocessors or '-'}/{found.card(rank) or '-'}",
         "free": rank.free_bytes // MIB if rank.multiprocessors else None,
         "limit": limit // MIB if limit else None,
+        "priority": priority(rank, found.daemon(rank)),
         "cpu_numa": rank.cpu_numa,
         "gpu_numa": rank.gpu_numa,
     }
@@ -79,6 +80,7 @@ def _rank(found: Evidence, rank: RankReport) -> dict[str, Any]:
         "free_bytes": rank.free_bytes if rank.multiprocessors else None,
         "total_bytes": rank.total_bytes or None,
         "limit_bytes": memory_limit(rank, daemon),
+        "priority": priority(rank, daemon),
         "cpu_numa": rank.cpu_numa or None,
         "gpu_numa": rank.gpu_numa or None,
         "error": rank.error or None,

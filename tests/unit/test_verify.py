@@ -15,7 +15,7 @@ import pytest
 from slurm_mps.cli.verify import COLUMNS
 from slurm_mps.slurm import hostlist
 from slurm_mps.verify import look, meeting
-from slurm_mps.verify.judge import memory_limit, own_memory_limit, problems, thread_limit
+from slurm_mps.verify.judge import memory_limit, own_memory_limit, priority, problems, thread_limit
 from slurm_mps.verify.report import DaemonReport, Evidence, RankReport, parse_daemon_answer
 from slurm_mps.verify.step import Step, read_step
 from slurm_mps.verify.table import document, rows, summary
@@ -50,7 +50,7 @@ def rank(number: int, **fields: Any) -> RankReport:
 
 
 def daemon(clients: dict[int, int], **fields: Any) -> DaemonReport:
-    return changed(DaemonReport("", clients, "25.0", {0: "8G", 1: "8G"}, (A, B)), **fields)
+    return changed(DaemonReport("", clients, "25.0", {0: "8G", 1: "8G"}, (A, B), "0"), **fields)
 
 
 def evidence(*ranks: RankReport, clients: dict[int, int] | None = None, size: int = 0, **fields: Any) -> Evidence:
@@ -186,6 +186,18 @@ def test_the_lowest_limit_counts() -> None:
     assert memory_limit(changed(one, memory="", set_memory=""), None) is None
 
 
+@pytest.mark.parametrize(
+    ("own", "default", "said"),
+    [("0", "1", "normal"), ("", "1", "low"), ("1", "0", "low"), ("", "0", "normal"), ("7", "", None)],
+)
+def test_a_clients_own_priority_goes_before_the_daemons(own: str, default: str, said: str | None) -> None:
+    """Only normal where the job asked for low is more than it may have."""
+    found = evidence(*four((1, {"priority": own})), priority=default)
+    assert priority(found.ranks[1], daemon({}, priority=default)) == said
+    raised = "rank 1 has normal priority although the job asked for low: CUDA_MPS_CLIENT_PRIORITY=0 was set"
+    assert problems(found) == ([raised] if (own, default) == ("0", "1") else [])
+
+
 def test_a_pile_is_told_with_what_is_unused() -> None:
     """All ranks of a node on one GPU, though the step has two there."""
     ranks = [rank(number, gpu=A, ordinal=0) for number in range(4)]
@@ -236,6 +248,7 @@ def test_daemon_answer_is_read_with_its_empty_answers() -> None:
         f"0,0000:06:00.00,{A},Simulated H200,N/A",
         "PID       ID        SERVER         DEVICE                    NAMESPACE      COMMAND",
         "212       1         166            GPU-51000000-99a9-4f0d    4026531836     python3 x",
+        "1",
         "25.0",
         "8G",
         "25.0",
@@ -244,7 +257,7 @@ def test_daemon_answer_is_read_with_its_empty_answers() -> None:
         "512M",
     ]
     answer = parse_daemon_answer(lines)
-    assert answer == DaemonReport("", {212: 166}, "25.0", {0: "8G", 2: "512M"}, (A,))
+    assert answer == DaemonReport("", {212: 166}, "25.0", {0: "8G", 2: "512M"}, (A,), "1")
 
 
 @pytest.mark.parametrize(

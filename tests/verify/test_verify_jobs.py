@@ -65,7 +65,7 @@ def test_ranks_on_two_nodes_are_fine(any_site: Site) -> None:
     assert Counter((r["node"], r["gpu"]) for r in ranks) == {(n, u): 2 for n in uuids for u in uuids[n]}
     assert {(r["multiprocessors"], r["card_multiprocessors"], r["thread_percentage"]) for r in ranks} == {(32, 132, 25)}
     assert {(r["free_bytes"] >> 20, r["limit_bytes"] >> 20) for r in ranks} == {(8047, 8192)}
-    assert {r["client"] for r in ranks} == {True}
+    assert {(r["client"], r["priority"]) for r in ranks} == {(True, "normal")}
     assert len({(r["node"], r["server"]) for r in ranks}) == 2
     assert [one["daemons"][0]["clients"] for one in reports] == [4, 4]
 
@@ -190,6 +190,18 @@ def test_a_job_of_srun_that_asked_is_not_told_that_it_did_not(site: Site) -> Non
     lost = ("env", "-u", "CUDA_MPS_PIPE_DIRECTORY", "-u", "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE")
     result = site.cluster.srun("-wn1", "--gres=gpu:1", "--mps", *lost, *VERIFY.split())
     assert "rank 0 runs without MPS: CUDA_MPS_PIPE_DIRECTORY is not set\n" in result.stdout
+
+
+def test_a_priority_that_was_raised_is_caught(site: Site) -> None:
+    """The job asked for low; the program's own variable goes before the daemon's default."""
+    options = ("-wn1", "-n2", "--gres=gpu:1", "--mps-priority=low")
+    code, report = run_verify(site, *options)
+    assert (code, [rank["priority"] for rank in report["ranks"]]) == (0, ["low"] * 2)
+    code, report = run_verify(site, *options, before="export CUDA_MPS_CLIENT_PRIORITY=0")
+    assert (code, report["problems"]) == (
+        1,
+        ["ranks 0-1 have normal priority although the job asked for low: CUDA_MPS_CLIENT_PRIORITY=0 was set"],
+    )
 
 
 def test_a_wrong_pipe_directory_is_caught(any_site: Site) -> None:
