@@ -48,7 +48,7 @@ UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
 LIMITS, HEALTH, VERDICT = "spank/limits.c", "spank/health.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
-PROLOG_SCRIPT = "prolog/10-slurm-mps.sh"
+PROLOG_SCRIPT, MEETING = "prolog/10-slurm-mps.sh", "slurm_mps/verify/meeting.py"
 
 WALLS: dict[str, tuple[Change, ...]] = {
     # ------------------------------------------------------------------------------------------------------- files
@@ -243,6 +243,15 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(ACTIONS, "while there := job.gpus.processes(self.gpu):", "while there := ():"),
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
+    # ------------------------------------------------------------------------------------------------------ verify
+    "ranks meet in their own user's directory": (
+        Change(MEETING, "if os.fstat(fd).st_uid == os.getuid() and not", "if not"),
+        Change(
+            MEETING,
+            "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)\n    except",
+            "os.O_RDONLY | os.O_DIRECTORY)\n    except",
+        ),
+    ),
     # ------------------------------------------------------------------------------------------------------ plugin
     "a task's memory limit is one that the driver can use": (
         Change(
