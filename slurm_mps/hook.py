@@ -20,7 +20,7 @@ def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
     os.umask(0o022)
     os.chdir("/")
-    _have_descriptors()
+    _set_limits()
     if sys.argv[1] == "prolog":
         from slurm_mps.job.prolog import Prolog
 
@@ -30,14 +30,20 @@ def main() -> int:
     return Epilog(os.environ).run()
 
 
-def _have_descriptors() -> None:
-    """See to it that what is begun can be undone: slurmd may have been started with a few descriptors only."""
+def _set_limits() -> None:
+    """Have enough descriptors to undo what was begun, however few slurmd has; and what slurmd may have, the daemon and
+    its server must not: cores of a user's data as slurmd dumps them, and a place behind the kernel's OOM killer.
+    """
+    from slurm_mps.node.processes import be_killable
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _DESCRIPTORS:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, max(hard, _DESCRIPTORS)))
         except (OSError, ValueError):
             pass  # root of a container that may not; it may well be enough
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    be_killable()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@
 
 /*
  * A helper is in slurmstepd's place among the cgroups, not the step's: its user must not be able to take it over with
- * ptrace(2), which asks for the same gids. The MPS server has gid 0 and is safe by that, too (O51).
+ * ptrace(2), which asks for the same gids. The MPS server has gid 0 and is safe by that, too (O51). The first group is
+ * beyond those of accounts and of user namespaces; a container that does not have it has 65534, which is a user's own
+ * only where a site has given it away.
  */
-#define HELPER_GID 65534
+#define HELPER_GID 4294901760
+#define HELPER_GID_OF_A_CONTAINER 65534
 
 static void close_others(void)
 {
@@ -27,6 +30,12 @@ static void close_others(void)
 		(void)close(fd);
 }
 
+static bool become_nobodys(void)
+{
+	return !setresgid(HELPER_GID, HELPER_GID, HELPER_GID) ||
+	       !setresgid(HELPER_GID_OF_A_CONTAINER, HELPER_GID_OF_A_CONTAINER, HELPER_GID_OF_A_CONTAINER);
+}
+
 /* For good. As root in effect, the groups are slurmd's; as the user they are the user's, who may need them. */
 static bool become_user(uid_t uid)
 {
@@ -34,7 +43,7 @@ static bool become_user(uid_t uid)
 		return geteuid() == 0;
 	if (geteuid() == 0 && setgroups(0, NULL))
 		return false;
-	if (seteuid(0) || setresgid(HELPER_GID, HELPER_GID, HELPER_GID) || setresuid(uid, uid, uid))
+	if (seteuid(0) || !become_nobodys() || setresuid(uid, uid, uid))
 		return false;
 	return setuid(0) != 0; /* there is no way back */
 }
@@ -65,23 +74,32 @@ pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int
 	return pid;
 }
 
+/* Whether the program has ended, and is still to be waited for. */
+static bool has_ended(pid_t pid)
+{
+	siginfo_t info = { 0 };
+
+	errno = 0;
+	return !waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid == pid;
+}
+
 int helper_end(pid_t pid, int *tries_left)
 {
 	int status = -1;
-	pid_t ended;
+	bool ended;
 
 	if (pid < 0)
 		return HELPER_DIED;
-	while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && *tries_left > 0) {
+	while (!(ended = has_ended(pid)) && errno != ECHILD && *tries_left > 0) {
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 		(*tries_left)--;
 	}
-	if (ended == pid)
-		return WIFEXITED(status) ? WEXITSTATUS(status) : HELPER_DIED;
-	if (ended < 0 && errno == ECHILD)
+	if (!ended && errno == ECHILD)
 		return HELPER_DIED; /* and its pid may be another's by now */
-	(void)kill(-pid, SIGKILL);
-	(void)poll(NULL, 0, HELPER_PAUSE_MS);
-	(void)waitpid(pid, &status, WNOHANG); /* what SIGKILL does not end is init's when this process ends */
-	return HELPER_LATE;
+	(void)kill(-pid, SIGKILL); /* also what it has left; until it is waited for, no other group has this number */
+	if (!ended)
+		(void)poll(NULL, 0, HELPER_PAUSE_MS);
+	if (waitpid(pid, &status, WNOHANG) != pid || !ended)
+		return HELPER_LATE; /* what SIGKILL does not end is init's when this process ends */
+	return WIFEXITED(status) ? WEXITSTATUS(status) : HELPER_DIED;
 }

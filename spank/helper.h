@@ -18,9 +18,9 @@ pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int
 enum { HELPER_LATE = -1, HELPER_DIED = -2 };
 
 /*
- * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each); one that has not by then
- * is killed with all that it started.
- * Returns: its exit status; HELPER_LATE where it was killed for that; HELPER_DIED where a signal ended it, it was never
+ * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each), then kill its process
+ * group: itself, where it has not ended, and in any case all that it started.
+ * Returns: its exit status; HELPER_LATE where it had to be killed; HELPER_DIED where a signal ended it, it was never
  * started, or somebody else in slurmstepd (another plugin) has waited for it, so that nobody knows how it ended.
  */
 int helper_end(pid_t pid, int *tries_left);

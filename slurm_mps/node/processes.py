@@ -408,6 +408,13 @@ def wait_all_ended(some: Sequence[ProcessIdentity], deadline: float) -> bool:
     return all(wait_ended(process, max(0.0, deadline - monotonic())) for process in some)
 
 
+def be_killable() -> None:
+    """Let the kernel's OOM killer choose us, and what we start, like anybody else's program: slurmd may be exempt."""
+    with open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
+        if int(file.read()) < 0:
+            file.write(b"0")
+
+
 def boot_id() -> str:
     """The kernel's name for this boot; state of another boot describes processes and modes that are gone."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

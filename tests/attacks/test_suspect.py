@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.attacks.weakened import attack
+from tests.attacks.processes import until
+from tests.attacks.weakened import attack, changes, lay_sources
 from tests.harness.site import STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
@@ -38,7 +44,7 @@ if b"probe.py" in open("/proc/self/cmdline", "rb").read():
     os.rename("{TOLD}.new", "{TOLD}")
 """
 ALICE = 20001
-NOBODYS = 65534  # a gid that alice has not, so that she cannot trace it
+NOBODYS = 4294901760  # a gid that no user has, so that none can trace it
 
 
 @attack("the mark is no link", even_without="the user may only read")
@@ -144,3 +150,73 @@ def test_a_user_takes_the_probe_over(cluster: Site, works: bool) -> None:
     cluster.machine.run(["rm", "-f", *(f"/home/alice/{name}" for name in ("tracer.py", "over", "seen"))])
     assert ("mine" in said) is works
     assert works or "found" in said
+
+
+class Helper:
+    """The plugin's own code that starts a program as alice, without Slurm."""
+
+    def __init__(self, build: Path, walls_down: tuple[str, ...]) -> None:
+        source = lay_sources(build, changes(walls_down)) / "helper.c"
+        flags = ["-std=c11", "-D_GNU_SOURCE", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, "-o", build / "helper.so", source], check=True)
+        self._library = ctypes.CDLL(str(build / "helper.so"))
+
+    def start(self, script: str) -> int:
+        arguments = (ctypes.c_char_p * 4)(b"/bin/sh", b"-c", script.encode(), None)
+        environment = (ctypes.c_char_p * 2)(b"PATH=/usr/bin:/bin", None)
+        pid: int = self._library.helper_start(ALICE, arguments, environment, -1)
+        return pid
+
+    def end(self, pid: int, tries: int) -> int:
+        status: int = self._library.helper_end(pid, ctypes.byref(ctypes.c_int(tries)))
+        return status
+
+
+@pytest.fixture
+def helper(tmp_path: Path, walls_down: tuple[str, ...]) -> Helper:
+    return Helper(tmp_path, walls_down)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_in(pid: int, state: str) -> bool:
+    """Whether a process is there, in this state."""
+    try:
+        return f"\nState:\t{state}" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@attack("what the probe started ends with it")
+def test_what_the_probe_leaves_outlives_the_step(helper: Helper, works: bool) -> None:
+    """Its user kills the probe and stops its child: that is in no job's account, and nobody ends it."""
+    pid = helper.start("sleep 60; true")
+    (child,) = until("its child", lambda: children(pid))
+    os.kill(pid, signal.SIGKILL)
+    until("it has ended", lambda: is_in(pid, "Z") or None)
+    os.kill(child, signal.SIGSTOP)  # only now: a group that loses its leader while one is stopped gets SIGHUP
+    until("it is stopped", lambda: is_in(child, "T") or None)
+    assert helper.end(pid, 1000) == -2
+    lives = is_in(child, "T")
+    if lives:
+        os.kill(child, signal.SIGKILL)
+    assert lives is works
+
+
+SEIZE = """
+import ctypes, sys
+sys.exit(ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0) != 0)
+"""
+
+
+@attack("the probe's group is nobody's")
+def test_a_user_of_group_nogroup_takes_the_probe_over(helper: Helper, works: bool) -> None:
+    """Where a site has given 65534 to users, as with squashed ids, a user had the same ids as the probe."""
+    pid = helper.start("sleep 60")
+    until("it is alice's", lambda: os.stat(f"/proc/{pid}").st_uid == ALICE or None)
+    ids = [f"--reuid={ALICE}", "--regid=65534", "--clear-groups"]
+    traced = subprocess.run(["setpriv", *ids, sys.executable, "-c", SEIZE, str(pid)], check=False, stderr=-3)
+    assert helper.end(pid, 0) == -1
+    assert (traced.returncode == 0) is works

@@ -294,6 +294,14 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "the probe has a group of its own": (
         Change(HELPER, "setresgid(HELPER_GID, HELPER_GID, HELPER_GID)", "setresgid(getegid(), getegid(), getegid())"),
     ),
+    "the probe's group is nobody's": (Change(HELPER, "HELPER_GID 4294901760", "HELPER_GID 65534"),),
+    "what the probe started ends with it": (
+        Change(
+            HELPER,
+            "	(void)kill(-pid, SIGKILL); /* also",
+            "	if (!ended)\n		(void)kill(-pid, SIGKILL); /* also",
+        ),
+    ),
     "the probe keeps nothing of slurmstepd's": (
         Change(HELPER, "	close_others();\n", "	(void)close_others;\n"),
         Change(

@@ -168,6 +168,8 @@ def open_problems(name: str, call: ast.Call) -> list[str]:
         return []
     if name == PROCESSES and is_proc(target) and set(mode) <= set("'rb"):
         return []
+    if (name, ast.unparse(call)) == (PROCESSES, "open('/proc/self/oom_score_adj', 'r+b', buffering=0)"):
+        return []
     return [f"open({ast.unparse(target)}, {mode}) by path"]
 
 

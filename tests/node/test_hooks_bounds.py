@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,20 @@ def test_few_descriptors_are_enough(gpu_node: GpuNode) -> None:
     """However few slurmd was started with: what was begun must be undone, which takes some."""
     environment = job_environment(4711, **asked("25", "8G"))
     for limit in (11, 16):
-        few = ("sh", "-c", f"ulimit -n {limit}; exec $0")
+        few = ("sh", "-c", f"ulimit -Sn {limit}; exec $0")
         gpu_node.run(*few, PROLOG, env=environment).check()
         gpu_node.run(*few, EPILOG, env=environment).check()
         assert (gpu_node.files(), gpu_node.mps_processes()) == ([], [])
+
+
+def test_daemon_and_server_have_no_privilege_of_slurmds(gpu_node: GpuNode) -> None:
+    """slurmd may dump cores without a limit and be exempt from the OOM killer."""
+    as_slurmd = ("sh", "-c", "ulimit -c unlimited; echo -900 >/proc/self/oom_score_adj; exec $0")
+    gpu_node.run(*as_slurmd, PROLOG, env=job_environment(4711, **asked())).check()
+    gpu_node.client(4711).check()  # its server is up
+    for process in gpu_node.mps_processes():
+        here = f"/proc/{process.pid}"
+        assert re.search(r"Max core file size +0 +0 ", gpu_node.machine.read(f"{here}/limits"))
+        assert gpu_node.machine.read(f"{here}/oom_score_adj") == "0\n"
+    assert {process.uid for process in gpu_node.mps_processes()} == {0, 20001}
+    gpu_node.epilog(4711).check()

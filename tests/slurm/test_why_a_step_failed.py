@@ -202,7 +202,7 @@ def test_the_program_that_looks_is_the_jobs_user_with_nothing_of_slurmstepds(sit
     said = line.partition("error: mps: ")[2]
     assert said.startswith("?[2J(")
     ids, environment, descriptors, directory, words = eval(said[4:])  # our own program's
-    assert ids == [["20001"] * 4, ["65534"] * 4, []]
+    assert ids == [["20001"] * 4, ["4294901760"] * 4, []]
     assert (environment, descriptors, directory) == (["PATH"], ["0", "1", "2"], "/")
     assert (words[0], words[2]) == (str(job.id), "step")
     assert "second" not in site.cluster.output(job)

@@ -196,6 +196,29 @@ def test_a_process_is_known_by_pid_and_start(sleeper: subprocess.Popen[bytes]) -
     assert sleeper.pid in list(pids())
 
 
+LEADER = """
+#include <pthread.h>
+#include <unistd.h>
+static void *stay(void *with) { for (;;) pause(); return with; }
+int main(void) { pthread_t other; pthread_create(&other, 0, stay, 0); pthread_exit(0); }
+"""
+
+
+def test_a_process_is_there_as_long_as_one_of_its_threads(tmp_path: Path) -> None:
+    """Of a server that ends, the main thread is a zombie after 1 ms, and the others hold the GPU (O78)."""
+    program = tmp_path / "leader"
+    subprocess.run(["cc", "-pthread", "-o", program, "-xc", "-"], input=LEADER, text=True, check=True)
+    with subprocess.Popen([program]) as child:
+        while "\nState:\tZ" not in Path(f"/proc/{child.pid}/status").read_text():
+            time.sleep(0.01)
+        process = identify(child.pid)
+        assert process
+        assert not wait_ended(process, 0.05)
+        assert signal_process(process, signal.SIGKILL)
+        assert wait_ended(process, 5)
+        assert identify(child.pid) is None
+
+
 def test_a_zombie_is_no_process() -> None:
     """A process that has ended and is not reaped yet does nothing any more."""
     child = os.fork()
