@@ -312,17 +312,18 @@ static const struct verdict_gpu *device_of(const struct verdict *verdict, const 
 	return task->count ? task->gpus[device] : &verdict->gpus[0];
 }
 
-/* The step's limit of each of the task's devices. Returns: whether there is any. */
-static bool fill(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
-		 unsigned int count, uint64_t mib[GPUS_MAX])
+/* The step's limit of each of the task's devices, and what else than the daemon's own there is of them. */
+static void fill(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
+		 unsigned int count, uint64_t mib[GPUS_MAX], bool *any, bool *other)
 {
-	bool any = false;
-
+	*any = *other = false;
 	for (unsigned int device = 0; device < count; device++) {
-		mib[device] = limits->mib[device_of(verdict, task, device) - verdict->gpus];
-		any |= mib[device] != 0;
+		const struct verdict_gpu *gpu = device_of(verdict, task, device);
+
+		mib[device] = limits->mib[gpu - verdict->gpus];
+		*any |= mib[device] != 0;
+		*other |= mib[device] != verdict_daemon_of(verdict, gpu)->mib;
 	}
-	return any;
 }
 
 bool limits_memory_value(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
@@ -331,12 +332,14 @@ bool limits_memory_value(const struct verdict *verdict, const struct limits *lim
 	unsigned int count = task->count ? task->count : 1;
 	uint64_t mib[GPUS_MAX];
 	const char *comma = "";
+	bool any, other;
 	size_t used = 0;
 
-	if (!fill(verdict, limits, task, count, mib))
+	fill(verdict, limits, task, count, mib, &any, &other);
+	if (!any || (!own && !other))
 		return false;
 	if (own && !lower_all(own, task, mib))
-		(void)fill(verdict, limits, task, count, mib);
+		fill(verdict, limits, task, count, mib, &any, &other);
 	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib)
 		count--;
 	out[0] = '\0';

@@ -62,7 +62,7 @@ void limits_threads_value(const struct limits *limits, const char *own, char *ou
  * limit over a device that it does not see (O12). A limit of the user's own (NULL: none) counts where it is lower; one
  * that the driver could not read, and which would lift the limit altogether (O12), is left out whole, and so is a part
  * that names a device which the task does not have.
- * Returns: false when there is no limit to state and the user's own is left as it is.
+ * Returns: false when there is none to set: no limit, where the user's own stays, or the daemon's alone.
  */
 bool limits_memory_value(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
 			 const char *own, char *out, size_t size);

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "request.h"
-#include "task.h"
+#include "variables.h"
 
 static void unset(const char *prefix, const char *const names[], size_t count)
 {
@@ -22,7 +22,7 @@ void submit_forget_other_job(void)
 {
 	static const char *const carried[] = { "", "_THREADS", "_MEM", "_PRIORITY" };
 	static const char *const given[] = { "", "_threads", "_mem", "_priority" };
-	bool in_a_job = getenv("SLURM_JOB_ID") != NULL;
+	bool in_a_job = variables_of_a_job();
 	bool allocates = spank_context() == S_CTX_ALLOCATOR;
 
 	if (!allocates && (spank_context() != S_CTX_LOCAL || in_a_job))
@@ -30,7 +30,7 @@ void submit_forget_other_job(void)
 	unset("SLURM_SPANK_MPS", carried, sizeof(carried) / sizeof(carried[0]));
 	if (in_a_job)
 		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_mps", given, sizeof(given) / sizeof(given[0]));
-	task_forget_this_job();
+	variables_forget(NULL);
 }
 
 int submit_carry(spank_t sp)

@@ -6,24 +6,14 @@
 
 #include <slurm/slurm.h>
 
-/* As many UUIDs as a verdict holds, with commas; no other variable that is read or set here is as long. */
-#define VALUE_MAX (GPUS_MAX * sizeof(((struct verdict_gpu *)0)->uuid))
-
-/* In a task that runs without MPS: why. Programs and `slurm-mps verify` may look. */
-#define NODE_FAULT "SLURM_MPS_NODE_FAULT"
+#include "variables.h"
 
 /* No control daemon can be there; where the variable is not set the driver looks in /tmp/nvidia-mps (O61). */
 #define NO_PIPE_DIRECTORY "/dev/null"
 
-/* A variable of the task; NULL when it is not set, or longer than any value of it that makes sense. */
-static const char *task_variable(spank_t sp, const char *name, char *value, size_t size)
+static const char *slurms_variable(spank_t sp, const char *name, char *value, size_t size)
 {
 	return spank_getenv(sp, name, value, (int)size) == ESPANK_SUCCESS ? value : NULL;
-}
-
-static bool set_variable(spank_t sp, const char *name, const char *value)
-{
-	return spank_setenv(sp, name, value, 1) == ESPANK_SUCCESS;
 }
 
 bool task_is_script(spank_t sp)
@@ -39,10 +29,10 @@ static unsigned int tasks_of_job(spank_t sp)
 {
 	char value[VALUE_MAX];
 
-	if (!task_variable(sp, "SLURM_NTASKS", value, sizeof(value)) &&
-	    !task_variable(sp, "SLURM_NTASKS_PER_NODE", value, sizeof(value)))
+	if (!slurms_variable(sp, "SLURM_NTASKS", value, sizeof(value)) &&
+	    !slurms_variable(sp, "SLURM_NTASKS_PER_NODE", value, sizeof(value)))
 		return 0;
-	if (!task_variable(sp, "SLURM_TASKS_PER_NODE", value, sizeof(value)))
+	if (!slurms_variable(sp, "SLURM_TASKS_PER_NODE", value, sizeof(value)))
 		return 0;
 	return (unsigned int)strtoul(value, NULL, 10); /* "4(x2),1": the script runs on the first */
 }
@@ -88,10 +78,10 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 {
 	static char value[VALUE_MAX];
 	unsigned int ranks[GPUS_MAX] = { 0 };
-	bool has_gpus = task_variable(sp, "SLURM_GPUS_ON_NODE", value, sizeof(value)) != NULL;
+	bool has_gpus = slurms_variable(sp, "SLURM_GPUS_ON_NODE", value, sizeof(value)) != NULL;
 	uint32_t tasks = 1;
 
-	if (!task_gpus(&step->verdict, task_variable(sp, "CUDA_VISIBLE_DEVICES", value, sizeof(value)), has_gpus, task)) {
+	if (!task_gpus(&step->verdict, variable_get(sp, VISIBLE_DEVICES, value, sizeof(value)), has_gpus, task)) {
 		(void)snprintf(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 		return false;
 	}
@@ -125,103 +115,66 @@ static bool set_visible(spank_t sp, const struct step *step, const struct task_g
 	static char value[VALUE_MAX];
 
 	if (hidden)
-		return set_variable(sp, "CUDA_VISIBLE_DEVICES", NO_DEVICES);
+		return variable_set(sp, VISIBLE_DEVICES, NO_DEVICES);
 	if (!task->count)
 		return true;
 	task_gpus_list(task, step->verdict.ordinals, value, sizeof(value));
-	return set_variable(sp, "CUDA_VISIBLE_DEVICES", value);
+	return variable_set(sp, VISIBLE_DEVICES, value);
 }
-
-/* A limit as the driver reads it, and beside it what the plugin set, by which it knows its own again. */
-struct limit_variable {
-	const char *name;
-	const char *mark;
-};
-
-static const struct limit_variable threads_variable = { "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
-							 "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE" };
-static const struct limit_variable memory_variable = { "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT",
-						       "SLURM_MPS_PINNED_DEVICE_MEM_LIMIT" };
 
 /*
- * The user's own value of a limit; NULL when there is none. What a script got from the plugin its sruns inherit, and
- * that is no wish of the user's: with auto it would be the script's part of the GPU, not the step's.
+ * The daemon's own limit is each client's. A variable is set where the step's is another, and where the user has set
+ * one: what of it is lower and valid is kept, and one that the driver cannot use would lift the limit (O12).
  */
-static const char *users_own(spank_t sp, const struct limit_variable *variable, char *value, size_t size)
+static bool set_limit(spank_t sp, enum variable variable, const char *value, const char *plain)
 {
-	static char mark[VALUE_MAX];
-
-	if (!task_variable(sp, variable->name, value, size))
-		return NULL;
-	if (task_variable(sp, variable->mark, mark, sizeof(mark)) && !strcmp(mark, value))
-		return NULL;
-	return value;
-}
-
-static bool is_the_plugins(spank_t sp, const struct limit_variable *variable)
-{
-	static char value[VALUE_MAX], mark[VALUE_MAX];
-
-	return task_variable(sp, variable->name, value, sizeof(value)) &&
-	       task_variable(sp, variable->mark, mark, sizeof(mark)) && !strcmp(mark, value);
-}
-
-static void forget_limit(spank_t sp, const struct limit_variable *variable)
-{
-	if (is_the_plugins(sp, variable))
-		(void)spank_unsetenv(sp, variable->name);
-	(void)spank_unsetenv(sp, variable->mark);
-}
-
-/* Set a limit; `plain` is what it would be without the user's own value, and what else it is stays the user's. */
-static bool set_limit(spank_t sp, const struct limit_variable *variable, const char *value, const char *plain)
-{
-	if (strcmp(value, plain))
-		(void)spank_unsetenv(sp, variable->mark);
-	else if (!set_variable(sp, variable->mark, value))
-		return false;
-	return set_variable(sp, variable->name, value);
+	return strcmp(value, plain) ? variable_keep(sp, variable, value) : variable_set(sp, variable, value);
 }
 
 static bool set_threads(spank_t sp, const struct step *step)
 {
 	static char own[VALUE_MAX], value[VALUE_MAX], plain[VALUE_MAX];
+	const char *given = variable_get(sp, THREAD_PERCENTAGE, own, sizeof(own));
 
-	limits_threads_value(&step->limits, users_own(sp, &threads_variable, own, sizeof(own)), value, sizeof(value));
+	if (!given && step->limits.threads_tenths == step->verdict.threads_tenths)
+		return true;
+	limits_threads_value(&step->limits, given, value, sizeof(value));
 	limits_threads_value(&step->limits, NULL, plain, sizeof(plain));
-	return set_limit(sp, &threads_variable, value, plain);
+	return set_limit(sp, THREAD_PERCENTAGE, value, plain);
 }
 
 static bool set_memory(spank_t sp, const struct step *step, const struct task_gpus *task)
 {
 	static char own[VALUE_MAX], value[VALUE_MAX], plain[VALUE_MAX];
-	const char *given = users_own(sp, &memory_variable, own, sizeof(own));
+	const char *given = variable_get(sp, MEMORY_LIMIT, own, sizeof(own));
 
-	if (!limits_memory_value(&step->verdict, &step->limits, task, NULL, plain, sizeof(plain))) {
-		forget_limit(sp, &memory_variable); /* of a script that had one; the user's own stays */
-		return true;
-	}
-	(void)limits_memory_value(&step->verdict, &step->limits, task, given, value, sizeof(value));
-	return set_limit(sp, &memory_variable, value, plain);
+	if (!limits_memory_value(&step->verdict, &step->limits, task, given, value, sizeof(value)))
+		return true; /* none; the user's own stays */
+	if (!limits_memory_value(&step->verdict, &step->limits, task, NULL, plain, sizeof(plain)))
+		plain[0] = '\0';
+	return set_limit(sp, MEMORY_LIMIT, value, plain);
 }
 
-/* What the program may have of them. A value of the user's own that is valid and lower is kept. */
-static bool set_limits(spank_t sp, const struct step *step, const struct task_gpus *task)
+/* Numbered the wrong way round for a limit: 1 is lower than 0. A user's own low priority is kept. */
+static bool set_priority(spank_t sp, const struct step *step)
 {
 	static char own[VALUE_MAX];
-	const char *given;
+	const char *given = variable_get(sp, CLIENT_PRIORITY, own, sizeof(own));
 
-	if (!set_threads(sp, step) || !set_memory(sp, step, task))
-		return false;
-	/* So many clients fit only with few connections each (M5). */
-	given = task_variable(sp, "CUDA_DEVICE_MAX_CONNECTIONS", own, sizeof(own));
-	if (step->limits.ranks > CLIENTS_OF_ANY_KIND && !(given && (!strcmp(given, "1") || !strcmp(given, "2"))) &&
-	    !set_variable(sp, "CUDA_DEVICE_MAX_CONNECTIONS", "2"))
-		return false;
-	/* Numbered the wrong way round for a limit: 1 is lower than 0. A user's own low priority is kept. */
-	given = task_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", own, sizeof(own));
-	return !(step->limits.priority || (given && strcmp(given, "1"))) ||
-	       set_variable(sp, "CUDA_MPS_CLIENT_PRIORITY", step->limits.priority ? "1" : "0");
+	if (given ? !strcmp(given, "1") : step->limits.priority == step->verdict.priority)
+		return true;
+	return variable_set(sp, CLIENT_PRIORITY, step->limits.priority ? "1" : "0");
+}
+
+/* So many clients fit only with few connections each (M5). */
+static bool set_connections(spank_t sp, const struct step *step)
+{
+	static char own[VALUE_MAX];
+	const char *given = variable_get(sp, MAX_CONNECTIONS, own, sizeof(own));
+
+	if (step->limits.ranks <= CLIENTS_OF_ANY_KIND || (given && (!strcmp(given, "1") || !strcmp(given, "2"))))
+		return true;
+	return variable_set(sp, MAX_CONNECTIONS, "2");
 }
 
 /* Where the program finds its control daemon. */
@@ -230,8 +183,8 @@ static bool set_daemon(spank_t sp, const struct step *step, const struct task_gp
 	const struct verdict_gpu *gpu = task->count ? task->gpus[0] : &step->verdict.gpus[0];
 	const struct verdict_daemon *daemon = verdict_daemon_of(&step->verdict, gpu);
 
-	return set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", daemon->pipe_directory) &&
-	       set_variable(sp, "CUDA_MPS_LOG_DIRECTORY", daemon->log_directory);
+	return variable_set(sp, PIPE_DIRECTORY, daemon->pipe_directory) &&
+	       variable_set(sp, LOG_DIRECTORY, daemon->log_directory);
 }
 
 static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t size)
@@ -242,8 +195,8 @@ static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t s
 	if (!find_gpus(sp, step, &task, problem, size))
 		return false;
 	hidden = step->verdict.per_gpu && !task.count && task_is_script(sp);
-	(void)spank_unsetenv(sp, NODE_FAULT); /* of a script on another node */
-	if (set_visible(sp, step, &task, hidden) && set_limits(sp, step, &task) && set_daemon(sp, step, &task))
+	if (set_visible(sp, step, &task, hidden) && set_threads(sp, step) && set_memory(sp, step, &task) &&
+	    set_priority(sp, step) && set_connections(sp, step) && set_daemon(sp, step, &task))
 		return true;
 	(void)snprintf(problem, size, "the environment cannot be set");
 	return false;
@@ -252,17 +205,11 @@ static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t s
 /* The program runs without MPS: no daemon of anybody's is to be found, and no variable promises what does not hold. */
 static bool prepare_without(spank_t sp, const struct step *step, char *problem, size_t size)
 {
-	static const char *const names[] = { "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_CLIENT_PRIORITY" };
-	const struct limit_variable *const limits[] = { &threads_variable, &memory_variable };
+	static const enum variable promises[] = { LOG_DIRECTORY, THREAD_PERCENTAGE, MEMORY_LIMIT, CLIENT_PRIORITY };
 
-	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
-		(void)spank_unsetenv(sp, names[i]);
-	for (size_t i = 0; i < sizeof(limits) / sizeof(limits[0]); i++) {
-		(void)spank_unsetenv(sp, limits[i]->name);
-		(void)spank_unsetenv(sp, limits[i]->mark);
-	}
-	if (set_variable(sp, "CUDA_MPS_PIPE_DIRECTORY", NO_PIPE_DIRECTORY) &&
-	    set_variable(sp, NODE_FAULT, step->verdict.message))
+	for (size_t i = 0; i < sizeof(promises) / sizeof(promises[0]); i++)
+		variable_unset(sp, promises[i]);
+	if (variable_set(sp, PIPE_DIRECTORY, NO_PIPE_DIRECTORY) && variables_set_node_fault(sp, step->verdict.message))
 		return true;
 	(void)snprintf(problem, size, "the environment cannot be set");
 	return false;
@@ -270,52 +217,13 @@ static bool prepare_without(spank_t sp, const struct step *step, char *problem, 
 
 bool task_prepare(spank_t sp, struct step *step, char *problem, size_t size)
 {
+	variables_forget(sp);
 	switch (step->verdict.status) {
 	case VERDICT_READY:
 		return prepare_ready(sp, step, problem, size);
 	case VERDICT_WITHOUT:
 		return prepare_without(sp, step, problem, size);
 	default:
-		task_forget_other_job(sp);
 		return true;
-	}
-}
-
-static const char *const daemon_variables[] = { "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY" };
-
-static bool is_a_jobs(const char *pipe_directory)
-{
-	return pipe_directory && !strncmp(pipe_directory, STATE_DIRECTORY "/jobs/", strlen(STATE_DIRECTORY "/jobs/"));
-}
-
-void task_forget_other_job(spank_t sp)
-{
-	static char value[VALUE_MAX];
-
-	if (!is_a_jobs(task_variable(sp, daemon_variables[0], value, sizeof(value))))
-		return;
-	for (size_t i = 0; i < sizeof(daemon_variables) / sizeof(daemon_variables[0]); i++)
-		(void)spank_unsetenv(sp, daemon_variables[i]);
-	forget_limit(sp, &threads_variable);
-	forget_limit(sp, &memory_variable);
-}
-
-void task_forget_this_job(void)
-{
-	const struct limit_variable *const limits[] = { &threads_variable, &memory_variable };
-
-	if (getenv(NODE_FAULT))
-		(void)unsetenv(daemon_variables[0]);
-	(void)unsetenv(NODE_FAULT);
-	if (!is_a_jobs(getenv(daemon_variables[0])))
-		return;
-	for (size_t i = 0; i < sizeof(daemon_variables) / sizeof(daemon_variables[0]); i++)
-		(void)unsetenv(daemon_variables[i]);
-	for (size_t i = 0; i < sizeof(limits) / sizeof(limits[0]); i++) {
-		const char *value = getenv(limits[i]->name), *mark = getenv(limits[i]->mark);
-
-		if (value && mark && !strcmp(value, mark))
-			(void)unsetenv(limits[i]->name);
-		(void)unsetenv(limits[i]->mark);
 	}
 }

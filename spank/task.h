@@ -20,10 +20,4 @@ bool task_prepare(spank_t sp, struct step *step, char *problem, size_t size);
 /* Whether this is the job's script or an interactive shell: one task, which starts the programs that count. */
 bool task_is_script(spank_t sp);
 
-/* Of a job that did not ask: take away what it has of the job that it was submitted from. */
-void task_forget_other_job(spank_t sp);
-
-/* The same in the environment of this process, in the programs that submit jobs. */
-void task_forget_this_job(void);
-
 #endif

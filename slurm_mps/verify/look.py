@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 (the driver's own, for a process without the variable)
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _NODES = "/sys/devices/system/node"
+_SET_BY_PLUGIN = "CUDA_MPS_SET_BY_SLURM"
 #: What only a task of a job with MPS has. SLURM_SPANK_MPS is in tasks of sbatch's and salloc's jobs alone.
-_MARKS = ("SLURM_SPANK_MPS", "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE", "SLURM_MPS_NODE_FAULT")
+_MARKS = ("SLURM_SPANK_MPS", _SET_BY_PLUGIN, "SLURM_MPS_NODE_FAULT")
 
 
 # ------------------------------------------------------------------------------------------------- the whole report
@@ -76,6 +77,7 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
     def given(name: str) -> str:
         return environment.get(name, "")
 
+    by_plugin = dict(word.partition("=")[::2] for word in given(_SET_BY_PLUGIN).split())
     report = RankReport(
         rank=step.rank,
         pid=os.getpid(),
@@ -86,8 +88,8 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
         threads=given("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
         memory=given("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"),
         priority=given("CUDA_MPS_CLIENT_PRIORITY"),
-        set_threads=given("SLURM_MPS_ACTIVE_THREAD_PERCENTAGE"),
-        set_memory=given("SLURM_MPS_PINNED_DEVICE_MEM_LIMIT"),
+        set_threads=by_plugin.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", ""),
+        set_memory=by_plugin.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", ""),
         node_fault=given("SLURM_MPS_NODE_FAULT"),
         other_job="" if owner in step.job_ids else owner,
         cpu_numa=cpu_numa(os.sched_getaffinity(0), _NODES),

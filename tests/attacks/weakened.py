@@ -256,8 +256,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a task's memory limit is one that the driver can use": (
         Change(
             LIMITS,
-            "	if (!fill(verdict, limits, task, count, mib))\n",
-            "	if (fill(verdict, limits, task, count, mib))\n",
+            "	if (!any || (!own && !other))\n",
+            "	if (any)\n",
         ),
     ),
     "a value is copied whole or not at all": (

@@ -34,6 +34,7 @@ REQUIREMENTS = (
     "rich>=13",
     "prometheus-client>=0.16",
     "setuptools>=69",
+    "submitit>=1.5",
     "shtab>=1.7",
     "wheel",
 )

@@ -62,16 +62,31 @@ def message(result: Result) -> str:
 
 
 @pytest.mark.every_release
-def test_a_task_has_its_daemons_address_and_limits_in_place(site: Site) -> None:
+def test_a_task_has_its_daemons_address_in_place(site: Site) -> None:
+    """And no limit that its daemon gives it anyway. What was set is noted."""
     uuids = ",".join(gpu["uuid"] for gpu in site.gpus("n1")[:2])
-    found = show_environment(site, "-wn1", "--gres=gpu:2", "--mps-threads=12.5", "--mps-mem=8G")
+    found = show_environment(site, "-wn1", "--gres=gpu:2", "--mps-threads=12.5", "--mps-mem=8G", "--mps-priority=low")
+    noted = dict(word.split("=") for word in found.pop("CUDA_MPS_SET_BY_SLURM").split(" "))
+    assert noted == found
     pipe = found.pop("CUDA_MPS_PIPE_DIRECTORY")
     assert found == {
         "CUDA_MPS_LOG_DIRECTORY": f"/var/log/slurm-mps/{pipe.split('/')[4]}",
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "12.5",
-        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8192M",
         "CUDA_VISIBLE_DEVICES": uuids,
     }
+
+
+def test_a_step_that_lowers_limits_has_them_in_variables(site: Site) -> None:
+    lower = "srun --mps-threads=10 --mps-mem=2G --mps-priority=low"
+    script = f"{lower} env | grep -E '^CUDA_MPS_(ACT|PIN|CLI)' | sort\n{lower} simulated-gpus client\n"
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps-threads=50", "--mps-mem=8G", script=script)
+    assert site.cluster.wait(job).state == "COMPLETED"
+    *limits, client = site.cluster.output(job).splitlines()
+    assert limits == [
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=10",
+        "CUDA_MPS_CLIENT_PRIORITY=1",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=0=2048M",
+    ]
+    assert " sms=12 free=1977 " in client
 
 
 @pytest.mark.every_release

@@ -95,23 +95,6 @@ def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site) -> None:
     assert (state, output) == ("COMPLETED", "it ran\n")
 
 
-def test_a_job_that_does_not_ask_is_no_client_of_the_job_that_it_was_submitted_from(any_site: Site) -> None:
-    """The parent's CUDA_MPS_* travel with --export=ALL; its daemon serves other GPUs."""
-    script = (
-        "sbatch -wn1 -n1 --gres=gpu:1 --output=child.out --wrap 'simulated-gpus client; env | grep MPS; echo over'\n"
-        "while ! grep -q over child.out; do sleep 0.1; done\n"
-    )
-    job = any_site.cluster.sbatch("-wn1", "-n1", "--gres=gpu:1", "--mps-threads=50", "--mps-mem=8G", script=script)
-    assert any_site.cluster.wait(job).state == "COMPLETED"
-    path = any_site.machine.path("/home/alice/child.out")
-    said = path.read_text()
-    path.unlink()
-    assert "sms=132 " in said
-    assert "mps=none" in said
-    assert "CUDA_MPS" not in said
-    assert "SLURM_MPS" not in said
-
-
 def test_a_users_own_lower_limit_outlives_the_script(site: Site) -> None:
     """The script has it from the submission, its sruns have it from the script."""
     own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2G"}

@@ -495,7 +495,7 @@ def test_whose_daemon_it_is(directory: str, owner: str) -> None:
     [
         ({}, False),
         ({"SLURM_SPANK_MPS": "1"}, True),
-        ({"SLURM_MPS_ACTIVE_THREAD_PERCENTAGE": "100"}, True),
+        ({"CUDA_MPS_SET_BY_SLURM": "CUDA_VISIBLE_DEVICES=GPU-1"}, True),
         ({"SLURM_MPS_NODE_FAULT": "no daemon"}, True),
         ({"CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/7/pipe"}, True),
         ({"CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/8/pipe"}, False),

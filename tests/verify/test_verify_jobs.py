@@ -187,7 +187,7 @@ def test_a_job_without_mps_is_told(site: Site) -> None:
 
 def test_a_job_of_srun_that_asked_is_not_told_that_it_did_not(site: Site) -> None:
     """Its tasks have no SLURM_SPANK_MPS, and this one has lost all that the plugin set; the job's state is here."""
-    lost = ("env", "-u", "CUDA_MPS_PIPE_DIRECTORY", "-u", "SLURM_MPS_ACTIVE_THREAD_PERCENTAGE")
+    lost = ("env", "-u", "CUDA_MPS_PIPE_DIRECTORY", "-u", "CUDA_MPS_SET_BY_SLURM")
     result = site.cluster.srun("-wn1", "--gres=gpu:1", "--mps", *lost, *VERIFY.split())
     assert "rank 0 runs without MPS: CUDA_MPS_PIPE_DIRECTORY is not set\n" in result.stdout
 
@@ -215,7 +215,7 @@ def test_a_wrong_pipe_directory_is_caught(any_site: Site) -> None:
 def test_one_rank_that_went_astray_is_named(site: Site) -> None:
     """Three ranks are clients, one is not: its neighbour on the GPU is told from it."""
     site.configure('[gpus]\ncompute_mode = "unchanged"\n')
-    before = "test $SLURM_PROCID = 3 && export CUDA_MPS_PIPE_DIRECTORY=/tmp"
+    before = "test $SLURM_PROCID = 3 && export CUDA_MPS_PIPE_DIRECTORY=/tmp CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=25"
     code, report = run_verify(site, *ONE_NODE, before=before)
     gpu = report["ranks"][3]["gpu"]
     assert code == 1
