@@ -36,6 +36,14 @@ static bool job_asked(spank_t sp)
 	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
 }
 
+/* A job that had this one's id left it, and no prolog of this one's has run. */
+static bool is_anothers(spank_t sp, const struct verdict *verdict)
+{
+	uid_t uid = 0;
+
+	return verdict->uid != UNSAID && spank_get_item(sp, S_JOB_UID, &uid) == ESPANK_SUCCESS && uid != verdict->uid;
+}
+
 /* Why no task can use a GPU; NULL where its control daemon answers, and its server takes programs. */
 static const char *trouble_of(const struct step *step, unsigned int gpu, bool answers)
 {
@@ -93,6 +101,11 @@ void stepd_judge(spank_t sp, struct step *step)
 	verdict_read(step->job_id, &step->verdict);
 	if (step->verdict.status == VERDICT_NONE && job_asked(sp))
 		verdict_read_elsewhere(step->job_id, &step->verdict);
+	if (is_anothers(sp, &step->verdict)) {
+		fail(step, "what the prolog left on this node under this job's id is another user's; tell your admin to run "
+			   "slurm-mps reconcile there, and to see that slurm-mps is in the Prolog");
+		return;
+	}
 	switch (step->verdict.status) {
 	case VERDICT_READY:
 		if (limits_of_step(&step->verdict, &options_given, &step->limits, message, sizeof(message)))

@@ -112,6 +112,8 @@ static bool take_line(struct verdict *verdict, char *line)
 	if (!value)
 		return false;
 	*value++ = '\0';
+	if (!strcmp(line, "uid"))
+		return sscanf(value, "%10" SCNu32, &verdict->uid) == 1;
 	if (!strcmp(line, "status"))
 		return take_status(verdict, value);
 	if (!strcmp(line, "message"))
@@ -238,6 +240,7 @@ static void read_verdict(const char *path, struct verdict *verdict)
 	int fd;
 
 	memset(verdict, 0, sizeof(*verdict));
+	verdict->uid = UNSAID;
 	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
 	if (fd < 0) {
 		if (errno != ENOENT && errno != ENOTDIR)

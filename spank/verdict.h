@@ -22,6 +22,8 @@
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
 #define VERDICT_PROGRAM_MAX 256
 
+#define UNSAID UINT32_MAX
+
 enum verdict_status {
 	VERDICT_NONE,    /* the prolog left nothing: the job did not ask, or no prolog ran */
 	VERDICT_READY,   /* the job has its control daemon */
@@ -63,6 +65,7 @@ struct verdict {
 	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */
 	struct verdict_daemon daemons[GPUS_MAX];
 	struct verdict_gpu gpus[GPUS_MAX];
+	uint32_t uid; /* whose job it is; UNSAID where the prolog did not know */
 };
 
 /* The control daemon that serves a GPU of the verdict. */

@@ -1,7 +1,7 @@
 """A job's journal: who the job is, and the lines that undo what was done for it, on disk before it is done.
 
 slurm-mps journal 1
-job id=4711 uid=20001 restart=0 boot=<boot id> node=n1 ready=yes
+job id=4711 uid=20001 run=5d41402a boot=<boot id> node=n1 ready=yes
 undo release_gpu gpu=GPU-...
 undo quit_daemons names=pipe
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..config.settings import CONFIG_VERSION, from_lines, to_lines
 from ..errors import NodeError
 from ..node.wordfile import DamagedFileError, decode, encode, fields, with_fields
+from ..record import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,13 +26,11 @@ FILE = "journal"
 class Journal:
     """One job's way on this node: who it is, and the lines that undo what was done for it."""
 
-    def __init__(
-        self, directory: Directory, job_id: int, uid: int, restart_count: int, boot_id: str, node: str = ""
-    ) -> None:
+    def __init__(self, directory: Directory, job_id: int, uid: int, run: str, boot_id: str, node: str = "") -> None:
         self.directory = directory
         self.job_id = job_id
         self.uid = uid
-        self.restart_count = restart_count
+        self.run = run  #: which run of the job (request.run_of_job)
         self.boot_id = boot_id
         self.node = node  #: what Slurm calls this node
         self.undo: list[str] = []
@@ -43,7 +42,7 @@ class Journal:
         who = {
             "id": str(self.job_id),
             "uid": str(self.uid),
-            "restart": str(self.restart_count),
+            "run": self.run,
             "boot": self.boot_id,
             "node": self.node,
             "ready": "yes" if self.ready else "no",
@@ -61,7 +60,7 @@ class Journal:
         self.directory.grant_user(self.uid)
 
     def write_verdict(self, verdict: Verdict) -> None:
-        self.directory.write("verdict", verdict.encode(), mode=0o644)
+        self.directory.write("verdict", replace(verdict, uid=self.uid).encode(), mode=0o644)
 
     def tell_tasks(self, verdict: Verdict) -> None:
         """Leave the verdict of a job without MPS; with no daemon here, all may enter where the file system has no ACLs.
@@ -98,8 +97,7 @@ def read_journal(directory: Directory) -> Journal:
     try:
         name, *words = lines[0].split(" ")
         who = fields(words)
-        job_id, uid, restart_count = (int(who[key]) for key in ("id", "uid", "restart"))
-        journal = Journal(directory, job_id, uid, restart_count, who["boot"], who["node"])
+        journal = Journal(directory, int(who["id"]), int(who["uid"]), who["run"], who["boot"], who["node"])
         journal.ready = who["ready"] == "yes"
     except (IndexError, KeyError, ValueError):
         raise DamagedFileError(f"{directory.path}/journal does not name its job") from None

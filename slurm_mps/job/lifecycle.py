@@ -144,10 +144,10 @@ def take_down(job: JobOnNode) -> None:
     job.state.remove_journal(job.journal)
 
 
-def is_up(job: JobOnNode, restart_count: int) -> bool:
-    """Whether all of it was done for this very run of the job (a requeued job has the same id) and still stands."""
+def is_up(job: JobOnNode, run: str) -> bool:
+    """Whether all of it was done for this very run of the job (request.run_of_job), and still stands."""
     journal = job.journal
-    if not (journal.ready and journal.restart_count == restart_count and journal.boot_id == job.state.boot_id):
+    if not (journal.ready and journal.run == run and journal.boot_id == job.state.boot_id):
         return False
     daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, QuitDaemons)]
     return bool(daemons) and all(undo.all_run(job) for undo in daemons)

@@ -12,7 +12,7 @@ from ..record import replace
 from . import logs
 from .actions import JobOnNode
 from .lifecycle import bring_up, is_up, take_down, undo_all
-from .request import read_request, slurm_number
+from .request import asks_for_mps, read_request, run_of_job, slurm_number
 from .script import Script
 from .state import NodeState
 from .verdict import refused, without
@@ -44,16 +44,19 @@ class Prolog(Script):
     def work(self, job_id: int) -> None:
         state = self._open_state()
         state.lock_job(job_id, self.watch.left)
-        restart_count = slurm_number(self.environment, "SLURM_JOB_RESTART_COUNT", default=0)
+        run = run_of_job(self.environment)
         left = state.open_journal(job_id)
         if left:
             old = self._on_node(state, left, left.read_config() or DEFAULTS)
-            if is_up(old, restart_count):
+            if is_up(old, run):
                 return
             take_down(replace(old, deadline=old.undo_deadline))
+        if not asks_for_mps(self.environment):  # what was left was of another job, whose id this one has
+            self.done = ""
+            return
         uid = slurm_number(self.environment, "SLURM_JOB_UID")
         node = self.environment.get("SLURMD_NODENAME", "")
-        self._journal = journal = state.begin_journal(job_id, uid, restart_count, node)
+        self._journal = journal = state.begin_journal(job_id, uid, run, node)
         request = read_request(self.environment)
         journal.write_config(self.config)
         bring_up(request, self._on_node(state, journal, self.config))

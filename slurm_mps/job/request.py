@@ -7,6 +7,8 @@ Every ``SPANK_*`` value is a user's text: any user can send any of them with any
 
 from __future__ import annotations
 
+from binascii import crc32
+
 from ..errors import NodeError, RequestError
 from ..record import record
 from ..units import AUTO, parse_client_priority, parse_memory, parse_memory_by_gpu, parse_thread_percentage, printable
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _PREFIX = "SPANK_MPS"
+_RUN = frozenset(("SLURM_JOB_UID", "SLURM_JOB_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_GPUS"))
 _KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
 ID_MAX = 2**32 - 1
 PER_NODE, PER_GPU = "per-node", "per-gpu"
@@ -39,7 +42,6 @@ class JobRequest:
 
     job_id: int
     uid: int
-    restart_count: int
     gpus: tuple[str, ...]
     thread_percentage: float | None = None
     memory_limit_bytes: int | None = None
@@ -109,6 +111,20 @@ def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tup
     return tuple(map(int, indices)) if by_uuid and numbers and len(indices) == len(gpus) else ()
 
 
+def asks_for_mps(environment: Mapping[str, str]) -> bool:
+    """Whether the plugin passed on anything of a request."""
+    return any(name.startswith(_PREFIX) for name in environment)
+
+
+def run_of_job(environment: Mapping[str, str]) -> str:
+    """Tells a run of a job from every other one that has, or had, its id: a requeued job's, and another job's where ids
+    began anew. Slurm gives the time of the start from 23.02 on.
+    """
+    given = [name for name in environment if name.startswith(_PREFIX)]
+    said = "\0".join(f"{name}={environment[name]}" for name in sorted([*given, *(_RUN & environment.keys())]))
+    return f"{crc32(said.encode('utf-8', 'surrogateescape')):08x}"
+
+
 def read_request(environment: Mapping[str, str]) -> JobRequest:
     """Read a job's request from the environment that slurmd gives the prolog.
 
@@ -132,7 +148,6 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
     return JobRequest(
         job_id=slurm_number(environment, "SLURM_JOB_ID"),
         uid=slurm_number(environment, "SLURM_JOB_UID"),
-        restart_count=slurm_number(environment, "SLURM_JOB_RESTART_COUNT", default=0),
         gpus=gpus,
         thread_percentage=_option(
             environment, "SPANK_MPS_THREADS", "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)

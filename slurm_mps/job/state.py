@@ -110,10 +110,10 @@ class NodeState:
             directory.close()
             raise
 
-    def begin_journal(self, job_id: int, uid: int, restart_count: int, node: str = "") -> Journal:
+    def begin_journal(self, job_id: int, uid: int, run: str, node: str = "") -> Journal:
         """Make a job's directory, root's alone for now, and note it."""
         directory = self._jobs.make(str(job_id), 0o700)
-        journal = Journal(directory, job_id, uid, restart_count, self.boot_id, node)
+        journal = Journal(directory, job_id, uid, run, self.boot_id, node)
         try:
             journal.write()
         except NodeError:

@@ -1,6 +1,7 @@
 """What the prolog decided about a job on this node: the one file that the plugin reads in every step (spank/verdict.c).
 
     slurm-mps verdict 1
+    uid 20001                                              the job's user
     status ready                                           or refused, or without, and then only a message
     daemon <pipe directory> <log directory> <limit or ->   one for all GPUs, or with `daemons per-gpu` one for each
     daemons per-gpu
@@ -74,6 +75,7 @@ class Verdict:
 
     status: str
     message: str = ""
+    uid: int | None = None
     daemons: tuple[DaemonPlace, ...] = ()
     gpus: tuple[VerdictGpu, ...] = ()
     per_gpu: bool = False
@@ -95,6 +97,8 @@ class Verdict:
 
     def settings(self) -> Iterable[tuple[str, str]]:
         """Its lines, as key and value."""
+        if self.uid is not None:
+            yield "uid", str(self.uid)
         yield "status", self.status
         if self.status != READY:
             yield "message", self.message
@@ -149,8 +153,9 @@ def parse_verdict(data: bytes) -> Verdict:
 def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
     """Raises: KeyError, ValueError for anything that the prolog cannot have written."""
     status = known["status"]
+    uid = int(known["uid"]) if "uid" in known else None
     if status in (REFUSED, WITHOUT) and known["message"]:
-        return Verdict(status, known["message"])
+        return Verdict(status, known["message"], uid)
     if status != READY:
         raise ValueError(status)
     gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")
@@ -164,6 +169,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         raise ValueError("no GPU")
     return Verdict(
         status,
+        uid=uid,
         daemons=tuple(_daemon(words, its) for words, its in zip(daemons, served, strict=True)),
         gpus=gpus,
         per_gpu=per_gpu,

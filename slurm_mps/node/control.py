@@ -10,7 +10,6 @@ This module knows the command text and nothing else does: a speaker of the v3 pr
 from __future__ import annotations
 
 import os
-import sys
 from time import monotonic, sleep
 
 from ..errors import DeadlineError, NodeError, raise_all
@@ -19,6 +18,7 @@ from ..units import format_control_percentage, format_memory, format_thread_perc
 from . import processes
 from .listen import listener
 from .processes import ProcessIdentity, identify, runs_program
+from .search import search_lines
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,23 +101,19 @@ def search(directory: str, timeout_seconds: float) -> list[Stray]:
 
     An empty `directory` means all; an empty pipe directory is the driver's default.
 
-    Looks at each process of the node, in a process of its own that is abandoned when it is late (node/search.py).
+    Looks at each process of the node, in a child that is left behind when it is late.
     Raises: NodeError; DeadlineError when the search does not end, as where a process waits in a file system that hangs.
     """
-    program = f"{os.path.dirname(os.path.abspath(__file__))}/search.py"
-    argv = [sys.executable, "-I", "-S", program, directory]
     try:
-        outcome = processes.run(argv, {}, timeout_seconds, output_limit_bytes=_SEARCH_BYTES)
+        names = (DAEMON_PROGRAM, SERVER_PROGRAM)
+        said = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)
     except DeadlineError:
-        message = f"MPS processes of {directory} could not be searched for within {timeout_seconds:g} s"
+        where = directory or "this node"
+        message = f"MPS processes of {where} could not be searched for within {timeout_seconds:g} s"
         hint = "a process of this node waits in a file system that does not answer (ps: state D)"
         raise DeadlineError(message, hint) from None
-    if outcome.status:
-        raise NodeError(
-            f"{program} ended with status {outcome.status}: {printable(outcome.errors.strip()[-200:], 200)}"
-        )
     found = []
-    for line in outcome.output.splitlines():
+    for line in said.splitlines():
         pid, start, uid, name, pipe, gpus = line.split(" ")
         uuids = () if gpus == "-" else tuple(gpus.split(","))
         found.append(Stray(ProcessIdentity(int(pid), int(start)), int(uid), name, pipe, uuids))

@@ -23,7 +23,7 @@ from ..units import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
 OUTPUT_LIMIT_BYTES = 65536
@@ -81,7 +81,6 @@ class Child:
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
     ) -> None:
-        self.output_limit_bytes = OUTPUT_LIMIT_BYTES
         to_close = _to_close(argv[0])
         (stdin, self._input), (self._output, stdout), (self._errors, stderr) = _pipes(argv[0])
         streams = ((stdin, 0), (stdout, 1), (stderr, 2))
@@ -153,7 +152,7 @@ class Child:
             self._open.discard(fd)
         else:
             chunk = os.read(fd, 4096)
-            if len(self._said[fd]) < self.output_limit_bytes:
+            if len(self._said[fd]) < OUTPUT_LIMIT_BYTES:
                 self._said[fd] += chunk
             if not chunk:
                 self._open.discard(fd)
@@ -220,24 +219,79 @@ def wait_all(children: Sequence[Child], timeout_seconds: float) -> list[Outcome 
     return [child.close() for child in children]
 
 
-def run(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    timeout_seconds: float,
-    text: str = "",
-    output_limit_bytes: int = OUTPUT_LIMIT_BYTES,
-) -> Outcome:
+def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: float, text: str = "") -> Outcome:
     """Run a program to its end with `text` on its standard input.
 
     Raises: DeadlineError after `timeout_seconds`, with the program's process group killed; NodeError when it cannot
     be started.
     """
-    child = spawn(argv, environment, text)
-    child.output_limit_bytes = output_limit_bytes
-    (outcome,) = wait_all([child], timeout_seconds)
+    (outcome,) = wait_all([spawn(argv, environment, text)], timeout_seconds)
     if outcome is None:
         raise DeadlineError(f"{argv[0]} did not answer within {timeout_seconds:g} s")
     return outcome
+
+
+def in_child(work: Callable[[], Iterable[str]], timeout_seconds: float, limit_bytes: int) -> str:
+    """Do something in a child of this process that may wait for ever, and that SIGKILL may not end.
+
+    The child is left behind where it is late. It has nobody's standard streams: slurmd waits for the end of ours.
+    Returns: the text that `work` gives, cut at `limit_bytes`.
+    Raises: DeadlineError when it is late; NodeError when there can be no child, or it failed.
+    """
+    try:
+        output, other_end = os.pipe()
+        pid = os.fork()
+    except OSError as error:
+        raise NodeError(f"no process can be started: {os.strerror(error.errno or 0)}") from None
+    if pid == 0:
+        _work_and_end(work, other_end)
+    os.close(other_end)
+    deadline, said, ready = monotonic() + timeout_seconds, b"", True
+    poll = select.poll()
+    poll.register(output, select.POLLIN)
+    while ready and len(said) < limit_bytes:
+        ready = bool(poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1)))
+        chunk = os.read(output, 65536) if ready else b""
+        if ready and not chunk:
+            break
+        said += chunk
+    os.close(output)
+    failed = _end_child(pid, late=not ready)
+    if not ready:
+        raise DeadlineError(f"not done within {timeout_seconds:g} s")
+    if failed and len(said) < limit_bytes:
+        raise NodeError("a child of slurm-mps failed")
+    return said[:limit_bytes].decode("ascii", "replace")
+
+
+def _work_and_end(work: Callable[[], Iterable[str]], output: int) -> None:
+    """The child's life."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        os.closerange(0, 3)
+        for text in work():
+            data = text.encode("ascii", "replace")
+            while data:
+                data = data[os.write(output, data) :]
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _end_child(pid: int, *, late: bool) -> bool:
+    """End a child of in_child() that is late. Returns: whether it failed."""
+    if late:
+        try:
+            os.killpg(pid, SIGKILL)  # our own child, not waited for yet: its pid cannot be another's
+        except ProcessLookupError:
+            pass
+        end = os.pidfd_open(pid)
+        gone = _ended(end, _REAP_SECONDS)
+        os.close(end)
+        if not gone:
+            return True
+    return os.waitpid(pid, 0)[1] != 0
 
 
 @record

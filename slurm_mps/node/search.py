@@ -1,18 +1,10 @@
-"""A program that looks through /proc for control daemons and servers. Run as root, by who can abandon it.
-
-Reading another's process can take for ever, beyond SIGKILL, where that process waits in a file system that does not
-answer. So epilog and reconcile do not search by themselves: they run this, and go on without it when it is late.
-
-Its argument is a directory; it prints a line for each process whose pipe directory is that or lies below it:
-``pid start_ticks uid program pipe_directory gpus`` (GPU UUIDs with commas, or ``-``; only of root's processes). A
-server's environment is its user's to write: what is printed is made of plain characters, and proves no more than that
-a process looks like this.
-"""
+"""Looks through /proc for control daemons and servers."""
 
 from __future__ import annotations
 
 import os
-import sys
+
+from .processes import environment_of, identify, pids, program_of, uid_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,14 +46,16 @@ def _same_run(pid: int) -> bool:
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def lines(directory: str) -> Iterator[str]:
-    """What main() prints."""
-    from slurm_mps.node.control import DAEMON_PROGRAM, SERVER_PROGRAM
-    from slurm_mps.node.processes import environment_of, identify, pids, program_of, uid_of
+def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str]:
+    """A line for each process that runs one of these programs, with a pipe directory that is this or lies below it.
 
+    ``pid start_ticks uid program pipe_directory gpus`` (GPU UUIDs with commas, or ``-``; only of root's processes). A
+    server's environment is its user's to write: what is given back is made of plain characters, and proves no more than
+    that a process looks like this. Reading it may take for ever (processes.in_child).
+    """
     nodes = _Nodes()
     named = [(pid, program_of(pid)) for pid in pids()]
-    found = [(pid, name, uid_of(pid)) for pid, name in named if name in (DAEMON_PROGRAM, SERVER_PROGRAM)]
+    found = [(pid, name, uid_of(pid)) for pid, name in named if name in program_names]
     for pid, name, uid in sorted(found, key=lambda one: one[2] or 0):  # root's first: they tell which node is ours
         process = identify(pid)
         if process is None or uid is None or not nodes.see(pid, uid):
@@ -73,13 +67,3 @@ def lines(directory: str) -> Iterator[str]:
         gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if uid == 0 else []
         uuids = [gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < _UUID_MAX and _PLAIN.issuperset(gpu)]
         yield f"{pid} {process.start_ticks} {uid} {name} {pipe} {','.join(uuids) or '-'}\n"
-
-
-def main() -> int:
-    sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
-    sys.stdout.writelines(lines(sys.argv[1]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,9 +18,7 @@ from ..errors import NodeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    Conversion = Callable[[list[str]], list[str]]
+    from collections.abc import Iterable
 
 _MAGIC = "slurm-mps"
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._:,+@=-")
@@ -85,10 +83,9 @@ def encode(kind: str, version: int, lines: Iterable[str]) -> bytes:
     return body + f"end {crc32(body):08x}\n".encode()
 
 
-def decode(data: bytes, kind: str, version: int, conversions: Sequence[Conversion] = ()) -> list[str]:
-    """Give back the lines of a file as this version has them.
+def decode(data: bytes, kind: str, version: int) -> list[str]:
+    """Give back the lines of a file of this version.
 
-    `conversions` make the next version's lines of those of an older one, the oldest that can still be read first.
     Raises: NewerFileError for the same kind in a later version; DamagedFileError for anything else unexpected.
     """
     body, _, end = data.rpartition(b"end ")
@@ -98,10 +95,6 @@ def decode(data: bytes, kind: str, version: int, conversions: Sequence[Conversio
     if found > version:
         raise NewerFileError(f"{kind} version {found} is newer than version {version}")
     whole = body.isascii() and body.endswith(b"\n") and end == f"{crc32(body):08x}\n".encode()
-    older = version - found
-    if str(found) != number or not whole or older > len(conversions):
+    if str(found) != number or not whole or found < version:
         raise DamagedFileError(f"not a whole {kind} of version {version}")
-    lines = body.decode("ascii").splitlines()[1:]
-    for convert in conversions[len(conversions) - older :]:
-        lines = convert(lines)
-    return lines
+    return body.decode("ascii").splitlines()[1:]

@@ -187,9 +187,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a search can be abandoned": (
         Change(
             CONTROL,
-            "outcome = processes.run(argv, {}, timeout_seconds, output_limit_bytes=_SEARCH_BYTES)",
-            'lines = __import__("slurm_mps.node.search", fromlist=["lines"]).lines(directory)\n'
-            '        outcome = processes.Outcome(0, "".join(lines), "")',
+            "said = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)",
+            'said = "".join(search_lines(directory, names))',
         ),
     ),
     "a title is not the kernel's word": (

@@ -118,7 +118,7 @@ def state(place: Path) -> NodeState:
 @pytest.fixture(scope="module")
 def journal(state: NodeState) -> Journal:
     """A job's journal as it is after a bring-up, with configuration, verdict and ledger beside it."""
-    journal = state.begin_journal(4711, 20001, 0)
+    journal = state.begin_journal(4711, 20001, "5d41402a")
     for line in (f"release_gpu gpu={GPU}", "remove_directories", "quit_daemons names=pipe"):
         journal.note(line)
     journal.write_config(DEFAULTS)
@@ -183,7 +183,7 @@ WORDS = st.sampled_from(
         "gpu",
         "id=4711",
         "uid=1",
-        "restart=0",
+        "run=5d41402a",
         "ready=yes",
         "boot=b",
         "4711",
@@ -203,8 +203,8 @@ LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(lines=LINES)
-@example(lines=["job id=4711 uid=1 restart=0 boot=b node=n1 ready=yes", "undo release_gpu gpu=x more=1"])
-@example(lines=["job id=4711 uid=1 restart=0 boot=b node=n1 ready=yes", "undo quit_daemons"])
+@example(lines=["job id=4711 uid=1 run=5d41402a boot=b node=n1 ready=yes", "undo release_gpu gpu=x more=1"])
+@example(lines=["job id=4711 uid=1 run=5d41402a boot=b node=n1 ready=yes", "undo quit_daemons"])
 @example(lines=["boot b", "holder x"])
 @example(lines=["deadlines_quit=x"])
 @example(lines=["²"])

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES, PROCESSES, SEARCH = (f"slurm_mps/node/{name}.py" for name in ("files", "processes", "search"))
-ENTRIES = ["slurm_mps/hook.py", "slurm_mps/job/reconcile.py", SEARCH]
+ENTRIES = ["slurm_mps/hook.py", "slurm_mps/job/reconcile.py"]
 SOCKETS = {"slurm_mps/node/messages.py": "socket", "slurm_mps/node/listen.py": "_socket"}
 
 #: Modules that work by path, start programs through a shell, or run what they read.
@@ -45,14 +45,14 @@ ALLOWED = {
         "stat",
         "listdir",
     },
-    PROCESSES: {"posix_spawn", "killpg", "readlink", "listdir"},
+    PROCESSES: {"posix_spawn", "fork", "killpg", "readlink", "listdir"},
     SEARCH: {"readlink", "stat"},
     "slurm_mps/config/load.py": {"stat"},
     "slurm_mps/slurm/jobs.py": {"access"},
 }
 #: A call by path whose answer is only compared: whether a process sees the directory /run that we see.
 COMPARED = {(SEARCH, "os.stat(f'/proc/{pid}/root/run')"), (SEARCH, "os.stat('/run')")}
-#: Where a file system may be asked that a user chose: of root's processes, in a program that can be abandoned; without
+#: Where a file system may be asked that a user chose: of root's processes, in a child that can be left behind; without
 #: a question to the file system; and what is our own.
 THROUGH_A_PROCESS = {
     (SEARCH, "/proc/{}/root/run", "os.stat"),

@@ -70,6 +70,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
     gpus = uuids(gpu_node)
     assert lines[0] == "slurm-mps verdict 1"
     assert lines[1:-1] == [
+        "uid 20001",
         "status ready",
         "daemon /run/slurm-mps/jobs/4711/pipe /var/log/slurm-mps/4711 8G",
         "thread_percentage 12.5",
@@ -257,16 +258,38 @@ def test_two_prologs_of_one_job_at_once_start_one_daemon(gpu_node: GpuNode) -> N
     gpu_node.epilog(4711).check()
 
 
-def test_a_requeued_job_starts_anew(gpu_node: GpuNode) -> None:
-    """With another restart count the first run is undone and the second gets a daemon and limits of its own."""
-    gpu_node.prolog(4711, gpus="0,1", **asked("25", "8G")).check()
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"SLURM_JOB_RESTART_COUNT": "1"},
+        {"SLURM_JOB_START_TIME": "1795000000"},
+        {"user": "bob"},
+        {"gpus": "2"},
+        {"SPANK_MPS_MEM": "8G"},
+        {"SPANK_MPS": "per-gpu"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_run_under_the_same_id_starts_anew(gpu_node: GpuNode, other: dict[str, str]) -> None:
+    """A requeued job, or another job where the controller's state was lost and ids began anew."""
+    gpu_node.prolog(4711, **asked("25")).check()
     first = daemon_pid(gpu_node)
-    gpu_node.prolog(4711, gpus="2", SLURM_JOB_RESTART_COUNT="1", **asked("50")).check()
-    assert daemon_pid(gpu_node) != first
-    assert len(gpu_node.mps_processes()) == 2
-    assert gpu_node.compute_modes() == [0, 0, 3, 0]
-    assert " sms=66 " in gpu_node.client(4711).check().stdout
+    given = {"gpus": "0,1", "user": "alice", **asked("50"), **other}
+    gpu_node.prolog(4711, **given).check()
+    pipe = "gpu-0" if other == {"SPANK_MPS": "per-gpu"} else "pipe"
+    daemons = [process.pid for process in gpu_node.mps_processes() if process.uid == 0]
+    assert first not in daemons
+    assert gpu_node.verdict(4711)["thread_percentage"] == "50"
+    assert gpu_node.verdict(4711)["daemon"].split("/")[5].split(" ")[0].startswith(pipe[:3])
+    assert gpu_node.compute_modes() == ([0, 0, 3, 0] if "gpus" in other else [3, 3, 0, 0])
     gpu_node.epilog(4711).check()
+
+
+def test_a_job_without_mps_under_the_same_id_has_none(gpu_node: GpuNode) -> None:
+    """What was left of the other job is taken down, and nothing comes in its place."""
+    gpu_node.prolog(4711, **asked("25")).check()
+    gpu_node.run(PROLOG, env=job_environment(4711)).check()
+    assert (gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [], [0, 0, 0, 0])
 
 
 def test_a_prolog_does_not_trust_what_an_earlier_boot_brought_up(own_node: GpuNode) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps.job.verdict import WITHOUT, Verdict
+from tests.harness.machine import USERS
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -267,6 +269,24 @@ def test_without_a_prolog_the_task_fails_and_the_node_stays(site: Site) -> None:
     assert result.returncode != 0
     assert "ran" not in result.stdout
     assert "no prolog set it up on this node" in message(result)
+
+
+def test_what_another_users_job_left_under_the_same_id_is_not_this_jobs(site: Site) -> None:
+    """Job ids began anew, and this job's own prolog said nothing: bob's job was to run without MPS."""
+    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
+    text = site.machine.read(prolog)
+    job = site.cluster.sbatch("-wn1", "--hold", "--gres=gpu:1", "--mps", script="echo ran")
+    left = Verdict(WITHOUT, "no daemon", uid=USERS["bob"]).encode().decode()
+    site.machine.write(f"/var/log/slurm-mps/{job}/verdict", left, node="n1")
+    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
+    try:
+        site.machine.run(["scontrol", "release", str(job)]).check()
+        state = site.cluster.wait(job).state
+    finally:
+        site.machine.write(prolog, text, mode=0o755)
+    assert state == "FAILED"
+    assert "what the prolog left on this node under this job's id is another user's" in site.cluster.output(job)
+    site.node("n1", "rm", "-r", f"/var/log/slurm-mps/{job}").check()
 
 
 def test_a_step_of_a_healthy_job_runs(site: Site) -> None:

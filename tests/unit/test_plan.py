@@ -28,7 +28,7 @@ GPUS = (H200, replace(H200, uuid="GPU-1", index=1, minor=1))
 
 
 def ask(threads: float | None = None, memory: int | None = None) -> JobRequest:
-    return JobRequest(4711, 20001, 0, ("0", "1"), threads, memory)
+    return JobRequest(4711, 20001, ("0", "1"), threads, memory)
 
 
 def by_gpu(*limits: tuple[int, int]) -> JobRequest:

@@ -75,6 +75,7 @@ class CVerdict(ctypes.Structure):
         ("gpu_count", ctypes.c_uint),
         ("daemons", CDaemon * 64),
         ("gpus", CGpu * 64),
+        ("uid", ctypes.c_uint32),
     )
 
 
@@ -812,7 +813,7 @@ def test_both_sides_reckon_the_same_cost_of_a_context(plugin: ctypes.CDLL, state
     verdict = verdict_file(thread_percentage=f"{tenths // 10}.{tenths % 10}")
     gpu = Gpu("GPU-0", 0, 0, 143771 * MIB, "Simulated H200", 143155 * MIB, (9, 0), (13, 0))
     for mib in range(1, 600):
-        request = JobRequest(JOB, 1, 0, ("0",), tenths / 10, mib * MIB)
+        request = JobRequest(JOB, 1, ("0",), tenths / 10, mib * MIB)
         try:
             taken = bool(make_plan(request, DEFAULTS, (gpu,)))
         except RequestError:

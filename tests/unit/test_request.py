@@ -13,7 +13,7 @@ SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_UID": "20001", "SLURM_JOB_GPUS": "2,
 
 def test_a_full_request() -> None:
     request = read_request({**SLURM, "SPANK_MPS": "1", "SPANK_MPS_THREADS": "12.5", "SPANK_MPS_MEM": "8G"})
-    assert request == JobRequest(4711, 20001, 0, ("2", "3"), 12.5, 8 * GIB)
+    assert request == JobRequest(4711, 20001, ("2", "3"), 12.5, 8 * GIB)
 
 
 @pytest.mark.parametrize(("text", "daemons"), [("1", PER_NODE), ("per-node", PER_NODE), ("per-gpu", PER_GPU)])

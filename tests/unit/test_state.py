@@ -35,8 +35,8 @@ def state(place: Path) -> NodeState:
     return NodeState(str(place))
 
 
-def begin(state: NodeState, job_id: int = 4711, restart_count: int = 0) -> Journal:
-    return state.begin_journal(job_id, 20001, restart_count)
+def begin(state: NodeState, job_id: int = 4711, run: str = "5d41402a") -> Journal:
+    return state.begin_journal(job_id, 20001, run)
 
 
 def modes(place: Path) -> dict[str, int]:
@@ -54,7 +54,7 @@ def put(path: Path, data: bytes) -> None:
 
 def test_a_journal_is_read_back_as_it_was_written(state: NodeState) -> None:
     """Who the job is and every undo, in order, survive the process that noted them."""
-    journal = begin(state, restart_count=3)
+    journal = begin(state, run="1234abcd")
     for line in UNDO:
         journal.note(line)
     journal.ready = True
@@ -133,7 +133,7 @@ def test_a_strangers_file_keeps_the_journal(state: NodeState, place: Path) -> No
     assert state.open_journal(4711) is not None
 
 
-WHO = "job id=4711 uid=20001 restart=0 boot=b node=n1 ready=no"
+WHO = "job id=4711 uid=20001 run=5d41402a boot=b node=n1 ready=no"
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
     journal = begin(state)
     journal.write_verdict(refused("no\nstatus ready\r\x1b[2Jé" + "x" * 10_000))
     lines = decode((place / "jobs/4711/verdict").read_bytes(), "verdict", VERDICT_VERSION)
-    assert lines[0] == "status refused"
-    assert lines[1].startswith("message no?status ready??[2J?xxx")
-    assert (len(lines), len(lines[1])) == (2, len("message ") + 480)
+    assert lines[:2] == ["uid 20001", "status refused"]
+    assert lines[2].startswith("message no?status ready??[2J?xxx")
+    assert (len(lines), len(lines[2])) == (3, len("message ") + 480)
 
 
 # --------------------------------------------------------------------------------------------------------- the ledger
