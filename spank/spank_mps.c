@@ -41,6 +41,18 @@ SPANK_PLUGIN(mps, 1)
 
 static struct step step;
 
+/*
+ * How often plugstack.conf names this file: for each line Slurm calls everything once more, in the same memory. What
+ * counts tasks, or reads what the call before has set, must not run twice.
+ */
+static unsigned int lines_in_plugstack;
+
+/* Whether this is the first of the calls that Slurm makes, one for each line. */
+static bool is_first(unsigned int *calls)
+{
+	return (*calls)++ % (lines_in_plugstack ? lines_in_plugstack : 1) == 0;
+}
+
 static bool has_mps(void)
 {
 	return spank_context() == S_CTX_REMOTE && !step.failed && step.verdict.status == VERDICT_READY;
@@ -51,6 +63,7 @@ int slurm_spank_init(spank_t sp, int ac, char **av)
 {
 	(void)ac;
 	(void)av;
+	lines_in_plugstack++;
 	submit_forget_other_job();
 	request_register(sp);
 	return ESPANK_SUCCESS;
@@ -66,9 +79,11 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 /* Once per step on each node, in slurmstepd, as the user. */
 int slurm_spank_user_init(spank_t sp, int ac, char **av)
 {
+	static unsigned int calls;
+
 	(void)ac;
 	(void)av;
-	if (spank_context() != S_CTX_REMOTE)
+	if (spank_context() != S_CTX_REMOTE || !is_first(&calls))
 		return ESPANK_SUCCESS;
 	stepd_judge(sp, &step);
 	if (has_mps())
@@ -82,10 +97,13 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
  */
 int slurm_spank_task_init(spank_t sp, int ac, char **av)
 {
+	static unsigned int calls;
 	char problem[VERDICT_MESSAGE_MAX];
 
 	(void)ac;
 	(void)av;
+	if (!is_first(&calls))
+		return ESPANK_SUCCESS;
 	stepd_judge(sp, &step);
 	if (!step.failed && task_prepare(sp, &step, problem, sizeof(problem)))
 		return ESPANK_SUCCESS;
@@ -97,13 +115,14 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 /* In slurmstepd, as root, when the tasks are forked: a server that was found good the next step need not try again. */
 int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 {
+	static unsigned int calls;
 	static bool done;
 	uint32_t rank = 0;
 	pid_t pid = 0;
 
 	(void)ac;
 	(void)av;
-	if (!has_mps())
+	if (!is_first(&calls) || !has_mps())
 		return ESPANK_SUCCESS;
 	if (!done)
 		health_clear(step.job_id, &step.verdict, &step.health);
@@ -117,13 +136,14 @@ int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 /* In slurmstepd, as root, before srun learns that a task has ended. */
 int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 {
+	static unsigned int calls;
 	uint32_t rank = 0;
 	uid_t uid = 0;
 	int status = 0;
 
 	(void)ac;
 	(void)av;
-	if (!has_mps() || rollcall_failed(step.rollcall))
+	if (!is_first(&calls) || !has_mps() || rollcall_failed(step.rollcall))
 		return ESPANK_SUCCESS;
 	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS)
 		return ESPANK_SUCCESS;

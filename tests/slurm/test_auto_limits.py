@@ -82,6 +82,20 @@ def test_ranks_that_slurm_does_not_bind_cannot_pile_up_on_one_gpus_daemon(any_si
     assert "with --mps=per-gpu a task can use one GPU, and it has 2" in result.stderr
 
 
+def test_a_plugin_that_is_loaded_twice_counts_each_task_once(site: Site) -> None:
+    """A second line, as installers add with an include; doctor names it."""
+    place = "/etc/slurm/plugstack.conf"
+    once = site.machine.read(place)
+    site.machine.write(place, f"{once}include /etc/slurm/twice.conf\n")
+    site.machine.write("/etc/slurm/twice.conf", once)
+    try:
+        result = srun(site, "-n4", "--gres=gpu:1", *AUTO)
+    finally:
+        site.machine.write(place, once)
+        site.machine.path("/etc/slurm/twice.conf").unlink()
+    assert sms(result.check().stdout) == [132 // 4 - 1] * 4
+
+
 def test_each_step_divides_for_itself(site: Site) -> None:
     script = f"srun -n2 {CLIENT} > two\nsrun -n8 {CLIENT} > eight\ncat two\necho\ncat eight\nrm two eight\n"
     job = site.cluster.sbatch("-wn1", "-n8", "--gres=gpu:1", "--mps-threads=auto", script=script)
