@@ -1,16 +1,17 @@
-"""All checks, or some of them, at this place."""
+"""All checks, or some of them, on this host."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from typing import TYPE_CHECKING
 
 from ..errors import MpsError
-from . import devices, plugin, scripts, site, slurm
-from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding, NotCheckedError
-from .place import Place
+from ..slurm.host import NotKnownError
+from .checks import gpus, hooks, plugin, site, slurm
+from .facts import Facts
+from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 #: The modules whose checks register themselves, in the order in which they are told.
-_MODULES = (slurm, plugin, scripts, site, devices)
+_MODULES = (slurm, plugin, hooks, site, gpus)
 _PAGE = "docs/doctor.md"
 
 
@@ -33,14 +34,14 @@ def examine(environment: Mapping[str, str], ids: Sequence[str] = ()) -> list[Fin
 
     Raises: KeyError for an id that is none.
     """
-    place = Place(environment)
-    place.begin()
+    facts = Facts(environment)
+    facts.begin()
     checks = all_checks()
     chosen = [checks[check_id] for check_id in ids] or list(checks.values())
     try:
-        return [finding for one in chosen for finding in _run(one, place)]
+        return [finding for one in chosen for finding in _run(one, facts)]
     finally:
-        place.close()
+        facts.close()
 
 
 def page_of(check_id: str) -> str:
@@ -59,19 +60,19 @@ def _page() -> str:
     return _PAGE
 
 
-def _run(one: Check, place: Place) -> list[Finding]:
+def _run(one: Check, facts: Facts) -> list[Finding]:
     def finding(severity: str, what: str, cure: str = "", why: str = "", *, needs_root: bool = False) -> Finding:
         why = (why or one.why) if severity in (WARNING, PROBLEM) else ""
         return Finding(one.id, severity, what, why, cure, page_of(one.id), needs_root)
 
-    if one.where != ANYWHERE and not place.is_compute:
+    if one.where != ANYWHERE and not facts.is_compute:
         return [finding(NOT_CHECKED, "this is no compute node of slurm.conf")]
-    if one.where == GPU_NODE and not place.gpus_in_slurm:
+    if one.where == GPU_NODE and not facts.gpus_in_slurm:
         return [finding(NOT_CHECKED, "slurm.conf gives this node no GPU")]
     found: list[Finding] = []
     try:
-        found += [finding(said.severity, said.what, said.cure, said.why) for said in one.body(place)]
-    except NotCheckedError as error:
+        found += [finding(said.severity, said.what, said.cure, said.why) for said in one.body(facts)]
+    except NotKnownError as error:
         found.append(finding(NOT_CHECKED, str(error), needs_root=error.needs_root))
     except MpsError as error:
         found.append(finding(NOT_CHECKED, str(error)))

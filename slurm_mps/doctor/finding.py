@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from ..record import record
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .place import Place
+    from .facts import Facts
 
-    Body = Callable[[Place], Iterator["Said"]]
+    Body = Callable[[Facts], Iterator["Said"]]
 
 PROBLEM, WARNING, FINE, NOT_CHECKED = "problem", "warning", "fine", "not checked"
 ANYWHERE, COMPUTE, GPU_NODE = "anywhere", "on a compute node", "on a node with GPUs"
 
 
-@record
+@dataclass(frozen=True)
 class Said:
     """What a check found: a severity, what is so, the line or command that cures it; `why` if not the check's own."""
 
@@ -41,19 +41,7 @@ def fine(what: str) -> Said:
     return Said(FINE, what)
 
 
-class NotCheckedError(Exception):
-    """This cannot be looked at here; `needs_root` when root could."""
-
-    def __init__(self, why: str, *, needs_root: bool = False) -> None:
-        super().__init__(why)
-        self.needs_root = needs_root
-
-
-class NoAnswerError(NotCheckedError):
-    """Whoever was asked has not answered in time."""
-
-
-@record
+@dataclass(frozen=True)
 class Check:
     """One thing to look at: its id, the question, why it matters, where it applies."""
 
@@ -64,7 +52,7 @@ class Check:
     body: Body
 
 
-@record
+@dataclass(frozen=True)
 class Finding:
     """What came of a check. `why` and `cure` are empty where all is well; `page` explains the check."""
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from ..errors import NodeError
-from ..record import record
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-TYPE_CHECKING = False
+from ..errors import NodeError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, TypeVar
 
-    T = TypeVar("T")
+T = TypeVar("T")
 
 
-@record
+@dataclass(frozen=True)
 class GpuFacts:
     """One GPU. None, or 0 bytes: the driver does not tell. ``error``: NVML's word where it does not answer at all."""
 
@@ -30,7 +30,7 @@ class GpuFacts:
     error: str = ""
 
 
-@record
+@dataclass(frozen=True)
 class Driver:
     """The driver's version, such as 580.159.04, the newest CUDA it speaks, such as (13, 0), and its GPUs."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..job.reconcile import Finding, Reconciler
 from ..job.watch import Watch
 from ..node.nvml import Gpus
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import subprocess
-from shutil import which
 
 from ..errors import NodeError
 from ..record import record
 from ..units import printable
 from .hostlist import expand_hosts
+from .programs import find_program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Squeue:
     name = "squeue --json"
 
     def __init__(self, program: str | None = None) -> None:
-        self._program = program or which("squeue") or ""
+        self._program = program or find_program("squeue", os.environ.get("PATH", ""))
 
     def jobs(self, timeout_seconds: float) -> list[SlurmJob]:
         if not self._program:
@@ -222,5 +222,6 @@ def marks_jobs(timeout_seconds: float, run: Callable[[list[str], float], str] | 
 
 
 def _output(argv: list[str], timeout_seconds: float) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_seconds, check=True)  # noqa: S603
-    return done.stdout
+    program = find_program(argv[0], os.environ.get("PATH", "")) or argv[0]
+    line = [program, *argv[1:]]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout_seconds, check=True).stdout  # noqa: S603

@@ -47,6 +47,7 @@ class Conf:
     lines: tuple[ConfLine, ...]
     problems: tuple[str, ...]
     files: tuple[str, ...]  #: all that were read, the file itself first
+    includes: tuple[str, ...]  #: what it includes: paths, in plugstack.conf patterns
 
     def records(self, key: str) -> list[tuple[ConfLine, dict[str, str]]]:
         """The lines that begin with this key, such as NodeName, and their pairs."""
@@ -82,28 +83,37 @@ def read_conf(path: str, *, globs: bool = False) -> Conf:
 
     Raises: OSError when the file itself cannot be read.
     """
-    problems: list[str] = []
-    files: list[str] = []
-    lines = tuple(_read(path, read_text(path), globs, problems, files, 0))
-    return Conf(path, lines, tuple(problems), tuple(files))
+    reader = _Reader(globs=globs)
+    lines = tuple(reader.read(path, read_text(path), 0))
+    return Conf(path, lines, tuple(reader.problems), tuple(reader.files), tuple(reader.includes))
 
 
-def _read(path: str, text: str, globs: bool, problems: list[str], files: list[str], depth: int) -> Iterator[ConfLine]:
-    include = _PLUGSTACK_INCLUDE if globs else _INCLUDE
-    files.append(path)
-    for line in logical_lines(path, text):
-        match = include.match(line.text)
-        if not match:
-            yield line
-            continue
-        wanted = os.path.join(os.path.dirname(path), match[1].strip().strip('"'))
-        for included in sorted(glob.glob(wanted)) if globs else [wanted]:
-            if depth >= _DEPTH_MAX:
-                problems.append(f"{line.place}: includes go deeper than {_DEPTH_MAX}")
-                return
-            try:
-                inner = read_text(included)
-            except OSError as error:
-                problems.append(f"{line.place}: {included}: {error.strerror}")
+class _Reader:
+    """Follows the includes, and keeps what it met on the way."""
+
+    def __init__(self, *, globs: bool) -> None:
+        self._globs = globs
+        self.problems: list[str] = []
+        self.files: list[str] = []
+        self.includes: list[str] = []
+
+    def read(self, path: str, text: str, depth: int) -> Iterator[ConfLine]:
+        include = _PLUGSTACK_INCLUDE if self._globs else _INCLUDE
+        self.files.append(path)
+        for line in logical_lines(path, text):
+            match = include.match(line.text)
+            if not match:
+                yield line
                 continue
-            yield from _read(included, inner, globs, problems, files, depth + 1)
+            wanted = os.path.join(os.path.dirname(path), match[1].strip().strip('"'))
+            self.includes.append(wanted)
+            for included in sorted(glob.glob(wanted)) if self._globs else [wanted]:
+                if depth >= _DEPTH_MAX:
+                    self.problems.append(f"{line.place}: includes go deeper than {_DEPTH_MAX}")
+                    return
+                try:
+                    inner = read_text(included)
+                except OSError as error:
+                    self.problems.append(f"{line.place}: {included}: {error.strerror}")
+                    continue
+                yield from self.read(included, inner, depth + 1)

@@ -5,19 +5,17 @@ Prolog and epilog never ask (docs/decisions/0005).
 
 from __future__ import annotations
 
-import os
-
 from ..errors import NodeError
 from ..node import processes
 from ..record import record
 from ..units import printable
+from .programs import find_program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _CLIENT = "squeue"
-_PLACES = ("/usr/local/bin", "/usr/bin", "/opt/slurm/bin", "/usr/local/slurm/bin")
 _FORMAT = "%A|%T|%e|%N"
 _JOBS_AT_ONCE = 200
 _STEP_TITLE = "slurmstepd: ["
@@ -47,20 +45,14 @@ def jobs_with_steps() -> set[int]:
     return found
 
 
-def _client(path: str) -> str:
-    for place in (*path.split(":"), *_PLACES):
-        program = f"{place}/{_CLIENT}"
-        if place.startswith("/") and os.access(program, os.X_OK):
-            return program
-    raise NodeError(f"{_CLIENT} is not in PATH")
-
-
 def find_jobs(job_ids: Sequence[int], environment: Mapping[str, str], timeout_seconds: float) -> dict[int, SlurmJob]:
     """What the controller knows of these jobs; those that it does not know are not in the answer.
 
     Raises: NodeError when it does not answer, or in another way than squeue(1) says; DeadlineError.
     """
-    program = _client(environment.get("PATH", ""))
+    program = find_program(_CLIENT, environment.get("PATH", ""))
+    if not program:
+        raise NodeError(f"{_CLIENT} is not in PATH")
     given = {name: environment[name] for name in ("PATH", "SLURM_CONF") if name in environment}
     found: dict[int, SlurmJob] = {}
     for start in range(0, len(job_ids), _JOBS_AT_ONCE):

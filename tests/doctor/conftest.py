@@ -14,7 +14,7 @@ from tests.harness.reports import report as checked
 from tests.harness.site import PYTHON, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 COMMAND = [PYTHON, "-I", "-m", "slurm_mps.cli.main"]
@@ -44,7 +44,7 @@ class Patient:
     def __init__(self, site: Site) -> None:
         self.site = site
         self._kept: dict[Path, tuple[bytes | None, os.stat_result | None]] = {}
-        self._undo: list[Sequence[str]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def run(self, *argv: str, user: str | None = None, elsewhere: bool = False, **env: str) -> tuple[int, str, str]:
         """Run the command on node n1, or on a host that Slurm knows no node of."""
@@ -102,13 +102,18 @@ class Patient:
     def shell(self, text: str, undo: str = "") -> str:
         """Run a script on the node, and another when the test is over."""
         if undo:
-            self._undo.append(["sh", "-c", undo])
+            self._undo.append(lambda: self.site.node("n1", "sh", "-c", undo).check())
         return self.site.node("n1", "sh", "-c", text).check().stdout
+
+    def without_slurmd(self) -> None:
+        """End the node's slurmd until the test is over."""
+        self.site.cluster.stop_daemon("slurmd-n1")
+        self._undo.append(lambda: self.site.cluster.start_node("n1"))
 
     def heal(self) -> None:
         """Put everything back, newest first."""
-        for argv in reversed(self._undo):
-            self.site.node("n1", *argv).check()
+        for undo in reversed(self._undo):
+            undo()
         for place, (data, status) in reversed(self._kept.items()):
             if status is None:
                 if place.is_dir():

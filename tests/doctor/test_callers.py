@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from slurm_mps.doctor import callers, scripts
+from slurm_mps.doctor import callers
 from slurm_mps.doctor.callers import Script, Scripts
+from slurm_mps.doctor.checks import hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from slurm_mps.doctor.place import Place
+    from slurm_mps.doctor.facts import Facts
 
 OURS = "# slurm-mps\nexec python3 /opt/slurm_mps/hook.py\n"
 
@@ -81,9 +82,9 @@ def test_a_check_searches_each_text_once(directory: Path, monkeypatch: pytest.Mo
     ours = directory.parent / "ours"
     ours.write_text(OURS)
     kills = Searched("pkill")
-    monkeypatch.setattr(scripts, "_KILLS", kills)
-    place = cast("Place", SimpleNamespace(epilog_parts=in_order(*tops, ours)))
-    assert len({said.what for said in scripts.epilog_order(place)}) == len(tops)
+    monkeypatch.setattr(hooks, "_KILLS", kills)
+    facts = cast("Facts", SimpleNamespace(epilog_parts=in_order(*tops, ours)))
+    assert len({said.what for said in hooks.epilog_order(facts)}) == len(tops)
     assert kills.codes
     assert max(Counter(kills.codes).values()) == 1
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps import __version__
+from slurm_mps.doctor.checks.slurm import TRIED
 from slurm_mps.doctor.examine import all_checks
-from slurm_mps.doctor.slurm import TRIED
 from slurm_mps.job.verdict import VERDICT_VERSION
 from tests.harness.release import RELEASES, chosen
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
@@ -87,13 +87,13 @@ def driver(*settings: str) -> Callable[[Patient], object]:
     return lambda patient: patient.site.fault("n1", *settings)
 
 
-def another_slurm(release: str) -> Callable[[Patient], None]:
-    """Let Slurm's command say that it is another release."""
+def another_slurm(release: str, *programs: str) -> Callable[[Patient], None]:
+    """Let Slurm's programs, or some of them, say that they are of another release."""
 
     def plant(patient: Patient) -> None:
-        patient.shell("cp -L /usr/bin/scontrol /usr/local/bin/scontrol.real", undo="rm /usr/local/bin/scontrol*")
-        text = f'[ "$1" != -V ] || {{ echo slurm {release}; exit; }}\nexec /usr/local/bin/scontrol.real "$@"'
-        patient.write("/usr/local/bin/scontrol", f"#!/bin/sh\n{text}\n", 0o755)
+        for program in programs or ("sbin/slurmd", "bin/srun", "bin/scontrol"):
+            text = f'[ "$1" != -V ] || {{ echo slurm {release}; exit; }}\nexec /usr/{program} "$@"'
+            script(f"/usr/local/{program}", text)(patient)
 
     return plant
 
@@ -232,6 +232,7 @@ FAULTS = {
     "a Slurm that nobody tried": Fault(
         another_slurm("27.05.1"), {**warning("slurm-version"), **problem("plugin-release")}
     ),
+    "programs of two releases": Fault(another_slurm("23.11.0", "bin/scontrol"), problem("slurm-version")),
     **{
         f"a Slurm between those that were tried, {release}": Fault(
             another_slurm(release), {**warning("slurm-version"), **problem("plugin-release")}
@@ -243,10 +244,7 @@ FAULTS = {
     "a line taken out, but not taken over": Fault(
         line("GresTypes", ""), {**problem("gres-types"), **warning("config-in-force")}
     ),
-    "no slurmd": Fault(
-        lambda p: p.shell("mv /run/slurmd-n1.pid /run/kept", "mv /run/kept /run/slurmd-n1.pid"), warning("slurmd")
-    ),
-    "a pid file of somebody else": Fault(lambda p: p.write("/run/slurmd-n1.pid", "1\n"), warning("slurmd")),
+    "no slurmd": Fault(lambda p: p.without_slurmd(), warning("slurmd")),
     "a slurmd whose restart ends all": Fault(
         lambda p: p.write("/etc/systemd/system/slurmd.service.d/kill.conf", "[Service]\nKillMode=control-group\n"),
         warning("slurmd-unit"),
@@ -452,11 +450,12 @@ FAULTS = {
         problem("site-config-owner"),
     ),
     "an mps.toml with a second name": Fault(
-        lambda p: p.shell(f"echo > {MPS}; ln {MPS} /etc/slurm/second", f"rm {MPS} /etc/slurm/second"),
+        lambda p: p.shell(f"ln {MPS} /etc/slurm/second", "rm /etc/slurm/second"),
         problem("site-config-owner"),
     ),
     "an mps.toml that is a directory": Fault(
-        lambda p: p.shell(f"mkdir {MPS}", f"rmdir {MPS}"), problem("site-config-owner")
+        lambda p: p.shell(f"mv {MPS} /etc/kept; mkdir {MPS}", f"rmdir {MPS}; mv /etc/kept {MPS}"),
+        problem("site-config-owner"),
     ),
     "a slurm.conf of a user": Fault(lambda p: p.chown(SLURM, 20001), problem("site-config-owner")),
     "a state directory that is a link": Fault(

@@ -48,7 +48,7 @@ ALLOWED = {
     PROCESSES: {"posix_spawn", "fork", "killpg", "readlink", "listdir"},
     SEARCH: {"readlink", "stat"},
     "slurm_mps/config/load.py": {"stat"},
-    "slurm_mps/slurm/jobs.py": {"access"},
+    "slurm_mps/slurm/programs.py": {"access"},
 }
 #: A call by path whose answer is only compared: whether a process sees the directory /run that we see.
 COMPARED = {(SEARCH, "os.stat(f'/proc/{pid}/root/run')"), (SEARCH, "os.stat('/run')")}
@@ -250,6 +250,7 @@ def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> N
         "slurm_mps/slurm/__init__.py",
         "slurm_mps/slurm/hostlist.py",
         "slurm_mps/slurm/jobs.py",
+        "slurm_mps/slurm/programs.py",
         "slurm_mps/units.py",
     ]
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import TYPE_CHECKING
 
-from ..config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
-from ..job.reconcile import BUSY, KEPT, LEFT
-from ..node.reading import read_text
-from ..units import printable
-from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
-from .paths import closed_to_users, others_can_write, steps
+from ...config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
+from ...job.reconcile import BUSY, KEPT, LEFT
+from ...node.paths import closed_to_users, others_can_write, steps
+from ...node.reading import read_text
+from ...slurm.host import NotKnownError
+from ...units import printable
+from ..finding import COMPUTE, check, fine, problem, warning
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..job.reconcile import Finding
-    from .finding import Said
-    from .place import Place
+    from ...job.reconcile import Finding
+    from ..facts import Facts
+    from ..finding import Said
 
 _LITTLE_BYTES, _LITTLE_FILES = 16 * 2**20, 1000
 _NO_BYTES = 2**20
@@ -32,8 +33,8 @@ _VARIABLE = "CUDA_MPS_"
     "mps.toml is right",
     why="The prolog refuses a file with a mistake: every job that asks for MPS drains its node.",
 )
-def site_config(place: Place) -> Iterator[Said]:
-    for wrong in place.site_problems:
+def site_config(facts: Facts) -> Iterator[Said]:
+    for wrong in facts.site_problems:
         yield problem(wrong, f"mend the line; slurm-mps config check {CONFIG_PATH}")
     yield fine(CONFIG_PATH if os.path.exists(CONFIG_PATH) else f"there is no {CONFIG_PATH}; the defaults hold")
 
@@ -43,10 +44,10 @@ def site_config(place: Place) -> Iterator[Said]:
     "only root can write mps.toml and slurm.conf",
     why="They decide what runs as root; the prolog refuses an mps.toml that others can write, and the node drains.",
 )
-def site_config_owner(place: Place) -> Iterator[Said]:
+def site_config_owner(facts: Facts) -> Iterator[Said]:
     if not os.path.isdir(CONFIG_DIRECTORY):
-        raise NotCheckedError(f"there is no {CONFIG_DIRECTORY}")
-    paths = [os.path.realpath(CONFIG_DIRECTORY), f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}", place.conf_path]
+        raise NotKnownError(f"there is no {CONFIG_DIRECTORY}")
+    paths = [os.path.realpath(CONFIG_DIRECTORY), f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}", facts.conf_path]
     written = {others_can_write(path) for path in paths if path and os.path.lexists(path)} - {""}
     for path in sorted(written):
         yield problem(f"{path} can be written by others than root", f"chown root: {path}; chmod go-w {path}")
@@ -66,7 +67,7 @@ def site_config_owner(place: Place) -> Iterator[Said]:
     why="The prolog trusts no other, and the node drains.",
     where=COMPUTE,
 )
-def state_directory(_place: Place) -> Iterator[Said]:
+def state_directory(_facts: Facts) -> Iterator[Said]:
     for path in steps(STATE_DIRECTORY):
         if os.path.islink(path):
             yield problem(f"{path} is a link, which the prolog does not follow", f"make {path} a directory")
@@ -85,7 +86,7 @@ def state_directory(_place: Place) -> Iterator[Said]:
     why="Its tasks cannot read the prolog's verdict or reach their control daemon, and fail.",
     where=COMPUTE,
 )
-def user_path(_place: Place) -> Iterator[Said]:
+def user_path(_facts: Facts) -> Iterator[Said]:
     closed = closed_to_users(f"{STATE_DIRECTORY}/jobs/1")
     if closed:
         yield problem(f"users cannot enter {closed} on the way to {STATE_DIRECTORY}/jobs", f"chmod o+x {closed}")
@@ -97,7 +98,7 @@ def user_path(_place: Place) -> Iterator[Said]:
     why="A job's directory is opened to the job's user alone by an ACL; without, MPS jobs are a fault of the node.",
     where=COMPUTE,
 )
-def acl(_place: Place) -> Iterator[Said]:
+def acl(_facts: Facts) -> Iterator[Said]:
     path = next(path for path in (STATE_DIRECTORY, "/run", "/") if os.path.isdir(path))
     try:
         os.getxattr(path, "system.posix_acl_access")
@@ -114,7 +115,7 @@ def acl(_place: Place) -> Iterator[Said]:
     why="A journal that cannot be written stops the prolog, and the node drains.",
     where=COMPUTE,
 )
-def run_space(_place: Place) -> Iterator[Said]:
+def run_space(_facts: Facts) -> Iterator[Said]:
     path = next(path for path in (STATE_DIRECTORY, "/run") if os.path.isdir(path))
     room = os.statvfs(path)
     if room.f_flag & os.ST_RDONLY:
@@ -137,8 +138,8 @@ def run_space(_place: Place) -> Iterator[Said]:
     why="Otherwise the daemons' logs lie in /run, where they take the room of the state, and are gone with their job.",
     where=COMPUTE,
 )
-def logs_directory(place: Place) -> Iterator[Said]:
-    path = place.site.paths_logs
+def logs_directory(facts: Facts) -> Iterator[Said]:
+    path = facts.site.paths_logs
     parent = os.path.dirname(path)
     link = next((one for one in steps(path) if os.path.islink(one)), "")
     written = others_can_write(path, group_is_trusted=True)
@@ -160,8 +161,8 @@ def logs_directory(place: Place) -> Iterator[Said]:
     why="A crashed job's daemon or ledger keeps its GPU from the next MPS job.",
     where=COMPUTE,
 )
-def stale_state(place: Place) -> Iterator[Said]:
-    for one in place.stale():
+def stale_state(facts: Facts) -> Iterator[Said]:
+    for one in facts.stale:
         if one.outcome in (BUSY, KEPT) or one.thing == CONFIG_PATH:
             continue
         if one.why.startswith("Slurm does not say"):
@@ -184,12 +185,12 @@ def _cure(one: Finding) -> str:
     "nobody sets MPS's variables for everybody",
     why="A program without MPS joins whoever's daemon they name; limits that they set are not what the job asked.",
 )
-def mps_variables(place: Place) -> Iterator[Said]:
+def mps_variables(facts: Facts) -> Iterator[Said]:
     try:
         profiles = [f"{_PROFILES}/{name}" for name in sorted(os.listdir(_PROFILES))]
     except OSError:
         profiles = []
-    task_prolog = place.value("TaskProlog") if place.conf_path else ""
+    task_prolog = facts.value("TaskProlog") if facts.conf_path else ""
     for path in (*_ENVIRONMENT_FILES, *profiles, *filter(None, [task_prolog])):
         try:
             lines = read_text(path, 65536).splitlines()

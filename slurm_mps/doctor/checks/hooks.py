@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..errors import MpsError
-from .callers import first
-from .finding import COMPUTE, NotCheckedError, check, fine, problem, warning
-from .paths import closed_to_users, others_can_write
+from ... import __version__
+from ...errors import MpsError
+from ...node.paths import closed_to_users, others_can_write
+from ...slurm.host import NotKnownError
+from ..callers import first
+from ..finding import COMPUTE, check, fine, problem, warning
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .callers import Script
-    from .finding import Said
-    from .place import Place
+    from ..callers import Script
+    from ..facts import Facts
+    from ..finding import Said
 
 _KILLS = re.compile(
     r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b)|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"
@@ -26,21 +27,21 @@ _SETS_MODE = re.compile(r"nvidia-smi\b[^\n|;]*(\s-c[\s=\d]|--compute-mode|\s-mig
 _RUNS_MPS = re.compile(r"(?<!grep )(?<!pidof )nvidia-cuda-mps-(control|server)\b")
 
 
-def _wired(place: Place, key: str, parts: list[Script]) -> Iterator[Said]:
-    patterns = [pattern for _, pattern in place.values(key)]
-    beside = f"{place.conf_directory}/{key.lower()}.d"
-    line = f"{place.where(key)}: {key}={beside}/*"
-    lies = next((script.path for script in place.our_hooks if f"/{key.lower()}.d/" in script.path), "")
+def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Said]:
+    patterns = facts.all(key)
+    beside = f"{facts.conf_directory}/{key.lower()}.d"
+    line = f"{facts.where(key)}: {key}={beside}/*"
+    lies = next((script.path for script in facts.our_hooks if f"/{key.lower()}.d/" in script.path), "")
     if not patterns:
-        yield problem(f"{key} is not set", line if lies or not place.is_compute else f"slurm-mps install, and {line}")
-    elif not place.is_compute:
+        yield problem(f"{key} is not set", line if lies or not facts.is_compute else f"slurm-mps install, and {line}")
+    elif not facts.is_compute:
         yield fine(f"{key}={','.join(patterns)}")
     elif not any(part.is_ours for part in parts):
-        if not place.is_root and any(part.text is None for part in parts):
-            raise NotCheckedError(f"a script of {key} can be read by root only", needs_root=True)
+        if not facts.is_root and any(part.text is None for part in parts):
+            raise NotKnownError(f"a script of {key} can be read by root only", needs_root=True)
         unclear = next((part.path for part in parts if part.is_open), "")
         if unclear:
-            raise NotCheckedError(f"what {unclear} runs cannot be told from its text")
+            raise NotKnownError(f"what {unclear} runs cannot be told from its text")
         told = f"{key}={','.join(patterns)} runs no script of slurm-mps"
         site = patterns[0] if os.path.isfile(patterns[0]) else ""  # its line in slurm.conf stays as it is
         if site:
@@ -60,8 +61,8 @@ def _call(key: str, caller: str, hook: str) -> str:
     "slurmd runs slurm-mps' prolog",
     why="Jobs that ask for MPS fail: no prolog set it up.",
 )
-def prolog_wired(place: Place) -> Iterator[Said]:
-    yield from _wired(place, "Prolog", place.prolog_parts)
+def prolog_wired(facts: Facts) -> Iterator[Said]:
+    yield from _wired(facts, "Prolog", facts.prolog_parts)
 
 
 @check(
@@ -69,8 +70,8 @@ def prolog_wired(place: Place) -> Iterator[Said]:
     "slurmd runs slurm-mps' epilog",
     why="Control daemons outlive their jobs, and GPUs stay EXCLUSIVE_PROCESS.",
 )
-def epilog_wired(place: Place) -> Iterator[Said]:
-    yield from _wired(place, "Epilog", place.epilog_parts)
+def epilog_wired(facts: Facts) -> Iterator[Said]:
+    yield from _wired(facts, "Epilog", facts.epilog_parts)
 
 
 def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, list[Script]]:
@@ -86,8 +87,8 @@ def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, 
     "what follows meets the job's own daemon.",
     where=COMPUTE,
 )
-def prolog_order(place: Place) -> Iterator[Said]:
-    _, ours, after = _ours_and_others(place.prolog_parts)
+def prolog_order(facts: Facts) -> Iterator[Said]:
+    _, ours, after = _ours_and_others(facts.prolog_parts)
     for part in after:
         found = first(_KILLS, part.code) or first(_SETS_MODE, part.code)
         if ours and found and not part.is_ours:
@@ -107,8 +108,8 @@ def prolog_order(place: Place) -> Iterator[Said]:
     "scripts of a pattern in reverse order of their names, a loop or run-parts in ascending order.",
     where=COMPUTE,
 )
-def epilog_order(place: Place) -> Iterator[Said]:
-    before, ours, _ = _ours_and_others(place.epilog_parts)
+def epilog_order(facts: Facts) -> Iterator[Said]:
+    before, ours, _ = _ours_and_others(facts.epilog_parts)
     for part in before:
         found = first(_KILLS, part.code)
         if ours and found:
@@ -127,8 +128,8 @@ def _bare(path: str) -> str:
     return re.sub(r"^[\dz]+[-_]", "", os.path.basename(path))
 
 
-def _others(place: Place) -> list[Script]:
-    return [part for part in (*place.prolog_parts, *place.epilog_parts) if not part.is_ours]
+def _others(facts: Facts) -> list[Script]:
+    return [part for part in (*facts.prolog_parts, *facts.epilog_parts) if not part.is_ours]
 
 
 @check(
@@ -137,8 +138,8 @@ def _others(place: Place) -> list[Script]:
     why="slurm-mps puts back the mode that it found; two that change it undo one another.",
     where=COMPUTE,
 )
-def other_mode_setter(place: Place) -> Iterator[Said]:
-    for script in _others(place):
+def other_mode_setter(facts: Facts) -> Iterator[Said]:
+    for script in _others(facts):
         found = first(_SETS_MODE, script.code)
         if found:
             yield warning(f"{script.path} has {found!r}", "leave the compute mode to slurm-mps, or set it at boot")
@@ -150,8 +151,8 @@ def other_mode_setter(place: Place) -> Iterator[Said]:
     why="Two control daemons cannot have one GPU in EXCLUSIVE_PROCESS; the job's servers do not start.",
     where=COMPUTE,
 )
-def other_mps_script(place: Place) -> Iterator[Said]:
-    for script in _others(place):
+def other_mps_script(facts: Facts) -> Iterator[Said]:
+    for script in _others(facts):
         found = first(_RUNS_MPS, script.code)
         if found:
             yield warning(f"{script.path} runs {found}", f"take it out of {os.path.dirname(script.path)}")
@@ -163,9 +164,9 @@ def other_mps_script(place: Place) -> Iterator[Said]:
     why="To slurmd a script that it cannot run is one that failed: the node drains at its next job.",
     where=COMPUTE,
 )
-def scripts_executable(place: Place) -> Iterator[Said]:
-    called = [script for script in place.our_hooks if script.path != script.top]  # of others a loop may take no notice
-    for script in (*place.prologs, *place.epilogs, *called):
+def scripts_executable(facts: Facts) -> Iterator[Said]:
+    called = [script for script in facts.our_hooks if script.path != script.top]  # of others a loop may take no notice
+    for script in (*facts.prologs, *facts.epilogs, *called):
         if not script.executable:
             yield problem(f"{script.path} is not executable", f"chmod 755 {script.path}, or take it away")
 
@@ -176,11 +177,11 @@ def scripts_executable(place: Place) -> Iterator[Said]:
     why="slurmd runs it as root: who can write it is root.",
     where=COMPUTE,
 )
-def scripts_owner(place: Place) -> Iterator[Said]:
+def scripts_owner(facts: Facts) -> Iterator[Said]:
     named = {
-        path for part in (*place.prolog_parts, *place.epilog_parts) for path in (part.path, part.values.get("package"))
+        path for part in (*facts.prolog_parts, *facts.epilog_parts) for path in (part.path, part.values.get("package"))
     }
-    pythons = {script.values.get("python") for script in place.our_hooks}
+    pythons = {script.values.get("python") for script in facts.our_hooks}
     written = {others_can_write(path) for path in named | pythons if path} - {""}
     for path in sorted(written):
         yield problem(f"{path} can be written by others than root", f"chown root: {path}; chmod go-w {path}")
@@ -192,8 +193,8 @@ def scripts_owner(place: Place) -> Iterator[Said]:
     why="The second run costs every job its time again; of two versions one does not understand the other.",
     where=COMPUTE,
 )
-def hooks_twice(place: Place) -> Iterator[Said]:
-    for parts in (place.prolog_parts, place.epilog_parts):
+def hooks_twice(facts: Facts) -> Iterator[Said]:
+    for parts in (facts.prolog_parts, facts.epilog_parts):
         ours = list(dict.fromkeys(part.path for part in parts if part.is_ours))  # by name and by a loop is no fault
         if len(ours) > 1:
             yield warning(f"slurmd runs {' and '.join(ours)}", "remove the older")
@@ -205,8 +206,8 @@ def hooks_twice(place: Place) -> Iterator[Said]:
     why="A hook without them fails, and its node drains, for jobs that ask for MPS.",
     where=COMPUTE,
 )
-def hooks_package(place: Place) -> Iterator[Said]:
-    for script in place.our_hooks:
+def hooks_package(facts: Facts) -> Iterator[Said]:
+    for script in facts.our_hooks:
         values = script.values
         for key in ("python", "package"):
             if not values.get(key):
@@ -227,11 +228,13 @@ def hooks_package(place: Place) -> Iterator[Said]:
     why="A hook that cannot start fails, and its node drains, for jobs that ask for MPS.",
     where=COMPUTE,
 )
-def hooks_python(place: Place) -> Iterator[Said]:
+def hooks_python(facts: Facts) -> Iterator[Said]:
     try:
-        yield fine(f"slurm-mps {place.hook_python()}")
+        yield fine(f"slurm-mps {facts.hook_versions[0]}")
+    except NotKnownError:
+        raise
     except MpsError as error:
-        yield problem(f"{place.hook_values()['python']}: {error}", "install Python 3.11 or newer and the package again")
+        yield problem(f"{facts.hook_values()['python']}: {error}", "install Python 3.11 or newer and the package again")
 
 
 @check(
@@ -240,11 +243,11 @@ def hooks_python(place: Place) -> Iterator[Said]:
     why="Of two installations one is old: status, reconcile and doctor may not understand what the hooks write.",
     where=COMPUTE,
 )
-def hooks_version(place: Place) -> Iterator[Said]:
+def hooks_version(facts: Facts) -> Iterator[Said]:
     try:
-        version = place.hook_python()
+        version = facts.hook_versions[0]
     except MpsError:
-        raise NotCheckedError("the hooks' Python does not run") from None
+        raise NotKnownError("the hooks' Python does not run") from None
     if version != __version__:
         yield problem(
             f"the hooks run slurm-mps {version}, this is {__version__}", "slurm-mps install of the one that is to stay"
@@ -258,14 +261,14 @@ def hooks_version(place: Place) -> Iterator[Said]:
     "the prolog fails and the node drains.",
     where=COMPUTE,
 )
-def config_compiler(place: Place) -> Iterator[Said]:
+def config_compiler(facts: Facts) -> Iterator[Said]:
     try:
-        place.hook_python()
-        said = place.compiler()
+        _ = facts.hook_versions
+        said = facts.compiler
     except MpsError:
-        raise NotCheckedError("the hooks' Python does not run") from None
+        raise NotKnownError("the hooks' Python does not run") from None
     if said:
-        python = place.hook_values()["python"]
+        python = facts.hook_values()["python"]
         lacks = "'jsonschema>=4.10'" if "jsonschema" in said else "slurm-mps"
         yield problem(f"{python} -m slurm_mps.config.file: {said}", f"{python} -m pip install {lacks}")
 
@@ -276,8 +279,8 @@ def config_compiler(place: Place) -> Iterator[Said]:
     why="The plugin runs a program of slurm-mps in the job's tasks, as their user; and users run slurm-mps verify.",
     where=COMPUTE,
 )
-def python_for_users(place: Place) -> Iterator[Said]:
-    values = place.hook_values()
+def python_for_users(facts: Facts) -> Iterator[Said]:
+    values = facts.hook_values()
     for path in (values["python"], f"{values['package']}/probe.py"):
         closed = closed_to_users(path)
         if closed:

@@ -5,34 +5,36 @@ from __future__ import annotations
 import os
 import re
 import stat
+from typing import TYPE_CHECKING
 
-from ..config.settings import CONFIG_PATH
-from ..errors import MpsError
-from ..job.plan import refusal_of_default
-from ..job.reconcile import BUSY, KEPT
-from ..job.state import NodeState
-from ..job.told import read_verdict
-from ..job.verdict import JOBS
-from ..node.control import search
-from ..node.listen import listener
-from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..node.processes import describe, name_of, parent_of, pids, uid_of
-from ..node.reading import small_number
-from ..slurm.hostlist import expand_hosts
-from ..status.node import READY
-from ..units import printable
-from .finding import COMPUTE, GPU_NODE, NoAnswerError, NotCheckedError, check, fine, problem, warning
-from .paths import others_can_write
+from ...config.settings import CONFIG_PATH
+from ...errors import MpsError
+from ...job.plan import refusal_of_default
+from ...job.reconcile import BUSY, KEPT
+from ...job.state import NodeState
+from ...job.told import read_verdict
+from ...job.verdict import JOBS
+from ...node.control import search
+from ...node.listen import listener
+from ...node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ...node.paths import others_can_write
+from ...node.processes import describe, name_of, parent_of, pids, uid_of
+from ...node.reading import small_number
+from ...slurm.host import NotKnownError
+from ...slurm.hostlist import expand_hosts
+from ...status.node import READY
+from ...units import printable
+from ..facts import NoAnswerError
+from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..job.journal import Journal
-    from ..slurm.conf import ConfLine
-    from .finding import Said
-    from .gpus import GpuFacts
-    from .place import Place
+    from ...job.journal import Journal
+    from ...slurm.conf import ConfLine
+    from ..facts import Facts
+    from ..finding import Said
+    from ..gpus import GpuFacts
 
 _NEEDED = (
     "start_server",
@@ -57,31 +59,31 @@ _SEARCH_SECONDS = 5.0
 # ------------------------------------------------------------------------------------------------------ gres.conf
 
 
-def _gres_lines(place: Place) -> list[tuple[ConfLine, dict[str, str]]]:
+def _gres_lines(facts: Facts) -> list[tuple[ConfLine, dict[str, str]]]:
     """The lines of gres.conf that are this node's."""
     found = []
-    for line in place.other_conf("gres.conf").lines:
+    for line in facts.other_conf("gres.conf").lines:
         pairs = line.pairs()
         try:
-            names = expand_hosts(pairs["nodename"]) if "nodename" in pairs else [place.node_name]
+            names = expand_hosts(pairs["nodename"]) if "nodename" in pairs else [facts.node_name]
         except ValueError:
             names = []
-        if place.node_name in names:
+        if facts.node_name in names:
             found.append((line, pairs))
     return found
 
 
-def _autodetect(place: Place) -> str:
+def _autodetect(facts: Facts) -> str:
     """How this node's GPUs are found; off where it is not said."""
     return next(
-        (pairs["autodetect"].lower() for _, pairs in reversed(_gres_lines(place)) if "autodetect" in pairs), "off"
+        (pairs["autodetect"].lower() for _, pairs in reversed(_gres_lines(facts)) if "autodetect" in pairs), "off"
     )
 
 
-def _gpu_files(place: Place) -> list[tuple[ConfLine, str]]:
+def _gpu_files(facts: Facts) -> list[tuple[ConfLine, str]]:
     """The device files of this node's GPUs, in the order in which Slurm counts them."""
     found = []
-    for line, pairs in _gres_lines(place):
+    for line, pairs in _gres_lines(facts):
         if pairs.get("name", "").lower() == "gpu" and "file" in pairs:
             try:
                 found += [(line, path) for path in expand_hosts(pairs["file"])]
@@ -95,10 +97,10 @@ def _gpu_files(place: Place) -> list[tuple[ConfLine, str]]:
     "Slurm hands out GPUs",
     why="Without gres/gpu no job has a GPU of its own, and a prolog does not learn which.",
 )
-def gres_types(place: Place) -> Iterator[Said]:
-    if "gpu" not in place.words("GresTypes"):
-        has = place.value("GresTypes") or "nothing"
-        yield problem(f"GresTypes has {has}, and not gpu", f"{place.where('GresTypes')}: GresTypes=gpu")
+def gres_types(facts: Facts) -> Iterator[Said]:
+    if "gpu" not in facts.words("GresTypes"):
+        has = facts.value("GresTypes") or "nothing"
+        yield problem(f"GresTypes has {has}, and not gpu", f"{facts.where('GresTypes')}: GresTypes=gpu")
 
 
 @check(
@@ -106,12 +108,12 @@ def gres_types(place: Place) -> Iterator[Said]:
     "Slurm's own gres/mps is not in use",
     why="It is another way of sharing GPUs among jobs, with a control daemon of its own on the same GPUs.",
 )
-def gres_mps(place: Place) -> Iterator[Said]:
-    if "mps" in place.words("GresTypes"):
-        yield problem(f"{place.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
+def gres_mps(facts: Facts) -> Iterator[Said]:
+    if "mps" in facts.words("GresTypes"):
+        yield problem(f"{facts.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
     try:
-        lines = place.other_conf("gres.conf").lines
-    except NotCheckedError:
+        lines = facts.other_conf("gres.conf").lines
+    except NotKnownError:
         return
     for line in lines:
         if line.pairs().get("name", "").lower() == "mps":
@@ -124,17 +126,17 @@ def gres_mps(place: Place) -> Iterator[Said]:
     why="From them Slurm has the indices that it gives the prolog, and the devices that a task may open.",
     where=GPU_NODE,
 )
-def gres_conf(place: Place) -> Iterator[Said]:
-    path = f"{place.conf_directory}/gres.conf"
-    line = f"{path}: NodeName={place.node_name} Name=gpu File=/dev/nvidia[0-{max(0, place.gpus_in_slurm - 1)}]"
+def gres_conf(facts: Facts) -> Iterator[Said]:
+    path = f"{facts.conf_directory}/gres.conf"
+    line = f"{path}: NodeName={facts.node_name} Name=gpu File=/dev/nvidia[0-{max(0, facts.gpus_in_slurm - 1)}]"
     if not os.path.exists(path):
         yield problem(f"{path}: no such file", line)
         return
-    if _autodetect(place) in _FINDS_NVIDIA:
+    if _autodetect(facts) in _FINDS_NVIDIA:
         return
-    gpus = [(at, pairs) for at, pairs in _gres_lines(place) if pairs.get("name", "").lower() == "gpu"]
+    gpus = [(at, pairs) for at, pairs in _gres_lines(facts) if pairs.get("name", "").lower() == "gpu"]
     if not gpus:
-        yield problem(f"{path} has no GPU of node {place.node_name}", line)
+        yield problem(f"{path} has no GPU of node {facts.node_name}", line)
     for at, pairs in gpus:
         if "file" not in pairs:
             yield problem(f"{at.place}: no File=", line)
@@ -146,10 +148,10 @@ def gres_conf(place: Place) -> Iterator[Said]:
     why="slurmd does not find the GPUs, and does not start or offers none.",
     where=GPU_NODE,
 )
-def gres_autodetect(place: Place) -> Iterator[Said]:
-    kind = _autodetect(place)
-    where = f"{place.conf_directory}/gres.conf has AutoDetect={kind}"
-    places = place.plugin_directories
+def gres_autodetect(facts: Facts) -> Iterator[Said]:
+    kind = _autodetect(facts)
+    where = f"{facts.conf_directory}/gres.conf has AutoDetect={kind}"
+    places = facts.plugin_directories
     if kind in _FINDS_NVIDIA:
         if places and not any(os.path.exists(f"{directory}/gpu_{kind}.so") for directory in places):
             yield problem(
@@ -166,8 +168,8 @@ def gres_autodetect(place: Place) -> Iterator[Said]:
     why="slurmd does not start, or offers fewer GPUs.",
     where=GPU_NODE,
 )
-def gres_files(place: Place) -> Iterator[Said]:
-    for line, path in _gpu_files(place):
+def gres_files(facts: Facts) -> Iterator[Said]:
+    for line, path in _gpu_files(facts):
         try:
             is_device = stat.S_ISCHR(os.stat(path).st_mode)
         except OSError as error:
@@ -177,12 +179,12 @@ def gres_files(place: Place) -> Iterator[Said]:
             yield problem(f"{line.place}: {path} is no device", "mend the line")
 
 
-def _driver_gpus(place: Place) -> tuple[GpuFacts, ...]:
-    """Raises: NotCheckedError; that the driver does not answer is another finding."""
+def _driver_gpus(facts: Facts) -> tuple[GpuFacts, ...]:
+    """Raises: NotKnownError; that the driver does not answer is another finding."""
     try:
-        return place.driver.gpus
-    except (MpsError, NotCheckedError):
-        raise NotCheckedError("the NVIDIA driver does not answer") from None
+        return facts.driver.gpus
+    except MpsError:
+        raise NotKnownError("the NVIDIA driver does not answer") from None
 
 
 @check(
@@ -191,11 +193,11 @@ def _driver_gpus(place: Place) -> tuple[GpuFacts, ...]:
     why="The prolog takes Slurm's index for NVML's: in another order it starts MPS on another job's GPU.",
     where=GPU_NODE,
 )
-def gres_order(place: Place) -> Iterator[Said]:
-    gpus = _driver_gpus(place)
-    if _autodetect(place) in _FINDS_NVIDIA:
+def gres_order(facts: Facts) -> Iterator[Said]:
+    gpus = _driver_gpus(facts)
+    if _autodetect(facts) in _FINDS_NVIDIA:
         return
-    for index, (line, path) in enumerate(_gpu_files(place)):
+    for index, (line, path) in enumerate(_gpu_files(facts)):
         digits = re.search(r"(\d+)$", path)
         if not digits or index >= len(gpus) or gpus[index].minor is None:
             continue
@@ -213,9 +215,9 @@ def gres_order(place: Place) -> Iterator[Said]:
     why="After a card was changed Slurm hands out one GPU by its file and another by its UUID.",
     where=GPU_NODE,
 )
-def gres_uuid(place: Place) -> Iterator[Said]:
-    by_file = {f"/dev/nvidia{gpu.minor}": gpu.uuid for gpu in _driver_gpus(place)}
-    for line, pairs in _gres_lines(place):
+def gres_uuid(facts: Facts) -> Iterator[Said]:
+    by_file = {f"/dev/nvidia{gpu.minor}": gpu.uuid for gpu in _driver_gpus(facts)}
+    for line, pairs in _gres_lines(facts):
         given, path = pairs.get("uniqueid", ""), pairs.get("file", "")
         if given.startswith("GPU-") and path in by_file and by_file[path] != given:
             yield problem(f"{line.place}: {path} is {by_file[path]}, not {given}", f"UniqueId={by_file[path]}")
@@ -227,12 +229,12 @@ def gres_uuid(place: Place) -> Iterator[Said]:
     why="Slurm hands out GPUs that are not there, or leaves some idle.",
     where=GPU_NODE,
 )
-def gpu_count(place: Place) -> Iterator[Said]:
-    have, given = len(_driver_gpus(place)), place.gpus_in_slurm
+def gpu_count(facts: Facts) -> Iterator[Said]:
+    have, given = len(_driver_gpus(facts)), facts.gpus_in_slurm
     if given > have:
-        yield problem(f"slurm.conf: Gres=gpu:{given} for node {place.node_name}, which has {have}", f"Gres=gpu:{have}")
+        yield problem(f"slurm.conf: Gres=gpu:{given} for node {facts.node_name}, which has {have}", f"Gres=gpu:{have}")
     elif given < have:
-        yield warning(f"slurm.conf: Gres=gpu:{given} for node {place.node_name}, which has {have}", f"Gres=gpu:{have}")
+        yield warning(f"slurm.conf: Gres=gpu:{given} for node {facts.node_name}, which has {have}", f"Gres=gpu:{have}")
 
 
 # ---------------------------------------------------------------------------------------- driver, control program
@@ -244,9 +246,9 @@ def gpu_count(place: Place) -> Iterator[Said]:
     why="Every job that asks for MPS here meets a fault of the node.",
     where=GPU_NODE,
 )
-def driver(place: Place) -> Iterator[Said]:
+def driver(facts: Facts) -> Iterator[Said]:
     try:
-        found = place.driver
+        found = facts.driver
     except NoAnswerError as error:
         yield problem(f"{error}: it may hang", "nvidia-smi; dmesg | grep -i nvrm")
         return
@@ -263,9 +265,9 @@ def driver(place: Place) -> Iterator[Said]:
     why="Limits that a driver does not know cannot be given, and a job that asks for one fails.",
     where=GPU_NODE,
 )
-def driver_version(place: Place) -> Iterator[Said]:
-    gpus = _driver_gpus(place)
-    found = place.driver
+def driver_version(facts: Facts) -> Iterator[Said]:
+    gpus = _driver_gpus(facts)
+    found = facts.driver
     cuda = f"{found.cuda[0]}.{found.cuda[1]}"
     if found.cuda < _MEMORY_LIMITS_CUDA:
         yield problem(
@@ -285,8 +287,8 @@ def driver_version(place: Place) -> Iterator[Said]:
     why="No control daemon starts, or no server for its first client; root runs them.",
     where=GPU_NODE,
 )
-def control_program(place: Place) -> Iterator[Said]:
-    path = place.site.paths_control_program
+def control_program(facts: Facts) -> Iterator[Said]:
+    path = facts.site.paths_control_program
     server = f"{os.path.dirname(path)}/{_SERVER}"
     for program in (path, server) if os.path.exists(path) else (path,):
         if not os.path.exists(program):
@@ -307,18 +309,20 @@ def control_program(place: Place) -> Iterator[Said]:
     why="It answers what it does not know with exit 0; the limit is then read back, missed, and the job fails.",
     where=GPU_NODE,
 )
-def control_commands(place: Place) -> Iterator[Said]:
-    if not os.access(place.site.paths_control_program, os.X_OK):
-        raise NotCheckedError(f"{place.site.paths_control_program} cannot be run")
+def control_commands(facts: Facts) -> Iterator[Said]:
+    if not os.access(facts.site.paths_control_program, os.X_OK):
+        raise NotKnownError(f"{facts.site.paths_control_program} cannot be run")
     try:
-        usage = place.control_help()
+        usage = facts.control_help
+    except NotKnownError:
+        raise
     except MpsError as error:
-        yield problem(str(error), f"{place.site.paths_control_program} -h")
+        yield problem(str(error), f"{facts.site.paths_control_program} -h")
         return
     unknown = [command for command in _NEEDED if command not in usage]
     if unknown:
         yield problem(
-            f"{place.site.paths_control_program} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer"
+            f"{facts.site.paths_control_program} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer"
         )
         return
     more = [name for name, word in (("static partitions", _STATIC_PARTITIONS), ("v3", _PROTOCOL_3)) if word in usage]
@@ -331,14 +335,14 @@ def control_commands(place: Place) -> Iterator[Said]:
     why="Each job with --mps that does not give --mps-mem itself is refused, for a limit that it never asked for.",
     where=GPU_NODE,
 )
-def memory_default(place: Place) -> Iterator[Said]:
+def memory_default(facts: Facts) -> Iterator[Said]:
     cure = f"{CONFIG_PATH}: another limits.memory.default, or none"
-    said = refusal_of_default(place.site)
+    said = refusal_of_default(facts.site)
     if not said:
-        sizes = {gpu.memory_bytes: gpu for gpu in _driver_gpus(place) if gpu.memory_bytes}
+        sizes = {gpu.memory_bytes: gpu for gpu in _driver_gpus(facts) if gpu.memory_bytes}
         if sizes:
             smallest = sizes[min(sizes)]
-            said = refusal_of_default(place.site, smallest.uuid, smallest.memory_bytes)
+            said = refusal_of_default(facts.site, smallest.uuid, smallest.memory_bytes)
     if said:
         yield problem(said, cure)
 
@@ -352,8 +356,8 @@ def memory_default(place: Place) -> Iterator[Said]:
     why="A GPU that fell off the bus fails each job that it is given to.",
     where=GPU_NODE,
 )
-def gpu_answers(place: Place) -> Iterator[Said]:
-    for gpu in _driver_gpus(place):
+def gpu_answers(facts: Facts) -> Iterator[Said]:
+    for gpu in _driver_gpus(facts):
         if gpu.error:
             yield problem(f"GPU {gpu.index}: NVML: {gpu.error}", "dmesg | grep -i xid; take the node out of service")
 
@@ -364,8 +368,8 @@ def gpu_answers(place: Place) -> Iterator[Said]:
     why="Each job's control daemon and server wait until the driver has set the GPU up again, seconds each time.",
     where=GPU_NODE,
 )
-def persistence_mode(place: Place) -> Iterator[Said]:
-    off = [str(gpu.index) for gpu in _driver_gpus(place) if gpu.persistence is False]
+def persistence_mode(facts: Facts) -> Iterator[Said]:
+    off = [str(gpu.index) for gpu in _driver_gpus(facts) if gpu.persistence is False]
     if off:
         yield warning(f"persistence mode is off on GPU {', '.join(off)}", "systemctl enable --now nvidia-persistenced")
 
@@ -376,8 +380,8 @@ def persistence_mode(place: Place) -> Iterator[Said]:
     why="slurm-mps serves whole GPUs: a job that asks for MPS on a part of one is refused.",
     where=GPU_NODE,
 )
-def mig(place: Place) -> Iterator[Said]:
-    on = [str(gpu.index) for gpu in _driver_gpus(place) if gpu.mig]
+def mig(facts: Facts) -> Iterator[Said]:
+    on = [str(gpu.index) for gpu in _driver_gpus(facts) if gpu.mig]
     if on:
         yield warning(f"GPU {', '.join(on)}: MIG mode is on", "keep MPS jobs off this node, or nvidia-smi -mig 0")
 
@@ -388,25 +392,25 @@ def mig(place: Place) -> Iterator[Said]:
     why="PROHIBITED lets nobody in; EXCLUSIVE_PROCESS, left behind, makes the second program on the GPU fail.",
     where=GPU_NODE,
 )
-def compute_mode(place: Place) -> Iterator[Said]:
-    odd = [gpu for gpu in _driver_gpus(place) if gpu.compute_mode]
-    held = _held(place) if odd else set()
+def compute_mode(facts: Facts) -> Iterator[Said]:
+    odd = [gpu for gpu in _driver_gpus(facts) if gpu.compute_mode]
+    held = _held(facts) if odd else set()
     for gpu in odd:
         name = COMPUTE_MODES.get(gpu.compute_mode or 0, str(gpu.compute_mode))
         cure = f"nvidia-smi -i {gpu.index} -c 0"
         if gpu.compute_mode != EXCLUSIVE_PROCESS:
             yield problem(f"GPU {gpu.index} ({gpu.uuid}) is {name}", cure)
         elif held is None:
-            raise NotCheckedError(
+            raise NotKnownError(
                 f"GPU {gpu.index} is {name}, and only root sees whether a job holds it", needs_root=True
             )
         elif gpu.uuid not in held:
             yield warning(f"GPU {gpu.index} ({gpu.uuid}) is {name}, and no MPS job holds it", cure)
 
 
-def _held(place: Place) -> set[str] | None:
+def _held(facts: Facts) -> set[str] | None:
     """The GPUs that MPS jobs hold; None for those who may not know."""
-    if not place.is_root:
+    if not facts.is_root:
         return None
     try:
         state = NodeState(make=False)
@@ -421,11 +425,11 @@ def _held(place: Place) -> set[str] | None:
     why="Who came past Slurm, or was left by a job, keeps the next MPS job's server from its GPU, and the node drains.",
     where=GPU_NODE,
 )
-def foreign_processes(place: Place) -> Iterator[Said]:
-    for gpu in _driver_gpus(place):
+def foreign_processes(facts: Facts) -> Iterator[Said]:
+    for gpu in _driver_gpus(facts):
         foreign = [pid for pid in gpu.processes if not _is_slurms(pid)]
         if foreign:
-            foreign = _but_servers(place, foreign)
+            foreign = _but_servers(facts, foreign)
         if foreign:
             named = ", ".join(map(describe, foreign[:4]))
             yield warning(f"GPU {gpu.index} ({gpu.uuid}): process {named} is of no job", f"end it: kill {foreign[0]}")
@@ -448,14 +452,14 @@ def _is_slurms(pid: int) -> bool:
     return False
 
 
-def _but_servers(place: Place, foreign: list[int]) -> list[int]:
+def _but_servers(facts: Facts, foreign: list[int]) -> list[int]:
     """Those that are no job's MPS server: one that hangs may be left when its control daemon is gone.
 
     A server's environment is its user's to write: it is taken for the server of a job of that user's alone.
     """
-    if not place.is_root:
+    if not facts.is_root:
         if any(_runs(pid, _SERVER) for pid in foreign):
-            raise NotCheckedError("only root sees whose MPS servers are on the GPUs", needs_root=True)
+            raise NotKnownError("only root sees whose MPS servers are on the GPUs", needs_root=True)
         return foreign
     try:
         state = NodeState(make=False)
@@ -485,16 +489,16 @@ def _journal(state: NodeState, job_id: int) -> Journal | None:
     "on end at once, with a message.",
     where=COMPUTE,
 )
-def job_daemon(place: Place) -> Iterator[Said]:
-    if not place.is_root:
-        raise NotCheckedError("only root can read the state", needs_root=True)
+def job_daemon(facts: Facts) -> Iterator[Said]:
+    if not facts.is_root:
+        raise NotKnownError("only root can read the state", needs_root=True)
     try:
         state = NodeState(make=False)
     except FileNotFoundError:
         return
     for job_id in state.job_ids():
         gone = _without_daemon(state, job_id)
-        if gone and not _is_left_over(place, job_id):
+        if gone and not _is_left_over(facts, job_id):
             yield problem(
                 f"job {job_id}: the control daemon in {gone} is gone",
                 f"end the job: scancel {job_id}; slurm-mps logs {job_id} may say what became of it",
@@ -515,11 +519,11 @@ def _without_daemon(state: NodeState, job_id: int) -> str:
     return gone if still and still.ready else ""
 
 
-def _is_left_over(place: Place, job_id: int) -> bool:
+def _is_left_over(facts: Facts, job_id: int) -> bool:
     """Whether the job is over, which is another finding."""
     try:
-        found = place.stale()
-    except (MpsError, NotCheckedError):
+        found = facts.stale
+    except MpsError:
         return False
     return any(one.thing == f"job {job_id}" and one.outcome not in (BUSY, KEPT) for one in found)
 
@@ -531,10 +535,10 @@ def _is_left_over(place: Place, job_id: int) -> bool:
     "for all GPUs is in the way of each job's own.",
     where=COMPUTE,
 )
-def other_daemon(place: Place) -> Iterator[Said]:
-    if not place.is_root:
+def other_daemon(facts: Facts) -> Iterator[Said]:
+    if not facts.is_root:
         if any(_runs(pid, _DAEMON) for pid in pids()):
-            raise NotCheckedError("only root sees whose control daemons these are", needs_root=True)
+            raise NotKnownError("only root sees whose control daemons these are", needs_root=True)
         return
     for one in search("", _SEARCH_SECONDS):
         if one.program == _DAEMON and not one.pipe_directory.startswith(f"{JOBS}/"):

@@ -5,21 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import re
+from typing import TYPE_CHECKING
 
-from ..errors import MpsError
-from ..node.reading import read_text
-from ..slurm.timeouts import DeadlineProblem, check_deadlines
-from ..units import printable
-from .finding import COMPUTE, NoAnswerError, NotCheckedError, check, fine, problem, warning
-from .paths import hidden_from_users
-from .place import UNSET_BY_DEFAULT, RefusedError
+from ...errors import MpsError
+from ...node.paths import hidden_from_users
+from ...node.processes import uid_of
+from ...node.reading import read_text
+from ...slurm.host import NotKnownError, RefusedError
+from ...slurm.timeouts import DeadlineProblem, check_deadlines
+from ...units import printable
+from ..facts import UNSET_BY_DEFAULT, NoAnswerError
+from ..finding import COMPUTE, check, fine, problem, warning
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from .finding import Said
-    from .place import Place
+    from ..facts import Facts
+    from ..finding import Said
 
 #: The releases of Slurm that slurm-mps was run with, oldest first (docs/support.md).
 TRIED = ((22, 5), (24, 11), (26, 5))
@@ -53,12 +55,12 @@ def _number(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:2])
 
 
-def name_hidden(place: Place, paths: Sequence[str], named_before: Collection[str] = ()) -> Iterator[Said]:
+def name_hidden(facts: Facts, paths: Sequence[str], named_before: Collection[str] = ()) -> Iterator[Said]:
     """Name what keeps users from reading files that every command of Slurm's reads.
 
     On a controller that is no node users run nothing, and its files may be closed.
     """
-    if place.is_controller_alone:
+    if facts.is_controller_alone:
         return
     named = set(named_before)
     for path in paths:
@@ -77,34 +79,34 @@ def name_hidden(place: Place, paths: Sequence[str], named_before: Collection[str
     "slurm.conf and all that it includes can be read, and Slurm takes them",
     why="Slurm's commands and daemons do not start with a configuration that they refuse.",
 )
-def slurm_conf(place: Place) -> Iterator[Said]:
-    wanted = place.environment.get("SLURM_CONF", "")
-    if wanted and not place.conf_path:
+def slurm_conf(facts: Facts) -> Iterator[Said]:
+    wanted = facts.environment.get("SLURM_CONF", "")
+    if wanted and not facts.conf_path:
         named = f"SLURM_CONF={printable(wanted, 200)} names no file"
         yield problem(named, "unset SLURM_CONF, or give it the path of slurm.conf", "Slurm's commands read no other.")
         return
     try:
-        files = place.slurm_conf.files
-    except NotCheckedError:
-        hidden = list(name_hidden(place, [path for path in (place.conf_path,) if path]))
+        files = facts.conf.files
+    except NotKnownError:
+        hidden = list(name_hidden(facts, [path for path in (facts.conf_path,) if path]))
         yield from hidden
         if hidden:
             return
         raise
-    yield from name_hidden(place, files)
-    for missing in place.slurm_conf.problems:
+    yield from name_hidden(facts, files)
+    for missing in facts.conf.problems:
         closed = missing.endswith(os.strerror(errno.EACCES))
         yield problem(
             missing, "let every user read it" if closed else "put the file there, or take the Include line out"
         )
     try:
-        _ = place.running
+        _ = facts.controller
     except RefusedError as error:
-        if not place.slurm_conf.problems:
-            yield problem(f"Slurm refuses {place.conf_path}: {error}", f"mend {place.conf_path}; scontrol show config")
-    except (MpsError, NotCheckedError):
+        if not facts.conf.problems:
+            yield problem(f"Slurm refuses {facts.conf_path}: {error}", f"mend {facts.conf_path}; scontrol show config")
+    except MpsError:
         pass  # another finding
-    yield fine(f"{place.conf_path}, {len(place.slurm_conf.lines)} lines")
+    yield fine(f"{facts.conf_path}, {len(facts.conf.lines)} lines")
 
 
 @check(
@@ -112,20 +114,26 @@ def slurm_conf(place: Place) -> Iterator[Said]:
     "this Slurm is one that slurm-mps is run with",
     why="What Slurm gives to prologs and plugins differs between releases; others than these were never tried.",
 )
-def slurm_version(place: Place) -> Iterator[Said]:
-    numbers = _number(place.release)
+def slurm_version(facts: Facts) -> Iterator[Said]:
+    try:
+        numbers = _number(facts.release)
+    except NotKnownError:
+        raise
+    except MpsError as error:  # programs of two releases
+        yield problem(error.message, error.hint)
+        return
     tried = [f"{year}.{month:02d}" for year, month in TRIED]
     try_it = "try it: srun --mps --gres=gpu:1 slurm-mps verify; docs/support.md says what was run on which release"
     if numbers in TRIED:
-        yield fine(f"Slurm {place.release}")
+        yield fine(f"Slurm {facts.release}")
     elif numbers < TRIED[0]:
-        yield problem(f"Slurm {place.release} is older than {tried[0]}", "upgrade Slurm")
+        yield problem(f"Slurm {facts.release} is older than {tried[0]}", "upgrade Slurm")
     elif numbers > TRIED[-1]:
-        yield warning(f"Slurm {place.release} is newer than {tried[-1]}", try_it)
+        yield warning(f"Slurm {facts.release} is newer than {tried[-1]}", try_it)
     else:
         after = next(index for index, one in enumerate(TRIED) if one > numbers)
         told = (
-            f"slurm-mps was run with Slurm {tried[after - 1]} and {tried[after]}, and not with {place.release} between"
+            f"slurm-mps was run with Slurm {tried[after - 1]} and {tried[after]}, and not with {facts.release} between"
         )
         yield warning(f"{told} them", try_it)
 
@@ -135,15 +143,17 @@ def slurm_version(place: Place) -> Iterator[Said]:
     "slurmctld answers",
     why="Without it doctor sees the files only, and not what is in force; jobs that run do not need it.",
 )
-def slurmctld(place: Place) -> Iterator[Said]:
-    if place.slurm_conf.problems:
-        raise NotCheckedError("slurm.conf cannot be read whole")
+def slurmctld(facts: Facts) -> Iterator[Said]:
+    if facts.conf.problems:
+        raise NotKnownError("slurm.conf cannot be read whole")
     try:
-        yield fine(f"slurmctld of Slurm {place.running.config.get('slurm_version', '?')} answers")
+        yield fine(f"slurmctld of Slurm {facts.controller.value('SLURM_VERSION')} answers")
     except RefusedError:
-        raise NotCheckedError("Slurm's commands refuse slurm.conf") from None
+        raise NotKnownError("Slurm's commands refuse slurm.conf") from None
     except NoAnswerError as error:
         yield warning(str(error), "systemctl status slurmctld, on the controller")
+    except NotKnownError:
+        raise
     except MpsError as error:
         yield warning(f"slurmctld does not answer: {error}", "systemctl status slurmctld, on the controller")
 
@@ -153,25 +163,27 @@ def slurmctld(place: Place) -> Iterator[Said]:
     "slurmctld has what slurm.conf says",
     why="A line that was changed and not taken over does nothing yet; what is checked here is the file.",
 )
-def config_in_force(place: Place) -> Iterator[Said]:
+def config_in_force(facts: Facts) -> Iterator[Said]:
     try:
-        config = place.running.config
+        controller = facts.controller
     except MpsError:
-        raise NotCheckedError("slurmctld does not answer") from None
+        raise NotKnownError("slurmctld does not answer") from None
     for key in _COMPARED:
-        given = place.slurm_conf.settings(key)
-        has = config.get(key.lower(), "(null)")
+        given = facts.conf.settings(key)
+        has = controller.value(key)
         if not given and key.lower() in UNSET_BY_DEFAULT and not key.endswith("Timeout") and _is_set(has):
-            yield warning(f"{place.conf_path} has no {key}, and slurmctld has {has}", "scontrol reconfigure")
-        if not given or key.lower() not in config:
+            yield warning(f"{facts.conf_path} has no {key}, and slurmctld has {has}", "scontrol reconfigure")
+        if not given or key.lower() not in controller.config:
             continue
         says = ",".join(value for _, value in given) if key in ("Prolog", "Epilog") else given[-1][1]
         if _meaning(key, says) != _meaning(key, has):
-            yield warning(f"{given[-1][0].place}: {key}={says}, and slurmctld has {has}", "scontrol reconfigure")
+            yield warning(
+                f"{given[-1][0].place}: {key}={says}, and slurmctld has {has or 'none'}", "scontrol reconfigure"
+            )
 
 
 def _is_set(value: str) -> bool:
-    return value.lower() not in ("", "(null)", "none", "no", "65534", "job_container/none")
+    return value.lower() not in ("", "none", "no", "65534", "job_container/none")
 
 
 def _meaning(key: str, value: str) -> frozenset[str]:
@@ -180,7 +192,7 @@ def _meaning(key: str, value: str) -> frozenset[str]:
     words = {word.strip().lower() for word in value.split(",")}
     if key.endswith(("Type", "Plugin")):
         words = {word.rpartition("/")[2] for word in words}
-    words = {"none" if word == "(null)" else word for word in words}
+    words = {word or "none" for word in words}
     if key == "PrologFlags" and words & _IMPLY_ALLOC:
         words.add("alloc")
     if key == "PrologFlags" and "x11" in words:
@@ -188,9 +200,9 @@ def _meaning(key: str, value: str) -> frozenset[str]:
     return frozenset(words)
 
 
-def _plugins(place: Place, key: str) -> set[str]:
+def _plugins(facts: Facts, key: str) -> set[str]:
     """The plugins that a key names, with or without their kind: ``cgroup`` for ``task/cgroup``."""
-    return {word.rpartition("/")[2] for word in place.words(key)}
+    return {word.rpartition("/")[2] for word in facts.words(key)}
 
 
 @check(
@@ -199,16 +211,11 @@ def _plugins(place: Place, key: str) -> set[str]:
     why="No job comes here, and no prolog.",
     where=COMPUTE,
 )
-def slurmd(place: Place) -> Iterator[Said]:
-    path = place.slurmd_pid_file(place.node_name)
-    try:
-        pid = int(read_text(path, 32))
-        comm = read_text(f"/proc/{pid}/comm").strip()
-    except (OSError, ValueError):
-        yield warning(f"no slurmd of node {place.node_name} runs (by {path})", "systemctl start slurmd")
-        return
-    if not comm.startswith("slurmd"):
-        yield warning(f"process {pid}, by {path} the slurmd of this node, is {comm}", "systemctl restart slurmd")
+def slurmd(facts: Facts) -> Iterator[Said]:
+    if not any(one.node_name in ("", facts.node_name) for one in facts.slurmds):
+        if not facts.is_root and uid_of(1) is None:
+            raise NotKnownError("only root sees whether slurmd runs", needs_root=True)
+        yield warning(f"no slurmd of node {facts.node_name} runs", "systemctl start slurmd")
 
 
 @check(
@@ -217,10 +224,10 @@ def slurmd(place: Place) -> Iterator[Said]:
     why="They run in slurmd's own unit; systemd ends all of it unless KillMode is process, and their jobs lose MPS.",
     where=COMPUTE,
 )
-def slurmd_unit(_place: Place) -> Iterator[Said]:
+def slurmd_unit(_facts: Facts) -> Iterator[Said]:
     unit = next((f"{place}/slurmd.service" for place in _UNITS if os.path.isfile(f"{place}/slurmd.service")), "")
     if not unit:
-        raise NotCheckedError("slurmd is no unit of systemd here")
+        raise NotKnownError("slurmd is no unit of systemd here")
     drop_ins = {os.path.basename(path): path for place in reversed(_UNITS) for path in _conf_files(place)}
     where, mode = unit, "control-group"  # systemd.kill(5)
     for path in (unit, *(drop_ins[name] for name in sorted(drop_ins))):
@@ -244,19 +251,19 @@ def _conf_files(place: str) -> list[str]:
     why="A prolog or epilog that fails drains its node; the cause is in syslog under slurm-mps and in slurmd's log.",
     where=COMPUTE,
 )
-def node_drained(place: Place) -> Iterator[Said]:
+def node_drained(facts: Facts) -> Iterator[Said]:
     try:
-        running = place.running
+        running = facts.controller
     except MpsError:
-        raise NotCheckedError("slurmctld does not answer") from None
+        raise NotKnownError("slurmctld does not answer") from None
     reason = running.node_reason
     ours = re.match(r"(prolog|epilog) (error|failed)|slurm-mps|batch job complete fail", reason, re.IGNORECASE)
     if "DRAIN" in running.node_state and ours:
         told = _last_fault()
-        what = f"node {place.node_name} is {running.node_state}: {reason}"
+        what = f"node {facts.node_name} is {running.node_state}: {reason}"
         yield warning(
             f"{what}; the last fault that slurm-mps told: {told}" if told else what,
-            f"mend it, then: scontrol update NodeName={place.node_name} State=RESUME",
+            f"mend it, then: scontrol update NodeName={facts.node_name} State=RESUME",
         )
 
 
@@ -269,10 +276,10 @@ def _last_fault() -> str:
     "slurmd runs as root",
     why="Prolog and epilog run as SlurmdUser; only root may set compute modes and end a job's daemon.",
 )
-def slurmd_user(place: Place) -> Iterator[Said]:
-    user = place.value("SlurmdUser", "root")
+def slurmd_user(facts: Facts) -> Iterator[Said]:
+    user = facts.value("SlurmdUser", "root")
     if re.sub(r"\(.*", "", user) not in ("root", "0"):
-        yield problem(f"SlurmdUser={user}", f"{place.where('SlurmdUser')}: SlurmdUser=root")
+        yield problem(f"SlurmdUser={user}", f"{facts.where('SlurmdUser')}: SlurmdUser=root")
 
 
 @check(
@@ -280,14 +287,14 @@ def slurmd_user(place: Place) -> Iterator[Said]:
     "the prolog runs when the job is allocated, on all its nodes",
     why="Without Alloc it runs at the first step on each node: what salloc gives the user finds no control daemon.",
 )
-def prolog_flags(place: Place) -> Iterator[Said]:
-    given = place.value("PrologFlags")
-    if not place.words("PrologFlags") & ({"alloc"} | _IMPLY_ALLOC):
+def prolog_flags(facts: Facts) -> Iterator[Said]:
+    given = facts.value("PrologFlags")
+    if not facts.words("PrologFlags") & ({"alloc"} | _IMPLY_ALLOC):
         has = f"PrologFlags={given} has no Alloc" if given else "PrologFlags=Alloc is not set"
-        yield problem(has, f"{place.where('PrologFlags')}: PrologFlags={','.join(filter(None, ['Alloc', given]))}")
-    if "runinjob" in place.words("PrologFlags") and _number(place.release) < _RUN_IN_JOB_WORKS:
+        yield problem(has, f"{facts.where('PrologFlags')}: PrologFlags={','.join(filter(None, ['Alloc', given]))}")
+    if "runinjob" in facts.words("PrologFlags") and _number(facts.release) < _RUN_IN_JOB_WORKS:
         told = f"PrologFlags={given}: Slurm before 26.05 now and then runs an epilog as the job's user; the node drains"
-        yield problem(told, f"{place.where('PrologFlags')}: PrologFlags without RunInJob")
+        yield problem(told, f"{facts.where('PrologFlags')}: PrologFlags without RunInJob")
 
 
 @check(
@@ -295,11 +302,11 @@ def prolog_flags(place: Place) -> Iterator[Said]:
     "Slurm finds every process of a job at its end",
     why="A process that got away keeps the job's GPU: the next MPS job meets it there, and the node drains.",
 )
-def proctrack(place: Place) -> Iterator[Said]:
-    kind = place.value("ProctrackType", "proctrack/cgroup")
-    if _plugins(place, "ProctrackType") == {"pgid"}:
+def proctrack(facts: Facts) -> Iterator[Said]:
+    kind = facts.value("ProctrackType", "proctrack/cgroup")
+    if _plugins(facts, "ProctrackType") == {"pgid"}:
         yield warning(
-            f"{place.where('ProctrackType')}: {kind} loses a process that makes a session of its own",
+            f"{facts.where('ProctrackType')}: {kind} loses a process that makes a session of its own",
             "ProctrackType=proctrack/cgroup",
         )
     else:
@@ -311,13 +318,13 @@ def proctrack(place: Place) -> Iterator[Said]:
     "cgroup.conf confines devices where it says so",
     why="A process that misses the job's control daemon reaches GPUs of other jobs, although the site means it not to.",
 )
-def constrain_devices(place: Place) -> Iterator[Said]:
-    if place.cgroup.get("constraindevices", "no").lower() not in ("yes", "true", "1"):
+def constrain_devices(facts: Facts) -> Iterator[Said]:
+    if facts.cgroup.get("constraindevices", "no").lower() not in ("yes", "true", "1"):
         yield fine("devices are not confined (ConstrainDevices=no): Slurm leaves every GPU open to every job")
-    elif "cgroup" not in _plugins(place, "TaskPlugin"):
+    elif "cgroup" not in _plugins(facts, "TaskPlugin"):
         yield problem(
-            f"{place.conf_directory}/cgroup.conf has ConstrainDevices=yes, and TaskPlugin has no task/cgroup",
-            f"{place.where('TaskPlugin')}: TaskPlugin=task/affinity,task/cgroup",
+            f"{facts.conf_directory}/cgroup.conf has ConstrainDevices=yes, and TaskPlugin has no task/cgroup",
+            f"{facts.where('TaskPlugin')}: TaskPlugin=task/affinity,task/cgroup",
         )
     else:
         yield fine("devices are confined (ConstrainDevices=yes)")
@@ -329,15 +336,15 @@ def constrain_devices(place: Place) -> Iterator[Said]:
     why="slurmd does not start, or does not confine what it should.",
     where=COMPUTE,
 )
-def cgroup_plugin(place: Place) -> Iterator[Said]:
-    if "cgroup" not in _plugins(place, "ProctrackType") | _plugins(place, "TaskPlugin"):
-        raise NotCheckedError("this Slurm uses no cgroups")
-    plugin = place.cgroup.get("cgroupplugin", "autodetect").lower()
-    where = f"{place.conf_directory}/cgroup.conf"
-    mount = place.cgroup.get("cgroupmountpoint", "/sys/fs/cgroup")
+def cgroup_plugin(facts: Facts) -> Iterator[Said]:
+    if "cgroup" not in _plugins(facts, "ProctrackType") | _plugins(facts, "TaskPlugin"):
+        raise NotKnownError("this Slurm uses no cgroups")
+    plugin = facts.cgroup.get("cgroupplugin", "autodetect").lower()
+    where = f"{facts.conf_directory}/cgroup.conf"
+    mount = facts.cgroup.get("cgroupmountpoint", "/sys/fs/cgroup")
     unified = os.path.exists(f"{mount}/cgroup.controllers")
     file = f"{plugin.replace('/', '_')}.so"
-    places = place.plugin_directories
+    places = facts.plugin_directories
     if plugin.startswith("cgroup/") and places and not any(os.path.exists(f"{one}/{file}") for one in places):
         yield problem(f"{where}: {plugin}, and there is no {file} in {places[0]}", "CgroupPlugin=autodetect")
     elif plugin == "cgroup/v1" and unified:
@@ -348,10 +355,10 @@ def cgroup_plugin(place: Place) -> Iterator[Said]:
         yield problem(f"{where}: {plugin}, and slurm.conf uses cgroups", "CgroupPlugin=autodetect")
 
 
-def _deadline_problems(place: Place) -> list[DeadlineProblem]:
+def _deadline_problems(facts: Facts) -> list[DeadlineProblem]:
     names = ("MessageTimeout", "PrologTimeout", "EpilogTimeout", "PrologEpilogTimeout")
-    config = {name: value for name in names if (value := place.value(name, "10" if name == "MessageTimeout" else ""))}
-    return check_deadlines(config, place.site.deadlines_prolog, place.site.deadlines_epilog)
+    config = {name: value for name in names if (value := facts.value(name, "10" if name == "MessageTimeout" else ""))}
+    return check_deadlines(config, facts.site.deadlines_prolog, facts.site.deadlines_epilog)
 
 
 @check(
@@ -359,8 +366,8 @@ def _deadline_problems(place: Place) -> list[DeadlineProblem]:
     "Slurm gives prolog and epilog the time that they may take",
     why="A hook that Slurm kills can neither say what is slow nor undo what it did, and the node drains.",
 )
-def slurm_timeouts(place: Place) -> Iterator[Said]:
-    yield from (problem(one.what, one.change, one.why) for one in _deadline_problems(place) if one.serious)
+def slurm_timeouts(facts: Facts) -> Iterator[Said]:
+    yield from (problem(one.what, one.change, one.why) for one in _deadline_problems(facts) if one.serious)
 
 
 @check(
@@ -368,8 +375,8 @@ def slurm_timeouts(place: Place) -> Iterator[Said]:
     "the prolog ends before Slurm says that it hangs",
     why="Slurm tells the user that the prolog hung, though it has not.",
 )
-def message_timeout(place: Place) -> Iterator[Said]:
-    yield from (warning(one.what, one.change, one.why) for one in _deadline_problems(place) if not one.serious)
+def message_timeout(facts: Facts) -> Iterator[Said]:
+    yield from (warning(one.what, one.change, one.why) for one in _deadline_problems(facts) if not one.serious)
 
 
 @check(
@@ -377,8 +384,8 @@ def message_timeout(place: Place) -> Iterator[Said]:
     "no job has a /run or /var/log of its own",
     why="The job's tasks look for their daemon in /run/slurm-mps; in a directory that only they see there is none.",
 )
-def private_directories(place: Place) -> Iterator[Said]:
-    for where, path in _private(place):
+def private_directories(facts: Facts) -> Iterator[Said]:
+    for where, path in _private(facts):
         if any(own == path or own.startswith(f"{path}/") for own in _OUR_DIRECTORIES):
             yield problem(f"{where} gives each job its own {path}", f"{where}: take {path} out")
 
@@ -389,37 +396,37 @@ def private_directories(place: Place) -> Iterator[Said]:
     why="Older drivers keep memory in /dev/shm by name, which a job with a /dev/shm of its own does not see.",
     where=COMPUTE,
 )
-def private_shm(place: Place) -> Iterator[Said]:
-    private = [where for where, path in _private(place) if path == "/dev/shm"]  # noqa: S108 - it is looked for, not used
+def private_shm(facts: Facts) -> Iterator[Said]:
+    private = [where for where, path in _private(facts) if path == "/dev/shm"]  # noqa: S108 - it is looked for, not used
     if not private:
         return
-    if place.driver.branch < _SHM_KNOWN_BRANCH:
+    if facts.driver.branch < _SHM_KNOWN_BRANCH:
         yield warning(
-            f"{private[0]} gives each job its own /dev/shm, and driver {place.driver.version} is older than "
+            f"{private[0]} gives each job its own /dev/shm, and driver {facts.driver.version} is older than "
             f"r{_SHM_KNOWN_BRANCH}, which is known not to need it",
             "try: srun --mps --gres=gpu:1 slurm-mps verify",
         )
 
 
-def _private(place: Place) -> list[tuple[str, str]]:
+def _private(facts: Facts) -> list[tuple[str, str]]:
     """Where it is said, and which directory each job has for itself."""
     found = []
-    kind = place.value("JobContainerType")
-    if place.value("NamespaceType"):  # from 25.11 on
-        name = f"{place.conf_directory}/namespace.yaml"
+    kind = facts.value("JobContainerType")
+    if facts.value("NamespaceType"):  # from 25.11 on
+        name = f"{facts.conf_directory}/namespace.yaml"
         words = re.findall(r"^\s*-?\s*dirs\s*:(.*)$", _text(name), re.MULTILINE | re.IGNORECASE)
         found += [(name, path.rstrip("/")) for text in words for path in re.findall(r"/[\w./-]+", text)]
     if kind.partition("/")[2] == "tmpfs":
-        name = f"{place.conf_directory}/job_container.conf"
+        name = f"{facts.conf_directory}/job_container.conf"
         directories = "/tmp,/dev/shm"  # noqa: S108 - Slurm's default
         try:
-            lines = place.other_conf("job_container.conf").lines
-        except NotCheckedError:
+            lines = facts.other_conf("job_container.conf").lines
+        except NotKnownError:
             lines = ()
         for line in lines:
             directories = line.pairs().get("dirs", directories)
         found += [(name, path.rstrip("/")) for path in directories.split(",")]
-    if place.value("UsePAM", "no").lower() in ("1", "yes") and "pam_namespace" in _text("/etc/pam.d/slurm"):
+    if facts.value("UsePAM", "no").lower() in ("1", "yes") and "pam_namespace" in _text("/etc/pam.d/slurm"):
         name = "/etc/security/namespace.conf"
         lines_of_pam = (line.split() for line in _text(name).splitlines())
         found += [(name, words[0].rstrip("/")) for words in lines_of_pam if words and words[0].startswith("/")]

@@ -1,0 +1,300 @@
+"""What doctor knows of this host: its Slurm, and what hooks, driver, site configuration and state are like.
+
+Each fact is found once. What can hang (slurmctld, the driver, squeue, a hook's Python) is asked in a thread with a
+common deadline, so that all of it together takes no longer than one.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import threading
+from functools import cached_property
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
+from ..errors import MpsError, NodeError
+from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
+from ..units import printable
+from .callers import Script, Scripts
+from .gpus import Driver, look_at_gpus
+from .stale import stale_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ..job.reconcile import Finding as StaleFinding
+    from ..slurm.conf import Conf
+
+T = TypeVar("T")
+
+DEADLINE_SECONDS = 1.4  # all of doctor takes less than two
+_ENDING_SECONDS = 0.1  # for a program that is killed at the deadline
+#: Where the file is silent these are unset, whatever slurmctld still has of an earlier one.
+UNSET_BY_DEFAULT = frozenset(
+    {"prolog", "epilog", "prologflags", "grestypes", "prologtimeout", "epilogtimeout", "prologepilogtimeout"}
+    | {"jobcontainertype", "namespacetype", "usepam", "taskprolog"}
+)
+
+
+class NoAnswerError(NotKnownError):
+    """What was asked has not answered in time."""
+
+
+class Later(Generic[T]):
+    """An answer that is asked for in a thread, and waited for until a deadline that all answers share."""
+
+    def __init__(self, what: str, ask: Callable[[], T], deadline: float) -> None:
+        self._what = what
+        self._ask = ask
+        self._deadline = deadline
+        self._thread: threading.Thread | None = None
+        self._answer: list[T] = []
+        self._error: Exception | None = None
+
+    def begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._answer.append(self._ask())
+        except Exception as error:  # raised again in the thread that waits
+            self._error = error
+
+    def wait(self, longer_seconds: float = 0.0) -> None:
+        """Wait for the answer, no longer than until the deadline and so much more."""
+        if self._thread:
+            self._thread.join(max(0.0, self._deadline + longer_seconds - monotonic()))
+
+    def get(self) -> T:
+        """Raises: what the question raised; NoAnswerError when there is no answer in time."""
+        self.begin()
+        self.wait()
+        if self._error:
+            raise self._error
+        if not self._answer:
+            raise NoAnswerError(f"{self._what} does not answer in time")
+        return self._answer[0]
+
+
+class Facts(Host):
+    """The facts. All that a property cannot find out is raised as NotKnownError, or as MpsError in its own words."""
+
+    def __init__(self, environment: Mapping[str, str], deadline_seconds: float = DEADLINE_SECONDS) -> None:
+        super().__init__(environment)
+        self._deadline = monotonic() + deadline_seconds
+        self._scripts = Scripts()
+        self._controller = Later("slurmctld", self.ask_slurmctld, self._deadline)
+        self._driver = Later("the NVIDIA driver", look_at_gpus, self._deadline)
+        self._stale = Later("squeue", lambda: stale_state(environment), self._deadline)
+        self._control_help = Later("the control program", self._ask_control_program, self._deadline)
+        self._hook_versions = Later("the hooks' Python", self._ask_hook_versions, self._deadline)
+        self._compiler = Later("the hooks' Python", self._ask_compiler, self._deadline)
+        self._release = Later("Slurm's commands", self.ask_release, self._deadline)
+
+    def begin(self) -> None:
+        """Ask everything at once: a question that waits for another's answer would have no time left for its own."""
+        for question in self._questions:
+            question.begin()
+
+    def close(self) -> None:
+        """Wait until the programs that were asked have ended, or were ended."""
+        for question in self._questions:
+            question.wait(_ENDING_SECONDS)
+
+    @cached_property
+    def _questions(self) -> list[Later[Any]]:
+        here: list[Later[Any]] = [self._controller, self._release]
+        if self.is_compute:
+            here += [self._driver, self._control_help, self._hook_versions, self._compiler]
+            here += [self._stale] if self.is_root else []
+        return here
+
+    def seconds_left(self) -> float:
+        return max(0.05, self._deadline - monotonic())
+
+    # --------------------------------------------------------------------------------------------------------- Slurm
+
+    @cached_property
+    def conf(self) -> Conf:
+        if not self.conf_path:
+            raise NotKnownError("there is no slurm.conf here")
+        return super().conf
+
+    @property
+    def controller(self) -> Controller:
+        """What slurmctld has."""
+        return self._controller.get()
+
+    @property
+    def release(self) -> str:
+        """The Slurm that is installed here, such as 22.05.8."""
+        return self._release.get()
+
+    def value(self, key: str, default: str = "") -> str:
+        """What holds for a key: slurm.conf's last word; where it is silent what slurmctld has, or else `default`."""
+        found = self.one(key)
+        if found or key.lower() in UNSET_BY_DEFAULT:
+            return found or default
+        try:
+            return self.controller.value(key) or default
+        except MpsError:
+            return default
+
+    def words(self, key: str) -> set[str]:
+        """A comma-separated value, in lower case."""
+        return {word.strip().lower() for word in self.value(key).split(",") if word.strip()}
+
+    def where(self, key: str) -> str:
+        """The place to change a key: its line, or the file that lacks it."""
+        found = self.conf.settings(key)
+        return found[-1][0].place if found else self.conf_path
+
+    @cached_property
+    def cgroup(self) -> dict[str, str]:
+        """cgroup.conf, keys in lower case; nothing where there is none."""
+        try:
+            lines = self.other_conf("cgroup.conf").lines
+        except NotKnownError:
+            return {}
+        return {key: value for line in lines for key, value in line.pairs().items()}
+
+    @cached_property
+    def plugin_path(self) -> str:
+        """The plugin file that Slurm would load, or should."""
+        try:
+            named = self.our_lines[0].path if self.our_lines else PLUGIN
+        except NotKnownError:
+            named = PLUGIN
+        if named.startswith("/"):
+            return named
+        places = [f"{directory}/{named}" for directory in self.plugin_directories]
+        if not places:
+            raise NotKnownError("there is no Slurm here")
+        return next(filter(os.path.exists, places), places[0])
+
+    # --------------------------------------------------------------------------------------------------------- hooks
+
+    @cached_property
+    def prologs(self) -> list[Script]:
+        return [self._scripts.read(path) for path in self.scripts(PROLOG)]
+
+    @cached_property
+    def epilogs(self) -> list[Script]:
+        return [self._scripts.read(path) for path in self.scripts(EPILOG)]
+
+    @cached_property
+    def prolog_parts(self) -> list[Script]:
+        """All that runs as prolog, in order: the scripts, those that they run, and what stands around a call."""
+        return self._scripts.in_order(self.prologs)
+
+    @cached_property
+    def epilog_parts(self) -> list[Script]:
+        """The same of the epilogs."""
+        return self._scripts.in_order(self.epilogs)
+
+    @cached_property
+    def our_hooks(self) -> list[Script]:
+        """Our own scripts: those that slurmd runs or has run, and those that lie beside slurm.conf."""
+        beside = [
+            self._scripts.read(path)
+            for kind in ("prolog.d", "epilog.d")
+            for path in sorted(glob.glob(f"{self.conf_directory}/{kind}/*slurm-mps*"))
+        ]
+        found: dict[str, Script] = {}
+        for script in (*self.prolog_parts, *self.epilog_parts, *beside):
+            if script.is_ours:
+                found.setdefault(script.path, script)
+        return list(found.values())
+
+    def hook_values(self) -> dict[str, str]:
+        """The Python and package of our hooks."""
+        return self._hook().values
+
+    def _hook(self) -> Script:
+        for script in self.our_hooks:
+            if {"python", "package"} <= script.values.keys():
+                return script
+        raise NotKnownError("there is no prolog or epilog of slurm-mps here")
+
+    @property
+    def hook_versions(self) -> tuple[str, int]:
+        """The versions of slurm-mps that the hooks import, as they import it, and of the verdicts that they write."""
+        return self._hook_versions.get()
+
+    def _ask_hook_versions(self) -> tuple[str, int]:
+        values = self.hook_values()
+        code = (
+            "import sys; sys.path.append(sys.argv[1]); import slurm_mps, slurm_mps.job.prolog; "
+            "print(slurm_mps.__version__, slurm_mps.job.verdict.VERDICT_VERSION)"
+        )
+        argv = [values["python"], "-I", "-S", "-c", code, os.path.dirname(values["package"])]
+        said = self.run(argv, self._hook().path, values["package"])
+        if said.status:
+            raise NodeError(printable((said.errors.strip() or f"status {said.status}").splitlines()[-1], 200))
+        version, verdict_version = said.output.split()[-2:]
+        return version, int(verdict_version)
+
+    @property
+    def compiler(self) -> str:
+        """What is wrong with the program that checks mps.toml for the prolog; "" for nothing."""
+        return self._compiler.get()
+
+    def _ask_compiler(self) -> str:
+        python = self.hook_values()["python"]
+        said = self.run([python, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH], self._hook().path)
+        return printable((said.errors.strip() or "no message").splitlines()[-1], 200) if said.status else ""
+
+    # ------------------------------------------------------------------------------------------- site, driver, state
+
+    @cached_property
+    def site_problems(self) -> list[str]:
+        """Everything that is wrong with mps.toml."""
+        return self._site[1]
+
+    @property
+    def site(self) -> SiteConfig:
+        """The site configuration; the defaults where there is none or it is wrong, which is another finding."""
+        try:
+            return self._site[0]
+        except NotKnownError:
+            return DEFAULTS
+
+    @cached_property
+    def _site(self) -> tuple[SiteConfig, list[str]]:
+        from ..config.file import parse_config  # with jsonschema: completion, which lists the checks, does without
+
+        try:
+            with open(CONFIG_PATH, "rb") as file:
+                return parse_config(file.read(), CONFIG_PATH), []
+        except FileNotFoundError:
+            return DEFAULTS, []
+        except ConfigError as error:
+            return DEFAULTS, error.problems
+        except OSError as error:
+            needs_root = error.errno == errno.EACCES
+            raise NotKnownError(f"{CONFIG_PATH}: {error.strerror}", needs_root=needs_root) from None
+
+    @property
+    def driver(self) -> Driver:
+        return self._driver.get()
+
+    @property
+    def stale(self) -> list[StaleFinding]:
+        """What reconcile would do."""
+        if not self.is_root:
+            raise NotKnownError("only root can read the state", needs_root=True)
+        return self._stale.get()
+
+    @property
+    def control_help(self) -> str:
+        """What the control program says of its options and commands."""
+        return self._control_help.get()
+
+    def _ask_control_program(self) -> str:
+        said = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
+        return said.output if not said.status else ""
