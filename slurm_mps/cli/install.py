@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -20,13 +21,12 @@ from slurm_mps.cli.output import (
     refuse,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
     from slurm_mps.install.actions import Installed, Uninstalled
-    from slurm_mps.install.changes import Step
-    from slurm_mps.install.plan import Todo
+    from slurm_mps.install.by_hand import Todo
+    from slurm_mps.install.changes import Comparison
 
 _DOCTOR_SECONDS = 30
 _COLUMNS = (Column("what", "WHAT"), Column("path", "PATH"))
@@ -38,10 +38,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "install",
         help="as root: put plugin, prolog, epilog and sample configuration into this node's Slurm",
-        description="Builds the plugin for the Slurm that is on this node and refuses any other; puts it, its line for "
-        "plugstack.conf, prolog, epilog and a sample mps.toml where this site has such things; says what is left to "
-        "do by hand. slurm.conf is read and never changed. What is changed is noted first in /var/lib/slurm-mps, for "
-        f"slurm-mps uninstall; run again, it finishes or upgrades. {_STATUSES}",
+        description="Builds the plugin for the Slurm that is on this node and refuses any other; puts it, a file with "
+        "its line for plugstack.conf, prolog, epilog and a sample mps.toml where this site has such things; says "
+        "what is left to do by hand. Files of the site are read and never changed. What is written is noted first in "
+        f"/var/lib/slurm-mps, for slurm-mps uninstall; run again, it finishes or upgrades. {_STATUSES}",
     )
     parser.add_argument("--dry-run", action="store_true", help="show every file and line, and change nothing")
     parser.add_argument("--login-node", action="store_true", help="only what submitting needs: plugin and its line")
@@ -55,12 +55,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run_install)
     parser = commands.add_parser(
         "uninstall",
-        help="as root: put this node's Slurm back as slurm-mps install found it",
-        description="Undoes what slurm-mps install noted, newest first. What was changed since stays, and is named. "
-        "Refuses while a job has MPS on this node, or while slurm.conf still runs what would go. "
+        help="as root: remove what slurm-mps install put into this node's Slurm",
+        description="Removes what slurm-mps install noted, newest first. What was changed since stays, and is named. "
+        "Refuses while a job has MPS on this node, or while slurm.conf or plugstack.conf still needs what would go. "
         "Exit status: 0 fine, 1 a problem was found, 2 usage, 4 not root.",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be put back, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and change nothing")
     parser.add_argument("--force", action="store_true", help="do not refuse for jobs with MPS, nor for slurm.conf")
     _common_options(parser, "uninstall/1")
     parser.set_defaults(run=run_uninstall)
@@ -82,7 +82,7 @@ def run_install(options: argparse.Namespace) -> int:
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import install
     from slurm_mps.install.plan import Options, WrongOptionError
-    from slurm_mps.install.site import NoSlurmError
+    from slurm_mps.slurm.host import NoSlurmError
 
     os.umask(0o022)
     chosen = Options(options.slurm_conf, options.plugin, options.plugin_dir, options.slurm_include, options.login_node)
@@ -127,16 +127,13 @@ def run_uninstall(options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------- printing
 
 
-def _what(step: Step, *, dry_run: bool) -> str:
-    from slurm_mps.install.changes import DIRECTORY, LINES
-
-    if step.kept:
+def _what(one: Comparison, *, dry_run: bool) -> str:
+    if one.stays:
         return "stays"
-    if not step.needed:
+    if not one.is_needed:
         return "is there"
-    verbs = {DIRECTORY: ("make", "made"), LINES: ("add to", "added to")}
-    verb = verbs.get(step.change.kind, ("write", "wrote") if step.before is None else ("replace", "replaced"))
-    return verb[0 if dry_run else 1]
+    kind = "make" if one.change.data is None else "write" if one.before is None else "replace"
+    return kind if dry_run else {"make": "made", "write": "wrote", "replace": "replaced"}[kind]
 
 
 def _report_install(done: Installed, options: argparse.Namespace) -> None:
@@ -144,44 +141,45 @@ def _report_install(done: Installed, options: argparse.Namespace) -> None:
         options,
         PROBLEM if done.problems else FINE,
         dry_run=done.dry_run,
-        slurm_release=done.plan.release,
+        slurm_release=done.release,
         changes=[
-            {"path": step.change.path, "what": _what(step, dry_run=done.dry_run), "mode": f"{step.mode:o}"}
-            for step in done.steps
+            {"path": one.change.path, "what": _what(one, dry_run=done.dry_run), "mode": f"{one.change.mode:o}"}
+            for one in done.comparisons
         ],
         undone=[{"path": one.path, "what": one.what} for one in done.undone],
-        by_hand=[{"where": todo.where, "lines": list(todo.lines), "why": todo.why} for todo in done.plan.by_hand],
+        by_hand=[{"where": todo.where, "lines": list(todo.lines), "why": todo.why} for todo in done.by_hand],
         problems=done.problems,
     )
 
 
 def _print_install(done: Installed) -> None:
-    rows = [{"what": _what(step, dry_run=done.dry_run), "path": step.change.path} for step in done.steps]
+    rows = [{"what": _what(one, dry_run=done.dry_run), "path": one.change.path} for one in done.comparisons]
     rows += [{"what": one.what, "path": one.path} for one in done.undone]
-    print(f"Slurm {done.plan.release}, {done.plan.conf.path or 'without a slurm.conf yet'}")
+    print(f"Slurm {done.release}, {done.conf_path or 'without a slurm.conf yet'}")
     print_table(rows, _COLUMNS)
     if done.dry_run:
-        for step in done.steps:
-            _print_difference(step)
-    _print_by_hand(done.plan.by_hand)
+        for one in done.comparisons:
+            _print_difference(one)
+    _print_by_hand(done.by_hand)
     for problem in done.problems:
         complain(problem)
 
 
-def _print_difference(step: Step) -> None:
+def _print_difference(one: Comparison) -> None:
     """Every line that would be written; of a plugin its size."""
     import difflib
 
-    if not step.needed or step.change.kind == "directory":
+    path, data, mode = one.change.path, one.change.data, one.change.mode
+    if not one.is_needed or data is None:
         return
-    path = step.change.path
-    if b"\0" in step.after:
-        print(f"\n{path}: {len(step.after)} bytes, mode {step.mode:o}")
+    if b"\0" in data:
+        print(f"\n{path}: {len(data)} bytes, mode {mode:o}")
         return
-    before, after = ((text or b"").decode(errors="replace").splitlines() for text in (step.before, step.after))
-    old = "/dev/null" if step.before is None else path
-    print(f"\n{path}: mode {step.mode:o}")
-    for line in difflib.unified_diff(before, after, old, path, lineterm="", n=1):
+    before, after = ((text or b"").decode(errors="replace").splitlines() for text in (one.before, data))
+    print(f"\n{path}: mode {mode:o}")
+    for line in difflib.unified_diff(
+        before, after, "/dev/null" if one.before is None else path, path, lineterm="", n=1
+    ):
         print(line)
 
 

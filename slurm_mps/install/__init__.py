@@ -1,5 +1,5 @@
 """Puts slurm-mps into a node's Slurm and takes it out again (docs/decisions/0016). Prints nothing.
 
-site: what this Slurm is and where its parts are. build: the plugin for exactly that Slurm. changes: what is written,
-and how each change is undone. plan: which changes this node needs, and what is left to do by hand.
+plan: which files this node needs. build: the plugin for exactly this Slurm. changes: the files are written, noted and
+removed. by_hand: what is left to the admin. actions: the whole way, both ways.
 """

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..config.settings import CONFIG_PATH
+from ..errors import MpsError
+from ..slurm.host import PLUGIN, Host
 from . import changes
-from .build import PLUGIN
-from .plan import (
-    Options,
-    Plan,
-    afterwards,
-    jobs_with_mps,
-    make_plan,
-    require_file,
-    stack_still_names_it,
-    still_in_force,
-    still_needed,
-)
-from .site import read_slurm_conf
+from .by_hand import jobs_with_mps, left_to_do, still_in_force, still_needed
+from .plan import make_plan, require_file, stack_lines, stack_lines_of_others
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Mapping
 
-    from .changes import Step, Undone
-    from .site import SlurmConf
+    from .by_hand import Todo
+    from .changes import Comparison, Manifest, Undone
+    from .plan import Options
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installation did, or with `dry_run` would do: `steps` as looked at before, `undone` of an earlier one."""
+    """What an installation did, or with `dry_run` would do; `undone` of an earlier one."""
 
-    plan: Plan
-    steps: list[Step]
+    release: str
+    conf_path: str
+    comparisons: list[Comparison]
     undone: list[Undone]
+    by_hand: list[Todo]
     dry_run: bool
 
     @property
     def problems(self) -> list[str]:
         """Files that were left as they are though they should be others."""
-        hint = "move it away and install again"
-        return [f"{step.change.path} stays: {step.kept}; {hint}" for step in self.steps if step.kept]
+        return [
+            f"{one.change.path} stays: {one.stays}; move it away and install again"
+            for one in self.comparisons
+            if one.stays
+        ]
 
 
 @dataclass
@@ -58,6 +56,20 @@ class Uninstalled:
         return self.refused + kept
 
 
+def _host(slurm_conf: str | None, environment: Mapping[str, str]) -> Host:
+    """This machine's Slurm, with a slurm.conf that can be read whole.
+
+    Raises: MpsError, also when SLURM_CONF names no file: Slurm's own commands would look for it for a minute.
+    """
+    host = Host(environment, slurm_conf)
+    named = environment.get("SLURM_CONF")
+    if named and not host.conf_path:
+        raise MpsError(f"SLURM_CONF={named} names no file", "unset it, or give it the right path")
+    if host.conf.problems:
+        raise MpsError(host.conf.problems[0])
+    return host
+
+
 def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) -> Installed:
     """Put slurm-mps into this node's Slurm; run again, it finishes or upgrades what an earlier run began.
 
@@ -65,66 +77,66 @@ def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) 
     """
     with changes.Manifest(make=not dry_run) as manifest:
         try:
-            plan = make_plan(options, environment, manifest.entries.keys())
-            steps = changes.look(plan.changes, manifest)
+            host = _host(options.slurm_conf, environment)
+            plan = make_plan(options, host, manifest)
+            comparisons = changes.compare(plan.changes, manifest)
             gone = changes.no_longer_wanted(plan.changes, manifest)
-            changed = {step.change.path for step in steps if step.needed}
-            left = plan.by_hand + afterwards(options, plan, changed, environment)
+            changed = {one.change.path for one in comparisons if one.is_needed}
+            by_hand = left_to_do(options, plan, host, manifest, changed)
             if not dry_run:
-                changes.apply(steps, manifest)
-            undone = [changes.undo(entry, manifest, dry_run=dry_run) for entry in gone]
-            if not dry_run:
-                manifest.forget(gone)
+                changes.apply(comparisons, manifest)
+            undone = [changes.undo(path, manifest, dry_run=dry_run) for path in gone]
+            if gone and not dry_run:
+                for path in gone:
+                    del manifest.wrote[path]
+                manifest.write()
         finally:
-            if not manifest.entries and not dry_run:
+            if not manifest.wrote and not dry_run:
                 manifest.remove()
-    return Installed(replace(plan, by_hand=left), steps, undone, dry_run)
+    return Installed(plan.release, host.conf_path, comparisons, undone, by_hand, dry_run)
 
 
 def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: bool, dry_run: bool) -> Uninstalled:
-    """Put this node back as it was found. What the admin changed since stays.
+    """Remove what install wrote, newest first. What the admin changed since stays.
 
     Returns: with `refused` when Slurm or a job still needs what would go; nothing was changed then, unless it could
     only be seen on the way.
-    Raises: WrongOptionError; MpsError when the manifest or a file that it kept cannot be read.
+    Raises: WrongOptionError; MpsError when the manifest cannot be read.
     """
     require_file("--slurm-conf", slurm_conf)
     result = Uninstalled()
     with changes.Manifest(make=False) as manifest:
-        if not manifest.entries:
+        if not manifest.wrote:
             if not dry_run:
                 manifest.remove()
             return result
-        conf = read_slurm_conf(slurm_conf, environment)
-        ours = manifest.entries.keys()
-        removes_plugin = any(path.endswith(f"/{PLUGIN}") for path in ours)
+        host = _host(slurm_conf, environment)
         if not force:
-            _look_who_needs_it(conf, ours, environment, result)
+            _look_what_needs_it(host, manifest, result)
+        removes_plugin = any(_is_plugin(path) for path in manifest.wrote)
         if removes_plugin:
-            result.refused += [_names_it(where) for where in stack_still_names_it(conf, ours)]
+            result.refused += [_names_it(*one) for one in stack_lines_of_others(host, manifest)]
         if result.refused:
             return result
-        for entry in reversed(list(manifest.entries.values())):
-            if entry.path.endswith(f"/{PLUGIN}") and not dry_run:
-                left = stack_still_names_it(conf, ())
-                if left:
-                    result.refused += [_names_it(where) for where in left]
+        newest_first = list(manifest.wrote)[::-1]
+        for path in sorted(newest_first, key=_is_plugin):  # the plugin last, when no line names it
+            if _is_plugin(path) and not dry_run:
+                result.refused += [_names_it(*one) for one in stack_lines(_host(slurm_conf, environment))]
+                if result.refused:
                     return result
-            result.undone.append(changes.undo(entry, manifest, dry_run=dry_run))
+            result.undone.append(changes.undo(path, manifest, dry_run=dry_run))
         if not dry_run:
             manifest.remove()
     return result
 
 
-def _look_who_needs_it(
-    conf: SlurmConf, ours: Container[str], environment: Mapping[str, str], result: Uninstalled
-) -> None:
+def _look_what_needs_it(host: Host, manifest: Manifest, result: Uninstalled) -> None:
     """Jobs, slurm.conf as it stands, and slurmctld, which may not have taken over what was changed there."""
     result.refused += [f"job {job} has MPS on this node" for job in jobs_with_mps()]
-    result.refused += still_needed(conf, ours)
+    result.refused += still_needed(host, manifest.wrote)
     if result.refused:
         return
-    in_force = still_in_force(conf, ours, environment)
+    in_force = still_in_force(host, manifest.wrote)
     if in_force is None:
         result.remarks.append(
             "slurmctld does not answer: if it still has our Prolog or Epilog, this node drains at its next job"
@@ -132,5 +144,9 @@ def _look_who_needs_it(
     result.refused += in_force or []
 
 
-def _names_it(where: str) -> str:
-    return f"{where}: without the plugin this line stops every srun, and slurmd from starting; take it out first"
+def _is_plugin(path: str) -> bool:
+    return os.path.basename(path) == PLUGIN
+
+
+def _names_it(path: str, line: str) -> str:
+    return f"{path}: {line}: without the plugin this line stops every srun, and slurmd from starting; take it out first"

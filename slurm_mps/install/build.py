@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import MpsError
 from ..job.verdict import VERDICT_VERSION
 from ..node import processes
+from ..slurm.host import PLUGIN
 from ..slurm.plugin_file import read_plugin
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PLUGIN = "spank_mps.so"
 _BUILD_SECONDS = 120.0
 _NEEDS = (
     "gcc, make, the C library's headers and Slurm's are needed (Debian: gcc make libc6-dev libslurm-dev; "

@@ -1,7 +1,10 @@
-"""What an installation writes, and how it is undone; the note of it is on disk before anything changes.
+"""The files that install writes: whole, of its own, and noted before they are written.
 
-Promises: a file is there whole or not at all; whenever it is killed, running it again finishes it and `uninstall` takes
-it back; what the admin changed since is not overwritten and not removed.
+Promises:
+ - A file is written only where there is none, or where it is still as an earlier installation wrote it.
+ - All that is going to be written is noted on disk first: an installation that is killed anywhere can be undone, or
+   finished by running it again. uninstall removes what is still as it was written, and keeps and names the rest.
+ - Root writes only where nobody else can (node/files.py).
 """
 
 from __future__ import annotations
@@ -10,138 +13,67 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import MpsError, NodeError
 from ..node.files import Directory, LockFile, open_trusted
+from ..node.paths import others_can_write
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Self
 
 MANIFEST_DIRECTORY = "/var/lib/slurm-mps"
-_MANIFEST, _FOUND_DIRECTORY = "installed.json", "found"
+_MANIFEST = "installed.json"
 _VERSION = 1
 _LOCK_SECONDS = 5.0
 _SIZE_MAX = 64 * 2**20
-
-FILE, LINES, DIRECTORY = "file", "lines", "directory"
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+CHANGED, FOREIGN = "it was changed since it was installed", "slurm-mps install on this node did not write it"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A file to write whole, lines to add to the end of one, or a directory to make."""
+    """A file to write, or with `data` None a directory to make."""
 
     path: str
-    kind: str = FILE
-    data: bytes = b""  #: of a file all of it, of lines those to add
+    data: bytes | None = None
     mode: int = 0o644
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was there before: its mode, group and digest; the content is kept beside the manifest by its digest."""
-
-    mode: int
-    gid: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A change as the manifest has it. `written`: the digests of what we put there, the last one last."""
-
-    path: str
-    kind: str
-    found: Found | None = None
-    written: tuple[str, ...] = ()
-    lines: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One change, looked at: what is there now, and what would be."""
+class Comparison:
+    """A change, and what is there now (of a directory nothing but whether it is there)."""
 
     change: Change
     before: bytes | None
-    after: bytes
-    mode: int
     before_mode: int = 0
-    kept: str = ""  #: why it is left as it is, if it is
+    stays: str = ""  #: why the file is left as it is, if it is
 
     @property
-    def needed(self) -> bool:
-        same = self.before == self.after and self.before_mode == self.mode
-        return not self.kept and not (self.before is not None and same)
+    def is_needed(self) -> bool:
+        same = self.before == (self.change.data or b"") and self.before_mode == self.change.mode
+        return not self.stays and not same
 
 
 @dataclass(frozen=True)
 class Undone:
-    """What became of one path: put back, removed, or kept and why."""
+    """What became of one path: removed, gone already, or kept and why."""
 
     path: str
     what: str
     kept: bool = False
 
 
-@dataclass
-class _Place:
-    """A file's directory, open and proved to be root's, and its name in it."""
-
-    directory: Directory
-    name: str
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.directory.close()
-
-    def read(self) -> bytes | None:
-        try:
-            return self.directory.read(self.name, _SIZE_MAX)
-        except FileNotFoundError:
-            return None
-
-    def status(self) -> os.stat_result:
-        return os.stat(self.name, dir_fd=self.directory.fd, follow_symlinks=False)
-
-    def write(self, data: bytes, mode: int, gid: int = 0) -> None:
-        self.directory.write(self.name, data, mode)
-        if gid:
-            os.chown(self.name, -1, gid, dir_fd=self.directory.fd)
-
-
-def _place(path: str) -> _Place:
-    """Raises: FileNotFoundError; NodeError when others than root can write a directory on the way."""
-    directory, name = os.path.split(os.path.realpath(path))
-    return _Place(open_trusted(directory), name)
-
-
-def require_roots(path: str) -> None:
-    """Raises: NodeError when others than root can change what is at `path`, or any directory above it."""
-    real = os.path.realpath(path)
-    while not os.path.isdir(real):
-        status = os.stat(real) if os.path.exists(real) else None
-        if status and (status.st_uid or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            raise NodeError(f"{real} can be written by others than root")
-        real = os.path.dirname(real)
-    if real != "/":
-        open_trusted(real).close()
-
-
 class Manifest:
-    """What was changed on this node, in /var/lib/slurm-mps. One at a time; close it with ``with``.
+    """What install has written on this node, in /var/lib/slurm-mps. One process at a time; close it with ``with``.
 
-    Raises on opening: MpsError when it is damaged, or a newer slurm-mps wrote it.
+    `wrote`: by real path the digests of the contents that we put there, at most the last one and the one before. A
+    directory has none.
+    Raises on opening: MpsError when the note is damaged, or a newer slurm-mps wrote it.
     """
 
     def __init__(self, *, make: bool) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.wrote: dict[str, list[str]] = {}
         self._opened: Directory | None = None
         parent, _, name = MANIFEST_DIRECTORY.rpartition("/")
         with open_trusted(parent) as above:
@@ -149,10 +81,10 @@ class Manifest:
                 self._opened = above.make(name, 0o700) if make else above.subdirectory(name)
             except FileNotFoundError:
                 return
-        self._lock = LockFile(self._directory)
+        self._lock = LockFile(self._opened)
         self._lock.acquire(0, _LOCK_SECONDS)
         try:
-            self._read(self._directory.read(_MANIFEST, _SIZE_MAX))
+            self._read(self._opened.read(_MANIFEST, _SIZE_MAX))
         except FileNotFoundError:
             pass
 
@@ -164,234 +96,153 @@ class Manifest:
             self._lock.close()
             self._opened.close()
 
-    @property
-    def _directory(self) -> Directory:
-        if self._opened is None:
-            raise MpsError(f"{MANIFEST_DIRECTORY} is not there")
-        return self._opened
+    def __contains__(self, path: str) -> bool:
+        """Whether the file at a path is there, and is as we wrote it."""
+        try:
+            with open(path, "rb") as file:
+                return _digest(file.read(_SIZE_MAX)) in self.wrote.get(os.path.realpath(path), ())
+        except OSError:
+            return False
 
     def _read(self, text: bytes) -> None:
         where = f"{MANIFEST_DIRECTORY}/{_MANIFEST}"
         try:
             manifest = json.loads(text)
             version = manifest["version"]
-            entries = [_entry(**fields) for fields in manifest["changes"]] if version == _VERSION else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise MpsError(f"{where} is damaged: {error}", "it is kept; undo by hand what it names") from None
+            wrote = manifest["wrote"] if version == _VERSION else {}
+            self.wrote = {str(path): [str(digest) for digest in digests] for path, digests in wrote.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MpsError(f"{where} is damaged: {error}", "it is kept; remove by hand what it names") from None
         if version != _VERSION:
             raise MpsError(f"{where} is of version {version}, and this slurm-mps reads {_VERSION}")
-        self.entries = {entry.path: entry for entry in entries}
 
     def write(self) -> None:
         """Put the note on disk; when this returns it is there."""
-        changes = [_without_nothing(entry) for entry in self.entries.values()]
-        text = json.dumps({"version": _VERSION, "changes": changes}, indent=1)
-        self._directory.write(_MANIFEST, text.encode())
-
-    def forget(self, entries: list[Entry]) -> None:
-        """Take what was undone off the note."""
-        for entry in entries:
-            del self.entries[entry.path]
-        if entries:
-            self.write()
-
-    def keep(self, data: bytes) -> None:
-        """Keep the content of a file that is going to be changed."""
-        with self._directory.make(_FOUND_DIRECTORY, 0o700) as found:
-            found.write(digest(data), data)
-
-    def kept(self, sha256: str) -> bytes:
-        """Raises: MpsError when it is not there, or not whole."""
-        where = f"{MANIFEST_DIRECTORY}/{_FOUND_DIRECTORY}/{sha256}"
-        try:
-            with self._directory.subdirectory(_FOUND_DIRECTORY) as found:
-                data = found.read(sha256, _SIZE_MAX)
-        except FileNotFoundError:
-            raise MpsError(f"{where} is gone, which a file is to be put back from") from None
-        if digest(data) != sha256:
-            raise MpsError(f"{where} is damaged")
-        return data
+        if self._opened is None:
+            return
+        text = json.dumps({"version": _VERSION, "wrote": self.wrote}, indent=1)
+        self._opened.write(_MANIFEST, text.encode())
 
     def remove(self) -> None:
-        """Remove the manifest and what it kept, when all is undone."""
+        """Remove the note, when all is undone."""
         if self._opened is None:
             return
         parent, _, name = MANIFEST_DIRECTORY.rpartition("/")
-        self._directory.unlink(_MANIFEST)
-        self._directory.remove_tree(_FOUND_DIRECTORY)
-        if self._directory.names() == ["lock"]:
+        self._opened.unlink(_MANIFEST)
+        if self._opened.names() == ["lock"]:
             with open_trusted(parent) as above:
                 above.remove_tree(name)
 
 
-def _entry(path: str, kind: str, written: list[str], lines: str = "", found: dict[str, Any] | None = None) -> Entry:
-    return Entry(path, kind, Found(**found) if found else None, tuple(written), lines)
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _without_nothing(entry: Entry) -> dict[str, Any]:
-    fields = {**vars(entry), "found": vars(entry.found) if entry.found else None}
-    return {name: value for name, value in fields.items() if value not in (None, "")}
+def _place(path: str) -> tuple[Directory, str]:
+    """A file's directory, open and proved to be root's, to be closed; and the file's name in it.
+
+    Raises: FileNotFoundError; NodeError when others than root can write a directory on the way.
+    """
+    directory, name = os.path.split(os.path.realpath(path))
+    return open_trusted(directory), name
 
 
-# --------------------------------------------------------------------------------------------------------- looking
+def require_roots(path: str) -> None:
+    """Raises: NodeError when others than root can change what is at `path`, or a directory above it."""
+    written = others_can_write(path)
+    if written:
+        raise NodeError(f"{written} can be written by others than root")
 
 
-def look(changes: list[Change], manifest: Manifest) -> list[Step]:
+def compare(changes: list[Change], manifest: Manifest) -> list[Comparison]:
     """What each change would do now.
 
     Raises: NodeError when a place is not root's alone.
     """
-    return [_look(change, manifest.entries.get(_key(change))) for change in changes]
+    return [_compare(change, manifest.wrote.get(os.path.realpath(change.path))) for change in changes]
 
 
-def _key(change: Change) -> str:
-    return os.path.realpath(change.path)
-
-
-def _look(change: Change, entry: Entry | None) -> Step:
-    if change.kind == DIRECTORY:
+def _compare(change: Change, wrote: list[str] | None) -> Comparison:
+    if change.data is None:
         require_roots(change.path)
-        there = os.path.isdir(change.path)
-        return Step(change, b"" if there else None, b"", change.mode, change.mode)
-    before, mode_now = None, 0
+        return Comparison(change, b"" if os.path.isdir(change.path) else None, change.mode)
     try:
-        with _place(change.path) as place:
-            before = place.read()
-            mode_now = 0 if before is None else stat.S_IMODE(place.status().st_mode)
+        directory, name = _place(change.path)
     except FileNotFoundError:  # the directory is to be made
         require_roots(change.path)
-    mode = mode_now if before is not None and change.kind == LINES else change.mode
-    after = change.data if change.kind == FILE else _with_lines(before or b"", change.data, entry)
-    known = entry is None or before is None or digest(before) in entry.written or _is_found(before, entry)
-    kept = "" if known or before == after or change.kind == LINES else "it was changed since it was installed"
-    return Step(change, before, after, mode, mode_now, kept)
+        return Comparison(change, None)
+    with directory:
+        try:
+            before = directory.read(name, _SIZE_MAX)
+            mode = stat.S_IMODE(os.stat(name, dir_fd=directory.fd, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return Comparison(change, None)
+    is_same = before == change.data and mode == change.mode
+    is_ours = wrote is not None and _digest(before) in wrote
+    stays = "" if is_same or is_ours else FOREIGN if wrote is None else CHANGED
+    return Comparison(change, before, mode, stays)
 
 
-def _is_found(data: bytes, entry: Entry) -> bool:
-    return entry.found is not None and entry.found.sha256 == digest(data)
+def apply(comparisons: list[Comparison], manifest: Manifest) -> None:
+    """Note all that is going to be written, then write it.
 
-
-def _with_lines(text: bytes, lines: bytes, entry: Entry | None) -> bytes:
-    """The text with the lines at its end, once; those of an earlier installation go."""
-    if lines in text:
-        return text
-    if entry and entry.lines:
-        text = _without_lines(text, entry.lines.encode())
-    return text + (b"\n" if text and not text.endswith(b"\n") else b"") + lines
-
-
-def _without_lines(text: bytes, lines: bytes) -> bytes:
-    before, found, after = text.partition(lines)
-    whole = found and (not before or before.endswith(b"\n"))
-    return before + after if whole else text
-
-
-def no_longer_wanted(changes: list[Change], manifest: Manifest) -> list[Entry]:
-    """What an earlier installation wrote and this one would not: a script where the site looks no longer."""
-    wanted = {_key(change) for change in changes}
-    return [entry for entry in manifest.entries.values() if entry.kind == FILE and entry.path not in wanted]
-
-
-# ----------------------------------------------------------------------------------------------------- doing, undoing
-
-
-def apply(steps: list[Step], manifest: Manifest) -> None:
-    """Note all that is going to be done, then do it.
-
-    Raises: NodeError; what was done until then is in the manifest.
+    Raises: NodeError; what was written until then is in the manifest.
     """
-    needed = [step for step in steps if step.needed]
-    for step in needed:
-        _note(step, manifest)
+    needed = [one for one in comparisons if one.is_needed]
+    for one in needed:
+        there = [] if one.before is None else [_digest(one.before)]  # stays ours until the new one is in its place
+        new = [] if one.change.data is None else [_digest(one.change.data)]
+        manifest.wrote[os.path.realpath(one.change.path)] = there + new if new else []
     if needed:
         manifest.write()
-    for step in needed:
-        _do(step)
+    for one in needed:
+        directory, name = _place(one.change.path)
+        with directory:
+            if one.change.data is None:
+                directory.make(name, one.change.mode).close()
+            else:
+                directory.write(name, one.change.data, one.change.mode)
 
 
-def _note(step: Step, manifest: Manifest) -> None:
-    key = _key(step.change)
-    entry = manifest.entries.get(key)
-    if entry is None:
-        found = None
-        if step.before is not None:
-            with _place(key) as place:
-                status = place.status()
-            found = Found(stat.S_IMODE(status.st_mode), status.st_gid, digest(step.before))
-            manifest.keep(step.before)
-        entry = Entry(key, step.change.kind, found)
-    there = digest(step.before or b"")  # stays ours until the new one is in its place
-    written = (*(one for one in entry.written if one == there), digest(step.after))
-    lines = step.change.data.decode() if step.change.kind == LINES else ""
-    manifest.entries[key] = replace(entry, written=() if entry.kind == DIRECTORY else written, lines=lines)
+def no_longer_wanted(changes: list[Change], manifest: Manifest) -> list[str]:
+    """The files that an earlier installation wrote and this one would not: a script where the site looks no longer."""
+    wanted = {os.path.realpath(change.path) for change in changes}
+    return [path for path, digests in manifest.wrote.items() if digests and path not in wanted]
 
 
-def _do(step: Step) -> None:
-    key = _key(step.change)
-    if step.change.kind == DIRECTORY:
-        with _place(key) as place:
-            place.directory.make(place.name, step.mode).close()
-        return
-    with _place(key) as place:
-        gid = place.status().st_gid if step.before is not None else 0
-        place.write(step.after, step.mode, gid)
-
-
-def undo(entry: Entry, manifest: Manifest, *, dry_run: bool) -> Undone:
-    """Put back what was at one path, if it is still as we left it; otherwise keep it and say so."""
+def undo(path: str, manifest: Manifest, *, dry_run: bool) -> Undone:
+    """Remove what is at a path if it is still as we left it; keep anything else, and say so."""
     try:
-        place = _place(entry.path)
+        directory, name = _place(path)
     except FileNotFoundError:
-        return Undone(entry.path, "is gone already")
-    with place:
-        if entry.kind == DIRECTORY:
-            return _undo_directory(entry, place, dry_run=dry_run)
-        if not dry_run:
-            place.directory.unlink(place.name, temporary_only=True)  # of a write that was cut short
-        now = place.read()
-        if entry.kind == LINES:
-            return _undo_lines(entry, now, place, manifest, dry_run=dry_run)
-        if now is not None and digest(now) not in entry.written and not _is_found(now, entry):
-            return Undone(entry.path, "stays: it was changed since it was installed", kept=True)
-        return _put_back(entry, now, place, manifest, dry_run=dry_run)
+        return Undone(path, "is gone already")
+    with directory:
+        if not manifest.wrote[path]:
+            return _remove_directory(path, directory, name, dry_run=dry_run)
+        return _remove_file(path, directory, name, manifest.wrote[path], dry_run=dry_run)
 
 
-def _put_back(entry: Entry, now: bytes | None, place: _Place, manifest: Manifest, *, dry_run: bool) -> Undone:
-    """Make a file what was found, or nothing."""
-    if entry.found is None:
-        if not dry_run:
-            place.directory.unlink(place.name)
-        return Undone(entry.path, "is gone already" if now is None else "removed")
-    if now is not None and _is_found(now, entry) and stat.S_IMODE(place.status().st_mode) == entry.found.mode:
-        return Undone(entry.path, "is as it was")
+def _remove_file(path: str, directory: Directory, name: str, wrote: list[str], *, dry_run: bool) -> Undone:
     if not dry_run:
-        place.write(manifest.kept(entry.found.sha256), entry.found.mode, entry.found.gid)
-    return Undone(entry.path, "put back as it was")
-
-
-def _undo_lines(entry: Entry, now: bytes | None, place: _Place, manifest: Manifest, *, dry_run: bool) -> Undone:
-    """Take our lines out; what is then as it was found is put back to the byte, anything else keeps the rest."""
-    if now is None:
-        return Undone(entry.path, "is gone already")
-    rest = _without_lines(now, entry.lines.encode())
-    before = manifest.kept(entry.found.sha256) if entry.found else b""
-    if rest in (before, before + b"\n"):
-        return _put_back(entry, now, place, manifest, dry_run=dry_run)
-    if rest == now:
-        return Undone(entry.path, "has none of our lines any more")
-    if not dry_run:
-        status = place.status()
-        place.write(rest, stat.S_IMODE(status.st_mode), status.st_gid)
-    return Undone(entry.path, "our lines removed; the rest was changed since and stays")
-
-
-def _undo_directory(entry: Entry, place: _Place, *, dry_run: bool) -> Undone:
-    if not place.directory.exists(place.name):
-        return Undone(entry.path, "is gone already")
-    if dry_run:
-        return Undone(entry.path, "removed, if nothing else is in it")
+        directory.unlink(name, temporary_only=True)  # of a write that was cut short
     try:
-        os.rmdir(place.name, dir_fd=place.directory.fd)
+        now = directory.read(name, _SIZE_MAX)
+    except FileNotFoundError:
+        return Undone(path, "is gone already")
+    if _digest(now) not in wrote:
+        return Undone(path, f"stays: {CHANGED}", kept=True)
+    if not dry_run:
+        directory.unlink(name)
+    return Undone(path, "removed")
+
+
+def _remove_directory(path: str, directory: Directory, name: str, *, dry_run: bool) -> Undone:
+    if not directory.exists(name):
+        return Undone(path, "is gone already")
+    if dry_run:
+        return Undone(path, "removed, if nothing else is in it")
+    try:
+        os.rmdir(name, dir_fd=directory.fd)
     except OSError:
-        return Undone(entry.path, "stays: other files are in it")
-    return Undone(entry.path, "removed")
+        return Undone(path, "stays: other files are in it")
+    return Undone(path, "removed")

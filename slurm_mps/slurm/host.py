@@ -50,6 +50,7 @@ _PLUGIN_PLACES = (
 )
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _ASK_SECONDS = 10.0
+_COMMENT = re.compile(r"(?:^|(?<=[\s;]))#.*$", re.MULTILINE)
 _SHOWN = re.compile(r"^(\w+)(?:\[\d+\])? *= (.*)$", re.MULTILINE)
 
 
@@ -371,6 +372,14 @@ class Host:
     def scripts(self, key: str) -> list[str]:
         """The scripts of Prolog or Epilog in the order in which slurmd runs them: each pattern's in reverse (S12)."""
         return [path for pattern in self.all(key) for path in sorted(glob.glob(pattern), reverse=True)]
+
+
+def script_code(path: str) -> str:
+    """What a script does: its text without comments; empty where it cannot be read."""
+    try:
+        return _COMMENT.sub("", read_text(path, 65536))
+    except OSError:
+        return ""
 
 
 def has_slurms_plugins(directory: str) -> bool:

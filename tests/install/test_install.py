@@ -24,7 +24,7 @@ BUILT = str(REPOSITORY / "build/spank/spank_mps.so")  # within a machine, where 
 PROLOG, EPILOG = "/etc/slurm/prolog.d/10-slurm-mps.sh", "/etc/slurm/epilog.d/95-slurm-mps.sh"
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
 PLUGSTACK = "/etc/slurm/plugstack.conf"
-#: Every kind of place at once: a file that is included, a single script, a pattern, a file that ends without a newline.
+#: Two kinds of place at once: a single script, and a pattern.
 SLURM_CONF = """ClusterName=c
 SlurmctldHost=localhost
 Prolog=/etc/slurm/prolog.sh
@@ -68,9 +68,8 @@ def a_site_of_its_own(machine: Machine) -> None:
     machine.write("/etc/slurm/slurm.conf", SLURM_CONF)
     machine.write("/etc/slurm/prolog.sh", "#!/bin/sh\nexit 0\n", mode=0o755)
     machine.write("/etc/slurm/tidy/50-gpus.sh", "#!/bin/sh\n", mode=0o755)
-    machine.write(PLUGSTACK, "# ours\ninclude /etc/slurm/other.d/*.plug\n# no newline at the end", mode=0o640)
+    machine.write(PLUGSTACK, "# ours\ninclude /etc/slurm/other.d/*.conf\n# no newline at the end", mode=0o640)
     machine.write("/etc/slurm/mps.toml", "# the site's\n")
-    machine.write(PLUGIN, "an old one", mode=0o600)
 
 
 # ------------------------------------------------------------------------------------------------ a whole installation
@@ -88,8 +87,8 @@ def test_dry_run_shows_every_file_and_line_and_changes_nothing(machine: Machine)
 
 
 @pytest.mark.every_release
-def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
-    """Contents, modes, groups, and no directory more; first on a bare machine, then where all was there before."""
+def test_uninstall_leaves_exactly_what_was(machine: Machine) -> None:
+    """Contents, modes, groups, and no directory more; first on a bare machine, then on a site with files of its own."""
     before = snapshot(machine)
     install(machine).check()
     assert snapshot(machine) != before
@@ -102,11 +101,8 @@ def test_uninstall_puts_back_exactly_what_was(machine: Machine) -> None:
     written = {change["path"]: change["what"] for change in done["changes"]}
     assert written["/etc/slurm/prolog.d/10-slurm-mps.sh"] == "wrote"
     assert written["/etc/slurm/tidy/95-slurm-mps.sh"] == "wrote"
-    assert written[PLUGSTACK] == "added to"
-    assert written[PLUGIN] == "replaced"
-    assert "/etc/slurm/mps.toml" not in written
-    assert machine.read(PLUGSTACK).endswith("at the end\n# slurm-mps: the --mps options of srun, sbatch and salloc\n"
-                                            "required spank_mps.so\n")  # fmt: skip
+    assert written["/etc/slurm/other.d/slurm-mps.conf"] == "wrote"
+    assert not {"/etc/slurm/mps.toml", PLUGSTACK} & written.keys()
     by_hand = {line: todo["where"] for todo in done["by_hand"] for line in todo["lines"]}
     assert by_hand["/etc/slurm/prolog.d/10-slurm-mps.sh || exit 1"] == "/etc/slurm/prolog.sh, as its last line"
     assert not any(line.startswith(("Prolog=", "Epilog=")) for line in by_hand)
@@ -130,25 +126,35 @@ def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machi
     assert snapshot(machine) == before
 
 
-def test_a_line_of_plugstack_conf_d_goes_there_and_a_line_that_is_there_is_enough(machine: Machine) -> None:
-    """Debian's plugstack.conf includes plugstack.conf.d/*.conf; and some sites wrote the line themselves."""
-    machine.write(PLUGSTACK, "Include /etc/slurm/plugstack.conf.d/*.conf\n")  # which Slurm ignores
-    assert PLUGSTACK in [change["path"] for change in report(install(machine, "--dry-run", "--json"))["changes"]]
+def test_the_plugins_line_goes_into_a_file_of_ours_or_is_left_to_the_admin(machine: Machine) -> None:
+    """Where plugstack.conf includes no file of ours, as by an Include that Slurm ignores, it stays as it is."""
+    for text in ("# the site's\n", "Include /etc/slurm/plugstack.conf.d/*.conf\n"):
+        machine.write(PLUGSTACK, text)
+        done = report(install(machine, "--json"))
+        assert {"where": PLUGSTACK, "lines": ["required spank_mps.so"]}.items() <= done["by_hand"][1].items()
+        assert (done["status"], machine.read(PLUGSTACK)) == (0, text)
+        slurm_mps(machine, "uninstall").check()
+    machine.write("/etc/slurm/slurm.conf", "ClusterName=c\nSlurmctldHost=localhost\n")
     machine.write(PLUGSTACK, "include\t/etc/slurm/plugstack.conf.d/*.conf\n")
     install(machine).check()
     assert "required spank_mps.so" in machine.read("/etc/slurm/plugstack.conf.d/slurm-mps.conf")
-    assert machine.read(PLUGSTACK) == "include\t/etc/slurm/plugstack.conf.d/*.conf\n"
+    assert "--mps-threads" in machine.run(["srun", "--help"]).stdout
     slurm_mps(machine, "uninstall").check()
     assert not machine.path("/etc/slurm/plugstack.conf.d").exists()
 
-    machine.write("/etc/slurm/plugstack.conf.d/site.conf", "optional spank_mps.so\n")
+
+def test_a_line_of_the_sites_own_is_enough_and_keeps_the_plugin(machine: Machine) -> None:
+    machine.write(PLUGSTACK, "required spank_mps.so\n")
     done = report(install(machine, "--json"))
-    assert not any("plugstack" in change["path"] for change in done["changes"])
-    assert any("optional plugin says is ignored" in todo["why"] for todo in done["by_hand"])
+    assert not any(PLUGSTACK in str(one) for one in (*done["changes"], *done["by_hand"]))
+    machine.write(PLUGSTACK, "optional spank_mps.so\n")
+    assert any(
+        "optional plugin says is ignored" in todo["why"] for todo in report(install(machine, "--json"))["by_hand"]
+    )
     refused = slurm_mps(machine, "uninstall", "--force")
-    assert (refused.returncode, machine.path(PLUGIN).exists()) == (1, True)
-    assert "/etc/slurm/plugstack.conf.d/site.conf: optional spank_mps.so: without the plugin" in refused.stderr
-    machine.path("/etc/slurm/plugstack.conf.d/site.conf").unlink()
+    assert (refused.returncode, machine.path(PLUGIN).exists(), machine.path(PROLOG).exists()) == (1, True, True)
+    assert f"{PLUGSTACK}: optional spank_mps.so: without the plugin" in refused.stderr
+    machine.path(PLUGSTACK).unlink()
     slurm_mps(machine, "uninstall").check()
 
 
@@ -272,11 +278,13 @@ def test_a_place_that_others_can_write_is_refused(machine: Machine) -> None:
     assert refused.returncode == 1
     assert "/etc/slurm/prolog.d can be written by others than root" in refused.stderr
     assert snapshot(machine) == before
-    machine.path(f"{MOUNT_POINT}/bin").chmod(0o777)
+    there = f"{MOUNT_POINT}/bin"
+    laid = f"cp -a {there} /tmp/bin && chmod 777 /tmp/bin && mount --bind /tmp/bin {there}"
+    machine.run(["sh", "-c", laid]).check()
     try:
         refused = install(machine)
     finally:
-        machine.path(f"{MOUNT_POINT}/bin").chmod(0o755)
+        machine.run(["umount", there]).check()
     assert f"{MOUNT_POINT}/bin can be written by others than root, and root's prolog would run" in refused.stderr
 
 
@@ -313,36 +321,42 @@ def test_root_runs_no_module_that_lies_where_it_stands(machine: Machine) -> None
 # ---------------------------------------------------------------------------------------------- what the admin changed
 
 
-def test_a_line_that_the_admin_came_to_write_is_not_ours(machine: Machine) -> None:
-    """Configuration management wrote plugstack.conf anew, with the plugin: no second line, and none taken away."""
-    machine.write(PLUGSTACK, "# before\n")
-    install(machine).check()
-    machine.write(PLUGSTACK, "# managed\nrequired spank_mps.so\n")
-    install(machine)
-    assert machine.read(PLUGSTACK).count("spank_mps.so") == 1
-    refused = slurm_mps(machine, "uninstall")
-    assert refused.returncode == 1
-    assert "without the plugin this line stops every srun" in refused.stderr
-    assert machine.path(PROLOG).exists()
-
-
 def test_what_the_admin_changed_stays_and_is_named(machine: Machine) -> None:
-    machine.write(PLUGSTACK, "# before\n")
     install(machine).check()
     machine.write("/etc/slurm/mps.toml", '[gpus]\ncompute_mode = "unchanged"\n')
-    machine.write(PLUGSTACK, f"required /opt/other.so\n{machine.read(PLUGSTACK)}# after\n")
+    machine.write(PLUGSTACK, f"{machine.read(PLUGSTACK)}# mine\n")
     machine.write(PROLOG, "#!/bin/sh\n# mine\n", mode=0o755)
     again = install(machine)
     assert again.returncode == 1
     assert f"{PROLOG} stays: it was changed since it was installed; move it away" in again.stderr
+    refused = slurm_mps(machine, "uninstall")
+    assert f"{PLUGSTACK}: required spank_mps.so: without the plugin this line stops every srun" in refused.stderr
+    assert (refused.returncode, machine.path(EPILOG).exists()) == (1, True)
+    machine.write(PLUGSTACK, "# mine\n")
     done = slurm_mps(machine, "uninstall")
     assert done.returncode == 1
     assert f"{PROLOG} stays: it was changed since it was installed" in done.stderr
     assert machine.read(PROLOG) == "#!/bin/sh\n# mine\n"
+    assert machine.read(PLUGSTACK) == "# mine\n"
     assert "unchanged" in machine.read("/etc/slurm/mps.toml")
-    assert machine.read(PLUGSTACK) == "required /opt/other.so\n# before\n# after\n"
     assert not machine.path(PLUGIN).exists()
     assert not machine.path("/var/lib/slurm-mps").exists()
+
+
+def test_what_install_did_not_write_is_not_written_over(machine: Machine) -> None:
+    """A script of our name stays and is named; of a plugin that Slurm would not load nothing at all is written."""
+    machine.write(PROLOG, "#!/bin/sh\n", mode=0o755)
+    refused = install(machine)
+    assert (refused.returncode, machine.read(PROLOG)) == (1, "#!/bin/sh\n")
+    assert f"{PROLOG} stays: slurm-mps install on this node did not write it; move it away" in refused.stderr
+    slurm_mps(machine, "uninstall").check()
+    assert machine.read(PROLOG) == "#!/bin/sh\n"
+    machine.write(PLUGIN, "an old one")
+    before = snapshot(machine)
+    refused = install(machine)
+    assert refused.returncode == 1
+    assert f"{PLUGIN} is not the plugin of slurm-mps, and slurm-mps install did not put it there" in refused.stderr
+    assert snapshot(machine) == before
 
 
 # ------------------------------------------------------------------------------------------------- killed on the way
@@ -373,7 +387,7 @@ def test_wherever_an_installation_is_killed_it_can_be_undone_or_finished(machine
             assert snapshot(machine) == before, f"after {call} {number}"
             number, stops = number + 1, stops + 1
         slurm_mps(machine, "uninstall").check()
-    assert stops >= 10
+    assert stops >= 9
     for call in ("unlinkat", "renameat"):
         number = 1
         install(machine).check()

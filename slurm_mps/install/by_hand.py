@@ -1,0 +1,186 @@
+"""What is left to the admin: lines for the site's own files, and commands that make Slurm take up what changed."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import MpsError
+from ..slurm.host import EPILOG, PLUGIN, PROLOG, script_code
+from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, script_place, stack_lines_of_others
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from ..slurm.host import Controller, Host
+    from .changes import Manifest
+    from .plan import Options, Plan, ScriptPlace
+
+STATE_JOBS = "/run/slurm-mps/jobs"
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Something to do by hand: where, the lines to put there or to type, and why."""
+
+    where: str
+    lines: tuple[str, ...]
+    why: str = ""
+
+
+def left_to_do(options: Options, plan: Plan, host: Host, manifest: Manifest, changed: Container[str]) -> list[Todo]:
+    """What is left to do once the plan's files are there. `changed` are the paths that this run writes."""
+    stack = _stack_line(plan, host, manifest)
+    if options.login_node:
+        return stack
+    places = [script_place(host, setting) for setting in SCRIPTS]
+    lines = [*_slurm_conf_lines(host, places), *_callers(places), *stack]
+    anything = any(change.path in changed for change in plan.changes)
+    todo = [*lines, *(_order(places) if anything else [])]
+    if not host.is_copy and (lines or not _is_in_force(host, places)):
+        todo.append(Todo("once, for the cluster", ("scontrol reconfigure",), "slurmctld and slurmd read slurm.conf"))
+    if lines or _slurmd_is_older(plan, host, changed):
+        todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
+    if os.path.isdir(UNITS) and not glob.glob(f"{UNITS}/*.wants/{UNIT}"):
+        todo.append(
+            Todo("on this node, if you like", (f"systemctl enable {UNIT}",), "repairs at boot what a crash left")
+        )
+    if anything:
+        todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
+    return todo
+
+
+def _slurm_conf_lines(host: Host, places: list[ScriptPlace]) -> list[Todo]:
+    """What slurm.conf lacks."""
+    lines = [f"{place.setting}={os.path.dirname(place.path)}/*" for place in places if not place.value]
+    flags = ",".join(host.all("PrologFlags")).split(",")
+    if not {"alloc", "contain"} & {flag.strip().lower() for flag in flags}:
+        lines.append(f"PrologFlags={','.join([*filter(None, flags), 'Alloc'])}")
+    kinds = [kind.strip() for kind in ",".join(host.all("GresTypes")).split(",") if kind.strip()]
+    if "gpu" not in kinds:
+        lines.append(f"GresTypes={','.join([*kinds, 'gpu'])}")
+    if not lines:
+        return []
+    where = "slurm.conf on the controller" if host.is_copy else host.conf_path or f"{host.site_directory}/slurm.conf"
+    why = "only when slurm-mps is on every node: a node whose Prolog matches no file drains at its next job"
+    return [Todo(f"{where}, the same on all nodes", tuple(lines), why)]
+
+
+def _callers(places: list[ScriptPlace]) -> list[Todo]:
+    """The site's own single scripts, which have to run ours."""
+    todo = []
+    for place in places:
+        if place.caller and place.path not in script_code(place.caller):
+            end = "last" if place.setting == PROLOG else "first"
+            why = "before anything that ends GPU processes" if place.setting == EPILOG else "when all else is done"
+            todo.append(Todo(f"{place.caller}, as its {end} line", (f"{place.path} || exit 1",), why))
+    return todo
+
+
+def _stack_line(plan: Plan, host: Host, manifest: Manifest) -> list[Todo]:
+    """The plugin's line, where plugstack.conf has a wrong one, or none and no include that takes a file of ours."""
+    for path, line in stack_lines_of_others(host, manifest):
+        if not line.startswith("required"):
+            why = "what an optional plugin says is ignored: a task would then run without MPS, unnoticed"
+            return [Todo(f"{path}, in place of '{line}'", (plan.stack_line,), why)]
+        named = line.split()[1]
+        found = [named] if os.path.isabs(named) else [f"{one}/{named}" for one in host.plugin_directories]
+        if os.path.realpath(f"{plan.plugin_directory}/{PLUGIN}") not in map(os.path.realpath, found):
+            why = "Slurm would look for another file than the one that is installed"
+            return [Todo(f"{path}, in place of '{line}'", (plan.stack_line,), why)]
+        return []
+    if host.is_copy:
+        why = "this node takes its configuration from the controller"
+        return [Todo("plugstack.conf on the controller", (plan.stack_line,), why)]
+    path = host.plugstack_path
+    if os.path.exists(path) and path not in manifest and not host.own_stack_file(STACK_FILE):
+        return [Todo(path, (plan.stack_line,), "without it srun, sbatch and salloc know no --mps")]
+    return []
+
+
+def _order(places: list[ScriptPlace]) -> list[Todo]:
+    """Epilog scripts that run before ours could end the job's control daemon before it is asked to quit."""
+    (epilog,) = (place for place in places if place.setting == EPILOG)
+    listed = glob.glob(epilog.value) if epilog.value and not epilog.caller else []
+    before = sorted((os.path.basename(path) for path in listed if path > epilog.path), reverse=True)
+    if not before:
+        return []
+    why = "Slurm runs them in reverse order, so these come before ours, which takes MPS down in good order"
+    directory = os.path.dirname(epilog.path)
+    return [Todo(f"{directory}: if one of these ends GPU processes, a name below 95", tuple(before), why)]
+
+
+def _slurmd_is_older(plan: Plan, host: Host, changed: Container[str]) -> bool:
+    """Whether slurmd runs, and has not read the plugin and its line as they are now."""
+    is_there = os.path.exists(host.plugstack_path)
+    files = (*host.plugstack.files, host.own_stack_file(STACK_FILE)) if is_there else (host.plugstack_path,)
+    paths = (f"{plan.plugin_directory}/{PLUGIN}", *files)
+    since = min((one.started_seconds for one in host.slurmds), default=0.0)
+    return any(path in changed or (os.path.exists(path) and os.stat(path).st_ctime > since) for path in paths)
+
+
+def _is_in_force(host: Host, places: list[ScriptPlace]) -> bool:
+    """Whether slurmctld has the scripts' settings as slurm.conf has them; it is asked only where slurmd runs."""
+    controller = _ask_where_slurmd_runs(host)
+    return controller is not None and all(
+        _values(controller, place.setting) == host.all(place.setting) for place in places
+    )
+
+
+def _ask_where_slurmd_runs(host: Host) -> Controller | None:
+    try:
+        return host.ask_slurmctld() if host.slurmds else None
+    except MpsError:
+        return None
+
+
+def _values(controller: Controller, setting: str) -> list[str]:
+    return [value for value in controller.config.get(setting.lower(), ()) if value not in ("", "(null)")]
+
+
+# ------------------------------------------------------------------------------------------------- before uninstalling
+
+
+def jobs_with_mps() -> list[str]:
+    """The jobs that have MPS on this node, by their state on disk."""
+    try:
+        return sorted(os.listdir(STATE_JOBS))
+    except FileNotFoundError:
+        return []
+
+
+def still_needed(host: Host, ours: Container[str], controller: Controller | None = None) -> list[str]:
+    """Why Slurm would miss our scripts: a message for each place that still runs them, by slurm.conf or slurmctld.
+
+    A pattern of which nothing is left counts: Slurm then drains the node at its next job.
+    """
+    problems = []
+    for setting in SCRIPTS:
+        place = script_place(host, setting, _values(controller, setting) if controller else None)
+        if os.path.realpath(place.path) not in ours:
+            continue
+        if place.caller and place.path in script_code(place.caller):
+            problems.append(f"{place.caller} runs {place.path}")
+        elif place.value and not place.caller:
+            left = [path for path in glob.glob(place.value) if os.path.realpath(path) not in ours]
+            where = f"{host.conf_path}: {setting}={place.value}"
+            if not left:
+                problems.append(f"{where} would match no file, and Slurm drains a node whose {setting} matches none")
+    return problems
+
+
+def still_in_force(host: Host, ours: Container[str]) -> list[str] | None:
+    """The same of what slurmctld has, which is what slurmd does until ``scontrol reconfigure``.
+
+    Returns: nothing where no slurmd runs; None when slurmctld is silent.
+    """
+    if not host.slurmds:
+        return []
+    controller = _ask_where_slurmd_runs(host)
+    if controller is None:
+        return None
+    return [
+        f"{problem} (so slurmctld has it; scontrol reconfigure)" for problem in still_needed(host, ours, controller)
+    ]
