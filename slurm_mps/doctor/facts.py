@@ -18,8 +18,8 @@ from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
 from ..units import printable
-from .callers import Script, Scripts
 from .gpus import Driver, look_at_gpus
+from .scripts import Script, in_order, read_script
 from .stale import stale_state
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ class Facts(Host):
     def __init__(self, environment: Mapping[str, str], deadline_seconds: float = DEADLINE_SECONDS) -> None:
         super().__init__(environment)
         self._deadline = monotonic() + deadline_seconds
-        self._scripts = Scripts()
         self._controller = Later("slurmctld", self.ask_slurmctld, self._deadline)
         self._driver = Later("the NVIDIA driver", look_at_gpus, self._deadline)
         self._stale = Later("squeue", lambda: stale_state(environment), self._deadline)
@@ -181,27 +180,27 @@ class Facts(Host):
 
     @cached_property
     def prologs(self) -> list[Script]:
-        return [self._scripts.read(path) for path in self.scripts(PROLOG)]
+        return [read_script(path) for path in self.scripts(PROLOG)]
 
     @cached_property
     def epilogs(self) -> list[Script]:
-        return [self._scripts.read(path) for path in self.scripts(EPILOG)]
+        return [read_script(path) for path in self.scripts(EPILOG)]
 
     @cached_property
     def prolog_parts(self) -> list[Script]:
-        """All that runs as prolog, in order: the scripts, those that they run, and what stands around a call."""
-        return self._scripts.in_order(self.prologs)
+        """What runs as prolog, in order: the scripts, and ours in those that name it."""
+        return list(in_order(self.prologs))
 
     @cached_property
     def epilog_parts(self) -> list[Script]:
         """The same of the epilogs."""
-        return self._scripts.in_order(self.epilogs)
+        return list(in_order(self.epilogs))
 
     @cached_property
     def our_hooks(self) -> list[Script]:
         """Our own scripts: those that slurmd runs or has run, and those that lie beside slurm.conf."""
         beside = [
-            self._scripts.read(path)
+            read_script(path)
             for kind in ("prolog.d", "epilog.d")
             for path in sorted(glob.glob(f"{self.conf_directory}/{kind}/*slurm-mps*"))
         ]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import MpsError
-from ..slurm.host import EPILOG, PLUGIN, PROLOG, script_code
+from ..node.reading import read_text
+from ..slurm.host import EPILOG, PLUGIN, PROLOG, without_comments
 from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, script_place, stack_lines_of_others
 
 if TYPE_CHECKING:
@@ -72,11 +73,19 @@ def _callers(places: list[ScriptPlace]) -> list[Todo]:
     """The site's own single scripts, which have to run ours."""
     todo = []
     for place in places:
-        if place.caller and place.path not in script_code(place.caller):
+        if place.caller and not _calls(place):
             end = "last" if place.setting == PROLOG else "first"
             why = "before anything that ends GPU processes" if place.setting == EPILOG else "when all else is done"
             todo.append(Todo(f"{place.caller}, as its {end} line", (f"{place.path} || exit 1",), why))
     return todo
+
+
+def _calls(place: ScriptPlace) -> bool:
+    """Whether the site's single script names ours outside its comments."""
+    try:
+        return place.path in without_comments(read_text(place.caller))
+    except OSError:
+        return False
 
 
 def _stack_line(plan: Plan, host: Host, manifest: Manifest) -> list[Todo]:
@@ -161,7 +170,7 @@ def still_needed(host: Host, ours: Container[str], controller: Controller | None
         place = script_place(host, setting, _values(controller, setting) if controller else None)
         if os.path.realpath(place.path) not in ours:
             continue
-        if place.caller and place.path in script_code(place.caller):
+        if place.caller and _calls(place):
             problems.append(f"{place.caller} runs {place.path}")
         elif place.value and not place.caller:
             left = [path for path in glob.glob(place.value) if os.path.realpath(path) not in ours]

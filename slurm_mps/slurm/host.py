@@ -374,12 +374,9 @@ class Host:
         return [path for pattern in self.all(key) for path in sorted(glob.glob(pattern), reverse=True)]
 
 
-def script_code(path: str) -> str:
-    """What a script does: its text without comments; empty where it cannot be read."""
-    try:
-        return _COMMENT.sub("", read_text(path, 65536))
-    except OSError:
-        return ""
+def without_comments(script: str) -> str:
+    """What a shell script does, by its text."""
+    return _COMMENT.sub("", script)
 
 
 def has_slurms_plugins(directory: str) -> bool:

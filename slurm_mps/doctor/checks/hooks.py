@@ -10,21 +10,22 @@ from ... import __version__
 from ...errors import MpsError
 from ...node.paths import closed_to_users, others_can_write
 from ...slurm.host import NotKnownError
-from ..callers import first
 from ..finding import COMPUTE, check, fine, problem, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..callers import Script
     from ..facts import Facts
     from ..finding import Said
+    from ..scripts import Script
 
 _KILLS = re.compile(
-    r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b)|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"
+    r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b|\])|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"
 )
 _SETS_MODE = re.compile(r"nvidia-smi\b[^\n|;]*(\s-c[\s=\d]|--compute-mode|\s-mig\b|--multi-instance-gpu)")
 _RUNS_MPS = re.compile(r"(?<!grep )(?<!pidof )nvidia-cuda-mps-(control|server)\b")
+_NOT_FOLLOWED = "Doctor finds a script of slurm-mps in the site's own script by its path alone."
+_ASCENDING = "A loop or run-parts, as DeepOps' script has it, runs a directory's scripts in ascending order."
 
 
 def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Said]:
@@ -37,18 +38,18 @@ def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Said]:
     elif not facts.is_compute:
         yield fine(f"{key}={','.join(patterns)}")
     elif not any(part.is_ours for part in parts):
-        if not facts.is_root and any(part.text is None for part in parts):
+        if not facts.is_root and any(part.code is None for part in parts):
             raise NotKnownError(f"a script of {key} can be read by root only", needs_root=True)
-        unclear = next((part.path for part in parts if part.is_open), "")
-        if unclear:
-            raise NotKnownError(f"what {unclear} runs cannot be told from its text")
-        told = f"{key}={','.join(patterns)} runs no script of slurm-mps"
         site = patterns[0] if os.path.isfile(patterns[0]) else ""  # its line in slurm.conf stays as it is
+        if site and lies and any(part.may_run(lies) for part in parts):
+            told = f"not checked: whether {site} runs {lies}, and what it runs before and after"
+            yield warning(told, _call(key, site, lies), f"{_NOT_FOLLOWED} {_ASCENDING}")
+            return
         if site:
             cure = _call(key, site, lies) if lies else f"slurm-mps install, which names the line for {site}"
         else:
             cure = line if lies else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
-        yield problem(told, cure)
+        yield problem(f"{key}={','.join(patterns)} runs no script of slurm-mps", cure)
 
 
 def _call(key: str, caller: str, hook: str) -> str:
@@ -83,20 +84,16 @@ def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, 
 @check(
     "prolog-order",
     "no script that runs after slurm-mps' prolog undoes what it did",
-    why="Slurm runs the scripts of a pattern in reverse order of their names, a loop or run-parts in ascending order: "
-    "what follows meets the job's own daemon.",
+    why="Slurm runs the scripts of a pattern in reverse order of their names: what follows meets the job's own daemon.",
     where=COMPUTE,
 )
 def prolog_order(facts: Facts) -> Iterator[Said]:
     _, ours, after = _ours_and_others(facts.prolog_parts)
     for part in after:
-        found = first(_KILLS, part.code) or first(_SETS_MODE, part.code)
+        found = _first(_KILLS, part) or _first(_SETS_MODE, part)
         if ours and found and not part.is_ours:
-            if part.top != ours.top:
-                cure = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
-            elif os.path.dirname(part.path) == os.path.dirname(ours.path) and part.path != part.top:
-                cure = f"give it a name that {ours.top} meets before slurm-mps' prolog: {_rename(part.path, '05')}"
-            else:
+            cure = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
+            if part.top == ours.top:
                 cure = f"{ours.top}: have it done before {ours.path} runs"
             yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found!r}", cure)
 
@@ -104,20 +101,26 @@ def prolog_order(facts: Facts) -> Iterator[Said]:
 @check(
     "epilog-order",
     "no script that runs before slurm-mps' epilog kills its processes",
-    why="A clean-up such as DeepOps' 50-exclusive-gpu takes the job's control daemon for a leftover; Slurm runs the "
-    "scripts of a pattern in reverse order of their names, a loop or run-parts in ascending order.",
+    why="A clean-up such as DeepOps' 50-exclusive-gpu takes the job's control daemon for a leftover. Slurm runs the "
+    "scripts of a pattern in reverse order of their names.",
     where=COMPUTE,
 )
 def epilog_order(facts: Facts) -> Iterator[Said]:
     before, ours, _ = _ours_and_others(facts.epilog_parts)
     for part in before:
-        found = first(_KILLS, part.code)
+        found = _first(_KILLS, part)
         if ours and found:
             if part.top == ours.top:
                 cure = _call("Epilog", ours.top, ours.path)
             else:
                 cure = f"give it a name that sorts in front of slurm-mps' epilog: {_rename(part.top, '50')}"
             yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found!r}", cure)
+
+
+def _first(kind: re.Pattern[str], script: Script) -> str:
+    """What of that kind stands first in a script, or nothing."""
+    found = kind.search(script.code or "")
+    return found[0].strip() if found else ""
 
 
 def _rename(path: str, number: str) -> str:
@@ -140,7 +143,7 @@ def _others(facts: Facts) -> list[Script]:
 )
 def other_mode_setter(facts: Facts) -> Iterator[Said]:
     for script in _others(facts):
-        found = first(_SETS_MODE, script.code)
+        found = _first(_SETS_MODE, script)
         if found:
             yield warning(f"{script.path} has {found!r}", "leave the compute mode to slurm-mps, or set it at boot")
 
@@ -153,7 +156,7 @@ def other_mode_setter(facts: Facts) -> Iterator[Said]:
 )
 def other_mps_script(facts: Facts) -> Iterator[Said]:
     for script in _others(facts):
-        found = first(_RUNS_MPS, script.code)
+        found = _first(_RUNS_MPS, script)
         if found:
             yield warning(f"{script.path} runs {found}", f"take it out of {os.path.dirname(script.path)}")
 
@@ -165,9 +168,9 @@ def other_mps_script(facts: Facts) -> Iterator[Said]:
     where=COMPUTE,
 )
 def scripts_executable(facts: Facts) -> Iterator[Said]:
-    called = [script for script in facts.our_hooks if script.path != script.top]  # of others a loop may take no notice
+    called = [script for script in facts.our_hooks if script.path != script.top]
     for script in (*facts.prologs, *facts.epilogs, *called):
-        if not script.executable:
+        if not script.is_executable:
             yield problem(f"{script.path} is not executable", f"chmod 755 {script.path}, or take it away")
 
 

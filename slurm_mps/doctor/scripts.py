@@ -1,0 +1,75 @@
+"""What slurmd runs as Prolog and Epilog, in order, as far as names tell.
+
+A script is ours, or its text names ours, or it does not: doctor follows a site's script to a name and no further.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from ..node.reading import read_text
+from ..slurm.host import without_comments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
+_NAMES_US = re.compile(r"(?:/[\w.+@=-]+)*/[\w.+@=-]*slurm-mps[\w.+@=-]*")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A prolog or epilog script, or the part of one that runs before or after it runs ours.
+
+    `code` is what it does, its text without comments; None where it cannot be read. `top` is the script that slurmd
+    runs, which led here. `values` are the Python and the package that our own scripts name.
+    """
+
+    path: str
+    code: str | None
+    is_executable: bool
+    top: str
+
+    @property
+    def is_ours(self) -> bool:
+        return "/hook.py" in (self.code or "") and bool(self.values)
+
+    @property
+    def values(self) -> dict[str, str]:
+        return dict(_HOOK_VALUE.findall(self.code or ""))
+
+    def may_run(self, path: str) -> bool:
+        """Whether its text has the name of a script, or of the directory that the script lies in."""
+        return any(
+            name in (self.code or "") for name in (os.path.basename(path), os.path.basename(os.path.dirname(path)))
+        )
+
+
+@cache
+def read_script(path: str) -> Script:
+    try:
+        code: str | None = without_comments(read_text(path, 65536))
+    except OSError:
+        code = None
+    try:
+        is_executable = bool(os.stat(path).st_mode & 0o100)
+    except OSError:
+        is_executable = False
+    return Script(path, code, is_executable, path)
+
+
+def in_order(tops: Iterable[Script]) -> Iterator[Script]:
+    """The scripts that slurmd runs, each that names one of ours cut there: its part before, ours, its part after."""
+    for top in tops:
+        code, at = top.code or "", 0
+        for named in _NAMES_US.finditer(code) if not top.is_ours else ():
+            called = read_script(named[0])
+            if called.is_ours:
+                yield replace(top, code=code[at : named.start()])
+                yield replace(called, top=top.path)
+                at = named.end()
+        yield replace(top, code=code[at:]) if at else top
