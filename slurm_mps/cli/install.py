@@ -44,7 +44,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"/var/lib/slurm-mps, for slurm-mps uninstall; run again, it finishes or upgrades. {_STATUSES}",
     )
     parser.add_argument("--dry-run", action="store_true", help="show every file and line, and change nothing")
-    parser.add_argument("--login-node", action="store_true", help="only what submitting needs: plugin and its line")
+    parser.add_argument(
+        "--login-node", action="store_true", help="only what submitting needs: plugin, its line, slurm-mps in PATH"
+    )
     parser.add_argument("--plugin", metavar="FILE", help="a plugin built elsewhere, instead of building it here")
     parser.add_argument(
         "--plugin-dir", metavar="DIR", help="where Slurm's plugins are (default: slurm.conf's PluginDir)"
@@ -219,6 +221,8 @@ def _doctor() -> None:
             timeout=_DOCTOR_SECONDS,
             check=False,
         ).returncode
+        if status == PROBLEM:
+            complain("installed, but jobs with --mps will fail until the problems above are fixed")
         if status not in range(NOT_ROOT + 1):
             complain(f"doctor did not run to its end (exit {status})")
     except subprocess.TimeoutExpired:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
 from ..job.verdict import VERDICT_VERSION
+from ..node.paths import hidden_from_users, way_in
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, has_slurms_plugins
 from ..slurm.plugin_file import read_plugin
 from .build import build_plugin, read_plugin_for, share_directory
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..slurm.host import Host
     from .changes import Manifest
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = {PROLOG: "10-slurm-mps.sh", EPILOG: "95-slurm-mps.sh"}
 STACK_FILE = "slurm-mps.conf"
 _COMMAND, _COMMAND_PLACES = "slurm-mps", ("/usr/local/bin", "/usr/bin")
@@ -86,6 +88,7 @@ def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
     require_file("--plugin", options.plugin)
     require_file("--slurm-conf", options.slurm_conf)
     release = host.ask_release()
+    _require_roots_and_open_to_users()
     directory = given or next(filter(has_slurms_plugins, host.plugin_directories), "")
     if not directory:
         raise MpsError("Slurm's own plugins are not found in any usual place", "name their directory with --plugin-dir")
@@ -94,7 +97,7 @@ def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
     line = f"required {PLUGIN if os.path.realpath(directory) in searched else f'{directory}/{PLUGIN}'}"
     stack = _stack_file(host, line, manifest)
     if options.login_node:
-        changes = [*plugin, *stack]
+        changes = [*plugin, *_command(manifest), *stack]
     else:
         scripts = [_script(script_place(host, setting)) for setting in SCRIPTS]
         changes = [*_config(manifest), *plugin, *scripts, *_command(manifest), *_unit(manifest), *stack]
@@ -204,16 +207,25 @@ def script_place(host: Host, setting: str, values: Sequence[str] | None = None) 
     return ScriptPlace(setting, path, values[0], caller=values[0])
 
 
-def _script(place: ScriptPlace) -> Change:
-    """Prolog or epilog, with the paths of this Python and this package in it, which root runs for every MPS job."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for path in (sys.executable, f"{package}/hook.py"):
+def _require_roots_and_open_to_users() -> None:
+    """Raises: MpsError unless this Python and this package are root's alone to write, and everybody's to read.
+
+    Root's prolog runs them; so do the plugin as the job's user, and users.
+    """
+    for path in (sys.executable, f"{_PACKAGE}/hook.py"):
         try:
             require_roots(path)
         except MpsError as error:
             raise MpsError(f"{error}, and root's prolog would run what is there", "install slurm-mps as root") from None
+        closed = hidden_from_users(path)
+        if closed:
+            raise MpsError(f"users cannot reach {path}: {closed} is closed to them", way_in(closed, sys.prefix))
+
+
+def _script(place: ScriptPlace) -> Change:
+    """Prolog or epilog, with the paths of this Python and this package in it."""
     text = _share(f"{place.setting.lower()}/{SCRIPTS[place.setting]}").decode()
-    for name, value in (("python", sys.executable), ("package", package)):
+    for name, value in (("python", sys.executable), ("package", _PACKAGE)):
         text = re.sub(rf"(?m)^{name}=.*$", f"{name}={shlex.quote(value)}".replace("\\", r"\\"), text)
     return Change(place.path, text.encode(), mode=0o755)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -76,6 +76,19 @@ def hidden_from_users(path: str) -> str:
     except OSError:
         return ""
     return path if is_hidden else ""
+
+
+def way_in(closed: str, prefix: str) -> str:
+    """What lets users reach a slurm-mps that is installed below `prefix`, where `closed` keeps them out.
+
+    A directory above it is somebody's home, and stays closed.
+    """
+    if f"{closed}/".startswith(f"{prefix}/"):
+        return f"chmod -R go+rX {prefix}"
+    return (
+        "install slurm-mps where everybody can read it, such as /opt/slurm-mps: python3 -m venv /opt/slurm-mps && "
+        "/opt/slurm-mps/bin/pip install . && /opt/slurm-mps/bin/slurm-mps install"
+    )
 
 
 def _has_acl(path: str) -> bool:

@@ -288,6 +288,33 @@ def test_a_place_that_others_can_write_is_refused(machine: Machine) -> None:
     assert f"{MOUNT_POINT}/bin can be written by others than root, and root's prolog would run" in refused.stderr
 
 
+def test_a_place_that_users_cannot_reach_is_refused(machine: Machine) -> None:
+    """As pipx and uv make one for root; nothing is written, and no home is opened."""
+    before = snapshot(machine)
+    there = f"$({MOUNT_POINT}/bin/python3 -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')"
+    fixes = {
+        "/root/.local/venv": "install slurm-mps where everybody can read it",
+        "/opt/mine": "chmod -R go+rX /opt/mine",
+    }
+    for place, fix in fixes.items():
+        make = f"umask 077; python3 -m venv --without-pip {place}; cd {place}/lib/*/site-packages; echo {there} >it.pth"
+        machine.run(["sh", "-ec", make]).check()
+        refused = machine.run([f"{place}/bin/python3", "-I", "-m", "slurm_mps.cli.main", "install"])
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"users cannot reach {place}/bin/python3: {'/root' if 'root' in place else place}" in refused.stderr
+        assert fix in refused.stderr
+    assert snapshot(machine) == before
+
+
+def test_a_login_node_gets_what_submitting_needs(machine: Machine) -> None:
+    """And `slurm-mps` where users' PATH has it, for completion and status --cluster."""
+    done = report(install(machine, "--login-node", "--json"))
+    assert [change["path"] for change in done["changes"]] == [PLUGIN, "/usr/local/bin/slurm-mps", PLUGSTACK]
+    assert done["by_hand"] == []
+    assert machine.run(["slurm-mps", "completion", "bash"], user="alice").check().stdout
+    slurm_mps(machine, "uninstall").check()
+
+
 def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
     """A job with MPS, and a pattern of slurm.conf that would match no file, which Slurm takes for a failed prolog."""
     install(machine).check()

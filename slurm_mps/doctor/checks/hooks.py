@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ... import __version__
 from ...errors import MpsError
-from ...node.paths import closed_to_users, others_can_write
+from ...node.paths import hidden_from_users, others_can_write, way_in
 from ...slurm.host import NotKnownError
 from ..finding import COMPUTE, check, fine, problem, warning
 
@@ -284,11 +284,8 @@ def config_compiler(facts: Facts) -> Iterator[Said]:
 )
 def python_for_users(facts: Facts) -> Iterator[Said]:
     values = facts.hook_values()
-    for path in (values["python"], f"{values['package']}/probe.py"):
-        closed = closed_to_users(path)
+    for path in (values["python"], f"{values['package']}/hook.py"):
+        closed = hidden_from_users(path)
         if closed:
-            yield problem(
-                f"users cannot enter {closed} on the way to {path}", f"chmod o+x {closed}, or install elsewhere"
-            )
-        elif os.path.exists(path) and not os.stat(path).st_mode & 0o004:
-            yield problem(f"users cannot read {path}", f"chmod o+r {path}")
+            prefix = os.path.dirname(os.path.dirname(values["python"]))
+            yield problem(f"users cannot reach {path}: {closed} is closed to them", way_in(closed, prefix))
