@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
+from slurm_mps.cli.output import FINE, USAGE, refuse
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,12 +22,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], wh
         'eval "$(slurm-mps completion bash)"; for all of them: slurm-mps completion bash '
         "> /etc/bash_completion.d/slurm-mps. Exit status: 0 fine, 2 usage.",
     )
-    parser.add_argument("shell", choices=SHELLS, help="for which shell")
+    parser.add_argument("shell", nargs="?", choices=SHELLS, help="for which shell")
     parser.set_defaults(run=run, whole=whole)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the script. Returns the exit status."""
+    if options.shell is None:
+        return refuse(options, USAGE, f"which shell? slurm-mps completion {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
     import shtab
 
     from slurm_mps.doctor.examine import all_checks
@@ -36,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if options.shell == "zsh":  # shtab 1.7 has one value only completed where there may be several; `*:` is zsh's word
         script = script.replace('"(*)::', '"*:')
     print(script)
-    return 0
+    return FINE
 
 
 def _tell_values(parser: argparse.ArgumentParser, kinds: Mapping[str, object], words: Mapping[str, list[str]]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -22,7 +24,6 @@ from slurm_mps.cli.output import (
 )
 from slurm_mps.units import printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
     from slurm_mps.doctor.finding import Check, Finding
 
 _TEXT_MAX = 600
+_MANY = 5  # checks that were left out for one reason, which may be a mistake
 COLUMNS = (
     Column("check", "CHECK"),
     Column("severity", "SEVERITY"),
     Column("what", "WHAT", longest=_TEXT_MAX),
     Column("why", "WHY", hidden=True, longest=_TEXT_MAX),
-    Column("cure", "CURE", longest=_TEXT_MAX),
-    Column("page", "PAGE", hidden=True),
+    Column("fix", "FIX", longest=_TEXT_MAX),
 )
 #: Of --list.
 LIST_COLUMNS = (Column("check", "CHECK"), Column("question", "QUESTION"), Column("where", "WHERE"))
@@ -49,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "doctor",
         help="what this host allows, and what is wrong with it",
         description="Looks at Slurm's files, the plugin, prolog and epilog, the driver and the GPUs of this host, be "
-        "it a login node, a compute node or the controller, and names what is wrong, why it matters and what cures it. "
+        "it a login node, a compute node or the controller, and names what is wrong, why it matters and what fixes it. "
         "Changes nothing. Root sees more than a user. Exit status: 0 fine, 1 a problem was found (with --strict also a "
         "warning), 2 usage, 3 nothing to look at: there is no Slurm here, or the checks that were named are for other "
         "hosts, 4 the same, and root could look.",
@@ -60,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help=f"list the checks and what each asks; -o then takes {','.join(column.name for column in LIST_COLUMNS)}",
     )
+    parser.add_argument("--explain", action="store_true", help="print what the manual says of these checks")
     parser.add_argument("--strict", action="store_true", help="take warnings for problems")
     parser.add_argument("-v", "--verbose", action="store_true", help="show also what is fine, and what was not checked")
     add_table_options(parser, COLUMNS, "doctor/1")
@@ -68,7 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Examine this host and print what was found. Returns the exit status."""
-    from slurm_mps.doctor.examine import all_checks, examine
+    from slurm_mps.doctor.examine import all_checks, examine, explain
 
     checks = all_checks()
     if options.list:
@@ -76,6 +78,11 @@ def run(options: argparse.Namespace) -> int:
     unknown = [check for check in options.checks if check not in checks]
     if unknown:
         return refuse(options, USAGE, f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
+    if options.explain:
+        if not options.checks or options.json:
+            return refuse(options, USAGE, "--explain takes the name of a check, and no --json")
+        print("\n\n".join(map(explain, options.checks)))
+        return FINE
     columns = chosen(COLUMNS, options)
     findings = examine(os.environ, options.checks)
     status = _status(findings, strict=options.strict)
@@ -121,13 +128,14 @@ def _print_rows(findings: Sequence[Finding], columns: Sequence[Column], options:
 
 
 def _print_paragraphs(findings: Sequence[Finding], *, verbose: bool) -> None:
-    """One paragraph for each: what is so, why it matters, what cures it, where to read on."""
+    """One paragraph for each: what is so, why it matters, what fixes it, how to read on."""
     out = console()
     for one in _shown(findings, verbose=verbose):
         head = f"{one.severity}: {one.check}: {printable(one.what, _TEXT_MAX)}"
         lines = [head]
         if one.why:
-            lines += [f"    why:  {one.why}", f"    cure: {printable(one.cure, _TEXT_MAX)}", f"    see:  {one.page}"]
+            lines += [f"    why: {one.why}", f"    fix: {printable(one.fix, _TEXT_MAX)}"]
+            lines += [f"    see: slurm-mps doctor --explain {one.check}"]
         for number, line in enumerate(lines):
             out.print(line, style=_STYLES.get(one.severity) if not number else None, soft_wrap=True)
 
@@ -138,6 +146,9 @@ def _print_summary(findings: Sequence[Finding]) -> None:
     told = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]
     print(f"{total} check{'s' * (total != 1)}: {', '.join(told)}")
     left_out = [one for one in findings if one.severity == "not checked"]
+    for reason, count in Counter(one.what for one in left_out).items():
+        if count >= _MANY:
+            print(f"{count} checks left out: {reason}")
     if any(one.needs_root for one in left_out):
         complain(f"root sees more: {', '.join(sorted({one.check for one in left_out if one.needs_root}))}")
 

@@ -203,11 +203,11 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
     for problem in [*done.problems, *done.remarks]:
         complain(problem)
     if done.refused:
-        complain(
-            "not uninstalled; end the jobs (slurm-mps reconcile those that are over), take the lines out, or --force"
-        )
+        complain(f"not uninstalled. First {'; '.join(done.refused)}. Then try again (or slurm-mps uninstall --force)")
     elif done.undone and not dry_run:
         print("\nLeft to do by hand:\n  on each node, where slurmd runs:\n      systemctl restart slurmd")
+        if done.left:
+            print(f"Left, until you remove it: {' '.join(done.left)}")
 
 
 def _doctor() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from time import localtime, strftime
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json, refuse
 from slurm_mps.cli.status import job_number
 from slurm_mps.units import printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
@@ -32,7 +32,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "or of one that is over; of your own jobs, or as root of any. Exit status: 0 nothing went wrong, 1 something "
         "did, or the logs cannot be read, 2 usage, 3 no logs of this job here, 4 of another user's job.",
     )
-    parser.add_argument("job", type=job_number, metavar="JOBID")
+    parser.add_argument(
+        "job", type=job_number, nargs="?", metavar="JOBID", help="which job: slurm-mps status lists them"
+    )
     parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")
     parser.add_argument("--raw", action="store_true", help="the logs as they are, but for characters that do not print")
     add_json_option(parser, "logs/1")
@@ -43,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """Print what the logs of a job say. Returns the exit status."""
     from slurm_mps.errors import NodeError
 
+    if options.job is None:
+        return refuse(options, USAGE, "which job? slurm-mps logs JOBID; slurm-mps status lists the jobs of this node")
     if options.raw and (options.trouble or options.json):
         return refuse(options, USAGE, "--raw prints the logs themselves; leave out --trouble and --json")
     try:

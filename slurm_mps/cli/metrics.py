@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, complain, leave
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         status, view = _run(options)
     except ImportError:
-        complain("the Prometheus client library is not installed: pip install 'slurm-mps[metrics]'")
+        complain(f"the Prometheus client library is missing: {sys.executable} -m pip install prometheus-client")
         return NOT_HERE
     except MpsError as error:
         complain(str(error))

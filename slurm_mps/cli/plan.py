@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if uid is None:
         return refuse(options, USAGE, f"--user={options.user}: there is no such user")
     if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
-        return refuse(options, USAGE, "a job without an --mps option has no plan: its prolog does nothing")
+        return refuse(options, USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
     from slurm_mps.job.watch import Watch
 
     def give_up(message: str) -> int:

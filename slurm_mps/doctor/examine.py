@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import MpsError
+from ..node.reading import read_text
 from ..slurm.host import NotKnownError
-from .checks import gpus, hooks, plugin, site, slurm
+from .checks import gpus, hooks, installed, plugin, site, slurm
 from .facts import Facts
 from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from .finding import Check
 
 
-#: The modules whose checks register themselves, in the order in which they are told.
-_MODULES = (slurm, plugin, hooks, site, gpus)
+#: The modules whose checks register themselves, in the order in which findings are shown.
+_MODULES = (installed, slurm, plugin, hooks, site, gpus)
+#: Those that look at what `slurm-mps install` puts there. Without it their findings would be many for one cause.
+_OF_INSTALLED = (plugin.__name__, hooks.__name__)
 _PAGE = "docs/doctor.md"
 
 
@@ -32,7 +35,7 @@ def all_checks() -> dict[str, Check]:
 def examine(environment: Mapping[str, str], ids: Sequence[str] = ()) -> list[Finding]:
     """Run the checks of these ids, or all of them: one finding or more for each, in the order of the checks.
 
-    Raises: KeyError for an id that is none.
+    Raises: KeyError for an id that no check has.
     """
     facts = Facts(environment)
     facts.begin()
@@ -44,40 +47,50 @@ def examine(environment: Mapping[str, str], ids: Sequence[str] = ()) -> list[Fin
         facts.close()
 
 
-def page_of(check_id: str) -> str:
-    """Where a check is explained: a path where this installation has its pages, or else the page of the sources."""
-    return f"{_page()}#{check_id}"
-
-
-@cache
-def _page() -> str:
-    """doctor.md in a checkout, or below the prefix of a site-packages, where pip and the packages put it."""
+def explain(check_id: str) -> str:
+    """What docs/doctor.md says of a check, and where that page is; without the page what the check itself says."""
     top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    prefix = os.path.dirname(os.path.dirname(os.path.dirname(top)))
+    prefix = os.path.dirname(os.path.dirname(os.path.dirname(top)))  # of a site-packages: pip, and the packages
     for place in (f"{top}/{_PAGE}", f"{prefix}/share/doc/slurm-mps/{_PAGE}", f"{top}/share/doc/slurm-mps/{_PAGE}"):
-        if os.path.exists(place):
-            return place
-    return _PAGE
+        try:
+            _, heading, rest = read_text(place).partition(f"### {check_id}\n")
+        except OSError:
+            continue
+        text, _, _ = rest.partition("\n#")
+        return f"{heading}{text.strip()}\n\n({place})"
+    one = all_checks()[check_id]
+    return f"### {check_id}\n{one.question}. {one.why}"
 
 
 def _run(one: Check, facts: Facts) -> list[Finding]:
-    def finding(severity: str, what: str, cure: str = "", why: str = "", *, needs_root: bool = False) -> Finding:
-        why = (why or one.why) if severity in (WARNING, PROBLEM) else ""
-        return Finding(one.id, severity, what, why, cure, page_of(one.id), needs_root)
-
-    if one.where != ANYWHERE and not facts.is_compute:
-        return [finding(NOT_CHECKED, "this is no compute node of slurm.conf")]
-    if one.where == GPU_NODE and not facts.gpus_in_slurm:
-        return [finding(NOT_CHECKED, "slurm.conf gives this node no GPU")]
     found: list[Finding] = []
     try:
-        found += [finding(said.severity, said.what, said.cure, said.why) for said in one.body(facts)]
+        left_out = _why_left_out(one, facts)
+        found += [Finding(NOT_CHECKED, left_out)] if left_out else one.body(facts)
     except NotKnownError as error:
-        found.append(finding(NOT_CHECKED, str(error), needs_root=error.needs_root))
+        found.append(Finding(NOT_CHECKED, str(error), needs_root=error.needs_root))
     except MpsError as error:
-        found.append(finding(NOT_CHECKED, str(error)))
-    except Exception as error:  # one check's bug leaves the others their say
-        found.append(finding(WARNING, f"a bug in slurm-mps: {error!r}", "report it", "This was not looked at."))
+        found.append(Finding(NOT_CHECKED, str(error)))
+    except Exception as error:  # a bug in one check does not keep the others from being made
+        found.append(Finding(WARNING, f"a bug in slurm-mps: {error!r}", "report it", "This was not looked at."))
     found = list(dict.fromkeys(found))  # two prologs may run the same script
-    bad = [one for one in found if one.severity != FINE]
-    return bad or found or [finding(FINE, one.question)]
+    found = [finding for finding in found if finding.severity != FINE] or found or [Finding(FINE, one.question)]
+    bad = (WARNING, PROBLEM)
+    return [replace(it, check=one.id, why=(it.why or one.why) if it.severity in bad else "") for it in found]
+
+
+def _why_left_out(one: Check, facts: Facts) -> str:
+    if one.where != ANYWHERE and not facts.is_compute:
+        return "this is no compute node of slurm.conf"
+    if one.where == GPU_NODE and not facts.gpus_in_slurm:
+        return "slurm.conf gives this node no GPU"
+    if one.body.__module__ in _OF_INSTALLED and _is_missing(facts):
+        return "slurm-mps is not installed on this host"
+    return ""
+
+
+def _is_missing(facts: Facts) -> bool:
+    try:
+        return not facts.is_installed
+    except NotKnownError:
+        return False  # the check itself says what cannot be read

@@ -179,6 +179,14 @@ class Facts(Host):
     # --------------------------------------------------------------------------------------------------------- hooks
 
     @cached_property
+    def is_installed(self) -> bool:
+        """Whether slurm-mps is in this host's Slurm: a line for the plugin, a prolog or an epilog.
+
+        A plugin file alone may be that of a package, which is off until `slurm-mps install`.
+        """
+        return bool((os.path.exists(self.plugstack_path) and self.lines_that_name_us) or self.our_hooks)
+
+    @cached_property
     def prologs(self) -> list[Script]:
         return [read_script(path) for path in self.scripts(PROLOG)]
 

@@ -1,4 +1,4 @@
-"""What a check is and what it can say; every check registers itself here under its id."""
+"""What a check is and what it can find; every check registers itself here under its id."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ if TYPE_CHECKING:
 
     from .facts import Facts
 
-    Body = Callable[[Facts], Iterator["Said"]]
+    Body = Callable[[Facts], Iterator["Finding"]]
 
 PROBLEM, WARNING, FINE, NOT_CHECKED = "problem", "warning", "fine", "not checked"
 ANYWHERE, COMPUTE, GPU_NODE = "anywhere", "on a compute node", "on a node with GPUs"
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a check found: a severity, what is so, the line or command that cures it; `why` if not the check's own."""
+class Finding:
+    """What came of a check: a severity, what is so, why it matters, the line or command that fixes it.
+
+    A check's body leaves `check` empty, and `why` where the check's own reason holds. `why` and `fix` are empty where
+    all is well. `needs_root`: not checked, and root could check it.
+    """
 
     severity: str
     what: str
-    cure: str = ""
+    fix: str = ""
     why: str = ""
+    check: str = ""
+    needs_root: bool = False
 
 
-def problem(what: str, cure: str, why: str = "") -> Said:
-    """Jobs with MPS fail, drain the node, or run without it."""
-    return Said(PROBLEM, what, cure, why)
+def problem(what: str, fix: str, why: str = "") -> Finding:
+    """Jobs with MPS fail, drain the node, or run without MPS."""
+    return Finding(PROBLEM, what, fix, why)
 
 
-def warning(what: str, cure: str, why: str = "") -> Said:
-    """It works now, and will bite: under load, after a reboot, or somebody else."""
-    return Said(WARNING, what, cure, why)
+def warning(what: str, fix: str, why: str = "") -> Finding:
+    """Jobs with MPS work now, and will not under load, after a reboot, or for another user."""
+    return Finding(WARNING, what, fix, why)
 
 
-def fine(what: str) -> Said:
-    """Worth telling, and as it should be."""
-    return Said(FINE, what)
+def fine(what: str) -> Finding:
+    """As it should be, and worth reporting."""
+    return Finding(FINE, what)
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,6 @@ class Check:
     why: str
     where: str
     body: Body
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of a check. `why` and `cure` are empty where all is well; `page` explains the check."""
-
-    check: str
-    severity: str
-    what: str
-    why: str
-    cure: str
-    page: str
-    needs_root: bool = False
 
 
 CHECKS: dict[str, Check] = {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..config.settings import CONFIG_PATH
+from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError
 from ..slurm.host import PLUGIN, Host
 from . import changes
@@ -44,16 +45,22 @@ class Installed:
 
 @dataclass
 class Uninstalled:
-    """What became of each path, and why the rest was left, if it was."""
+    """What became of each path; why not all was done (what has to be done first, and the problems); what is left."""
 
     undone: list[Undone] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    refused: dict[str, list[str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def refuse(self, reasons: list[tuple[str, str]]) -> None:
+        """Add reasons: what has to be done first, and the problem."""
+        for first, problem in reasons:
+            self.refused.setdefault(first, []).append(problem)
 
     @property
     def problems(self) -> list[str]:
         kept = [f"{one.path} {one.what}" for one in self.undone if one.kept and one.path != CONFIG_PATH]
-        return self.refused + kept
+        return [problem for problems in self.refused.values() for problem in problems] + kept
 
 
 def _host(slurm_conf: str | None, environment: Mapping[str, str]) -> Host:
@@ -113,18 +120,18 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
         host = _host(slurm_conf, environment)
         if not force:
             _look_what_needs_it(host, manifest, result)
-        removes_plugin = any(_is_plugin(path) for path in manifest.wrote)
-        if removes_plugin:
-            result.refused += [_names_it(*one) for one in stack_lines_of_others(host, manifest)]
+        if any(_is_plugin(path) for path in manifest.wrote):
+            _refuse_lines(stack_lines_of_others(host, manifest), result)
         if result.refused:
             return result
         newest_first = list(manifest.wrote)[::-1]
         for path in sorted(newest_first, key=_is_plugin):  # the plugin last, when no line names it
             if _is_plugin(path) and not dry_run:
-                result.refused += [_names_it(*one) for one in stack_lines(_host(slurm_conf, environment))]
+                _refuse_lines(stack_lines(_host(slurm_conf, environment)), result)
                 if result.refused:
                     return result
             result.undone.append(changes.undo(path, manifest, dry_run=dry_run))
+        result.left = _left()
         if not dry_run:
             manifest.remove()
     return result
@@ -132,8 +139,8 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
 
 def _look_what_needs_it(host: Host, manifest: Manifest, result: Uninstalled) -> None:
     """Jobs, slurm.conf as it stands, and slurmctld, which may not have taken over what was changed there."""
-    result.refused += [f"job {job} has MPS on this node" for job in jobs_with_mps()]
-    result.refused += still_needed(host, manifest.wrote)
+    result.refuse([("end these jobs", f"job {job} has MPS on this node") for job in jobs_with_mps()])
+    result.refuse(still_needed(host, manifest.wrote))
     if result.refused:
         return
     in_force = still_in_force(host, manifest.wrote)
@@ -141,12 +148,20 @@ def _look_what_needs_it(host: Host, manifest: Manifest, result: Uninstalled) -> 
         result.remarks.append(
             "slurmctld does not answer: if it still has our Prolog or Epilog, this node drains at its next job"
         )
-    result.refused += in_force or []
+    result.refuse(in_force or [])
+
+
+def _refuse_lines(lines: list[tuple[str, str]], result: Uninstalled) -> None:
+    why = "without the plugin this line stops every srun, and slurmd from starting"
+    result.refuse([(f"take the line out of {path}", f"{path}: {line}: {why}") for path, line in lines])
 
 
 def _is_plugin(path: str) -> bool:
     return os.path.basename(path) == PLUGIN
 
 
-def _names_it(path: str, line: str) -> str:
-    return f"{path}: {line}: without the plugin this line stops every srun, and slurmd from starting; take it out first"
+def _left() -> list[str]:
+    """The directories that stay: this virtual environment, unless a package's, and what jobs left."""
+    mine = sys.prefix != sys.base_prefix and not os.path.realpath("/usr/bin/slurm-mps").startswith(f"{sys.prefix}/")
+    places = (sys.prefix if mine else "", STATE_DIRECTORY, DEFAULTS.paths_logs)
+    return [path for path in places if os.path.isdir(path)]

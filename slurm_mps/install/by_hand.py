@@ -160,27 +160,28 @@ def jobs_with_mps() -> list[str]:
         return []
 
 
-def still_needed(host: Host, ours: Container[str], controller: Controller | None = None) -> list[str]:
-    """Why Slurm would miss our scripts: a message for each place that still runs them, by slurm.conf or slurmctld.
+def still_needed(host: Host, ours: Container[str], controller: Controller | None = None) -> list[tuple[str, str]]:
+    """Why Slurm would miss our scripts, by slurm.conf or by slurmctld: what has to be done first, and the problem.
 
     A pattern of which nothing is left counts: Slurm then drains the node at its next job.
     """
-    problems = []
+    found = []
     for setting in SCRIPTS:
         place = script_place(host, setting, _values(controller, setting) if controller else None)
         if os.path.realpath(place.path) not in ours:
             continue
         if place.caller and _calls(place):
-            problems.append(f"{place.caller} runs {place.path}")
+            found.append((f"take its line out of {place.caller}", f"{place.caller} runs {place.path}"))
         elif place.value and not place.caller:
             left = [path for path in glob.glob(place.value) if os.path.realpath(path) not in ours]
-            where = f"{host.conf_path}: {setting}={place.value}"
+            why = f"would match no file, and Slurm drains a node whose {setting} matches none"
             if not left:
-                problems.append(f"{where} would match no file, and Slurm drains a node whose {setting} matches none")
-    return problems
+                first = "take Prolog= and Epilog= out of slurm.conf, and run scontrol reconfigure"
+                found.append((first, f"{host.conf_path}: {setting}={place.value} {why}"))
+    return found
 
 
-def still_in_force(host: Host, ours: Container[str]) -> list[str] | None:
+def still_in_force(host: Host, ours: Container[str]) -> list[tuple[str, str]] | None:
     """The same of what slurmctld has, which is what slurmd does until ``scontrol reconfigure``.
 
     Returns: nothing where no slurmd runs; None when slurmctld is silent.
@@ -191,5 +192,6 @@ def still_in_force(host: Host, ours: Container[str]) -> list[str] | None:
     if controller is None:
         return None
     return [
-        f"{problem} (so slurmctld has it; scontrol reconfigure)" for problem in still_needed(host, ours, controller)
+        ("run scontrol reconfigure", f"{problem} (so slurmctld has it; scontrol reconfigure)")
+        for _, problem in still_needed(host, ours, controller)
     ]

@@ -150,14 +150,15 @@ class Host:
             environment["LD_LIBRARY_PATH"] = self.environment["LD_LIBRARY_PATH"]
         return processes.run(argv, environment, self.seconds_left())
 
-    def _installed(self) -> list[str]:
-        """Those of Slurm's programs that are on this machine."""
+    @cached_property
+    def programs(self) -> list[str]:
+        """Those of slurmd, srun and scontrol that are on this machine."""
         found = (find_program(name, self.environment.get("PATH", "")) for name in _PROGRAMS)
         return [path for path in found if path]
 
     def _prefixes(self) -> list[str]:
         """Where these programs were installed to: ``/opt/slurm`` of ``/opt/slurm/sbin/slurmd``."""
-        return list(dict.fromkeys(os.path.dirname(os.path.dirname(os.path.realpath(one))) for one in self._installed()))
+        return list(dict.fromkeys(os.path.dirname(os.path.dirname(os.path.realpath(one))) for one in self.programs))
 
     def ask_release(self) -> str:
         """Ask Slurm's programs which release they are, such as 22.05.8.
@@ -166,7 +167,7 @@ class Host:
         """
         releases: dict[str, str] = {}
         silent = ""
-        for program in self._installed():
+        for program in self.programs:
             if releases and not self.conf_path:
                 break  # without a slurm.conf a client looks for one in the network, and says nothing
             outcome = self.run([program, "-V"], *filter(None, [self.conf_path]))

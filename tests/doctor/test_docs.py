@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from slurm_mps.doctor.examine import all_checks, page_of
+from slurm_mps.doctor.examine import all_checks, explain
 
 PAGE = Path(__file__).parents[2] / "docs/doctor.md"
 
@@ -20,7 +20,8 @@ def test_every_entry_says_something() -> None:
     assert min(map(len, entries)) > 80
 
 
-def test_a_page_leads_to_its_entry() -> None:
-    """What is named is there, and the anchor is what a heading of that name gets."""
-    assert page_of("gres-order") == f"{PAGE}#gres-order"
-    assert all(re.fullmatch(r"[a-z-]+", check) for check in all_checks())
+def test_an_explanation_is_the_entry_and_says_where_the_page_is() -> None:
+    shown = explain("gres-order")
+    assert shown.startswith("### gres-order\nSlurm counts GPUs in the order of gres.conf's lines")
+    assert shown.endswith(f"\n\n({PAGE})")
+    assert shown.count("###") == 1

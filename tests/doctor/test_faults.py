@@ -479,6 +479,16 @@ FAULTS = {
         warning("mps-variables"),
     ),
     # the GPUs
+    "a node that slurm.conf gives no GPU": Fault(
+        lambda p: p.edit(SLURM, "Port=17001 Gres=gpu:4", "Port=17001"), warning("gpu-count")
+    ),
+    "a cluster that has GresTypes=gpu and no GPU": Fault(
+        together(
+            lambda p: p.edit(SLURM, " Gres=gpu:4", ""),
+            lambda p: p.shell("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3", "umount /dev"),
+        ),
+        warning("gpu-count"),
+    ),
     "no gres/gpu": Fault(line("GresTypes", "craynetwork"), problem("gres-types")),
     "gres/mps": Fault(
         lambda p: p.append(GRES, "NodeName=n1 Name=mps Count=400 File=/dev/nvidia0"), problem("gres-mps")
@@ -555,8 +565,26 @@ def test_a_planted_fault_is_named(patient: Patient, name: str) -> None:
         if one["check"] in fault.named:
             assert one["what"]
             assert one["why"]
-            assert one["cure"]
-            assert one["page"].endswith(f"docs/doctor.md#{one['check']}")
+            assert one["fix"]
+
+
+def test_a_node_before_install_has_one_problem(patient: Patient) -> None:
+    """One cause, one finding; the plugin of a package that is not switched on yet makes no difference."""
+    for line_of_ours in (PLUGSTACK, PROLOG, EPILOG):
+        patient.remove(line_of_ours)
+    line("Prolog", "")(patient)
+    line("Epilog", "")(patient)
+    for elsewhere, fix in ((False, "as root: slurm-mps install"), (True, "as root: slurm-mps install --login-node")):
+        found = patient.examine(elsewhere=elsewhere)
+        assert found.of("problem").keys() == {"installed"}
+        assert found.findings[0]["fix"] == fix
+        assert found.of("not checked")["plugin-file"] == "slurm-mps is not installed on this host"
+
+
+def test_one_reason_for_many_checks_is_in_the_summary(patient: Patient) -> None:
+    patient.edit(SLURM, "Port=17001 Gres=gpu:4", "Port=17001")
+    _, out, _ = patient.run("doctor")
+    assert re.search(r"^\d\d checks left out: slurm.conf gives this node no GPU$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])
@@ -586,12 +614,12 @@ def test_a_server_that_is_left_of_a_job_whose_daemon_was_killed_is_not_to_be_end
     a_job_without_its_daemon(patient)
     found = patient.examine()
     assert found.ailments == {"job-daemon": "problem"}
-    assert "kill" not in "".join(one["cure"] for one in found.findings)
+    assert "kill" not in "".join(one["fix"] for one in found.findings)
     assert "whose MPS servers" in patient.examine(user="alice").of("not checked")["foreign-processes"]
 
 
 @pytest.mark.parametrize(
-    ("thing", "file", "cure"),
+    ("thing", "file", "fix"),
     [
         (f"{STATE}/jobs/998", "/journal", "end what still runs of it, then rm -r "),
         (f"{STATE}/gpus/GPU-00000000", "", "end what still runs of it, then rm -r "),
@@ -599,11 +627,11 @@ def test_a_server_that_is_left_of_a_job_whose_daemon_was_killed_is_not_to_be_end
     ],
     ids=["a damaged journal", "a damaged ledger", "a stranger"],
 )
-def test_what_reconcile_leaves_is_cured_by_hand(patient: Patient, thing: str, file: str, cure: str) -> None:
-    """The cure is not a command that then says that it leaves it."""
+def test_what_reconcile_leaves_is_cured_by_hand(patient: Patient, thing: str, file: str, fix: str) -> None:
+    """The fix is not a command that then says that it leaves it."""
     patient.shell(f"{'mkdir -p' if file else ':'} {thing}; echo x > {thing}{file}", f"rm -r {thing}")
     (found,) = [one for one in patient.examine("stale-state").findings if one["severity"] == "problem"]
-    assert found["cure"] == f"slurm-mps reconcile leaves it; {cure}{thing}"
+    assert found["fix"] == f"slurm-mps reconcile leaves it; {fix}{thing}"
 
 
 @pytest.mark.parametrize("whose", ["script", "program", "directory"])
@@ -645,7 +673,7 @@ def test_slurm_takes_the_words_of_plugstack_conf_in_small_letters_alone(patient:
     (finding,) = (one for one in patient.examine().findings if one["severity"] == "problem")
     if word != "Include":
         assert finding["what"] == f"{PLUGSTACK}:1: Slurm ignores the line, for '{word}' is none of its words"
-        assert finding["cure"] == f"{PLUGSTACK}:1: required {PLUGIN}"
+        assert finding["fix"] == f"{PLUGSTACK}:1: required {PLUGIN}"
 
 
 def test_the_fix_of_a_single_script_is_a_line_in_it(patient: Patient) -> None:
@@ -655,7 +683,7 @@ def test_the_fix_of_a_single_script_is_a_line_in_it(patient: Patient) -> None:
     for text in ("exit 0", loop):
         single("Epilog", text)(patient)
         (finding,) = patient.examine("epilog-wired").findings
-        assert finding["cure"] == by_hand
+        assert finding["fix"] == by_hand
     assert finding["what"].startswith(f"not checked: whether /etc/slurm/epilog.sh runs {EPILOG}, ")
     single("Epilog", f"{EPILOG} || exit 1\n{loop}\npkill -u $SLURM_JOB_USER; [ -x /usr/bin/pkill ]")(patient)
     assert patient.examine().ailments.keys() <= {"config-in-force"}
@@ -685,5 +713,8 @@ def test_a_release_that_nobody_tried_is_placed_between_those_that_were(
 
 def test_every_check_has_a_fault_that_it_names() -> None:
     """And there are forty faults at least."""
-    assert {check for fault in FAULTS.values() for check in fault.named} | {"slurmctld"} == all_checks().keys()
+    assert {check for fault in FAULTS.values() for check in fault.named} | {
+        "slurmctld",
+        "installed",
+    } == all_checks().keys()
     assert len(FAULTS) >= 40

@@ -103,8 +103,14 @@ def test_a_paragraph_says_what_why_and_what_to_do(patient: Patient) -> None:
     lines = out.splitlines()
     assert (status, errors) == (1, "")
     assert lines[0].startswith("problem: gpu-answers: GPU 2: NVML: ")
-    assert [line.split(":")[0].strip() for line in lines[1:4]] == ["why", "cure", "see"]
-    assert lines[3].endswith("docs/doctor.md#gpu-answers")
+    assert [line.split(":")[0].strip() for line in lines[1:4]] == ["why", "fix", "see"]
+    assert lines[3] == "    see: slurm-mps doctor --explain gpu-answers"
+    assert patient.run("doctor", "--explain", "gpu-answers", "mig")[1].startswith("### gpu-answers\nevery GPU ")
+    assert patient.run("doctor", "--explain") == (
+        2,
+        "",
+        "slurm-mps: --explain takes the name of a check, and no --json\n",
+    )
     assert lines[4].startswith(f"{len(all_checks())} checks: 1 problem, ")
 
 
@@ -130,12 +136,23 @@ def test_where_only_root_can_see_the_status_says_so(patient: Patient) -> None:
 
 
 def test_a_slurm_conf_that_is_named_and_not_there_is_a_finding(patient: Patient) -> None:
-    """Slurm's own commands end there; a host that merely has none is no ailment (tests/node/test_streams.py)."""
+    """Slurm's own commands end there. It is the one problem, as is a slurm.conf that is not where Slurm looks."""
     for elsewhere in (False, True):
         status, out, _ = patient.run("doctor", elsewhere=elsewhere, SLURM_CONF="/nowhere/slurm.conf")
         assert status == 1
         assert out.startswith("problem: slurm-conf: SLURM_CONF=/nowhere/slurm.conf names no file\n")
         assert out.count("problem: ") == 1
+    patient.remove("/etc/slurm/slurm.conf")
+    status, out, _ = patient.run("doctor")
+    assert (status, out.count("problem: ")) == (1, 1)
+    assert out.startswith("problem: slurm-conf: there is no slurm.conf: not in /etc/slurm, and SLURM_CONF is not set\n")
+
+
+def test_a_host_without_slurm_has_nothing_to_look_at(patient: Patient) -> None:
+    patient.remove("/etc/slurm/slurm.conf")
+    hide = "for one in /usr/sbin/slurmd /usr/bin/srun /usr/bin/scontrol"
+    patient.shell(f"{hide}; do mount --bind /dev/null $one; done", f"{hide}; do umount $one; done")
+    assert patient.run("doctor")[0] == 3
 
 
 @pytest.mark.parametrize(
@@ -148,10 +165,10 @@ def test_a_slurm_conf_that_is_named_and_not_there_is_a_finding(patient: Patient)
     ],
 )
 def test_what_is_missing_is_what_install_puts_there(patient: Patient, path: str, check: str) -> None:
-    """The cure names the command: of a login node the one that puts no more there than it needs."""
+    """The fix names the command: of a login node the one that puts no more there than it needs."""
     patient.remove(path)
     (finding,) = (one for one in patient.examine(check).findings if one["check"] == check)
-    assert finding["cure"].split(";")[0].split(",")[0] == "slurm-mps install"
+    assert finding["fix"].split(";")[0].split(",")[0] == "slurm-mps install"
     if check.startswith("plug"):
         (finding,) = patient.examine(check, elsewhere=True).findings
-        assert finding["cure"].startswith("slurm-mps install --login-node; ")
+        assert finding["fix"].startswith("slurm-mps install --login-node; ")

@@ -326,11 +326,14 @@ def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
     assert refused.returncode == 1
     assert "job 4711 has MPS on this node" in refused.stderr
     assert "Prolog=/etc/slurm/prolog.d/* would match no file" in refused.stderr
-    assert "Epilog=" not in refused.stderr
+    first = "end these jobs; take Prolog= and Epilog= out of slurm.conf, and run scontrol reconfigure"
+    assert f"not uninstalled. First {first}. Then try again (or slurm-mps uninstall --force)" in refused.stderr
+    assert "Epilog=/" not in refused.stderr
     assert snapshot(machine).items() >= installed.items()
     machine.path("/run/slurm-mps/jobs/4711").rmdir()
     assert slurm_mps(machine, "uninstall").returncode == 1
-    slurm_mps(machine, "uninstall", "--force").check()
+    done = slurm_mps(machine, "uninstall", "--force").check()
+    assert f"Left, until you remove it: {MOUNT_POINT} /run/slurm-mps" in done.stdout
     assert not machine.path(PROLOG).exists()
 
 

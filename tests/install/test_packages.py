@@ -13,7 +13,6 @@ from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
-from tests.install.places import report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,9 +75,9 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         packaged = machine.path(PLUGIN).read_bytes()
 
         machine.run(["slurm-mps", "install"], node="n1").check()
-        (found,) = report(machine.run(["slurm-mps", "doctor", "--json", "prolog-flags"], node="n1"))["findings"]
-        page, _, _ = found["page"].partition("#")
-        machine.run(["grep", "-qx", "### prolog-flags", page]).check()
+        entry = machine.run(["slurm-mps", "doctor", "--explain", "prolog-flags"], node="n1").check().stdout
+        assert entry.startswith("### prolog-flags\n")
+        assert "/share/doc/slurm-mps/docs/doctor.md)" in entry
         assert machine.path(PLUGIN).read_bytes() == packaged
         lines = ["Prolog=/etc/slurm/prolog.d/*", "Epilog=/etc/slurm/epilog.d/*", "PrologFlags=Alloc"]
         machine.write("/etc/slurm/slurm.conf", "\n".join([conf, *lines, ""]))
@@ -88,9 +87,14 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         cluster.until("the ranks' report", lambda: "2 ranks, all clients" in cluster.output(job) or None, 30)
         assert cluster.output(job).count("32/132") == 2
 
-        upgraded = machine.run(["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"], timeout=60).check()
-        assert 'switched on on this node; run "slurm-mps install" again' in upgraded.stdout
-        assert machine.run(["slurm-mps", "install", "--no-doctor"], node="n1").check().stdout.count("is there") == 4
+        again = ["dpkg", "--no-triggers", "-i", "/opt/slurm-mps.deb"]
+        upgraded = machine.run(again, node="n1", timeout=60).check()
+        assert "systemctl restart slurmd" in upgraded.stdout
+        assert '"slurm-mps install"' not in upgraded.stdout
+        machine.path("/etc/slurm/mps.toml").unlink()
+        upgraded = machine.run(again, node="n1", timeout=60).check()
+        assert 'run "slurm-mps install"' in upgraded.stdout
+        assert machine.run(["slurm-mps", "install", "--no-doctor"], node="n1").check().stdout.count("is there") == 3
 
         refused = machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1")
         assert refused.returncode != 0

@@ -149,7 +149,7 @@ def test_the_rpm_installs_is_kept_under_a_job_and_goes_without_a_trace(machine: 
     assert (refused.returncode, "job 4711 has MPS on this node" in refused.stderr) == (1, True)
     assert machine.path("/opt/slurm-mps/bin/slurm-mps").exists()
     upgraded = rpm("-U", "--force", "/opt/slurm-mps.rpm")
-    assert (upgraded.returncode, "switched on on this node; run" in upgraded.stdout) == (0, True)
+    assert (upgraded.returncode, "systemctl restart slurmd" in upgraded.stdout) == (0, True)
     assert machine.path("/etc/slurm/prolog.d/10-slurm-mps.sh").exists()
 
     machine.path("/run/slurm-mps/jobs/4711").rmdir()

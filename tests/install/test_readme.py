@@ -107,10 +107,11 @@ def test_the_readme_alone_leads_to_a_verified_job(bare: Machine) -> None:
 
         healthy = typed(machine, "slurm-mps doctor").check().stdout
         assert "problem:" not in healthy
-        page_and_anchor = re.search(r"^ +see:  (\S+)#(\S+)$", told, re.MULTILINE)
-        assert page_and_anchor, told
-        entry = machine.run(["grep", "-x", f"### {page_and_anchor[2]}", page_and_anchor[1]]).check()
-        assert entry.stdout
+        see = re.search(r"^ +see: (slurm-mps doctor --explain (\S+))$", told, re.MULTILINE)
+        assert see, told
+        entry = typed(machine, see[1]).check().stdout
+        assert entry.startswith(f"### {see[2]}\n")
+        assert entry.endswith("\n(/opt/slurm-mps/share/doc/slurm-mps/docs/doctor.md)\n")
 
         asked = ("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:2", "-n4")
         job = cluster.sbatch(*asked, script="srun slurm-mps verify")

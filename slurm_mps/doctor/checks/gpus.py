@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import stat
@@ -20,7 +21,7 @@ from ...node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ...node.paths import others_can_write
 from ...node.processes import describe, name_of, parent_of, pids, uid_of
 from ...node.reading import small_number
-from ...slurm.host import NotKnownError
+from ...slurm.host import NotKnownError, count_gpus
 from ...slurm.hostlist import expand_hosts
 from ...status.node import READY
 from ...units import printable
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ...job.journal import Journal
     from ...slurm.conf import ConfLine
     from ..facts import Facts
-    from ..finding import Said
+    from ..finding import Finding
     from ..gpus import GpuFacts
 
 _NEEDED = (
@@ -52,6 +53,7 @@ _PROCESSES_BRANCH = 510
 _STATIC_PARTITIONS, _PROTOCOL_3 = "sm_partition", "protocol"
 _DAEMON, _SERVER = "nvidia-cuda-mps-control", "nvidia-cuda-mps-server"
 _COMM_MAX = 15
+_NO_GPU = 'srun --gres=gpu:1 finds no such node ("Requested node configuration is not available").'
 _ANCESTORS_MAX = 64
 _SEARCH_SECONDS = 5.0
 
@@ -97,7 +99,7 @@ def _gpu_files(facts: Facts) -> list[tuple[ConfLine, str]]:
     "Slurm hands out GPUs",
     why="Without gres/gpu no job has a GPU of its own, and a prolog does not learn which.",
 )
-def gres_types(facts: Facts) -> Iterator[Said]:
+def gres_types(facts: Facts) -> Iterator[Finding]:
     if "gpu" not in facts.words("GresTypes"):
         has = facts.value("GresTypes") or "nothing"
         yield problem(f"GresTypes has {has}, and not gpu", f"{facts.where('GresTypes')}: GresTypes=gpu")
@@ -108,7 +110,7 @@ def gres_types(facts: Facts) -> Iterator[Said]:
     "Slurm's own gres/mps is not in use",
     why="It is another way of sharing GPUs among jobs, with a control daemon of its own on the same GPUs.",
 )
-def gres_mps(facts: Facts) -> Iterator[Said]:
+def gres_mps(facts: Facts) -> Iterator[Finding]:
     if "mps" in facts.words("GresTypes"):
         yield problem(f"{facts.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
     try:
@@ -126,7 +128,7 @@ def gres_mps(facts: Facts) -> Iterator[Said]:
     why="From them Slurm has the indices that it gives the prolog, and the devices that a task may open.",
     where=GPU_NODE,
 )
-def gres_conf(facts: Facts) -> Iterator[Said]:
+def gres_conf(facts: Facts) -> Iterator[Finding]:
     path = f"{facts.conf_directory}/gres.conf"
     line = f"{path}: NodeName={facts.node_name} Name=gpu File=/dev/nvidia[0-{max(0, facts.gpus_in_slurm - 1)}]"
     if not os.path.exists(path):
@@ -148,7 +150,7 @@ def gres_conf(facts: Facts) -> Iterator[Said]:
     why="slurmd does not find the GPUs, and does not start or offers none.",
     where=GPU_NODE,
 )
-def gres_autodetect(facts: Facts) -> Iterator[Said]:
+def gres_autodetect(facts: Facts) -> Iterator[Finding]:
     kind = _autodetect(facts)
     where = f"{facts.conf_directory}/gres.conf has AutoDetect={kind}"
     places = facts.plugin_directories
@@ -168,7 +170,7 @@ def gres_autodetect(facts: Facts) -> Iterator[Said]:
     why="slurmd does not start, or offers fewer GPUs.",
     where=GPU_NODE,
 )
-def gres_files(facts: Facts) -> Iterator[Said]:
+def gres_files(facts: Facts) -> Iterator[Finding]:
     for line, path in _gpu_files(facts):
         try:
             is_device = stat.S_ISCHR(os.stat(path).st_mode)
@@ -193,7 +195,7 @@ def _driver_gpus(facts: Facts) -> tuple[GpuFacts, ...]:
     why="The prolog takes Slurm's index for NVML's: in another order it starts MPS on another job's GPU.",
     where=GPU_NODE,
 )
-def gres_order(facts: Facts) -> Iterator[Said]:
+def gres_order(facts: Facts) -> Iterator[Finding]:
     gpus = _driver_gpus(facts)
     if _autodetect(facts) in _FINDS_NVIDIA:
         return
@@ -215,7 +217,7 @@ def gres_order(facts: Facts) -> Iterator[Said]:
     why="After a card was changed Slurm hands out one GPU by its file and another by its UUID.",
     where=GPU_NODE,
 )
-def gres_uuid(facts: Facts) -> Iterator[Said]:
+def gres_uuid(facts: Facts) -> Iterator[Finding]:
     by_file = {f"/dev/nvidia{gpu.minor}": gpu.uuid for gpu in _driver_gpus(facts)}
     for line, pairs in _gres_lines(facts):
         given, path = pairs.get("uniqueid", ""), pairs.get("file", "")
@@ -227,14 +229,26 @@ def gres_uuid(facts: Facts) -> Iterator[Said]:
     "gpu-count",
     "slurm.conf gives this node the GPUs that it has",
     why="Slurm hands out GPUs that are not there, or leaves some idle.",
-    where=GPU_NODE,
+    where=COMPUTE,
 )
-def gpu_count(facts: Facts) -> Iterator[Said]:
-    have, given = len(_driver_gpus(facts)), facts.gpus_in_slurm
+def gpu_count(facts: Facts) -> Iterator[Finding]:
+    given, node = facts.gpus_in_slurm, facts.node_name
+    if not given:
+        devices = glob.glob("/dev/nvidia[0-9]*")
+        if devices:
+            what = f"slurm.conf gives node {node} no GPU, and it has {', '.join(sorted(devices))}"
+            yield warning(what, f"slurm.conf: NodeName={node} ... Gres=gpu:{len(devices)}", _NO_GPU)
+        elif "gpu" in facts.words("GresTypes") and not any(
+            count_gpus(pairs.get("gres", "")) for _, pairs in facts.conf.records("NodeName")
+        ):
+            what = "slurm.conf has GresTypes=gpu, and gives no node a GPU"
+            yield warning(what, "slurm.conf: NodeName=... Gres=gpu:N, on the line of each node with GPUs", _NO_GPU)
+        return
+    have = len(_driver_gpus(facts))
     if given > have:
-        yield problem(f"slurm.conf: Gres=gpu:{given} for node {facts.node_name}, which has {have}", f"Gres=gpu:{have}")
+        yield problem(f"slurm.conf: Gres=gpu:{given} for node {node}, which has {have}", f"Gres=gpu:{have}")
     elif given < have:
-        yield warning(f"slurm.conf: Gres=gpu:{given} for node {facts.node_name}, which has {have}", f"Gres=gpu:{have}")
+        yield warning(f"slurm.conf: Gres=gpu:{given} for node {node}, which has {have}", f"Gres=gpu:{have}")
 
 
 # ---------------------------------------------------------------------------------------- driver, control program
@@ -246,7 +260,7 @@ def gpu_count(facts: Facts) -> Iterator[Said]:
     why="Every job that asks for MPS here meets a fault of the node.",
     where=GPU_NODE,
 )
-def driver(facts: Facts) -> Iterator[Said]:
+def driver(facts: Facts) -> Iterator[Finding]:
     try:
         found = facts.driver
     except NoAnswerError as error:
@@ -265,7 +279,7 @@ def driver(facts: Facts) -> Iterator[Said]:
     why="Limits that a driver does not know cannot be given, and a job that asks for one fails.",
     where=GPU_NODE,
 )
-def driver_version(facts: Facts) -> Iterator[Said]:
+def driver_version(facts: Facts) -> Iterator[Finding]:
     gpus = _driver_gpus(facts)
     found = facts.driver
     cuda = f"{found.cuda[0]}.{found.cuda[1]}"
@@ -287,7 +301,7 @@ def driver_version(facts: Facts) -> Iterator[Said]:
     why="No control daemon starts, or no server for its first client; root runs them.",
     where=GPU_NODE,
 )
-def control_program(facts: Facts) -> Iterator[Said]:
+def control_program(facts: Facts) -> Iterator[Finding]:
     path = facts.site.paths_control_program
     server = f"{os.path.dirname(path)}/{_SERVER}"
     for program in (path, server) if os.path.exists(path) else (path,):
@@ -309,7 +323,7 @@ def control_program(facts: Facts) -> Iterator[Said]:
     why="It answers what it does not know with exit 0; the limit is then read back, missed, and the job fails.",
     where=GPU_NODE,
 )
-def control_commands(facts: Facts) -> Iterator[Said]:
+def control_commands(facts: Facts) -> Iterator[Finding]:
     if not os.access(facts.site.paths_control_program, os.X_OK):
         raise NotKnownError(f"{facts.site.paths_control_program} cannot be run")
     try:
@@ -335,8 +349,8 @@ def control_commands(facts: Facts) -> Iterator[Said]:
     why="Each job with --mps that does not give --mps-mem itself is refused, for a limit that it never asked for.",
     where=GPU_NODE,
 )
-def memory_default(facts: Facts) -> Iterator[Said]:
-    cure = f"{CONFIG_PATH}: another limits.memory.default, or none"
+def memory_default(facts: Facts) -> Iterator[Finding]:
+    fix = f"{CONFIG_PATH}: another limits.memory.default, or none"
     said = refusal_of_default(facts.site)
     if not said:
         sizes = {gpu.memory_bytes: gpu for gpu in _driver_gpus(facts) if gpu.memory_bytes}
@@ -344,7 +358,7 @@ def memory_default(facts: Facts) -> Iterator[Said]:
             smallest = sizes[min(sizes)]
             said = refusal_of_default(facts.site, smallest.uuid, smallest.memory_bytes)
     if said:
-        yield problem(said, cure)
+        yield problem(said, fix)
 
 
 # ------------------------------------------------------------------------------------------------------ the GPUs
@@ -356,7 +370,7 @@ def memory_default(facts: Facts) -> Iterator[Said]:
     why="A GPU that fell off the bus fails each job that it is given to.",
     where=GPU_NODE,
 )
-def gpu_answers(facts: Facts) -> Iterator[Said]:
+def gpu_answers(facts: Facts) -> Iterator[Finding]:
     for gpu in _driver_gpus(facts):
         if gpu.error:
             yield problem(f"GPU {gpu.index}: NVML: {gpu.error}", "dmesg | grep -i xid; take the node out of service")
@@ -368,7 +382,7 @@ def gpu_answers(facts: Facts) -> Iterator[Said]:
     why="Each job's control daemon and server wait until the driver has set the GPU up again, seconds each time.",
     where=GPU_NODE,
 )
-def persistence_mode(facts: Facts) -> Iterator[Said]:
+def persistence_mode(facts: Facts) -> Iterator[Finding]:
     off = [str(gpu.index) for gpu in _driver_gpus(facts) if gpu.persistence is False]
     if off:
         yield warning(f"persistence mode is off on GPU {', '.join(off)}", "systemctl enable --now nvidia-persistenced")
@@ -380,7 +394,7 @@ def persistence_mode(facts: Facts) -> Iterator[Said]:
     why="slurm-mps serves whole GPUs: a job that asks for MPS on a part of one is refused.",
     where=GPU_NODE,
 )
-def mig(facts: Facts) -> Iterator[Said]:
+def mig(facts: Facts) -> Iterator[Finding]:
     on = [str(gpu.index) for gpu in _driver_gpus(facts) if gpu.mig]
     if on:
         yield warning(f"GPU {', '.join(on)}: MIG mode is on", "keep MPS jobs off this node, or nvidia-smi -mig 0")
@@ -392,20 +406,20 @@ def mig(facts: Facts) -> Iterator[Said]:
     why="PROHIBITED lets nobody in; EXCLUSIVE_PROCESS, left behind, makes the second program on the GPU fail.",
     where=GPU_NODE,
 )
-def compute_mode(facts: Facts) -> Iterator[Said]:
+def compute_mode(facts: Facts) -> Iterator[Finding]:
     odd = [gpu for gpu in _driver_gpus(facts) if gpu.compute_mode]
     held = _held(facts) if odd else set()
     for gpu in odd:
         name = COMPUTE_MODES.get(gpu.compute_mode or 0, str(gpu.compute_mode))
-        cure = f"nvidia-smi -i {gpu.index} -c 0"
+        fix = f"nvidia-smi -i {gpu.index} -c 0"
         if gpu.compute_mode != EXCLUSIVE_PROCESS:
-            yield problem(f"GPU {gpu.index} ({gpu.uuid}) is {name}", cure)
+            yield problem(f"GPU {gpu.index} ({gpu.uuid}) is {name}", fix)
         elif held is None:
             raise NotKnownError(
                 f"GPU {gpu.index} is {name}, and only root sees whether a job holds it", needs_root=True
             )
         elif gpu.uuid not in held:
-            yield warning(f"GPU {gpu.index} ({gpu.uuid}) is {name}, and no MPS job holds it", cure)
+            yield warning(f"GPU {gpu.index} ({gpu.uuid}) is {name}, and no MPS job holds it", fix)
 
 
 def _held(facts: Facts) -> set[str] | None:
@@ -425,7 +439,7 @@ def _held(facts: Facts) -> set[str] | None:
     why="Who came past Slurm, or was left by a job, keeps the next MPS job's server from its GPU, and the node drains.",
     where=GPU_NODE,
 )
-def foreign_processes(facts: Facts) -> Iterator[Said]:
+def foreign_processes(facts: Facts) -> Iterator[Finding]:
     for gpu in _driver_gpus(facts):
         foreign = [pid for pid in gpu.processes if not _is_slurms(pid)]
         if foreign:
@@ -489,7 +503,7 @@ def _journal(state: NodeState, job_id: int) -> Journal | None:
     "on end at once, with a message.",
     where=COMPUTE,
 )
-def job_daemon(facts: Facts) -> Iterator[Said]:
+def job_daemon(facts: Facts) -> Iterator[Finding]:
     if not facts.is_root:
         raise NotKnownError("only root can read the state", needs_root=True)
     try:
@@ -535,7 +549,7 @@ def _is_left_over(facts: Facts, job_id: int) -> bool:
     "for all GPUs is in the way of each job's own.",
     where=COMPUTE,
 )
-def other_daemon(facts: Facts) -> Iterator[Said]:
+def other_daemon(facts: Facts) -> Iterator[Finding]:
     if not facts.is_root:
         if any(_runs(pid, _DAEMON) for pid in pids()):
             raise NotKnownError("only root sees whose control daemons these are", needs_root=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..facts import Facts
-    from ..finding import Said
+    from ..finding import Finding
     from ..scripts import Script
 
 _KILLS = re.compile(
@@ -28,7 +28,7 @@ _NOT_FOLLOWED = "Doctor finds a script of slurm-mps in the site's own script by 
 _ASCENDING = "A loop or run-parts, as DeepOps' script has it, runs a directory's scripts in ascending order."
 
 
-def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Said]:
+def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Finding]:
     patterns = facts.all(key)
     beside = f"{facts.conf_directory}/{key.lower()}.d"
     line = f"{facts.where(key)}: {key}={beside}/*"
@@ -46,10 +46,10 @@ def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Said]:
             yield warning(told, _call(key, site, lies), f"{_NOT_FOLLOWED} {_ASCENDING}")
             return
         if site:
-            cure = _call(key, site, lies) if lies else f"slurm-mps install, which names the line for {site}"
+            fix = _call(key, site, lies) if lies else f"slurm-mps install, which names the line for {site}"
         else:
-            cure = line if lies else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
-        yield problem(f"{key}={','.join(patterns)} runs no script of slurm-mps", cure)
+            fix = line if lies else f"slurm-mps install, which puts our {key.lower()} where {patterns[0]} finds it"
+        yield problem(f"{key}={','.join(patterns)} runs no script of slurm-mps", fix)
 
 
 def _call(key: str, caller: str, hook: str) -> str:
@@ -62,7 +62,7 @@ def _call(key: str, caller: str, hook: str) -> str:
     "slurmd runs slurm-mps' prolog",
     why="Jobs that ask for MPS fail: no prolog set it up.",
 )
-def prolog_wired(facts: Facts) -> Iterator[Said]:
+def prolog_wired(facts: Facts) -> Iterator[Finding]:
     yield from _wired(facts, "Prolog", facts.prolog_parts)
 
 
@@ -71,7 +71,7 @@ def prolog_wired(facts: Facts) -> Iterator[Said]:
     "slurmd runs slurm-mps' epilog",
     why="Control daemons outlive their jobs, and GPUs stay EXCLUSIVE_PROCESS.",
 )
-def epilog_wired(facts: Facts) -> Iterator[Said]:
+def epilog_wired(facts: Facts) -> Iterator[Finding]:
     yield from _wired(facts, "Epilog", facts.epilog_parts)
 
 
@@ -87,15 +87,15 @@ def _ours_and_others(parts: list[Script]) -> tuple[list[Script], Script | None, 
     why="Slurm runs the scripts of a pattern in reverse order of their names: what follows meets the job's own daemon.",
     where=COMPUTE,
 )
-def prolog_order(facts: Facts) -> Iterator[Said]:
+def prolog_order(facts: Facts) -> Iterator[Finding]:
     _, ours, after = _ours_and_others(facts.prolog_parts)
     for part in after:
         found = _first(_KILLS, part) or _first(_SETS_MODE, part)
         if ours and found and not part.is_ours:
-            cure = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
+            fix = f"give it a name that sorts behind slurm-mps' prolog: {_rename(part.top, '50')}"
             if part.top == ours.top:
-                cure = f"{ours.top}: have it done before {ours.path} runs"
-            yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found!r}", cure)
+                fix = f"{ours.top}: have it done before {ours.path} runs"
+            yield warning(f"{part.path} runs after slurm-mps' prolog, and has {found!r}", fix)
 
 
 @check(
@@ -105,16 +105,16 @@ def prolog_order(facts: Facts) -> Iterator[Said]:
     "scripts of a pattern in reverse order of their names.",
     where=COMPUTE,
 )
-def epilog_order(facts: Facts) -> Iterator[Said]:
+def epilog_order(facts: Facts) -> Iterator[Finding]:
     before, ours, _ = _ours_and_others(facts.epilog_parts)
     for part in before:
         found = _first(_KILLS, part)
         if ours and found:
             if part.top == ours.top:
-                cure = _call("Epilog", ours.top, ours.path)
+                fix = _call("Epilog", ours.top, ours.path)
             else:
-                cure = f"give it a name that sorts in front of slurm-mps' epilog: {_rename(part.top, '50')}"
-            yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found!r}", cure)
+                fix = f"give it a name that sorts in front of slurm-mps' epilog: {_rename(part.top, '50')}"
+            yield warning(f"{part.path} runs before slurm-mps' epilog, and has {found!r}", fix)
 
 
 def _first(kind: re.Pattern[str], script: Script) -> str:
@@ -141,7 +141,7 @@ def _others(facts: Facts) -> list[Script]:
     why="slurm-mps puts back the mode that it found; two that change it undo one another.",
     where=COMPUTE,
 )
-def other_mode_setter(facts: Facts) -> Iterator[Said]:
+def other_mode_setter(facts: Facts) -> Iterator[Finding]:
     for script in _others(facts):
         found = _first(_SETS_MODE, script)
         if found:
@@ -154,7 +154,7 @@ def other_mode_setter(facts: Facts) -> Iterator[Said]:
     why="Two control daemons cannot have one GPU in EXCLUSIVE_PROCESS; the job's servers do not start.",
     where=COMPUTE,
 )
-def other_mps_script(facts: Facts) -> Iterator[Said]:
+def other_mps_script(facts: Facts) -> Iterator[Finding]:
     for script in _others(facts):
         found = _first(_RUNS_MPS, script)
         if found:
@@ -167,7 +167,7 @@ def other_mps_script(facts: Facts) -> Iterator[Said]:
     why="To slurmd a script that it cannot run is one that failed: the node drains at its next job.",
     where=COMPUTE,
 )
-def scripts_executable(facts: Facts) -> Iterator[Said]:
+def scripts_executable(facts: Facts) -> Iterator[Finding]:
     called = [script for script in facts.our_hooks if script.path != script.top]
     for script in (*facts.prologs, *facts.epilogs, *called):
         if not script.is_executable:
@@ -180,7 +180,7 @@ def scripts_executable(facts: Facts) -> Iterator[Said]:
     why="slurmd runs it as root: who can write it is root.",
     where=COMPUTE,
 )
-def scripts_owner(facts: Facts) -> Iterator[Said]:
+def scripts_owner(facts: Facts) -> Iterator[Finding]:
     named = {
         path for part in (*facts.prolog_parts, *facts.epilog_parts) for path in (part.path, part.values.get("package"))
     }
@@ -196,7 +196,7 @@ def scripts_owner(facts: Facts) -> Iterator[Said]:
     why="The second run costs every job its time again; of two versions one does not understand the other.",
     where=COMPUTE,
 )
-def hooks_twice(facts: Facts) -> Iterator[Said]:
+def hooks_twice(facts: Facts) -> Iterator[Finding]:
     for parts in (facts.prolog_parts, facts.epilog_parts):
         ours = list(dict.fromkeys(part.path for part in parts if part.is_ours))  # by name and by a loop is no fault
         if len(ours) > 1:
@@ -209,7 +209,7 @@ def hooks_twice(facts: Facts) -> Iterator[Said]:
     why="A hook without them fails, and its node drains, for jobs that ask for MPS.",
     where=COMPUTE,
 )
-def hooks_package(facts: Facts) -> Iterator[Said]:
+def hooks_package(facts: Facts) -> Iterator[Finding]:
     for script in facts.our_hooks:
         values = script.values
         for key in ("python", "package"):
@@ -231,7 +231,7 @@ def hooks_package(facts: Facts) -> Iterator[Said]:
     why="A hook that cannot start fails, and its node drains, for jobs that ask for MPS.",
     where=COMPUTE,
 )
-def hooks_python(facts: Facts) -> Iterator[Said]:
+def hooks_python(facts: Facts) -> Iterator[Finding]:
     try:
         yield fine(f"slurm-mps {facts.hook_versions[0]}")
     except NotKnownError:
@@ -246,7 +246,7 @@ def hooks_python(facts: Facts) -> Iterator[Said]:
     why="Of two installations one is old: status, reconcile and doctor may not understand what the hooks write.",
     where=COMPUTE,
 )
-def hooks_version(facts: Facts) -> Iterator[Said]:
+def hooks_version(facts: Facts) -> Iterator[Finding]:
     try:
         version = facts.hook_versions[0]
     except MpsError:
@@ -264,7 +264,7 @@ def hooks_version(facts: Facts) -> Iterator[Said]:
     "the prolog fails and the node drains.",
     where=COMPUTE,
 )
-def config_compiler(facts: Facts) -> Iterator[Said]:
+def config_compiler(facts: Facts) -> Iterator[Finding]:
     try:
         _ = facts.hook_versions
         said = facts.compiler
@@ -282,7 +282,7 @@ def config_compiler(facts: Facts) -> Iterator[Said]:
     why="The plugin runs a program of slurm-mps in the job's tasks, as their user; and users run slurm-mps verify.",
     where=COMPUTE,
 )
-def python_for_users(facts: Facts) -> Iterator[Said]:
+def python_for_users(facts: Facts) -> Iterator[Finding]:
     values = facts.hook_values()
     for path in (values["python"], f"{values['package']}/hook.py"):
         closed = hidden_from_users(path)

@@ -11,18 +11,14 @@ from ...node.paths import closed_to_users, hidden_from_users, others_can_write
 from ...slurm.host import NotKnownError
 from ...slurm.plugin_file import PluginFile, read_plugin
 from ..finding import check, fine, problem, warning
+from .installed import install_command
 from .slurm import name_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..facts import Facts
-    from ..finding import Said
-
-
-def _install(facts: Facts) -> str:
-    """The command that puts plugin and line there."""
-    return "slurm-mps install" if facts.is_compute else "slurm-mps install --login-node"
+    from ..finding import Finding
 
 
 @check(
@@ -30,7 +26,7 @@ def _install(facts: Facts) -> str:
     "plugstack.conf can be read, with all that it includes",
     why="Without it srun, sbatch and salloc know no --mps, and a job's tasks run without MPS.",
 )
-def plugstack(facts: Facts) -> Iterator[Said]:
+def plugstack(facts: Facts) -> Iterator[Finding]:
     path = facts.plugstack_path
     said = hidden_from_users(facts.conf_path)  # of the directory that both are in
     try:
@@ -42,7 +38,7 @@ def plugstack(facts: Facts) -> Iterator[Said]:
     if (hidden or said) and not os.access(path, os.R_OK):
         return
     if not os.path.exists(path):
-        yield problem(f"{path}: no such file", f"{_install(facts)}; or {path}: required spank_mps.so")
+        yield problem(f"{path}: no such file", f"{install_command(facts)}; or {path}: required spank_mps.so")
         return
     for missing in facts.plugstack.problems:
         yield problem(missing, "let every user read it")
@@ -53,7 +49,7 @@ def plugstack(facts: Facts) -> Iterator[Said]:
     "plugstack.conf has the plugin of slurm-mps",
     why="A host without it has no --mps; a node without it runs the tasks of MPS jobs without MPS.",
 )
-def plugstack_line(facts: Facts) -> Iterator[Said]:
+def plugstack_line(facts: Facts) -> Iterator[Finding]:
     for line in facts.lines_that_name_us:
         if not line.is_read:
             yield problem(
@@ -61,8 +57,8 @@ def plugstack_line(facts: Facts) -> Iterator[Said]:
                 f"{line.line.place}: required {line.path}",
             )
     if not facts.lines_that_name_us:
-        cure = f"{_install(facts)}; or {facts.plugstack_path}: required spank_mps.so"
-        yield problem(f"{facts.plugstack_path} has no spank_mps.so", cure)
+        fix = f"{install_command(facts)}; or {facts.plugstack_path}: required spank_mps.so"
+        yield problem(f"{facts.plugstack_path} has no spank_mps.so", fix)
 
 
 @check(
@@ -70,7 +66,7 @@ def plugstack_line(facts: Facts) -> Iterator[Said]:
     "the plugin is required, not optional",
     why="Slurm ignores what an optional plugin says: a task that cannot have its daemon runs without MPS, unnoticed.",
 )
-def plugstack_required(facts: Facts) -> Iterator[Said]:
+def plugstack_required(facts: Facts) -> Iterator[Finding]:
     for ours in facts.our_lines:
         if ours.word != "required":
             yield problem(f"{ours.line.place}: {ours.line.text}", f"{ours.line.place}: required {ours.path}")
@@ -81,7 +77,7 @@ def plugstack_required(facts: Facts) -> Iterator[Said]:
     "the plugin stands in plugstack.conf once",
     why="Every srun says that its options are provided twice.",
 )
-def plugstack_twice(facts: Facts) -> Iterator[Said]:
+def plugstack_twice(facts: Facts) -> Iterator[Finding]:
     if len(facts.our_lines) > 1:
         first, *others = facts.our_lines
         yield warning(f"{others[0].line.place}: the plugin again, after {first.line.place}", "take one line out")
@@ -92,12 +88,14 @@ def plugstack_twice(facts: Facts) -> Iterator[Said]:
     "the plugin that plugstack.conf names is there, and is slurm-mps'",
     why="A required plugin that is missing ends every srun, sbatch and salloc and drains every node that starts a job.",
 )
-def plugin_file(facts: Facts) -> Iterator[Said]:
+def plugin_file(facts: Facts) -> Iterator[Finding]:
+    if not facts.our_lines:
+        raise NotKnownError("no line of plugstack.conf names the plugin")
     path = facts.plugin_path
     try:
         plugin = read_plugin(path)
     except MpsError as error:
-        yield problem(str(error), f"{_install(facts)}; or mend the path in {facts.plugstack_path}")
+        yield problem(str(error), f"{install_command(facts)}; or mend the path in {facts.plugstack_path}")
         return
     yield fine(f"{facts.plugin_path} of slurm-mps {plugin.version} for Slurm {plugin.slurm_release}")
 
@@ -114,12 +112,12 @@ def _plugin(facts: Facts) -> PluginFile:
     "the plugin was built for this Slurm",
     why="Slurm refuses a plugin of another release: every srun fails, and every node that starts a job drains.",
 )
-def plugin_release(facts: Facts) -> Iterator[Said]:
+def plugin_release(facts: Facts) -> Iterator[Finding]:
     plugin = _plugin(facts)
     if not plugin.loads_in(facts.release):
         yield problem(
             f"{facts.plugin_path} was built for Slurm {plugin.slurm_release}, and here is {facts.release}",
-            f"{_install(facts)}, which builds it for this release",
+            f"{install_command(facts)}, which builds it for this release",
         )
 
 
@@ -128,7 +126,7 @@ def plugin_release(facts: Facts) -> Iterator[Said]:
     "plugin and hooks are of the same slurm-mps",
     why="The plugin reads what the prolog writes; another version may not understand it, and the job's tasks fail.",
 )
-def plugin_version(facts: Facts) -> Iterator[Said]:
+def plugin_version(facts: Facts) -> Iterator[Finding]:
     plugin = _plugin(facts)
     try:
         hooks = facts.hook_versions[0]
@@ -137,7 +135,7 @@ def plugin_version(facts: Facts) -> Iterator[Said]:
     if plugin.version != hooks:
         yield problem(
             f"{facts.plugin_path} is of slurm-mps {plugin.version}, the prolog of {hooks}",
-            f"{_install(facts)}, which puts there what is of its own version",
+            f"{install_command(facts)}, which puts there what is of its own version",
         )
 
 
@@ -146,7 +144,7 @@ def plugin_version(facts: Facts) -> Iterator[Said]:
     "the plugin reads the verdicts that the hooks write",
     why="A plugin refuses a verdict that is newer than it knows, and with it every task of a job with MPS.",
 )
-def plugin_format(facts: Facts) -> Iterator[Said]:
+def plugin_format(facts: Facts) -> Iterator[Finding]:
     plugin = _plugin(facts)
     try:
         written = facts.hook_versions[1]
@@ -164,7 +162,7 @@ def plugin_format(facts: Facts) -> Iterator[Said]:
     "only root can write the plugin, and everybody can read it",
     why="slurmd and slurmstepd load it as root: who can write it is root. Who cannot read it cannot run srun.",
 )
-def plugin_owner(facts: Facts) -> Iterator[Said]:
+def plugin_owner(facts: Facts) -> Iterator[Finding]:
     try:
         mode = os.stat(facts.plugin_path).st_mode
     except OSError:

@@ -17,9 +17,9 @@ from ..finding import COMPUTE, check, fine, problem, warning
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...job.reconcile import Finding
+    from ...job.reconcile import Finding as StaleFinding
     from ..facts import Facts
-    from ..finding import Said
+    from ..finding import Finding
 
 _LITTLE_BYTES, _LITTLE_FILES = 16 * 2**20, 1000
 _NO_BYTES = 2**20
@@ -33,7 +33,7 @@ _VARIABLE = "CUDA_MPS_"
     "mps.toml is right",
     why="The prolog refuses a file with a mistake: every job that asks for MPS drains its node.",
 )
-def site_config(facts: Facts) -> Iterator[Said]:
+def site_config(facts: Facts) -> Iterator[Finding]:
     for wrong in facts.site_problems:
         yield problem(wrong, f"mend the line; slurm-mps config check {CONFIG_PATH}")
     yield fine(CONFIG_PATH if os.path.exists(CONFIG_PATH) else f"there is no {CONFIG_PATH}; the defaults hold")
@@ -44,7 +44,7 @@ def site_config(facts: Facts) -> Iterator[Said]:
     "only root can write mps.toml and slurm.conf",
     why="They decide what runs as root; the prolog refuses an mps.toml that others can write, and the node drains.",
 )
-def site_config_owner(facts: Facts) -> Iterator[Said]:
+def site_config_owner(facts: Facts) -> Iterator[Finding]:
     if not os.path.isdir(CONFIG_DIRECTORY):
         raise NotKnownError(f"there is no {CONFIG_DIRECTORY}")
     paths = [os.path.realpath(CONFIG_DIRECTORY), f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}", facts.conf_path]
@@ -67,7 +67,7 @@ def site_config_owner(facts: Facts) -> Iterator[Said]:
     why="The prolog trusts no other, and the node drains.",
     where=COMPUTE,
 )
-def state_directory(_facts: Facts) -> Iterator[Said]:
+def state_directory(_facts: Facts) -> Iterator[Finding]:
     for path in steps(STATE_DIRECTORY):
         if os.path.islink(path):
             yield problem(f"{path} is a link, which the prolog does not follow", f"make {path} a directory")
@@ -86,7 +86,7 @@ def state_directory(_facts: Facts) -> Iterator[Said]:
     why="Its tasks cannot read the prolog's verdict or reach their control daemon, and fail.",
     where=COMPUTE,
 )
-def user_path(_facts: Facts) -> Iterator[Said]:
+def user_path(_facts: Facts) -> Iterator[Finding]:
     closed = closed_to_users(f"{STATE_DIRECTORY}/jobs/1")
     if closed:
         yield problem(f"users cannot enter {closed} on the way to {STATE_DIRECTORY}/jobs", f"chmod o+x {closed}")
@@ -98,7 +98,7 @@ def user_path(_facts: Facts) -> Iterator[Said]:
     why="A job's directory is opened to the job's user alone by an ACL; without, MPS jobs are a fault of the node.",
     where=COMPUTE,
 )
-def acl(_facts: Facts) -> Iterator[Said]:
+def acl(_facts: Facts) -> Iterator[Finding]:
     path = next(path for path in (STATE_DIRECTORY, "/run", "/") if os.path.isdir(path))
     try:
         os.getxattr(path, "system.posix_acl_access")
@@ -115,7 +115,7 @@ def acl(_facts: Facts) -> Iterator[Said]:
     why="A journal that cannot be written stops the prolog, and the node drains.",
     where=COMPUTE,
 )
-def run_space(_facts: Facts) -> Iterator[Said]:
+def run_space(_facts: Facts) -> Iterator[Finding]:
     path = next(path for path in (STATE_DIRECTORY, "/run") if os.path.isdir(path))
     room = os.statvfs(path)
     if room.f_flag & os.ST_RDONLY:
@@ -138,7 +138,7 @@ def run_space(_facts: Facts) -> Iterator[Said]:
     why="Otherwise the daemons' logs lie in /run, where they take the room of the state, and are gone with their job.",
     where=COMPUTE,
 )
-def logs_directory(facts: Facts) -> Iterator[Said]:
+def logs_directory(facts: Facts) -> Iterator[Finding]:
     path = facts.site.paths_logs
     parent = os.path.dirname(path)
     link = next((one for one in steps(path) if os.path.islink(one)), "")
@@ -161,17 +161,17 @@ def logs_directory(facts: Facts) -> Iterator[Said]:
     why="A crashed job's daemon or ledger keeps its GPU from the next MPS job.",
     where=COMPUTE,
 )
-def stale_state(facts: Facts) -> Iterator[Said]:
+def stale_state(facts: Facts) -> Iterator[Finding]:
     for one in facts.stale:
         if one.outcome in (BUSY, KEPT) or one.thing == CONFIG_PATH:
             continue
         if one.why.startswith("Slurm does not say"):
             yield warning(f"{one.thing}: {one.why}", "slurm-mps reconcile --dry-run, when slurmctld answers")
         else:
-            yield problem(f"{one.thing}: {one.why}", _cure(one) if one.outcome == LEFT else "slurm-mps reconcile")
+            yield problem(f"{one.thing}: {one.why}", _fix(one) if one.outcome == LEFT else "slurm-mps reconcile")
 
 
-def _cure(one: Finding) -> str:
+def _fix(one: StaleFinding) -> str:
     """What to do about what reconcile does not touch."""
     if one.thing.startswith("/"):
         return f"slurm-mps reconcile leaves it; move it away: {printable(one.thing, 200)}"
@@ -185,7 +185,7 @@ def _cure(one: Finding) -> str:
     "nobody sets MPS's variables for everybody",
     why="A program without MPS joins whoever's daemon they name; limits that they set are not what the job asked.",
 )
-def mps_variables(facts: Facts) -> Iterator[Said]:
+def mps_variables(facts: Facts) -> Iterator[Finding]:
     try:
         profiles = [f"{_PROFILES}/{name}" for name in sorted(os.listdir(_PROFILES))]
     except OSError:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from ..facts import Facts
-    from ..finding import Said
+    from ..finding import Finding
 
 #: The releases of Slurm that slurm-mps was run with, oldest first (docs/support.md).
 TRIED = ((22, 5), (24, 11), (26, 5))
@@ -55,7 +55,7 @@ def _number(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split(".")[:2])
 
 
-def name_hidden(facts: Facts, paths: Sequence[str], named_before: Collection[str] = ()) -> Iterator[Said]:
+def name_hidden(facts: Facts, paths: Sequence[str], named_before: Collection[str] = ()) -> Iterator[Finding]:
     """Name what keeps users from reading files that every command of Slurm's reads.
 
     On a controller that is no node users run nothing, and its files may be closed.
@@ -79,11 +79,19 @@ def name_hidden(facts: Facts, paths: Sequence[str], named_before: Collection[str
     "slurm.conf and all that it includes can be read, and Slurm takes them",
     why="Slurm's commands and daemons do not start with a configuration that they refuse.",
 )
-def slurm_conf(facts: Facts) -> Iterator[Said]:
+def slurm_conf(facts: Facts) -> Iterator[Finding]:
     wanted = facts.environment.get("SLURM_CONF", "")
     if wanted and not facts.conf_path:
         named = f"SLURM_CONF={printable(wanted, 200)} names no file"
-        yield problem(named, "unset SLURM_CONF, or give it the path of slurm.conf", "Slurm's commands read no other.")
+        yield problem(named, "unset SLURM_CONF, or give it the path of slurm.conf")
+        return
+    if not facts.conf_path:
+        if not facts.programs:
+            raise NotKnownError("there is no Slurm here")
+        yield problem(
+            "there is no slurm.conf: not in /etc/slurm, and SLURM_CONF is not set",
+            "put the cluster's slurm.conf there; or start slurmd, on a node that gets it from the controller",
+        )
         return
     try:
         files = facts.conf.files
@@ -114,7 +122,7 @@ def slurm_conf(facts: Facts) -> Iterator[Said]:
     "this Slurm is one that slurm-mps is run with",
     why="What Slurm gives to prologs and plugins differs between releases; others than these were never tried.",
 )
-def slurm_version(facts: Facts) -> Iterator[Said]:
+def slurm_version(facts: Facts) -> Iterator[Finding]:
     try:
         numbers = _number(facts.release)
     except NotKnownError:
@@ -143,7 +151,7 @@ def slurm_version(facts: Facts) -> Iterator[Said]:
     "slurmctld answers",
     why="Without it doctor sees the files only, and not what is in force; jobs that run do not need it.",
 )
-def slurmctld(facts: Facts) -> Iterator[Said]:
+def slurmctld(facts: Facts) -> Iterator[Finding]:
     if facts.conf.problems:
         raise NotKnownError("slurm.conf cannot be read whole")
     try:
@@ -163,7 +171,7 @@ def slurmctld(facts: Facts) -> Iterator[Said]:
     "slurmctld has what slurm.conf says",
     why="A line that was changed and not taken over does nothing yet; what is checked here is the file.",
 )
-def config_in_force(facts: Facts) -> Iterator[Said]:
+def config_in_force(facts: Facts) -> Iterator[Finding]:
     try:
         controller = facts.controller
     except MpsError:
@@ -211,7 +219,7 @@ def _plugins(facts: Facts, key: str) -> set[str]:
     why="No job comes here, and no prolog.",
     where=COMPUTE,
 )
-def slurmd(facts: Facts) -> Iterator[Said]:
+def slurmd(facts: Facts) -> Iterator[Finding]:
     if not any(one.node_name in ("", facts.node_name) for one in facts.slurmds):
         if not facts.is_root and uid_of(1) is None:
             raise NotKnownError("only root sees whether slurmd runs", needs_root=True)
@@ -224,7 +232,7 @@ def slurmd(facts: Facts) -> Iterator[Said]:
     why="They run in slurmd's own unit; systemd ends all of it unless KillMode is process, and their jobs lose MPS.",
     where=COMPUTE,
 )
-def slurmd_unit(_facts: Facts) -> Iterator[Said]:
+def slurmd_unit(_facts: Facts) -> Iterator[Finding]:
     unit = next((f"{place}/slurmd.service" for place in _UNITS if os.path.isfile(f"{place}/slurmd.service")), "")
     if not unit:
         raise NotKnownError("slurmd is no unit of systemd here")
@@ -251,7 +259,7 @@ def _conf_files(place: str) -> list[str]:
     why="A prolog or epilog that fails drains its node; the cause is in syslog under slurm-mps and in slurmd's log.",
     where=COMPUTE,
 )
-def node_drained(facts: Facts) -> Iterator[Said]:
+def node_drained(facts: Facts) -> Iterator[Finding]:
     try:
         running = facts.controller
     except MpsError:
@@ -276,7 +284,7 @@ def _last_fault() -> str:
     "slurmd runs as root",
     why="Prolog and epilog run as SlurmdUser; only root may set compute modes and end a job's daemon.",
 )
-def slurmd_user(facts: Facts) -> Iterator[Said]:
+def slurmd_user(facts: Facts) -> Iterator[Finding]:
     user = facts.value("SlurmdUser", "root")
     if re.sub(r"\(.*", "", user) not in ("root", "0"):
         yield problem(f"SlurmdUser={user}", f"{facts.where('SlurmdUser')}: SlurmdUser=root")
@@ -287,7 +295,7 @@ def slurmd_user(facts: Facts) -> Iterator[Said]:
     "the prolog runs when the job is allocated, on all its nodes",
     why="Without Alloc it runs at the first step on each node: what salloc gives the user finds no control daemon.",
 )
-def prolog_flags(facts: Facts) -> Iterator[Said]:
+def prolog_flags(facts: Facts) -> Iterator[Finding]:
     given = facts.value("PrologFlags")
     if not facts.words("PrologFlags") & ({"alloc"} | _IMPLY_ALLOC):
         has = f"PrologFlags={given} has no Alloc" if given else "PrologFlags=Alloc is not set"
@@ -302,7 +310,7 @@ def prolog_flags(facts: Facts) -> Iterator[Said]:
     "Slurm finds every process of a job at its end",
     why="A process that got away keeps the job's GPU: the next MPS job meets it there, and the node drains.",
 )
-def proctrack(facts: Facts) -> Iterator[Said]:
+def proctrack(facts: Facts) -> Iterator[Finding]:
     kind = facts.value("ProctrackType", "proctrack/cgroup")
     if _plugins(facts, "ProctrackType") == {"pgid"}:
         yield warning(
@@ -318,7 +326,7 @@ def proctrack(facts: Facts) -> Iterator[Said]:
     "cgroup.conf confines devices where it says so",
     why="A process that misses the job's control daemon reaches GPUs of other jobs, although the site means it not to.",
 )
-def constrain_devices(facts: Facts) -> Iterator[Said]:
+def constrain_devices(facts: Facts) -> Iterator[Finding]:
     if facts.cgroup.get("constraindevices", "no").lower() not in ("yes", "true", "1"):
         yield fine("devices are not confined (ConstrainDevices=no): Slurm leaves every GPU open to every job")
     elif "cgroup" not in _plugins(facts, "TaskPlugin"):
@@ -336,7 +344,7 @@ def constrain_devices(facts: Facts) -> Iterator[Said]:
     why="slurmd does not start, or does not confine what it should.",
     where=COMPUTE,
 )
-def cgroup_plugin(facts: Facts) -> Iterator[Said]:
+def cgroup_plugin(facts: Facts) -> Iterator[Finding]:
     if "cgroup" not in _plugins(facts, "ProctrackType") | _plugins(facts, "TaskPlugin"):
         raise NotKnownError("this Slurm uses no cgroups")
     plugin = facts.cgroup.get("cgroupplugin", "autodetect").lower()
@@ -366,7 +374,7 @@ def _deadline_problems(facts: Facts) -> list[DeadlineProblem]:
     "Slurm gives prolog and epilog the time that they may take",
     why="A hook that Slurm kills can neither say what is slow nor undo what it did, and the node drains.",
 )
-def slurm_timeouts(facts: Facts) -> Iterator[Said]:
+def slurm_timeouts(facts: Facts) -> Iterator[Finding]:
     yield from (problem(one.what, one.change, one.why) for one in _deadline_problems(facts) if one.serious)
 
 
@@ -375,7 +383,7 @@ def slurm_timeouts(facts: Facts) -> Iterator[Said]:
     "the prolog ends before Slurm says that it hangs",
     why="Slurm tells the user that the prolog hung, though it has not.",
 )
-def message_timeout(facts: Facts) -> Iterator[Said]:
+def message_timeout(facts: Facts) -> Iterator[Finding]:
     yield from (warning(one.what, one.change, one.why) for one in _deadline_problems(facts) if not one.serious)
 
 
@@ -384,7 +392,7 @@ def message_timeout(facts: Facts) -> Iterator[Said]:
     "no job has a /run or /var/log of its own",
     why="The job's tasks look for their daemon in /run/slurm-mps; in a directory that only they see there is none.",
 )
-def private_directories(facts: Facts) -> Iterator[Said]:
+def private_directories(facts: Facts) -> Iterator[Finding]:
     for where, path in _private(facts):
         if any(own == path or own.startswith(f"{path}/") for own in _OUR_DIRECTORIES):
             yield problem(f"{where} gives each job its own {path}", f"{where}: take {path} out")
@@ -396,7 +404,7 @@ def private_directories(facts: Facts) -> Iterator[Said]:
     why="Older drivers keep memory in /dev/shm by name, which a job with a /dev/shm of its own does not see.",
     where=COMPUTE,
 )
-def private_shm(facts: Facts) -> Iterator[Said]:
+def private_shm(facts: Facts) -> Iterator[Finding]:
     private = [where for where, path in _private(facts) if path == "/dev/shm"]  # noqa: S108 - it is looked for, not used
     if not private:
         return
