@@ -316,7 +316,7 @@ FAULTS = {
         ),
         problem("plugstack-required"),
     ),
-    "the plugin twice": Fault(lambda p: p.append(PLUGSTACK, "required spank_mps.so"), warning("plugstack-twice")),
+    "the plugin twice": Fault(lambda p: p.append(PLUGSTACK, "required spank_mps.so"), problem("plugstack-twice")),
     "no plugin": Fault(lambda p: p.remove(PLUGIN), problem("plugin-file")),
     "another file for the plugin": Fault(
         lambda p: p.write(PLUGIN, p.site.machine.path(f"{PLUGIN_DIRECTORY}/auth_munge.so").read_bytes()),
@@ -471,13 +471,16 @@ FAULTS = {
         lambda p: p.write("/etc/profile.d/mps.sh", "export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps\n"),
         warning("mps-variables"),
     ),
-    "MPS for everybody by TaskProlog": Fault(
-        together(
-            line("TaskProlog", "/etc/slurm/task-prolog.sh"),
-            script("/etc/slurm/task-prolog.sh", "echo export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps"),
-        ),
-        warning("mps-variables"),
-    ),
+    **{
+        f"a TaskProlog that says {text}": Fault(
+            together(
+                line("TaskProlog", "/etc/slurm/task-prolog.sh"),
+                script("/etc/slurm/task-prolog.sh", f"# export CUDA_VISIBLE_DEVICES=0\necho {text}"),
+            ),
+            problem("task-prolog"),
+        )
+        for text in ("export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps", "unset CUDA_VISIBLE_DEVICES")
+    },
     # the GPUs
     "a node that slurm.conf gives no GPU": Fault(
         lambda p: p.edit(SLURM, "Port=17001 Gres=gpu:4", "Port=17001"), warning("gpu-count")

@@ -11,19 +11,20 @@ from ...errors import MpsError
 from ...node.paths import hidden_from_users, others_can_write, way_in
 from ...slurm.host import NotKnownError
 from ..finding import COMPUTE, check, fine, problem, warning
+from ..scripts import Script, read_script
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..facts import Facts
     from ..finding import Finding
-    from ..scripts import Script
 
 _KILLS = re.compile(
     r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b|\])|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"
 )
 _SETS_MODE = re.compile(r"nvidia-smi\b[^\n|;]*(\s-c[\s=\d]|--compute-mode|\s-mig\b|--multi-instance-gpu)")
 _RUNS_MPS = re.compile(r"(?<!grep )(?<!pidof )nvidia-cuda-mps-(control|server)\b")
+_SETS_VARIABLE = re.compile(r"\b(export|unset)\s+(CUDA_MPS_\w+|CUDA_VISIBLE_DEVICES\b)")
 _NOT_FOLLOWED = "Doctor finds a script of slurm-mps in the site's own script by its path alone."
 _ASCENDING = "A loop or run-parts, as DeepOps' script has it, runs a directory's scripts in ascending order."
 
@@ -159,6 +160,20 @@ def other_mps_script(facts: Facts) -> Iterator[Finding]:
         found = _first(_RUNS_MPS, script)
         if found:
             yield warning(f"{script.path} runs {found}", f"take it out of {os.path.dirname(script.path)}")
+
+
+@check(
+    "task-prolog",
+    "TaskProlog leaves the variables of MPS and CUDA_VISIBLE_DEVICES alone",
+    why="TaskProlog runs after the plugin, and its values win: a task joins another control daemon, or gets another "
+    "GPU; with gpus.compute_mode = unchanged it runs without MPS, and nothing tells.",
+    where=COMPUTE,
+)
+def task_prolog(facts: Facts) -> Iterator[Finding]:
+    for path in facts.all("TaskProlog"):
+        found = _first(_SETS_VARIABLE, read_script(path))
+        if found:
+            yield problem(f"TaskProlog={path} has {found!r}", "take the line out; the plugin sets these variables")
 
 
 @check(

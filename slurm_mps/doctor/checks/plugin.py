@@ -10,7 +10,7 @@ from ...errors import MpsError
 from ...node.paths import closed_to_users, hidden_from_users, others_can_write
 from ...slurm.host import NotKnownError
 from ...slurm.plugin_file import PluginFile, read_plugin
-from ..finding import check, fine, problem, warning
+from ..finding import check, fine, problem
 from .installed import install_command
 from .slurm import name_hidden
 
@@ -75,12 +75,13 @@ def plugstack_required(facts: Facts) -> Iterator[Finding]:
 @check(
     "plugstack-twice",
     "the plugin stands in plugstack.conf once",
-    why="Every srun says that its options are provided twice.",
+    why="Each task is counted twice: --mps-threads=auto and --mps-mem=auto give too little, and tasks are refused as "
+    "too many for their GPU.",
 )
 def plugstack_twice(facts: Facts) -> Iterator[Finding]:
     if len(facts.our_lines) > 1:
         first, *others = facts.our_lines
-        yield warning(f"{others[0].line.place}: the plugin again, after {first.line.place}", "take one line out")
+        yield problem(f"{others[0].line.place}: the plugin again, after {first.line.place}", "take one line out")
 
 
 @check(

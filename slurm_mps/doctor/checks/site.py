@@ -185,13 +185,12 @@ def _fix(one: StaleFinding) -> str:
     "nobody sets MPS's variables for everybody",
     why="A program without MPS joins whoever's daemon they name; limits that they set are not what the job asked.",
 )
-def mps_variables(facts: Facts) -> Iterator[Finding]:
+def mps_variables(_facts: Facts) -> Iterator[Finding]:
     try:
         profiles = [f"{_PROFILES}/{name}" for name in sorted(os.listdir(_PROFILES))]
     except OSError:
         profiles = []
-    task_prolog = facts.value("TaskProlog") if facts.conf_path else ""
-    for path in (*_ENVIRONMENT_FILES, *profiles, *filter(None, [task_prolog])):
+    for path in (*_ENVIRONMENT_FILES, *profiles):
         try:
             lines = read_text(path, 65536).splitlines()
         except OSError:
