@@ -6,7 +6,7 @@ import errno
 import os
 import pwd
 import sys
-from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
     FINE,
@@ -21,14 +21,12 @@ from slurm_mps.cli.output import (
 )
 from slurm_mps.units import printable
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
     from slurm_mps.job.plan import Plan
 
 _DEADLINE_SECONDS = 20.0
-_DIGITS_MAX = 9
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,18 +71,19 @@ def run(options: argparse.Namespace) -> int:
 def _answer(options: argparse.Namespace, uid: int) -> int:
     from slurm_mps.config.settings import CONFIG_PATH
     from slurm_mps.errors import NodeError, RequestError
-    from slurm_mps.job.preview import Wish, rehearse, sees_holders
+    from slurm_mps.job.preview import NoGpuError, Wish, rehearse, sees_holders
     from slurm_mps.node.nvml import Gpus
 
     wish = Wish(options.gres, options.mps, options.mps_threads, options.mps_mem, options.mps_priority, options.devices)
+    wrong = _wrong_device(options.devices or "")
+    if wrong:
+        return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
+    if _is_closed(CONFIG_PATH):
+        return refuse(options, NOT_ROOT, f"{CONFIG_PATH}: {os.strerror(errno.EACCES)}")
     try:
-        count = _gpu_count()
-        wrong = _wrong_device(options.devices or "", count)
-        if wrong:
-            return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
-        if _is_closed(CONFIG_PATH):
-            return refuse(options, NOT_ROOT, f"{CONFIG_PATH}: {os.strerror(errno.EACCES)}")
-        plan = rehearse(wish, uid, count, Gpus())
+        plan = rehearse(wish, uid, Gpus())
+    except NoGpuError as error:
+        return _refuse(str(error), "this node cannot run such a job", options)
     except RequestError as error:
         return _refuse(str(error), "the job's tasks would fail with this", options)
     except NodeError as error:
@@ -115,44 +114,12 @@ def _uid(name: str | None) -> int | None:
         return None
 
 
-def _gpu_count() -> int:
-    """Raises: NodeError in NVML's words."""
-    import pynvml
-
-    from slurm_mps.errors import NodeError
-
-    try:
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError as error:
-        raise NodeError(f"NVML: {error}") from None
-
-
-def _wrong_device(names: str, count: int) -> str:
-    """What is wrong with a value of --devices; nothing if each is a GPU of this node, or refused to a job."""
+def _wrong_device(names: str) -> str:
+    """What is wrong with a value of --devices as a list; nothing for one of GPUs, or of what is refused to a job."""
     listed = [name for name in names.split(",") if name]
-    here = _uuids(count) if any(name.startswith("GPU-") for name in listed) else []
-    for name in listed:
-        if name.startswith("GPU-"):
-            if name not in here:
-                return f"no GPU of this node has that UUID; they are {', '.join(here)}"
-        elif name.isascii() and name.isdecimal():
-            if int(name[:_DIGITS_MAX]) >= count:
-                return f"this node has {count} GPUs, 0 to {count - 1}"
-        elif not name.startswith("MIG-"):
-            return "expected indices or UUIDs of GPUs, with commas"
+    if not all(name.startswith(("GPU-", "MIG-")) or (name.isascii() and name.isdecimal()) for name in listed):
+        return "expected indices or UUIDs of GPUs, with commas"
     return "it names a GPU twice" if len(set(listed)) < len(listed) else ""
-
-
-def _uuids(count: int) -> list[str]:
-    """The UUIDs of this node's GPUs, without those that do not answer."""
-    import pynvml
-
-    found = []
-    for index in range(count):
-        with suppress(pynvml.NVMLError):
-            found.append(str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))))
-    return found
 
 
 def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 
 from ..config.load import load_config
-from ..errors import RequestError
+from ..errors import NodeError, RequestError
 from ..record import record
 from ..units import printable
 from .actions import HoldGpu
@@ -16,12 +16,12 @@ from .state import NodeState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..node.nvml import Gpus
+    from ..node.nvml import Gpu, Gpus
     from .plan import Plan
 
 _GRES = re.compile(r"gres/gpu|gpu")
 _COMPILE_SECONDS = 10.0
-_COUNT_MAX = 4
+_COUNT_MAX = 4  # digits
 
 
 @record
@@ -54,11 +54,12 @@ def gpus_of_gres(gres: str) -> int:
     return count
 
 
-def environment_of(wish: Wish, uid: int, gpus_here: int) -> dict[str, str]:
-    """What slurmd would give the prolog of such a job, with what the plugin carries of its options.
+class NoGpuError(RequestError):
+    """The job asks for a GPU that this node has not, or that does not answer: Slurm or the prolog would not take it."""
 
-    Raises: RequestError when this node has fewer GPUs.
-    """
+
+def _environment_of(wish: Wish, uid: int) -> dict[str, str]:
+    """What slurmd would give the prolog of such a job, with what the plugin carries of its options."""
     carried = {"": wish.mps, "_THREADS": wish.threads, "_MEM": wish.mem, "_PRIORITY": wish.priority}
     given = {f"SPANK_MPS{name}": value for name, value in carried.items() if value is not None}
     if wish.mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
@@ -66,26 +67,31 @@ def environment_of(wish: Wish, uid: int, gpus_here: int) -> dict[str, str]:
     given["SPANK_MPS"] = wish.mps if wish.mps and wish.mps != "(null)" else "1"
     names = wish.devices
     if names is None:
-        count = gpus_of_gres(wish.gres) if wish.gres else 0
-        if count > gpus_here:
-            raise RequestError(f"--gres={printable(wish.gres or '')}: this node has {gpus_here} GPUs")
-        names = ",".join(map(str, range(count)))
-    gpus = {"SLURM_JOB_GPUS": names} if names else {}
-    return {"SLURM_JOB_ID": "0", "SLURM_JOB_UID": str(uid), **gpus, **given}
+        names = ",".join(map(str, range(gpus_of_gres(wish.gres) if wish.gres else 0)))
+    return {"SLURM_JOB_ID": "0", "SLURM_JOB_UID": str(uid), **({"SLURM_JOB_GPUS": names} if names else {}), **given}
 
 
-def rehearse(wish: Wish, uid: int, gpus_here: int, gpus: Gpus) -> Plan:
+def rehearse(wish: Wish, uid: int, gpus: Gpus) -> Plan:
     """The plan that the prolog would make, of this node's GPUs and site configuration.
 
-    Raises: RequestError with what the job's user would be told, also where another job holds one of the GPUs, as far as
-    sees_holders(); NodeError, ConfigError with what the admin would.
+    Raises: RequestError with what the job's user would read, also where another job holds one of the GPUs, as far as
+    sees_holders(); NoGpuError; NodeError, ConfigError with what the admin would read.
     """
+    gpus.resolve("0")  # raises what is wrong with the driver, before anything is said of one GPU
     config = load_config(None, _COMPILE_SECONDS)
-    request = read_request(environment_of(wish, uid, gpus_here))
-    plan = make_plan(request, config, tuple(gpus.resolve(name) for name in request.gpus))
+    request = read_request(_environment_of(wish, uid))
+    plan = make_plan(request, config, tuple(_resolve(name, wish, gpus) for name in request.gpus))
     if sees_holders():
         _refuse_beside_others(plan)
     return plan
+
+
+def _resolve(name: str, wish: Wish, gpus: Gpus) -> Gpu:
+    try:
+        return gpus.resolve(name)
+    except NodeError:
+        option = f"--gres={wish.gres}" if wish.devices is None else f"--devices={wish.devices}"
+        raise NoGpuError(f"{printable(option, 80)}: this node has no GPU {printable(name)} that answers") from None
 
 
 def sees_holders() -> bool:

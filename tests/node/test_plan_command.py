@@ -212,12 +212,12 @@ def test_people_read_numbered_actions(gpu_node: GpuNode) -> None:
 @pytest.mark.parametrize(
     ("argv", "status", "said"),
     [
-        (["--gres=gpu:1"], 2, "a job without an --mps option has no plan: its prolog does nothing"),
+        (["--gres=gpu:1"], 2, "add --mps: for a job without an --mps option the prolog does nothing"),
         (["--mps", "--user=nobody-here"], 2, "--user=nobody-here: there is no such user"),
-        (["--mps", "--gres=gpu:5"], 1, "--gres=gpu:5: this node has 4 GPUs"),
+        (["--mps", "--gres=gpu:5"], 1, "--gres=gpu:5: this node has no GPU 4 that answers (this node"),
         (["--mps", "--gres=gpu:x:y:z"], 1, "--gres=gpu:x:y:z: expected a list such as gpu:2 or gpu:h200:2"),
-        (["--mps", "--devices=0,4"], 2, "--devices=0,4: this node has 4 GPUs, 0 to 3"),
-        (["--mps", "--devices=GPU-1234"], 2, "--devices=GPU-1234: no GPU of this node has that UUID; they are GPU-51"),
+        (["--mps", "--devices=0,4"], 1, "--devices=0,4: this node has no GPU 4 that answers (this node"),
+        (["--mps", "--devices=GPU-1234"], 1, "--devices=GPU-1234: this node has no GPU GPU-1234 that answers"),
         (["--mps", "--devices=0-1"], 2, "--devices=0-1: expected indices or UUIDs of GPUs, with commas"),
         (["--mps", "--devices=1,1"], 2, "--devices=1,1: it names a GPU twice"),
         (["--mps", "--devices=MIG-1234"], 1, "MIG-1234 is a MIG device; slurm-mps serves whole GPUs only"),
@@ -255,4 +255,4 @@ def test_a_driver_that_fails_is_the_nodes_fault(gpu_node: GpuNode) -> None:
     gpu_node.fault("nvml.init=18")
     result = gpu_node.run(*COMMAND, "--gres=gpu:1", "--mps")
     assert result.returncode == 1
-    assert re.fullmatch(r"slurm-mps: NVML: .*mismatch.* \(a fault of this node\)\n", result.stderr)
+    assert re.fullmatch(r"slurm-mps: this node's NVIDIA driver: .*mismatch.* \(a fault of this node\)\n", result.stderr)
