@@ -10,14 +10,14 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import NodeError
-from ..record import record
 from ..units import printable
 from .hostlist import expand_hosts
 from .programs import find_program
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any, Protocol
@@ -37,7 +37,7 @@ _OVER = frozenset(
 _FIELDS = ("threads", "mem", "priority")
 
 
-@record
+@dataclass(frozen=True)
 class SlurmJob:
     """A job as Slurm tells of it; nodes: a host list, empty while it waits."""
 
@@ -48,7 +48,7 @@ class SlurmJob:
     admin_comment: str
 
 
-@record
+@dataclass(frozen=True)
 class MpsJob:
     """A job that asked for MPS, is not over, and what it asked."""
 

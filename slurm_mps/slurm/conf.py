@@ -8,11 +8,11 @@ from __future__ import annotations
 import glob
 import os
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..node.reading import read_text
-from ..record import record
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ _PLUGSTACK_INCLUDE = re.compile(r"^include[ \t]+([^ \t]+)")  # plugstack.conf's 
 _DEPTH_MAX = 8
 
 
-@record
+@dataclass(frozen=True)
 class ConfLine:
     """One line without its comment, joined with those that continue it."""
 
@@ -39,7 +39,7 @@ class ConfLine:
         return {key.lower(): value.strip('"') for key, value in _PAIR.findall(self.text)}
 
 
-@record
+@dataclass(frozen=True)
 class Conf:
     """A configuration file with all that it includes, and what could not be read of it."""
 

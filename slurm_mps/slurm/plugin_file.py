@@ -7,11 +7,11 @@ salloc and drains every node that starts a job. `install` and `doctor` therefore
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import MpsError
-from ..record import record
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from os import PathLike
 
@@ -20,7 +20,7 @@ _SIZE_MAX = 16 * 2**20
 _MARK = re.compile(rb"slurm-mps plugin ([\w.+-]{1,64}) verdict (\d{1,9}) slurm 0x([0-9a-f]{1,8})\n\0")
 
 
-@record
+@dataclass(frozen=True)
 class PluginFile:
     """``slurm_release`` such as 22.05.8: of the headers it was built with. ``version`` is slurm-mps' own.
 

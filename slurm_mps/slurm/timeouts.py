@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..record import record
-
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -23,7 +22,7 @@ _HUNG_SECONDS = 2.0  # before MessageTimeout, slurmd says that the prolog hung
 _SECTION = "[deadlines] of mps.toml"
 
 
-@record
+@dataclass(frozen=True)
 class DeadlineProblem:
     """``what`` is wrong, ``why`` it matters, and the line to ``change``. ``serious``: a node may be drained by it."""
 
