@@ -143,8 +143,8 @@ def _print_paragraphs(findings: Sequence[Finding], *, verbose: bool) -> None:
 def _print_summary(findings: Sequence[Finding]) -> None:
     counts = {severity: len({one.check for one in findings if one.severity == severity}) for severity in _SEVERITIES}
     total = len({one.check for one in findings})
-    told = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]
-    print(f"{total} check{'s' * (total != 1)}: {', '.join(told)}")
+    words = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]
+    print(f"{total} check{'s' * (total != 1)}: {', '.join(words)}")
     left_out = [one for one in findings if one.severity == "not checked"]
     for reason, count in Counter(one.what for one in left_out).items():
         if count >= _MANY:

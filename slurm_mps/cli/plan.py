@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         help="on a compute node: what the prolog would do for a job, changing nothing",
         description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
-        "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Only root is told "
+        "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Only root sees "
         "that another job holds a GPU. Exit status: 0 the job would have MPS, 1 it would not, 2 usage, 3 this is no "
         "GPU node, 4 only others may read the site's configuration.",
     )

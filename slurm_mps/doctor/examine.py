@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import MpsError
 from ..node.reading import read_text
 from ..slurm.host import NotKnownError
-from .checks import gpus, hooks, installed, plugin, site, slurm
+from .checks import gpus, gres, hooks, installed, plugin, site, slurm
 from .facts import Facts
 from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 #: The modules whose checks register themselves, in the order in which findings are shown.
-_MODULES = (installed, slurm, plugin, hooks, site, gpus)
+_MODULES = (installed, slurm, plugin, hooks, site, gres, gpus)
 #: Those that look at what `slurm-mps install` puts there. Without it their findings would be many for one cause.
 _OF_INSTALLED = (plugin.__name__, hooks.__name__)
 _PAGE = "docs/doctor.md"

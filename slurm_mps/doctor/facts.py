@@ -18,7 +18,7 @@ from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
 from ..units import printable
-from .gpus import Driver, look_at_gpus
+from .gpus import Driver, GpuFacts, look_at_gpus
 from .scripts import Script, in_order, read_script
 from .stale import stale_state
 
@@ -54,10 +54,11 @@ class Later(Generic[T]):
         self._answer: list[T] = []
         self._error: Exception | None = None
 
-    def begin(self) -> None:
+    def begin(self) -> threading.Thread:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
+        return self._thread
 
     def _run(self) -> None:
         try:
@@ -65,15 +66,9 @@ class Later(Generic[T]):
         except Exception as error:  # raised again in the thread that waits
             self._error = error
 
-    def wait(self, longer_seconds: float = 0.0) -> None:
-        """Wait for the answer, no longer than until the deadline and so much more."""
-        if self._thread:
-            self._thread.join(max(0.0, self._deadline + longer_seconds - monotonic()))
-
     def get(self) -> T:
         """Raises: what the question raised; NoAnswerError when there is no answer in time."""
-        self.begin()
-        self.wait()
+        self.begin().join(max(0.0, self._deadline - monotonic()))
         if self._error:
             raise self._error
         if not self._answer:
@@ -103,7 +98,7 @@ class Facts(Host):
     def close(self) -> None:
         """Wait until the programs that were asked have ended, or were ended."""
         for question in self._questions:
-            question.wait(_ENDING_SECONDS)
+            question.begin().join(max(0.0, self._deadline + _ENDING_SECONDS - monotonic()))
 
     @cached_property
     def _questions(self) -> list[Later[Any]]:
@@ -240,10 +235,10 @@ class Facts(Host):
             "print(slurm_mps.__version__, slurm_mps.job.verdict.VERDICT_VERSION)"
         )
         argv = [values["python"], "-I", "-S", "-c", code, os.path.dirname(values["package"])]
-        said = self.run(argv, self._hook().path, values["package"])
-        if said.status:
-            raise NodeError(printable((said.errors.strip() or f"status {said.status}").splitlines()[-1], 200))
-        version, verdict_version = said.output.split()[-2:]
+        outcome = self.run(argv, self._hook().path, values["package"])
+        if outcome.status:
+            raise NodeError(printable((outcome.errors.strip() or f"status {outcome.status}").splitlines()[-1], 200))
+        version, verdict_version = outcome.output.split()[-2:]
         return version, int(verdict_version)
 
     @property
@@ -253,8 +248,8 @@ class Facts(Host):
 
     def _ask_compiler(self) -> str:
         python = self.hook_values()["python"]
-        said = self.run([python, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH], self._hook().path)
-        return printable((said.errors.strip() or "no message").splitlines()[-1], 200) if said.status else ""
+        outcome = self.run([python, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH], self._hook().path)
+        return printable((outcome.errors.strip() or "no message").splitlines()[-1], 200) if outcome.status else ""
 
     # ------------------------------------------------------------------------------------------- site, driver, state
 
@@ -291,6 +286,14 @@ class Facts(Host):
         return self._driver.get()
 
     @property
+    def gpus(self) -> tuple[GpuFacts, ...]:
+        """The driver's GPUs; that the driver does not answer is the check driver."""
+        try:
+            return self.driver.gpus
+        except MpsError:
+            raise NotKnownError("the NVIDIA driver does not answer") from None
+
+    @property
     def stale(self) -> list[StaleFinding]:
         """What reconcile would do."""
         if not self.is_root:
@@ -303,5 +306,5 @@ class Facts(Host):
         return self._control_help.get()
 
     def _ask_control_program(self) -> str:
-        said = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
-        return said.output if not said.status else ""
+        outcome = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
+        return outcome.output if not outcome.status else ""

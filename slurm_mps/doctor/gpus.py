@@ -67,25 +67,25 @@ def _look(nvml: Any, index: int) -> GpuFacts:
     except nvml.NVMLError as error:
         return GpuFacts(index, error=str(error))
 
-    def told(ask: Callable[[], T]) -> T | None:
+    def ask(one: Callable[[], T]) -> T | None:
         try:
-            return ask()
+            return one()
         except nvml.NVMLError:
             return None
 
-    persistence = told(lambda: nvml.nvmlDeviceGetPersistenceMode(handle))
-    mig = told(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
-    capability = told(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
-    rows = told(lambda: nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+    persistence = ask(lambda: nvml.nvmlDeviceGetPersistenceMode(handle))
+    mig = ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    capability = ask(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    rows = ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
     return GpuFacts(
         index,
         uuid,
-        told(lambda: int(nvml.nvmlDeviceGetMinorNumber(handle))),
-        str(told(lambda: nvml.nvmlDeviceGetName(handle)) or ""),
+        ask(lambda: int(nvml.nvmlDeviceGetMinorNumber(handle))),
+        str(ask(lambda: nvml.nvmlDeviceGetName(handle)) or ""),
         mode,
         None if persistence is None else bool(persistence),
         None if mig is None else bool(mig),
         None if capability is None else (int(capability[0]), int(capability[1])),
         tuple(row.pid for row in rows or ()),
-        int(told(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total) or 0),
+        int(ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total) or 0),
     )

@@ -12,6 +12,7 @@ from ..job.verdict import VERDICT_VERSION
 from ..node import processes
 from ..slurm.host import PLUGIN
 from ..slurm.plugin_file import read_plugin
+from ..slurm.programs import find_program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,10 +45,15 @@ def build_plugin(release: str, include: str | None, environment: Mapping[str, st
     """
     given = {"PATH": environment.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
     with tempfile.TemporaryDirectory(prefix="slurm-mps-build-") as directory:
-        argv = ["make", "--no-print-directory", "-C", f"{share_directory()}/spank", f"BUILD={directory}"]
-        argv += [f"VERSION={__version__}", f"CPPFLAGS={f'-isystem {include}' if include else ''}"]
+        argv = [
+            find_program("make", given["PATH"]) or "make",
+            "--no-print-directory",
+            "-C",
+            f"{share_directory()}/spank",
+        ]
+        argv += [f"BUILD={directory}", f"VERSION={__version__}", f"CPPFLAGS={f'-isystem {include}' if include else ''}"]
         try:
-            outcome = processes.run([_program("make", given), *argv[1:]], given, _BUILD_SECONDS)
+            outcome = processes.run(argv, given, _BUILD_SECONDS)
         except MpsError as error:
             raise MpsError(f"the plugin cannot be built: {error}", _NEEDS) from None
         if outcome.status:
@@ -55,13 +61,6 @@ def build_plugin(release: str, include: str | None, environment: Mapping[str, st
             why = lines[0] if lines else outcome.errors.strip()[-200:]
             raise MpsError(f"the plugin cannot be built: {why}", _NEEDS)
         return read_plugin_for(release, f"{directory}/{PLUGIN}", _HEADERS)
-
-
-def _program(name: str, environment: Mapping[str, str]) -> str:
-    for place in environment["PATH"].split(":"):
-        if os.access(f"{place}/{name}", os.X_OK):
-            return f"{place}/{name}"
-    raise MpsError(f"there is no {name} in PATH")
 
 
 def read_plugin_for(release: str, path: str, hint: str = "build it where that Slurm is") -> bytes:

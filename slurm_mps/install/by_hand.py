@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import MpsError
+from ..job.verdict import JOBS
 from ..node.reading import read_text
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, without_comments
 from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, script_place, stack_lines_of_others
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ..slurm.host import Controller, Host
     from .changes import Manifest
     from .plan import Options, Plan, ScriptPlace
-
-STATE_JOBS = "/run/slurm-mps/jobs"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def left_to_do(options: Options, plan: Plan, host: Host, manifest: Manifest, cha
     places = [script_place(host, setting) for setting in SCRIPTS]
     lines = [*_slurm_conf_lines(host, places), *_callers(places), *stack]
     anything = any(change.path in changed for change in plan.changes)
-    todo = [*lines, *(_order(places) if anything else [])]
+    todo = [*lines]
     if not host.is_copy and (lines or not _is_in_force(host, places)):
         todo.append(Todo("once, for the cluster", ("scontrol reconfigure",), "slurmctld and slurmd read slurm.conf"))
     if lines or _slurmd_is_older(plan, host, changed):
@@ -109,18 +108,6 @@ def _stack_line(plan: Plan, host: Host, manifest: Manifest) -> list[Todo]:
     return []
 
 
-def _order(places: list[ScriptPlace]) -> list[Todo]:
-    """Epilog scripts that run before ours could end the job's control daemon before it is asked to quit."""
-    (epilog,) = (place for place in places if place.setting == EPILOG)
-    listed = glob.glob(epilog.value) if epilog.value and not epilog.caller else []
-    before = sorted((os.path.basename(path) for path in listed if path > epilog.path), reverse=True)
-    if not before:
-        return []
-    why = "Slurm runs them in reverse order, so these come before ours, which takes MPS down in good order"
-    directory = os.path.dirname(epilog.path)
-    return [Todo(f"{directory}: if one of these ends GPU processes, a name below 95", tuple(before), why)]
-
-
 def _slurmd_is_older(plan: Plan, host: Host, changed: Container[str]) -> bool:
     """Whether slurmd runs, and has not read the plugin and its line as they are now."""
     is_there = os.path.exists(host.plugstack_path)
@@ -155,7 +142,7 @@ def _values(controller: Controller, setting: str) -> list[str]:
 def jobs_with_mps() -> list[str]:
     """The jobs that have MPS on this node, by their state on disk."""
     try:
-        return sorted(os.listdir(STATE_JOBS))
+        return sorted(os.listdir(JOBS))
     except FileNotFoundError:
         return []
 

@@ -46,7 +46,7 @@ class Conf:
     path: str
     lines: tuple[ConfLine, ...]
     problems: tuple[str, ...]
-    files: tuple[str, ...]  #: all that were read, the file itself first
+    files: tuple[str, ...]  #: all of which it is made, the file itself first, also those that cannot be read
     includes: tuple[str, ...]  #: what it includes: paths, in plugstack.conf patterns
 
     def records(self, key: str) -> list[tuple[ConfLine, dict[str, str]]]:
@@ -65,17 +65,17 @@ class Conf:
 
 def logical_lines(path: str, text: str) -> Iterator[ConfLine]:
     """A file's lines without comments, joined where they are continued."""
-    begun, number = "", 0
+    joined, number = "", 0
     for count, raw in enumerate(text.splitlines(), start=1):
         number = number or count
         line = re.split(r"(?<!\\)#", raw, maxsplit=1)[0].rstrip()
         if line.endswith("\\"):
-            begun += line[:-1] + " "
+            joined += line[:-1] + " "
             continue
-        whole = (begun + line).strip()
+        whole = (joined + line).strip()
         if whole:
             yield ConfLine(path, number, whole)
-        begun, number = "", 0
+        joined, number = "", 0
 
 
 def read_conf(path: str, *, globs: bool = False) -> Conf:
@@ -84,6 +84,7 @@ def read_conf(path: str, *, globs: bool = False) -> Conf:
     Raises: OSError when the file itself cannot be read.
     """
     reader = _Reader(globs=globs)
+    reader.files.append(path)
     lines = tuple(reader.read(path, read_text(path), 0))
     return Conf(path, lines, tuple(reader.problems), tuple(reader.files), tuple(reader.includes))
 
@@ -99,7 +100,6 @@ class _Reader:
 
     def read(self, path: str, text: str, depth: int) -> Iterator[ConfLine]:
         include = _PLUGSTACK_INCLUDE if self._globs else _INCLUDE
-        self.files.append(path)
         for line in logical_lines(path, text):
             match = include.match(line.text)
             if not match:
@@ -111,6 +111,7 @@ class _Reader:
                 if depth >= _DEPTH_MAX:
                     self.problems.append(f"{line.place}: includes go deeper than {_DEPTH_MAX}")
                     return
+                self.files.append(included)
                 try:
                     inner = read_text(included)
                 except OSError as error:

@@ -175,8 +175,8 @@ class Host:
             if found and not outcome.status:
                 releases[program] = found[1]
             else:
-                said = (outcome.errors or outcome.output).strip().splitlines() or ["no message"]
-                silent = f"{program} -V does not say its release: {printable(said[-1], 200)}"
+                words = (outcome.errors or outcome.output).strip().splitlines() or ["no message"]
+                silent = f"{program} -V does not say its release: {printable(words[-1], 200)}"
         if not releases and silent:
             raise NotKnownError(silent)
         if not releases:
@@ -245,10 +245,10 @@ class Host:
         scontrol, files = self.program("scontrol"), [path for path in (self.conf_path,) if path]
         shown = self.run([scontrol, "show", "config"], *files)
         if shown.status:
-            said = [line.removeprefix("scontrol: ") for line in shown.errors.splitlines()] or ["no message"]
-            if any("contact slurm controller" in line for line in said):
-                raise NodeError(printable(said[-1], 200))
-            raise RefusedError(printable("; ".join(said[:3]), 300))
+            words = [line.removeprefix("scontrol: ") for line in shown.errors.splitlines()] or ["no message"]
+            if any("contact slurm controller" in line for line in words):
+                raise NodeError(printable(words[-1], 200))
+            raise RefusedError(printable("; ".join(words[:3]), 300))
         config: dict[str, tuple[str, ...]] = {}
         for key, value in _SHOWN.findall(shown.output):  # a key that may be given several times is shown with numbers
             config[key.lower()] = (*config.get(key.lower(), ()), value.strip())

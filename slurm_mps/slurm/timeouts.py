@@ -3,7 +3,7 @@
 Seen on Slurm 22.05, 24.11 and 26.05 (docs/observations.md): a script that outlives its timeout gets SIGTERM and then
 SIGKILL with its process group, whatever it was about to say or to undo, and the node is drained as "Prolog error".
 The time counts for each script by itself. A prolog that outlives MessageTimeout less 2 s costs nothing, but users of
-newer releases are told that it hung.
+newer releases read that it hung.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Diagnosis:
         return {one["check"]: one["what"] for one in self.findings if one["severity"] in severities}
 
     @property
-    def ailments(self) -> dict[str, str]:
+    def faults(self) -> dict[str, str]:
         return {one["check"]: one["severity"] for one in self.findings if one["severity"] in ("problem", "warning")}
 
 
@@ -111,9 +111,7 @@ class Patient:
         self._undo.append(lambda: self.site.cluster.start_node("n1"))
 
     def heal(self) -> None:
-        """Put everything back, newest first."""
-        for undo in reversed(self._undo):
-            undo()
+        """Put files back and undo everything else, newest first."""
         for place, (data, status) in reversed(self._kept.items()):
             if status is None:
                 if place.is_dir():
@@ -124,6 +122,8 @@ class Patient:
                 place.write_bytes(data)
             place.chmod(stat.S_IMODE(status.st_mode))
             os.chown(place, status.st_uid, status.st_gid)
+        for undo in reversed(self._undo):
+            undo()
         self._kept.clear()
         self._undo.clear()
         self.site.fault("n1")

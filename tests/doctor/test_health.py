@@ -15,7 +15,7 @@ from tests.harness.site import PLUGIN_DIRECTORY
 if TYPE_CHECKING:
     from tests.doctor.conftest import Patient
 
-ROOT_ONLY = {"stale-state", "job-daemon"}
+ROOT_ONLY = {"stale-state", "job-daemon", "other-daemon"}
 
 
 @pytest.mark.every_release
@@ -33,7 +33,7 @@ def test_a_good_cluster_has_nothing(healthy: Patient, user: str, elsewhere: bool
         assert not left_out & elsewhere_too
 
 
-def test_a_job_with_mps_is_no_ailment(healthy: Patient) -> None:
+def test_a_job_with_mps_is_no_fault(healthy: Patient) -> None:
     """Its daemon, its server, its GPU in EXCLUSIVE_PROCESS and its ranks are as they should be."""
     cluster = healthy.site.cluster
     job = cluster.sbatch(
@@ -62,11 +62,11 @@ def test_all_of_it_takes_less_than_two_seconds(patient: Patient) -> None:
     assert seconds(patient) < 2
     controller = " ".join(str(one.pid) for one in patient.site.machine.processes() if one.comm == "slurmctld")
     patient.shell(f"kill -STOP {controller}", undo=f"kill -CONT {controller}")
-    assert patient.examine("gres-autodetect", "driver").ailments == {}, "who answers is not blamed for who does not"
+    assert patient.examine("gres-autodetect", "driver").faults == {}, "who answers is not blamed for who does not"
     patient.site.fault("n1", "nvml.init=hang")
     assert seconds(patient) < 2
     assert not [one for one in patient.site.machine.processes() if one.comm == "scontrol"]
-    assert patient.examine().ailments == {"slurmctld": "warning", "driver": "problem"}
+    assert patient.examine().faults == {"slurmctld": "warning", "driver": "problem"}
 
 
 # ------------------------------------------------------------------------------------------------ how it is asked
@@ -102,10 +102,12 @@ def test_a_paragraph_says_what_why_and_what_to_do(patient: Patient) -> None:
     status, out, errors = patient.run("doctor")
     lines = out.splitlines()
     assert (status, errors) == (1, "")
-    assert lines[0].startswith("problem: gpu-answers: GPU 2: NVML: ")
+    assert lines[0].startswith("problem: driver: GPU 2: NVML: ")
     assert [line.split(":")[0].strip() for line in lines[1:4]] == ["why", "fix", "see"]
-    assert lines[3] == "    see: slurm-mps doctor --explain gpu-answers"
-    assert patient.run("doctor", "--explain", "gpu-answers", "mig")[1].startswith("### gpu-answers\nevery GPU ")
+    assert lines[3] == "    see: slurm-mps doctor --explain driver"
+    assert patient.run("doctor", "--explain", "driver", "mig")[1].startswith(
+        "### driver\nthe NVIDIA driver and every GPU "
+    )
     assert patient.run("doctor", "--explain") == (
         2,
         "",
@@ -117,17 +119,17 @@ def test_a_paragraph_says_what_why_and_what_to_do(patient: Patient) -> None:
 @pytest.mark.parametrize(("env", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colour_is_for_terminals_that_want_it(patient: Patient, env: dict[str, str], coloured: bool) -> None:
     patient.site.fault("n1", "gpu.2=lost")
-    command = ["script", "-qec", f"{' '.join(COMMAND)} doctor gpu-answers", "/dev/null"]
+    command = ["script", "-qec", f"{' '.join(COMMAND)} doctor driver", "/dev/null"]
     shown = patient.site.machine.run(command, node="n1", env={"TERM": "xterm", **env}).stdout
-    assert "problem: gpu-answers: GPU 2" in shown
+    assert "problem: driver: GPU 2" in shown
     assert ("\x1b[31m" in shown, "\x1b[0m" in shown) == (coloured, coloured)
-    assert "\x1b" not in patient.run("doctor", "gpu-answers")[1]
+    assert "\x1b" not in patient.run("doctor", "driver")[1]
 
 
 def test_a_table_has_the_fields_that_were_asked_for(patient: Patient) -> None:
     patient.site.fault("n1", "gpu.2=lost", "nvml.GetPersistenceMode=off")
     _, out, _ = patient.run("doctor", "-n", "-o", "severity,check")
-    assert [line.split() for line in out.splitlines()] == [["problem", "gpu-answers"], ["warning", "persistence-mode"]]
+    assert [line.split() for line in out.splitlines()] == [["problem", "driver"], ["warning", "persistence-mode"]]
 
 
 def test_where_only_root_can_see_the_status_says_so(patient: Patient) -> None:

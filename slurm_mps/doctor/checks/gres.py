@@ -1,0 +1,165 @@
+"""Checks of the GPUs as Slurm has them: GresTypes, gres.conf, the node's count."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from typing import TYPE_CHECKING
+
+from ...slurm.host import NotKnownError, count_gpus
+from ...slurm.hostlist import expand_hosts
+from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...slurm.conf import ConfLine
+    from ..facts import Facts
+    from ..finding import Finding
+
+_FINDS_NVIDIA = ("nvml", "nvidia")  # the latter from Slurm 24.05 on
+_NO_GPU = 'srun --gres=gpu:1 finds no such node ("Requested node configuration is not available").'
+
+
+def _expand(text: str) -> list[str]:
+    try:
+        return expand_hosts(text)
+    except ValueError:
+        return []
+
+
+def _gres_lines(facts: Facts) -> list[tuple[ConfLine, dict[str, str]]]:
+    """The lines of gres.conf that are this node's."""
+    lines = [(line, line.pairs()) for line in facts.other_conf("gres.conf").lines]
+    return [one for one in lines if facts.node_name in _expand(one[1].get("nodename", facts.node_name))]
+
+
+def _gpu_lines(facts: Facts) -> list[tuple[ConfLine, dict[str, str]]]:
+    return [(line, pairs) for line, pairs in _gres_lines(facts) if pairs.get("name", "").lower() == "gpu"]
+
+
+def _autodetect(facts: Facts) -> str:
+    """How Slurm finds this node's GPUs; off where gres.conf does not say."""
+    return ["off", *(pairs["autodetect"].lower() for _, pairs in _gres_lines(facts) if "autodetect" in pairs)][-1]
+
+
+def _gpu_files(facts: Facts) -> list[tuple[ConfLine, str]]:
+    """The device files of this node's GPUs, in the order in which Slurm counts them."""
+    given = [(line, pairs["file"]) for line, pairs in _gpu_lines(facts) if "file" in pairs]
+    return [(line, path) for line, files in given for path in _expand(files) or [files]]
+
+
+@check(
+    "gres-types",
+    "Slurm hands out GPUs, and not by its own gres/mps",
+    why="Without gres/gpu no job has a GPU of its own. gres/mps is another way to share a GPU among jobs; its control "
+    "daemon and that of slurm-mps cannot be on one GPU.",
+)
+def gres_types(facts: Facts) -> Iterator[Finding]:
+    if "gpu" not in facts.words("GresTypes"):
+        has = facts.value("GresTypes") or "nothing"
+        yield problem(f"GresTypes has {has}, and not gpu", f"{facts.where('GresTypes')}: GresTypes=gpu")
+    if "mps" in facts.words("GresTypes"):
+        yield problem(f"{facts.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
+    try:
+        lines = facts.other_conf("gres.conf").lines
+    except NotKnownError:
+        return
+    for line in lines:
+        if line.pairs().get("name", "").lower() == "mps":
+            yield problem(f"{line.place}: {line.text}", "take the line out")
+
+
+@check(
+    "gres-conf",
+    "gres.conf names this node's GPUs by device files that are there, or finds them with NVML",
+    why="From gres.conf Slurm has the GPU indices that it gives the prolog, and the devices that a task may open. "
+    "slurmd does not start, or offers fewer GPUs, where a device file is missing.",
+    where=GPU_NODE,
+)
+def gres_conf(facts: Facts) -> Iterator[Finding]:
+    path = f"{facts.conf_directory}/gres.conf"
+    line = f"{path}: NodeName={facts.node_name} Name=gpu File=/dev/nvidia[0-{facts.gpus_in_slurm - 1}]"
+    if not os.path.exists(path):
+        yield problem(f"{path}: No such file or directory", line)
+        return
+    gpus = _gpu_lines(facts)
+    if _autodetect(facts) not in _FINDS_NVIDIA:
+        if not gpus:
+            yield problem(f"{path} has no GPU of node {facts.node_name}", line)
+        for at, pairs in gpus:
+            if "file" not in pairs:
+                yield problem(f"{at.place}: no File=", line)
+    for at, device in _gpu_files(facts):
+        try:
+            wrong = "" if stat.S_ISCHR(os.stat(device).st_mode) else "not a device"
+        except OSError as error:
+            wrong = str(error.strerror)
+        if wrong:
+            yield problem(f"{at.place}: {device}: {wrong}", "nvidia-smi makes the device files; or correct the line")
+
+
+@check(
+    "gres-autodetect",
+    "Slurm can find GPUs as gres.conf wants",
+    why="slurmd does not find the GPUs. It does not start, or offers none.",
+    where=GPU_NODE,
+)
+def gres_autodetect(facts: Facts) -> Iterator[Finding]:
+    kind, places = _autodetect(facts), facts.plugin_directories
+    where = f"{facts.conf_directory}/gres.conf has AutoDetect={kind}"
+    if kind not in ("off", *_FINDS_NVIDIA):
+        yield problem(f"{where}, which finds no NVIDIA GPU", "AutoDetect=nvml, or off with File= lines")
+    elif kind != "off" and places and not any(os.path.exists(f"{one}/gpu_{kind}.so") for one in places):
+        fix = "AutoDetect=off, with File= lines; or a Slurm that was built with it"
+        yield problem(f"{where}, and there is no gpu_{kind}.so in {places[0]}", fix)
+
+
+@check(
+    "gres-order",
+    "Slurm counts the GPUs as the driver does, and knows them by their own UUIDs",
+    why="The prolog takes Slurm's index for NVML's. In another order it starts MPS on another job's GPU. With another "
+    "card's UUID Slurm hands out one GPU by its file and another by its UUID.",
+    where=GPU_NODE,
+)
+def gres_order(facts: Facts) -> Iterator[Finding]:
+    gpus = facts.gpus
+    by_file = {f"/dev/nvidia{gpu.minor}": gpu.uuid for gpu in gpus}
+    for line, pairs in _gres_lines(facts):
+        given, path = pairs.get("uniqueid", ""), pairs.get("file", "")
+        if given.startswith("GPU-") and by_file.get(path, given) != given:
+            yield problem(f"{line.place}: {path} is {by_file[path]}, not {given}", f"UniqueId={by_file[path]}")
+    if _autodetect(facts) in _FINDS_NVIDIA:
+        return
+    for (index, (line, path)), gpu in zip(enumerate(_gpu_files(facts)), gpus, strict=False):
+        digits = re.search(r"(\d+)$", path)
+        if digits and gpu.minor not in (None, int(digits[1])):
+            right = f"/dev/nvidia{gpu.minor} ({gpu.uuid})"
+            fix = "list the files in the order of nvidia-smi -L, with their minor numbers"
+            yield problem(f"{line.place}: Slurm's GPU {index} is {path}, the driver's is {right}", fix)
+
+
+@check(
+    "gpu-count",
+    "slurm.conf gives this node the GPUs that it has",
+    why="Slurm hands out GPUs that are not there, or leaves some idle.",
+    where=COMPUTE,
+)
+def gpu_count(facts: Facts) -> Iterator[Finding]:
+    given, node, devices = facts.gpus_in_slurm, facts.node_name, sorted(glob.glob("/dev/nvidia[0-9]*"))
+    if given:
+        have = len(facts.gpus)
+        what = f"slurm.conf: Gres=gpu:{given} for node {node}, which has {have}"
+        if given != have:
+            yield (problem if given > have else warning)(what, f"Gres=gpu:{have}")
+        yield fine(f"{have} GPUs")
+    elif devices:
+        what = f"slurm.conf gives node {node} no GPU, and it has {', '.join(devices)}"
+        yield warning(what, f"slurm.conf: NodeName={node} ... Gres=gpu:{len(devices)}", _NO_GPU)
+    elif "gpu" in facts.words("GresTypes"):
+        nodes = [pairs for _, pairs in facts.conf.records("NodeName")]
+        if not any(count_gpus(pairs.get("gres", "")) for pairs in nodes):
+            fix = "slurm.conf: NodeName=... Gres=gpu:N, on the line of each node with GPUs"
+            yield warning("slurm.conf has GresTypes=gpu, and gives no node a GPU", fix, _NO_GPU)
