@@ -106,9 +106,15 @@ class Patient:
         return self.site.node("n1", "sh", "-c", text).check().stdout
 
     def without_slurmd(self) -> None:
-        """End the node's slurmd until the test is over."""
-        self.site.cluster.stop_daemon("slurmd-n1")
-        self._undo.append(lambda: self.site.cluster.start_node("n1"))
+        """End the node's slurmd until the test is over, and until it has read the files that are put back."""
+        cluster, written = self.site.cluster, self.site.machine.path("/run/slurmd-n1.pid", node="n1")
+        cluster.stop_daemon("slurmd-n1")
+
+        def start() -> None:
+            cluster.start_node("n1")
+            cluster.until("slurmd's pid", lambda: written.exists() or None, 20, "slurmd-n1")
+
+        self._undo.append(start)
 
     def heal(self) -> None:
         """Put files back and undo everything else, newest first."""

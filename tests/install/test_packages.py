@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +12,7 @@ from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
+from tests.install.packages import package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,19 +23,9 @@ pytestmark = pytest.mark.skipif(bool(chosen().no_packages), reason=chosen().no_p
 RELEASE = ".".join(read_plugin(REPOSITORY / "build/spank/spank_mps.so").slurm_release.split(".")[:2])
 
 
-@cache
-def make(target: str) -> Path:
-    """Run make, once, whose last line is the path of what it built."""
-    done = subprocess.run(
-        ["make", "-s", target], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    return REPOSITORY / done.stdout.splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def deb() -> Path:
-    return make("deb")
+    return package("deb")
 
 
 @pytest.fixture
@@ -128,7 +118,7 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
 
 def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
     """Both are the same tree; that of the .rpm goes where Red Hat's zsh looks."""
-    rpm = make("rpm")
+    rpm = package("rpm")
 
     def asked(*what: str) -> set[str]:
         return set(

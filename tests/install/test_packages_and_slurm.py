@@ -10,8 +10,9 @@ import pytest
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
+from tests.install.packages import package
 from tests.install.places import snapshot
-from tests.install.test_packages import RELEASE, make
+from tests.install.test_packages import RELEASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +63,7 @@ def machine() -> Iterator[Machine]:
         overlays={"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]}
     ) as machine:
         for kind in ("deb", "rpm"):
-            machine.path(f"/opt/slurm-mps.{kind}").write_bytes(make(kind).read_bytes())
+            machine.path(f"/opt/slurm-mps.{kind}").write_bytes(package(kind).read_bytes())
         yield machine
 
 
