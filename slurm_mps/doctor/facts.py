@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
+from ..node.paths import others_can_write
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
 from ..units import printable
 from .gpus import Driver, GpuFacts, look_at_gpus
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ..job.reconcile import Finding as StaleFinding
+    from ..node.processes import Outcome
     from ..slurm.conf import Conf
 
 T = TypeVar("T")
@@ -111,6 +113,13 @@ class Facts(Host):
     def seconds_left(self) -> float:
         return max(0.05, self._deadline - monotonic())
 
+    def run(self, argv: list[str], *files: str) -> Outcome:
+        """Root runs nothing that others can write: neither the program nor the files that name it or that it reads."""
+        for path in (argv[0], *files) if self.is_root else ():
+            if others_can_write(path):
+                raise NotKnownError(f"{path} can be written by others than root, and is not run")
+        return super().run(argv, *files)
+
     # --------------------------------------------------------------------------------------------------------- Slurm
 
     @cached_property
@@ -182,22 +191,14 @@ class Facts(Host):
         return bool((os.path.exists(self.plugstack_path) and self.lines_that_name_us) or self.our_hooks)
 
     @cached_property
-    def prologs(self) -> list[Script]:
-        return [read_script(path) for path in self.scripts(PROLOG)]
+    def tops(self) -> list[Script]:
+        """The scripts that slurmd runs as Prolog and as Epilog."""
+        return [read_script(path) for key in (PROLOG, EPILOG) for path in self.scripts(key)]
 
     @cached_property
-    def epilogs(self) -> list[Script]:
-        return [read_script(path) for path in self.scripts(EPILOG)]
-
-    @cached_property
-    def prolog_parts(self) -> list[Script]:
-        """What runs as prolog, in order: the scripts, and ours in those that name it."""
-        return list(in_order(self.prologs))
-
-    @cached_property
-    def epilog_parts(self) -> list[Script]:
-        """The same of the epilogs."""
-        return list(in_order(self.epilogs))
+    def parts(self) -> dict[str, list[Script]]:
+        """What runs as Prolog and as Epilog, in order: the scripts, with ours in those that name it."""
+        return {key: list(in_order(map(read_script, self.scripts(key)))) for key in (PROLOG, EPILOG)}
 
     @cached_property
     def our_hooks(self) -> list[Script]:
@@ -208,7 +209,7 @@ class Facts(Host):
             for path in sorted(glob.glob(f"{self.conf_directory}/{kind}/*slurm-mps*"))
         ]
         found: dict[str, Script] = {}
-        for script in (*self.prolog_parts, *self.epilog_parts, *beside):
+        for script in (*self.parts[PROLOG], *self.parts[EPILOG], *beside):
             if script.is_ours:
                 found.setdefault(script.path, script)
         return list(found.values())

@@ -26,7 +26,7 @@ from ..node.paths import others_can_write
 from ..node.reading import read_text
 from ..units import printable
 from .conf import Conf, read_conf
-from .hostlist import expand_hosts
+from .hostlist import hosts_of
 from .programs import find_program
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class NotKnownError(MpsError):
 
 class NoSlurmError(NotKnownError):
     """There is no Slurm on this machine."""
+
+
+class TwoReleasesError(MpsError):
+    """The programs of Slurm on this machine are of different releases."""
 
 
 class RefusedError(NodeError):
@@ -134,20 +138,15 @@ class Host:
         """How long a program may take."""
         return _ASK_SECONDS
 
-    def run(self, argv: list[str], *files: str) -> processes.Outcome:
-        """Run a program with an environment made from nothing.
+    def run(self, argv: list[str], *_files: str) -> processes.Outcome:
+        """Run a program with an environment made from nothing; `_files` name the program, or are read by it.
 
-        Root runs nothing that others can write: neither the program nor `files`, which name it or are part of it.
-        Raises: NodeError, DeadlineError; NotKnownError when root must not run it.
+        Raises: NodeError, DeadlineError.
         """
-        for path in (argv[0], *files) if self.is_root else ():
-            if others_can_write(path):
-                raise NotKnownError(f"{path} can be written by others than root, and is not run")
-        environment = {"PATH": _PATH, "LC_ALL": "C"}
-        if self.conf_path:
-            environment["SLURM_CONF"] = self.conf_path
-        if "LD_LIBRARY_PATH" in self.environment:
-            environment["LD_LIBRARY_PATH"] = self.environment["LD_LIBRARY_PATH"]
+        environment = {"PATH": _PATH, "LC_ALL": "C", **({"SLURM_CONF": self.conf_path} if self.conf_path else {})}
+        libraries = self.environment.get("LD_LIBRARY_PATH", "")
+        if libraries and not (self.is_root and any(map(others_can_write, libraries.split(":")))):
+            environment["LD_LIBRARY_PATH"] = libraries
         return processes.run(argv, environment, self.seconds_left())
 
     @cached_property
@@ -163,13 +162,13 @@ class Host:
     def ask_release(self) -> str:
         """Ask Slurm's programs which release they are, such as 22.05.8.
 
-        Raises: NoSlurmError; NotKnownError when none of them says; MpsError when they are of different releases.
+        Raises: NoSlurmError; TwoReleasesError; NotKnownError when none of them says; NodeError.
         """
         releases: dict[str, str] = {}
         silent = ""
         for program in self.programs:
-            if releases and not self.conf_path:
-                break  # without a slurm.conf a client looks for one in the network, and says nothing
+            if releases and not self._is_readable():
+                break  # a client waits a minute for a slurm.conf, and says nothing
             outcome = self.run([program, "-V"], *filter(None, [self.conf_path]))
             found = re.search(r"\b(\d+\.\d+\.\d+)", outcome.output)
             if found and not outcome.status:
@@ -184,7 +183,7 @@ class Host:
         first = next(iter(releases))
         for program, release in releases.items():
             if release.split(".")[:2] != releases[first].split(".")[:2]:
-                raise MpsError(
+                raise TwoReleasesError(
                     f"two releases of Slurm are on this machine: {first} is {releases[first]}, {program} is {release}",
                     "take the other one out of PATH, or away",
                 )
@@ -219,6 +218,13 @@ class Host:
     def conf(self) -> Conf:
         """slurm.conf with what it includes; one without lines where there is no file."""
         return self._read(self.conf_path) if self.conf_path else Conf("", (), (), (), ())
+
+    def _is_readable(self) -> bool:
+        """Whether slurm.conf is there and can be read with all that it includes."""
+        try:
+            return bool(self.conf.path) and not self.conf.problems
+        except NotKnownError:
+            return False
 
     def other_conf(self, name: str) -> Conf:
         """A file beside slurm.conf, such as gres.conf."""
@@ -263,7 +269,7 @@ class Host:
     def node_lines(self) -> dict[str, dict[str, str]]:
         """The NodeName lines of this host, by node name, with what the DEFAULT line gives them.
 
-        None where slurm.conf cannot be read.
+        Empty where slurm.conf cannot be read.
         """
         found: dict[str, dict[str, str]] = {}
         default: dict[str, str] = {}
@@ -275,7 +281,7 @@ class Host:
             if pairs["nodename"].upper() == "DEFAULT":
                 default = default | pairs
                 continue
-            names, hosts = _expand(pairs["nodename"]), _expand(pairs.get("nodehostname", ""))
+            names, hosts = hosts_of(pairs["nodename"]), hosts_of(pairs.get("nodehostname", ""))
             hosts = hosts if len(hosts) == len(names) else hosts * len(names) or names
             for name, host in zip(names, hosts, strict=False):
                 if host.partition(".")[0] == self.hostname:
@@ -406,10 +412,3 @@ def _shares_run(pid: int) -> bool:
         return os.path.samefile(f"/proc/{pid}/root/run", "/run")
     except OSError as error:
         return error.errno == errno.EACCES
-
-
-def _expand(text: str) -> list[str]:
-    try:
-        return expand_hosts(text) if text else []
-    except ValueError:
-        return []

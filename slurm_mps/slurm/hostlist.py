@@ -19,6 +19,14 @@ def expand_hosts(text: str) -> list[str]:
     return hosts
 
 
+def hosts_of(text: str) -> list[str]:
+    """The same; none of what is no host list."""
+    try:
+        return expand_hosts(text)
+    except ValueError:
+        return []
+
+
 def _split(text: str) -> list[str]:
     """Cut at the commas that are not in brackets."""
     parts, depth = [""], 0

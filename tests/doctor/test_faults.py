@@ -287,7 +287,7 @@ FAULTS = {
     "no slurmd": Fault(plant(lambda patient: patient.without_slurmd()), warning("slurmd")),
     "a slurmd whose restart ends all": Fault(
         write("/etc/systemd/system/slurmd.service.d/kill.conf", "[Service]\nKillMode=control-group\n"),
-        warning("slurmd-unit"),
+        warning("slurmd"),
     ),
     "a drained node": Fault(
         shell(
@@ -302,20 +302,20 @@ FAULTS = {
     "PrologFlags without Alloc": Fault(line("PrologFlags", "Serial"), problem("prolog-flags")),
     "processes tracked by group": Fault(line("ProctrackType", "proctrack/pgid"), warning("proctrack")),
     "devices confined by nobody": Fault(
-        edit(CGROUP, "ConstrainDevices=no", "ConstrainDevices=yes"), problem("constrain-devices")
+        edit(CGROUP, "ConstrainDevices=no", "ConstrainDevices=yes"), problem("cgroup-conf")
     ),
     "the other cgroup version": Fault(
-        together(line("TaskPlugin", "task/cgroup"), edit(CGROUP, "cgroup/v1", "cgroup/v2")), problem("cgroup-plugin")
+        together(line("TaskPlugin", "task/cgroup"), edit(CGROUP, "cgroup/v1", "cgroup/v2")), problem("cgroup-conf")
     ),
     "a cgroup version that Slurm has not": Fault(
         together(
             line("TaskPlugin", "task/cgroup"),
             shell(f"mv {PLUGIN_DIRECTORY}/cgroup_v1.so /opt", f"mv /opt/cgroup_v1.so {PLUGIN_DIRECTORY}", CGROUP),
         ),
-        problem("cgroup-plugin"),
+        problem("cgroup-conf"),
     ),
     "no cgroups for cgroups": Fault(
-        together(line("TaskPlugin", "task/cgroup"), edit(CGROUP, "cgroup/v1", "disabled")), problem("cgroup-plugin")
+        together(line("TaskPlugin", "task/cgroup"), edit(CGROUP, "cgroup/v1", "disabled")), problem("cgroup-conf")
     ),
     "a short PrologEpilogTimeout": Fault(line("PrologEpilogTimeout", "5"), problem("slurm-timeouts")),
     "a PrologEpilogTimeout too short for the epilog": Fault(
@@ -551,7 +551,7 @@ FAULTS = {
         control_program("cp /usr/bin/nvidia-cuda-mps-control .", "nvidia-cuda-mps-control"), problem("control-program")
     ),
     "an old control program": Fault(
-        control_program(f"cp /usr/bin/nvidia-cuda-mps-server .; {OLD_PROGRAM}", "control"), problem("control-commands")
+        control_program(f"cp /usr/bin/nvidia-cuda-mps-server .; {OLD_PROGRAM}", "control"), problem("control-program")
     ),
     "no persistence mode": Fault(driver("nvml.GetPersistenceMode=off"), warning("persistence-mode")),
     "MIG": Fault(driver("nvml.GetMigMode=on"), warning("mig")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_PATH
@@ -98,7 +97,7 @@ def driver_version(facts: Facts) -> Iterator[Finding]:
 
 @check(
     "control-program",
-    "control program and server program are there",
+    "control program and server program are there, and know what slurm-mps asks of them",
     why="The prolog cannot start a control daemon, or the daemon no server for its first client.",
     where=GPU_NODE,
 )
@@ -108,31 +107,21 @@ def control_program(facts: Facts) -> Iterator[Finding]:
         if not os.path.exists(program):
             fix = "install the driver's compute utilities, or set paths.control_program"
             yield problem(f"{program}: No such file or directory", fix)
-        elif not os.stat(program).st_mode & stat.S_IXUSR:
+        elif not os.access(program, os.X_OK):
             yield problem(f"{program} is not executable", f"chmod 755 {program}")
-
-
-@check(
-    "control-commands",
-    "the control program knows the commands that slurm-mps sends",
-    why="The control program answers an unknown command with exit 0. The prolog reads each limit back and finds it "
-    "missing, and the job fails.",
-    where=GPU_NODE,
-)
-def control_commands(facts: Facts) -> Iterator[Finding]:
-    program = facts.site.paths_control_program
-    if not os.access(program, os.X_OK):
-        raise NotKnownError(f"{program} cannot be run")
+    if not os.access(path, os.X_OK):
+        return
     try:
         usage = facts.control_help
     except NotKnownError:
         raise
     except MpsError as error:
-        yield problem(str(error), f"{program} -h")
+        yield problem(str(error), f"{path} -h")
         return
     unknown = [command for command in _NEEDED if command not in usage]
     if unknown:
-        yield problem(f"{program} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer")
+        why = "It answers an unknown command with exit 0. The prolog finds the limit missing, and the job fails."
+        yield problem(f"{path} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer", why)
     yield fine(", ".join(["limits and priority", *(name for name, word in _MORE.items() if word in usage)]))
 
 

@@ -9,7 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from ...slurm.host import NotKnownError, count_gpus
-from ...slurm.hostlist import expand_hosts
+from ...slurm.hostlist import hosts_of
 from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
 
 if TYPE_CHECKING:
@@ -23,17 +23,10 @@ _FINDS_NVIDIA = ("nvml", "nvidia")  # the latter from Slurm 24.05 on
 _NO_GPU = 'srun --gres=gpu:1 finds no such node ("Requested node configuration is not available").'
 
 
-def _expand(text: str) -> list[str]:
-    try:
-        return expand_hosts(text)
-    except ValueError:
-        return []
-
-
 def _gres_lines(facts: Facts) -> list[tuple[ConfLine, dict[str, str]]]:
     """The lines of gres.conf that are this node's."""
     lines = [(line, line.pairs()) for line in facts.other_conf("gres.conf").lines]
-    return [one for one in lines if facts.node_name in _expand(one[1].get("nodename", facts.node_name))]
+    return [one for one in lines if facts.node_name in hosts_of(one[1].get("nodename", facts.node_name))]
 
 
 def _gpu_lines(facts: Facts) -> list[tuple[ConfLine, dict[str, str]]]:
@@ -48,7 +41,7 @@ def _autodetect(facts: Facts) -> str:
 def _gpu_files(facts: Facts) -> list[tuple[ConfLine, str]]:
     """The device files of this node's GPUs, in the order in which Slurm counts them."""
     given = [(line, pairs["file"]) for line, pairs in _gpu_lines(facts) if "file" in pairs]
-    return [(line, path) for line, files in given for path in _expand(files) or [files]]
+    return [(line, path) for line, files in given for path in hosts_of(files) or [files]]
 
 
 @check(

@@ -73,7 +73,7 @@ def _wired(facts: Facts, key: str, parts: list[Script]) -> Iterator[Finding]:
     why="Jobs that ask for MPS fail, because no prolog sets it up.",
 )
 def prolog_wired(facts: Facts) -> Iterator[Finding]:
-    yield from _wired(facts, PROLOG, facts.prolog_parts)
+    yield from _wired(facts, PROLOG, facts.parts[PROLOG])
 
 
 @check(
@@ -82,7 +82,7 @@ def prolog_wired(facts: Facts) -> Iterator[Finding]:
     why="Control daemons outlive their jobs, and GPUs stay EXCLUSIVE_PROCESS.",
 )
 def epilog_wired(facts: Facts) -> Iterator[Finding]:
-    yield from _wired(facts, EPILOG, facts.epilog_parts)
+    yield from _wired(facts, EPILOG, facts.parts[EPILOG])
 
 
 @check(
@@ -93,7 +93,7 @@ def epilog_wired(facts: Facts) -> Iterator[Finding]:
     where=COMPUTE,
 )
 def script_order(facts: Facts) -> Iterator[Finding]:
-    for key, parts in ((PROLOG, facts.prolog_parts), (EPILOG, facts.epilog_parts)):
+    for key, parts in facts.parts.items():
         at = next((number for number, part in enumerate(parts) if part.is_ours), len(parts))
         ours = parts[at].path if at < len(parts) else ""
         others = parts[at + 1 :] if key == PROLOG else parts[:at]
@@ -117,7 +117,7 @@ def script_order(facts: Facts) -> Iterator[Finding]:
     where=COMPUTE,
 )
 def other_scripts(facts: Facts) -> Iterator[Finding]:
-    for script in (*facts.prolog_parts, *facts.epilog_parts):
+    for script in (*facts.parts[PROLOG], *facts.parts[EPILOG]):
         sets, runs = _first(_SETS_MODE, script), _first(_RUNS_MPS, script)
         if sets and not script.is_ours:
             yield warning(f"{script.path} has {sets!r}", "leave the compute mode to slurm-mps, or set it at boot")
@@ -147,7 +147,7 @@ def task_prolog(facts: Facts) -> Iterator[Finding]:
 )
 def scripts_executable(facts: Facts) -> Iterator[Finding]:
     called = [script for script in facts.our_hooks if script.path != script.top]
-    for script in (*facts.prologs, *facts.epilogs, *called):
+    for script in (*facts.tops, *called):
         if not script.is_executable:
             yield problem(f"{script.path} is not executable", f"chmod 755 {script.path}, or take it away")
 

@@ -11,6 +11,7 @@ from ...job.reconcile import BUSY, KEPT, LEFT
 from ...node.control import SERVER_PROGRAM
 from ...node.paths import closed_to_users, others_can_write, steps
 from ...node.reading import read_text
+from ...slurm.host import EPILOG, PROLOG
 from ...units import printable
 from ..finding import COMPUTE, check, fine, problem, warning
 
@@ -37,7 +38,7 @@ def owner(facts: Facts) -> Iterator[Finding]:
     paths = [os.path.realpath(CONFIG_DIRECTORY), f"{os.path.realpath(CONFIG_DIRECTORY)}/{CONFIG_NAME}", facts.conf_path]
     paths += [facts.plugstack_path, facts.plugin_path]
     if facts.is_compute:
-        parts = (*facts.prolog_parts, *facts.epilog_parts, *facts.our_hooks)
+        parts = (*facts.parts[PROLOG], *facts.parts[EPILOG], *facts.our_hooks)
         paths += [path for part in parts for path in (part.path, *part.values.values())]
         program = facts.site.paths_control_program
         paths += [STATE_DIRECTORY, program, f"{os.path.dirname(program)}/{SERVER_PROGRAM}"]

@@ -11,7 +11,7 @@ from ...errors import MpsError
 from ...node.paths import hidden_from_users
 from ...node.processes import uid_of
 from ...node.reading import read_text
-from ...slurm.host import NotKnownError, RefusedError
+from ...slurm.host import NotKnownError, RefusedError, TwoReleasesError
 from ...slurm.timeouts import check_deadlines
 from ...units import printable
 from ..facts import UNSET_BY_DEFAULT, NoAnswerError
@@ -107,9 +107,7 @@ def slurm_version(facts: Facts) -> Iterator[Finding]:
     tried = [f"{year}.{month:02d}" for year, month in TRIED]
     try:
         release = facts.release
-    except NotKnownError:
-        raise
-    except MpsError as error:  # programs of two releases
+    except TwoReleasesError as error:
         yield problem(error.message, error.hint)
         return
     if _number(release) < TRIED[0]:
@@ -180,32 +178,26 @@ def _meaning(key: str, value: str) -> frozenset[str]:
     return frozenset(words)
 
 
-@check("slurmd", "slurmd runs on this node", why="Slurm starts no job on this node.", where=COMPUTE)
+@check(
+    "slurmd",
+    "slurmd runs on this node, and its restart leaves control daemons alone",
+    why="Slurm starts no job on this node.",
+    where=COMPUTE,
+)
 def slurmd(facts: Facts) -> Iterator[Finding]:
+    unit = next((f"{place}/slurmd.service" for place in _UNITS if os.path.isfile(f"{place}/slurmd.service")), "")
+    drop_ins = {os.path.basename(path): path for place in reversed(_UNITS) for path in _conf_files(place)}
+    where, mode = unit, "control-group" if unit else "none"  # systemd.kill(5)
+    for path in (unit, *(drop_ins[name] for name in sorted(drop_ins))) if unit else ():
+        for found in re.findall(r"^KillMode\s*=\s*(\S+)", _text(path), re.MULTILINE):
+            where, mode = path, found
+    if mode not in ("process", "none"):
+        why = "Control daemons run in slurmd's unit. systemd ends them with slurmd, and their jobs lose MPS."
+        yield warning(f"{where}: KillMode is {mode}", "KillMode=process in [Service]; systemctl daemon-reload", why)
     if not any(one.node_name in ("", facts.node_name) for one in facts.slurmds):
         if not facts.is_root and uid_of(1) is None:
             raise NotKnownError("only root sees whether slurmd runs", needs_root=True)
         yield warning(f"no slurmd of node {facts.node_name} runs", "systemctl start slurmd")
-
-
-@check(
-    "slurmd-unit",
-    "a restart of slurmd leaves control daemons alone",
-    why="Control daemons run in slurmd's unit. Unless its KillMode is process, systemd ends them with slurmd, and "
-    "their jobs lose MPS.",
-    where=COMPUTE,
-)
-def slurmd_unit(_facts: Facts) -> Iterator[Finding]:
-    unit = next((f"{place}/slurmd.service" for place in _UNITS if os.path.isfile(f"{place}/slurmd.service")), "")
-    if not unit:
-        raise NotKnownError("slurmd is no unit of systemd here")
-    drop_ins = {os.path.basename(path): path for place in reversed(_UNITS) for path in _conf_files(place)}
-    where, mode = unit, "control-group"  # systemd.kill(5)
-    for path in (unit, *(drop_ins[name] for name in sorted(drop_ins))):
-        for found in re.findall(r"^KillMode\s*=\s*(\S+)", _text(path), re.MULTILINE):
-            where, mode = path, found
-    if mode not in ("process", "none"):
-        yield warning(f"{where}: KillMode is {mode}", "KillMode=process in [Service]; systemctl daemon-reload")
 
 
 def _conf_files(place: str) -> list[str]:
@@ -285,45 +277,32 @@ def proctrack(facts: Facts) -> Iterator[Finding]:
 
 
 @check(
-    "constrain-devices",
-    "Slurm confines devices where cgroup.conf says so",
-    why="A process without the job's control daemon can open GPUs of other jobs, although the site forbids it.",
+    "cgroup-conf",
+    "Slurm does what cgroup.conf says",
+    why="slurmd does not start, or does not confine what it should: a process without the job's control daemon can "
+    "open GPUs of other jobs.",
 )
-def constrain_devices(facts: Facts) -> Iterator[Finding]:
+def cgroup_conf(facts: Facts) -> Iterator[Finding]:
+    file = f"{facts.conf_directory}/cgroup.conf"
     confined = facts.cgroup.get("constraindevices", "no").lower() in ("yes", "true", "1")
     if confined and "cgroup" not in _plugins(facts, "TaskPlugin"):
-        yield problem(
-            f"{facts.conf_directory}/cgroup.conf has ConstrainDevices=yes, and TaskPlugin has no task/cgroup",
-            f"{facts.where('TaskPlugin')}: TaskPlugin=task/affinity,task/cgroup",
-        )
-    elif confined:
-        yield fine("ConstrainDevices=yes: a job can open its own GPUs only")
-    else:
-        yield fine("ConstrainDevices=no: every job can open every GPU")
-
-
-@check(
-    "cgroup-plugin",
-    "this node and this Slurm have the cgroup version that cgroup.conf names",
-    why="slurmd does not start, or does not confine what it should.",
-    where=COMPUTE,
-)
-def cgroup_plugin(facts: Facts) -> Iterator[Finding]:
-    if "cgroup" not in _plugins(facts, "ProctrackType") | _plugins(facts, "TaskPlugin"):
-        raise NotKnownError("this Slurm uses no cgroups")
+        fix = f"{facts.where('TaskPlugin')}: TaskPlugin=task/affinity,task/cgroup"
+        yield problem(f"{file} has ConstrainDevices=yes, and TaskPlugin has no task/cgroup", fix)
     plugin = facts.cgroup.get("cgroupplugin", "autodetect").lower()
     mount = facts.cgroup.get("cgroupmountpoint", "/sys/fs/cgroup")
     unified = os.path.exists(f"{mount}/cgroup.controllers")
-    file, places = f"{plugin.replace('/', '_')}.so", facts.plugin_directories
-    wrong = ""
+    name, places, wrong = f"{plugin.replace('/', '_')}.so", facts.plugin_directories, ""
     if plugin == "disabled":
         wrong = "slurm.conf uses cgroups"
-    elif plugin.startswith("cgroup/") and places and not any(os.path.exists(f"{one}/{file}") for one in places):
-        wrong = f"there is no {file} in {places[0]}"
+    elif plugin.startswith("cgroup/") and places and not any(os.path.exists(f"{one}/{name}") for one in places):
+        wrong = f"there is no {name} in {places[0]}"
     elif plugin == f"cgroup/{'v1' if unified else 'v2'}":
         wrong = f"{mount} is {'' if unified else 'not '}cgroup v2"
-    if wrong:
-        yield problem(f"{facts.conf_directory}/cgroup.conf: {plugin}, and {wrong}", "CgroupPlugin=autodetect")
+    if wrong and facts.is_compute and "cgroup" in _plugins(facts, "ProctrackType") | _plugins(facts, "TaskPlugin"):
+        yield problem(f"{file}: {plugin}, and {wrong}", "CgroupPlugin=autodetect")
+    yield fine(
+        f"ConstrainDevices={'yes' if confined else 'no'}: a job can open {'its own' if confined else 'all'} GPUs"
+    )
 
 
 @check(
