@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -12,7 +14,6 @@ from slurm_mps.cli.output import (
     NOT_HERE,
     NOT_ROOT,
     PROBLEM,
-    USAGE,
     Column,
     add_json_option,
     complain,
@@ -20,10 +21,9 @@ from slurm_mps.cli.output import (
     print_table,
     refuse,
 )
+from slurm_mps.units import printable
 
 if TYPE_CHECKING:
-    import argparse
-
     from slurm_mps.install.actions import Installed, Uninstalled
     from slurm_mps.install.by_hand import Todo
     from slurm_mps.install.changes import Comparison
@@ -47,11 +47,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--login-node", action="store_true", help="only what submitting needs: plugin, its line, slurm-mps in PATH"
     )
-    parser.add_argument("--plugin", metavar="FILE", help="a plugin built elsewhere, instead of building it here")
     parser.add_argument(
-        "--plugin-dir", metavar="DIR", help="where Slurm's plugins are (default: slurm.conf's PluginDir)"
+        "--plugin", type=_file, metavar="FILE", help="a plugin built elsewhere, instead of building it here"
     )
-    parser.add_argument("--slurm-include", metavar="DIR", help="the directory that holds slurm/spank.h")
+    parser.add_argument(
+        "--plugin-dir",
+        type=_directory,
+        metavar="DIR",
+        help="where Slurm's plugins are (default: slurm.conf's PluginDir)",
+    )
+    parser.add_argument("--slurm-include", type=_headers, metavar="DIR", help="the directory that holds slurm/spank.h")
     _common_options(parser, "install/1")
     parser.add_argument("--no-doctor", action="store_true", help="do not run slurm-mps doctor at the end")
     parser.set_defaults(run=run_install)
@@ -69,8 +74,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _common_options(parser: argparse.ArgumentParser, report: str) -> None:
-    parser.add_argument("--slurm-conf", metavar="FILE", help="the site's slurm.conf (default: where Slurm looks)")
+    parser.add_argument(
+        "--slurm-conf", type=_file, metavar="FILE", help="the site's slurm.conf (default: where Slurm looks)"
+    )
     add_json_option(parser, report)
+
+
+def _file(text: str) -> str:
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{printable(text, 200)}: there is no such file")
+    return text
+
+
+def _directory(text: str) -> str:
+    """A directory that is there, so that a typo makes none; of a name that plugstack.conf, make and sh take as one."""
+    if not re.fullmatch(r"/[\w./+@=,-]*", text, re.ASCII):
+        why = "expected an absolute path of letters, digits and _./+@=,-"
+        raise argparse.ArgumentTypeError(f"{printable(text, 200)!r}: {why}")
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such directory")
+    return text.rstrip("/") or "/"
+
+
+def _headers(text: str) -> str:
+    if not os.path.exists(f"{_directory(text)}/slurm/spank.h"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no slurm/spank.h in it")
+    return text
 
 
 def _not_root(command: str, options: argparse.Namespace) -> int:
@@ -83,7 +112,7 @@ def run_install(options: argparse.Namespace) -> int:
         return _not_root("install", options)
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import install
-    from slurm_mps.install.plan import Options, WrongOptionError
+    from slurm_mps.install.plan import Options
     from slurm_mps.slurm.host import NoSlurmError
 
     os.umask(0o022)
@@ -93,7 +122,7 @@ def run_install(options: argparse.Namespace) -> int:
     except NoSlurmError as error:
         return refuse(options, NOT_HERE, str(error))
     except MpsError as error:
-        return refuse(options, USAGE if isinstance(error, WrongOptionError) else PROBLEM, str(error))
+        return refuse(options, PROBLEM, str(error))
     if options.json:
         _report_install(done, options)
     else:
@@ -109,13 +138,12 @@ def run_uninstall(options: argparse.Namespace) -> int:
         return _not_root("uninstall", options)
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import uninstall
-    from slurm_mps.install.plan import WrongOptionError
 
     os.umask(0o022)
     try:
         done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
     except MpsError as error:
-        return refuse(options, USAGE if isinstance(error, WrongOptionError) else PROBLEM, str(error))
+        return refuse(options, PROBLEM, str(error))
     if options.json:
         changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
         status = PROBLEM if done.problems else FINE

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
+from ..job.reconcile import Reconciler
+from ..job.watch import Watch
+from ..node.nvml import Gpus
 from ..node.paths import others_can_write
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
 from ..units import printable
 from .gpus import Driver, GpuFacts, look_at_gpus
 from .scripts import Script, in_order, read_script
-from .stale import stale_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,6 +80,16 @@ class Later(Generic[T]):
         return self._answer[0]
 
 
+class _NoWatch(Watch):
+    """Ends nothing: doctor waits for an answer no longer than it wants to."""
+
+    def __init__(self) -> None:
+        pass
+
+    def restart(self, seconds: float) -> None:
+        pass
+
+
 class Facts(Host):
     """The facts. All that a property cannot find out is raised as NotKnownError, or as MpsError in its own words."""
 
@@ -86,7 +98,7 @@ class Facts(Host):
         self._deadline = monotonic() + deadline_seconds
         self._controller = Later("slurmctld", self.ask_slurmctld, self._deadline)
         self._driver = Later("the NVIDIA driver", look_at_gpus, self._deadline)
-        self._stale = Later("squeue", lambda: stale_state(environment), self._deadline)
+        self._stale = Later("squeue", self._rehearse_reconcile, self._deadline)
         self._control_help = Later("the control program", self._ask_control_program, self._deadline)
         self._hook_versions = Later("the hooks' Python", self._ask_hook_versions, self._deadline)
         self._compiler = Later("the hooks' Python", self._ask_compiler, self._deadline)
@@ -300,6 +312,11 @@ class Facts(Host):
         if not self.is_root:
             raise NotKnownError("only root can read the state", needs_root=True)
         return self._stale.get()
+
+    def _rehearse_reconcile(self) -> list[StaleFinding]:
+        found: list[StaleFinding] = []
+        Reconciler(self.environment, Gpus(), _NoWatch(), found.append, dry_run=True).run()
+        return found
 
     @property
     def control_help(self) -> str:

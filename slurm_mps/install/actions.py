@@ -12,7 +12,7 @@ from ..errors import MpsError
 from ..slurm.host import PLUGIN, Host
 from . import changes
 from .by_hand import jobs_with_mps, left_to_do, still_in_force, still_needed
-from .plan import make_plan, require_file, stack_lines, stack_lines_of_others
+from .plan import make_plan, stack_lines, stack_lines_of_others
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,9 +108,8 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
 
     Returns: with `refused` when Slurm or a job still needs what would go; nothing was changed then, unless it could
     only be seen on the way.
-    Raises: WrongOptionError; MpsError when the manifest cannot be read.
+    Raises: MpsError when the manifest cannot be read.
     """
-    require_file("--slurm-conf", slurm_conf)
     result = Uninstalled()
     with changes.Manifest(make=False) as manifest:
         if not manifest.wrote:

@@ -39,7 +39,7 @@ def left_to_do(options: Options, plan: Plan, host: Host, manifest: Manifest, cha
     lines = [*_slurm_conf_lines(host, places), *_callers(places), *stack]
     anything = any(change.path in changed for change in plan.changes)
     todo = [*lines]
-    if not host.is_copy and (lines or not _is_in_force(host, places)):
+    if not host.is_copy and (lines or not _is_in_force(host)):
         todo.append(Todo("once, for the cluster", ("scontrol reconfigure",), "slurmctld and slurmd read slurm.conf"))
     if lines or _slurmd_is_older(plan, host, changed):
         todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
@@ -117,12 +117,10 @@ def _slurmd_is_older(plan: Plan, host: Host, changed: Container[str]) -> bool:
     return any(path in changed or (os.path.exists(path) and os.stat(path).st_ctime > since) for path in paths)
 
 
-def _is_in_force(host: Host, places: list[ScriptPlace]) -> bool:
+def _is_in_force(host: Host) -> bool:
     """Whether slurmctld has the scripts' settings as slurm.conf has them; it is asked only where slurmd runs."""
     controller = _ask_where_slurmd_runs(host)
-    return controller is not None and all(
-        _values(controller, place.setting) == host.all(place.setting) for place in places
-    )
+    return controller is not None and all(controller.values(key) == host.all(key) for key in SCRIPTS)
 
 
 def _ask_where_slurmd_runs(host: Host) -> Controller | None:
@@ -130,10 +128,6 @@ def _ask_where_slurmd_runs(host: Host) -> Controller | None:
         return host.ask_slurmctld() if host.slurmds else None
     except MpsError:
         return None
-
-
-def _values(controller: Controller, setting: str) -> list[str]:
-    return [value for value in controller.config.get(setting.lower(), ()) if value not in ("", "(null)")]
 
 
 # ------------------------------------------------------------------------------------------------- before uninstalling
@@ -154,7 +148,7 @@ def still_needed(host: Host, ours: Container[str], controller: Controller | None
     """
     found = []
     for setting in SCRIPTS:
-        place = script_place(host, setting, _values(controller, setting) if controller else None)
+        place = script_place(host, setting, controller.values(setting) if controller else None)
         if os.path.realpath(place.path) not in ours:
             continue
         if place.caller and _calls(place):

@@ -49,10 +49,6 @@ class Options:
     login_node: bool = False
 
 
-class WrongOptionError(MpsError):
-    """An option of `install` or `uninstall` cannot be meant as it is given."""
-
-
 @dataclass(frozen=True)
 class ScriptPlace:
     """Where one of the two scripts goes, and what runs it there.
@@ -79,17 +75,12 @@ class Plan:
 def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
     """Look at this node's Slurm, and build the plugin if none is given.
 
-    Raises: NoSlurmError; WrongOptionError; MpsError when something is missing, is of another release, or is not root's
+    Raises: NoSlurmError; MpsError when something is missing, is of another release, or is not root's
     alone.
     """
-    given = _named("--plugin-dir", options.plugin_dir)
-    if options.slurm_include is not None:
-        _named("--slurm-include", options.slurm_include, holds="slurm/spank.h")
-    require_file("--plugin", options.plugin)
-    require_file("--slurm-conf", options.slurm_conf)
     release = host.ask_release()
     _require_roots_and_open_to_users()
-    directory = given or next(filter(has_slurms_plugins, host.plugin_directories), "")
+    directory = options.plugin_dir or next(filter(has_slurms_plugins, host.plugin_directories), "")
     if not directory:
         raise MpsError("Slurm's own plugins are not found in any usual place", "name their directory with --plugin-dir")
     plugin = _plugin(options, host, release, f"{directory}/{PLUGIN}", manifest)
@@ -102,28 +93,6 @@ def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
         scripts = [_script(script_place(host, setting)) for setting in SCRIPTS]
         changes = [*_config(manifest), *plugin, *scripts, *_command(manifest), *_unit(manifest), *stack]
     return Plan(release, _with_directories(changes), directory, line)
-
-
-def _named(option: str, directory: str | None, *, holds: str = "") -> str | None:
-    """The directory that an option names, if it was given: it must be there, so that a typo makes none.
-
-    Slurm ends a word of plugstack.conf at a blank, and make and its shell take a name apart at more than that.
-    """
-    if directory is None:
-        return None
-    if not re.fullmatch(r"/[\w./+@=,-]*", directory, re.ASCII):
-        raise WrongOptionError(f"{option}={directory!r}: expected an absolute path of letters, digits and _./+@=,-")
-    if not os.path.isdir(directory):
-        raise WrongOptionError(f"{option}={directory}: there is no such directory")
-    if holds and not os.path.exists(f"{directory}/{holds}"):
-        raise WrongOptionError(f"{option}={directory}: there is no {holds} in it")
-    return directory.rstrip("/") or "/"
-
-
-def require_file(option: str, path: str | None) -> None:
-    """Raises: WrongOptionError where an option was given and names no file."""
-    if path is not None and not os.path.isfile(path):
-        raise WrongOptionError(f"{option}={path}: there is no such file")
 
 
 def _share(name: str) -> bytes:

@@ -85,9 +85,12 @@ class Controller:
     node_state: str
     node_reason: str
 
+    def values(self, key: str) -> list[str]:
+        return [value for value in self.config.get(key.lower(), ()) if value not in ("", "(null)")]
+
     def value(self, key: str) -> str:
         """A setting's values with commas between; empty where there is none."""
-        return ",".join(value for value in self.config.get(key.lower(), ()) if value != "(null)")
+        return ",".join(self.values(key))
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def test_a_directory_that_cannot_be_meant_is_wrong_usage(machine: Machine) -> No
         ("--slurm-conf", "/opt/none.conf", "there is no such file"),
     ):
         refused = slurm_mps(machine, "install", option, directory)
-        assert (refused.returncode, f"{option}=" in refused.stderr, why in refused.stderr) == (2, True, True), refused
+        assert (refused.returncode, f"{option}: " in refused.stderr, why in refused.stderr) == (2, True, True), refused
     assert snapshot(machine) == before
     assert not machine.path("/opt/typo").exists()
 
