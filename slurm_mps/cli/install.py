@@ -184,7 +184,7 @@ def _report_install(done: Installed, options: argparse.Namespace) -> None:
 
 def _print_install(done: Installed) -> None:
     rows = [{"what": _what(one, dry_run=done.dry_run), "path": one.change.path} for one in done.comparisons]
-    rows += [{"what": one.what, "path": one.path} for one in done.undone]
+    rows += [{"what": one.what.partition(":")[0], "path": one.path} for one in done.undone]
     print(f"Slurm {done.release}, {done.conf_path or 'without a slurm.conf yet'}")
     print_table(rows, _COLUMNS)
     if done.dry_run:
@@ -231,7 +231,9 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
     for problem in [*done.problems, *done.remarks]:
         complain(problem)
     if done.refused:
-        complain(f"not uninstalled. First {'; '.join(done.refused)}. Then try again (or slurm-mps uninstall --force)")
+        complain(
+            f"not uninstalled. First {'; '.join(done.refused)}. Then try again (--force goes past jobs and slurm.conf)"
+        )
     elif done.undone and not dry_run:
         print("\nLeft to do by hand:\n  on each node, where slurmd runs:\n      systemctl restart slurmd")
         if done.left:

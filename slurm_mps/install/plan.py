@@ -124,7 +124,7 @@ def _config(manifest: Manifest) -> list[Change]:
     """The sample, where there is no configuration; one that is there stays, also across an upgrade."""
     if not os.path.exists(CONFIG_PATH):
         return [Change(CONFIG_PATH, _share("etc/mps.toml"))]
-    if CONFIG_PATH not in manifest:
+    if os.path.realpath(CONFIG_PATH) not in manifest.wrote:
         return []
     with open(CONFIG_PATH, "rb") as file:
         return [Change(CONFIG_PATH, file.read())]

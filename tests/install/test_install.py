@@ -327,7 +327,7 @@ def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
     assert "job 4711 has MPS on this node" in refused.stderr
     assert "Prolog=/etc/slurm/prolog.d/* would match no file" in refused.stderr
     first = "end these jobs; take Prolog= and Epilog= out of slurm.conf, and run scontrol reconfigure"
-    assert f"not uninstalled. First {first}. Then try again (or slurm-mps uninstall --force)" in refused.stderr
+    assert f"not uninstalled. First {first}. Then try again (--force goes past jobs and slurm.conf)" in refused.stderr
     assert "Epilog=/" not in refused.stderr
     assert snapshot(machine).items() >= installed.items()
     machine.path("/run/slurm-mps/jobs/4711").rmdir()
@@ -358,6 +358,7 @@ def test_what_the_admin_changed_stays_and_is_named(machine: Machine) -> None:
     machine.write(PROLOG, "#!/bin/sh\n# mine\n", mode=0o755)
     again = install(machine)
     assert again.returncode == 1
+    assert "is there  /etc/slurm/mps.toml" in again.stdout
     assert f"{PROLOG} stays: it was changed since it was installed; move it away" in again.stderr
     refused = slurm_mps(machine, "uninstall")
     assert f"{PLUGSTACK}: required spank_mps.so: without the plugin this line stops every srun" in refused.stderr
