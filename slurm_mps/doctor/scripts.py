@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
-_NAMES_US = re.compile(r"(?:/[\w.+@=-]+)*/[\w.+@=-]*slurm-mps[\w.+@=-]*")
+_PATH = re.compile(r"[\w./+@=-]+")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class Script:
 
     def may_run(self, path: str) -> bool:
         """Whether its text has the name of a script, or of the directory that the script lies in."""
-        return any(
-            name in (self.code or "") for name in (os.path.basename(path), os.path.basename(os.path.dirname(path)))
-        )
+        directory, name = os.path.split(path)
+        return any(word in (self.code or "") for word in (name, os.path.basename(directory)))
 
 
 @cache
@@ -66,10 +65,9 @@ def in_order(tops: Iterable[Script]) -> Iterator[Script]:
     """The scripts that slurmd runs, each that names one of ours cut there: its part before, ours, its part after."""
     for top in tops:
         code, at = top.code or "", 0
-        for named in _NAMES_US.finditer(code) if not top.is_ours else ():
-            called = read_script(named[0])
-            if called.is_ours:
+        for named in _PATH.finditer(code) if not top.is_ours else ():
+            if named[0].startswith("/") and "slurm-mps" in named[0] and read_script(named[0]).is_ours:
                 yield replace(top, code=code[at : named.start()])
-                yield replace(called, top=top.path)
+                yield replace(read_script(named[0]), top=top.path)
                 at = named.end()
         yield replace(top, code=code[at:]) if at else top
