@@ -322,21 +322,25 @@ class Host:
 
     @cached_property
     def slurmds(self) -> list[Slurmd]:
-        """Root's slurmds that see the /run that we see; for ordinary users also those of other containers."""
-        found = []
+        """Root's slurmds that see the files that we see, as far as we may know.
+
+        One in a mount namespace of its own is a unit of systemd with a private directory, or with ``-N`` another node.
+        """
+        here: list[Slurmd] = []
+        elsewhere: list[Slurmd] = []
         for pid in processes.pids():
-            if processes.name_of(pid) not in _SLURMD or processes.uid_of(pid) != 0 or not _shares_run(pid):
+            identity = processes.identify(pid) if processes.name_of(pid) in _SLURMD else None
+            if identity is None or processes.uid_of(pid) != 0:
                 continue
-            identity = processes.identify(pid)
             try:
                 words = read_text(f"/proc/{pid}/cmdline", 65536).split("\0")
             except OSError:
                 continue
-            if identity:
-                age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.start_ticks / os.sysconf("SC_CLK_TCK")
-                name = words[words.index("-N") + 1] if "-N" in words[:-1] else ""
-                found.append(Slurmd(pid, time.time() - age, name))
-        return found
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.start_ticks / os.sysconf("SC_CLK_TCK")
+            name = words[words.index("-N") + 1] if "-N" in words[:-1] else ""
+            one = Slurmd(pid, time.time() - age, name)
+            (here if _mounts(pid) in ("", _mounts(os.getpid())) else elsewhere).append(one)
+        return here or [one for one in elsewhere if not one.node_name]
 
     # ---------------------------------------------------------------------------------------------- plugins, scripts
 
@@ -409,9 +413,9 @@ def _may_be_file(path: str) -> bool:
         return error.errno == errno.EACCES
 
 
-def _shares_run(pid: int) -> bool:
-    """Whether a process sees the /run that we see, as far as we may know."""
+def _mounts(pid: int) -> str:
+    """The name of a process's mount namespace; empty where we may not know it."""
     try:
-        return os.path.samefile(f"/proc/{pid}/root/run", "/run")
-    except OSError as error:
-        return error.errno == errno.EACCES
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""

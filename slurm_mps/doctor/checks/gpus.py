@@ -204,14 +204,15 @@ def _held() -> set[str]:
     where=GPU_NODE,
 )
 def foreign_processes(facts: Facts) -> Iterator[Finding]:
-    for gpu in facts.gpus:
-        foreign = [pid for pid in gpu.processes if not _is_slurms(pid)]
-        if foreign and not facts.is_root:
-            raise NotKnownError("only root sees whose processes are on the GPUs", needs_root=True)
-        foreign = [pid for pid in foreign if pid not in _servers_of_jobs()]
-        if foreign:
-            named = ", ".join(map(describe, foreign[:4]))
-            yield warning(f"GPU {gpu.index} ({gpu.uuid}): process {named} is of no job", f"end it: kill {foreign[0]}")
+    foreign = {gpu: [pid for pid in gpu.processes if not _is_slurms(pid)] for gpu in facts.gpus}
+    if any(foreign.values()) and not facts.is_root:
+        raise NotKnownError("only root sees whose processes are on the GPUs", needs_root=True)
+    servers = _servers_of_jobs() if any(foreign.values()) else set()
+    for gpu, found in foreign.items():
+        pids = [pid for pid in found if pid not in servers]
+        if pids:
+            named = ", ".join(map(describe, pids[:4]))
+            yield warning(f"GPU {gpu.index} ({gpu.uuid}): process {named} is of no job", f"end it: kill {pids[0]}")
 
 
 def _is_slurms(pid: int) -> bool:
