@@ -23,7 +23,7 @@ from slurm_mps.cli.output import (
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.job.reconcile import Finding
+    from slurm_mps.job.reconcile import Repair
 
 COLUMNS = (
     Column("thing", "THING"),
@@ -52,46 +52,46 @@ def run(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         return refuse(options, NOT_ROOT, "reconcile changes what belongs to root; run it as root")
     from slurm_mps.errors import MpsError
-    from slurm_mps.job.reconcile import LEFT, Finding, Reconciler
+    from slurm_mps.job.reconcile import LEFT, Reconciler, Repair
     from slurm_mps.job.watch import Watch
     from slurm_mps.node.nvml import Gpus
 
     os.umask(0o022)
     os.chdir("/")
-    findings: list[Finding] = []
+    repairs: list[Repair] = []
 
     def give_up(message: str) -> int:
-        findings.append(Finding("this node", LEFT, message))
-        return _print(findings, columns, options)
+        repairs.append(Repair("this node", LEFT, message))
+        return _print(repairs, columns, options)
 
     watch = Watch(_START_SECONDS, give_up)
-    reconciler = Reconciler(os.environ, Gpus(), watch, findings.append, dry_run=options.dry_run)
+    reconciler = Reconciler(os.environ, Gpus(), watch, repairs.append, dry_run=options.dry_run)
     try:
         if not reconciler.run():
             os._exit(refuse(options, NOT_HERE, "nothing of slurm-mps is on this node"))
     except MpsError as error:
-        findings.append(Finding("this node", LEFT, str(error)))
-    status = _print(findings, columns, options)
+        repairs.append(Repair("this node", LEFT, str(error)))
+    status = _print(repairs, columns, options)
     sys.stderr.flush()
     os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
 
 
-def _print(findings: list[Finding], columns: list[Column], options: argparse.Namespace) -> int:
-    """The findings, without the jobs that are merely not over; as a report for programs all of them."""
+def _print(repairs: list[Repair], columns: list[Column], options: argparse.Namespace) -> int:
+    """The repairs, without the jobs that are merely not over; as a report for programs all of them."""
     from slurm_mps.job.reconcile import KEPT, LEFT
 
-    status = PROBLEM if any(finding.outcome == LEFT for finding in findings) else FINE
+    status = PROBLEM if any(repair.outcome == LEFT for repair in repairs) else FINE
     if options.json:
-        print_json(options, status, dry_run=options.dry_run, findings=[vars(finding) for finding in findings])
+        print_json(options, status, dry_run=options.dry_run, repairs=[vars(repair) for repair in repairs])
         return status
-    shown = [finding for finding in findings if finding.outcome != KEPT]
+    shown = [repair for repair in repairs if repair.outcome != KEPT]
     if shown or options.format:
         rows = [{**vars(one), "style": "red" if one.outcome == LEFT else ""} for one in shown]
         print_table(rows, columns, noheader=options.noheader)
     elif not options.noheader:
         print("nothing is left of jobs that are over")
     sys.stdout.flush()
-    for finding in findings:
-        if finding.outcome == KEPT:
-            complain(f"{finding.thing} is not over: {finding.why}")
+    for repair in repairs:
+        if repair.outcome == KEPT:
+            complain(f"{repair.thing} is not over: {repair.why}")
     return status

@@ -28,7 +28,7 @@ from .scripts import Script, in_order, read_script
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ..job.reconcile import Finding as StaleFinding
+    from ..job.reconcile import Repair
     from ..node.processes import Outcome
     from ..slurm.conf import Conf
 
@@ -307,14 +307,14 @@ class Facts(Host):
             raise NotKnownError("the NVIDIA driver does not answer") from None
 
     @property
-    def stale(self) -> list[StaleFinding]:
+    def stale(self) -> list[Repair]:
         """What reconcile would do."""
         if not self.is_root:
             raise NotKnownError("only root can read the state", needs_root=True)
         return self._stale.get()
 
-    def _rehearse_reconcile(self) -> list[StaleFinding]:
-        found: list[StaleFinding] = []
+    def _rehearse_reconcile(self) -> list[Repair]:
+        found: list[Repair] = []
         Reconciler(self.environment, Gpus(), _NoWatch(), found.append, dry_run=True).run()
         return found
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..slurm.jobs import SlurmJob
     from .watch import Watch
 
-#: How a finding ended. LEFT is a problem; BUSY is in a hook's hands; KEPT belongs to a job that is not over.
+#: How a repair ended. LEFT is a problem; BUSY is in a hook's hands; KEPT belongs to a job that is not over.
 REPAIRED, WOULD_REPAIR, LEFT, BUSY, KEPT = "repaired", "would repair", "left", "busy", "kept"
 
 _FINAL = frozenset(
@@ -54,7 +54,7 @@ _WHY_LOGS = "of a job that is over, and more than the site keeps"
 
 
 @record
-class Finding:
+class Repair:
     """One thing that was looked at because it was not as it should be, or because a job may still need it."""
 
     thing: str
@@ -99,7 +99,7 @@ def _hosts(nodes: str, node: str) -> list[str]:
 
 
 class Reconciler:
-    """One look at the node, and its repair; with `dry_run` only the look. `report` is given each finding as it comes.
+    """One look at the node, and its repairs; with `dry_run` only the look. `report` is given each repair as it comes.
 
     `watch` ends the process where a driver hangs; `environment` says where squeue is found and which Slurm it asks.
     """
@@ -109,7 +109,7 @@ class Reconciler:
         environment: Mapping[str, str],
         gpus: Gpus,
         watch: Watch,
-        report: Callable[[Finding], None],
+        report: Callable[[Repair], None],
         *,
         dry_run: bool,
     ) -> None:
@@ -118,9 +118,9 @@ class Reconciler:
         self._watch = watch
         self._told: dict[str, int] = {}
 
-        def tell(finding: Finding) -> None:
-            self._told[finding.outcome] = self._told.get(finding.outcome, 0) + 1
-            report(finding)
+        def tell(repair: Repair) -> None:
+            self._told[repair.outcome] = self._told.get(repair.outcome, 0) + 1
+            report(repair)
 
         self._report = tell
         self._dry_run = dry_run
@@ -146,7 +146,7 @@ class Reconciler:
                 for job_id in strays:
                     self._say_of_lost(job_id)
                 for job_id in untidy:
-                    self._report(Finding(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
+                    self._report(Repair(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
                 self._end_forged(forged, ())
                 return True
             state = NodeState()
@@ -163,7 +163,7 @@ class Reconciler:
         try:
             found = search(_JOBS, _SEARCH_SECONDS)
         except NodeError as error:
-            self._report(Finding("this node", LEFT, str(error)))
+            self._report(Repair("this node", LEFT, str(error)))
             return {}, {}
         served = {one.pipe_directory for one in found if one.program == DAEMON_PROGRAM and one.uid == 0}
         real = [one for one in found if one.pipe_directory in served]
@@ -190,7 +190,7 @@ class Reconciler:
         for uuid in state.ledgers.names():
             self._guarded(uuid, partial(self._ledger, state, uuid))
         for path in state.strangers():
-            self._report(Finding(path, LEFT, "slurm-mps did not put it there"))
+            self._report(Repair(path, LEFT, "slurm-mps did not put it there"))
         for job_id in self._untidy_logs(config, [*jobs, *lost]):
             self._locked(state, job_id, partial(self._tidy, state, job_id, config))
         if not self._dry_run and config.metrics_textfile != "none":
@@ -208,7 +208,7 @@ class Reconciler:
             stamp = state.stamp(job_id)
             journal = state.look_at_journal(job_id)
         except MpsError as error:
-            self._report(Finding(f"job {job_id}", LEFT, str(error)))
+            self._report(Repair(f"job {job_id}", LEFT, str(error)))
             return None
         return _Seen(journal.boot_id, journal.node, stamp) if journal else _Seen("", "", stamp)
 
@@ -224,7 +224,7 @@ class Reconciler:
             self._silence = str(error)
 
     def _is_over(self, job_id: int, node: str) -> tuple[bool, str, str]:
-        """Whether a job of this boot is over here, what a finding about it is if it is not, and why.
+        """Whether a job of this boot is over here, what is to be said of it if it is not, and why.
 
         A slurmstepd that is there long after its job has ended hangs, and keeps nothing.
         """
@@ -251,52 +251,52 @@ class Reconciler:
         else:
             over, outcome, why = self._is_over(job_id, seen.node)
             if not over:
-                self._report(Finding(thing, outcome, why))
+                self._report(Repair(thing, outcome, why))
                 return
         self._locked(state, job_id, partial(self._take_down, state, job_id, seen, why))
 
-    def _take_down(self, state: NodeState, job_id: int, seen: _Seen, why: str) -> Finding:
+    def _take_down(self, state: NodeState, job_id: int, seen: _Seen, why: str) -> Repair:
         thing = f"job {job_id}"
         if state.stamp(job_id) != seen.stamp:
-            return Finding(thing, KEPT, "it came back, or its epilog ended it, in the meantime")
+            return Repair(thing, KEPT, "it came back, or its epilog ended it, in the meantime")
         if self._dry_run:
             self._with_their_job.add(job_id)
-            return Finding(thing, WOULD_REPAIR, why)
+            return Repair(thing, WOULD_REPAIR, why)
         journal = state.open_journal(job_id)
         if journal:
             config = journal.read_config() or DEFAULTS
             self._watch.restart(config.deadlines_epilog)
             end = self._watch.at(UNDO_SHARE)
             take_down(JobOnNode(state, journal, self._gpus, config, end, end))
-        return Finding(thing, REPAIRED, why)
+        return Repair(thing, REPAIRED, why)
 
     def _say_of_lost(self, job_id: int) -> tuple[bool, str]:
         """Whether a job is over of which there are processes and no journal; says so when nothing is to be done."""
         over, _, why = self._is_over(job_id, "")
         why = f"it has MPS processes and no journal; {why}"
         if not over:  # whoever runs without a journal is not kept: its epilog will not find what it has
-            self._report(Finding(f"job {job_id}", LEFT, why))
+            self._report(Repair(f"job {job_id}", LEFT, why))
             self._with_their_job.add(job_id)
         elif self._dry_run:
-            self._report(Finding(f"job {job_id}", WOULD_REPAIR, why))
+            self._report(Repair(f"job {job_id}", WOULD_REPAIR, why))
         return over, why
 
-    def _end_strays(self, state: NodeState, job_id: int, strays: list[Stray], why: str) -> Finding | None:
+    def _end_strays(self, state: NodeState, job_id: int, strays: list[Stray], why: str) -> Repair | None:
         """End the processes of a job that has no journal, and look at what they may have left of their GPUs."""
         thing = f"job {job_id}"
         if state.look_at_journal(job_id):
-            return Finding(thing, KEPT, "it came back in the meantime")
+            return Repair(thing, KEPT, "it came back in the meantime")
         processes = [stray.process for stray in strays]
         if not any(identify(process.pid) == process for process in processes):
             return None
         for number in (SIGTERM, SIGKILL):
             kill_all(processes, number, DEFAULTS.deadlines_signal)
         if left := [str(process.pid) for process in processes if identify(process.pid) == process]:
-            return Finding(thing, LEFT, f"{why}; MPS processes {', '.join(left)} are there after SIGKILL")
+            return Repair(thing, LEFT, f"{why}; MPS processes {', '.join(left)} are there after SIGKILL")
         state.open_journal(job_id)  # removes the directory without one
         for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
             self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))
-        return Finding(thing, REPAIRED, why)
+        return Repair(thing, REPAIRED, why)
 
     def _end_forged(self, forged: dict[int, list[Stray]], jobs: Collection[int]) -> None:
         """End what looks like a server of a job that is not here, all at once: it holds a GPU, or pretends to."""
@@ -304,18 +304,18 @@ class Reconciler:
         if not found:
             return
         why = f"{len(found)} that look like servers of jobs that are not here"
-        self._report(Finding("processes without a daemon", WOULD_REPAIR if self._dry_run else REPAIRED, why))
+        self._report(Repair("processes without a daemon", WOULD_REPAIR if self._dry_run else REPAIRED, why))
         if not self._dry_run:
             self._watch.restart(DEFAULTS.deadlines_epilog)
             kill_all(found, SIGKILL, _FORGED_SECONDS)
 
-    def _mode_of_lost(self, uuid: str, job_id: int) -> Finding | None:
+    def _mode_of_lost(self, uuid: str, job_id: int) -> Repair | None:
         if self._gpus.compute_mode(uuid) != EXCLUSIVE_PROCESS:
             return None
         why = f"EXCLUSIVE_PROCESS since job {job_id}, and what it was before is lost; nvidia-smi -c sets another"
-        return Finding(uuid, LEFT, why)
+        return Repair(uuid, LEFT, why)
 
-    def _ledger(self, state: NodeState, uuid: str) -> Finding | None:
+    def _ledger(self, state: NodeState, uuid: str) -> Repair | None:
         """Take those who are gone out of a GPU's ledger; without holders the GPU gets back its compute mode."""
         state.ledgers.lock(_LOCK_SECONDS)
         try:
@@ -331,63 +331,63 @@ class Reconciler:
                 if not left and entry.mode_found is not None:
                     why += f"; compute mode back to {COMPUTE_MODES.get(entry.mode_found, entry.mode_found)}"
             if self._dry_run:
-                return Finding(uuid, WOULD_REPAIR, why)
+                return Repair(uuid, WOULD_REPAIR, why)
             self._watch.restart(DEFAULTS.deadlines_epilog)
             let_go(uuid, (), state, self._gpus)
-            return Finding(uuid, REPAIRED, why)
+            return Repair(uuid, REPAIRED, why)
         finally:
             state.ledgers.unlock()
 
     # --------------------------------------------------------------------------------------------------- the logs
 
     def _site_config(self, state: NodeState | None) -> SiteConfig:
-        """What the site wants kept of logs; the defaults, and a finding, where its file cannot be used."""
+        """What the site wants kept of logs; the defaults, which is said, where its file cannot be used."""
         try:
             return load_config(None if self._dry_run else state, _SLURM_SECONDS)
         except MpsError as error:
-            self._report(Finding(CONFIG_PATH, LEFT, str(error)))
+            self._report(Repair(CONFIG_PATH, LEFT, str(error)))
             return DEFAULTS
 
     def _untidy_logs(self, config: SiteConfig, jobs: Collection[int]) -> list[int]:
         try:
             return logs.untidy(config, jobs)
         except MpsError as error:
-            self._report(Finding(config.paths_logs, LEFT, str(error)))
+            self._report(Repair(config.paths_logs, LEFT, str(error)))
             return []
 
-    def _tidy(self, state: NodeState, job_id: int, config: SiteConfig) -> Finding | None:
+    def _tidy(self, state: NodeState, job_id: int, config: SiteConfig) -> Repair | None:
         if job_id in state.job_ids():
             return None
         if self._dry_run:
-            return Finding(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS)
+            return Repair(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS)
         logs.keep(job_id, config, state.job_ids())
-        return Finding(f"logs of job {job_id}", REPAIRED, _WHY_LOGS)
+        return Repair(f"logs of job {job_id}", REPAIRED, _WHY_LOGS)
 
     # --------------------------------------------------------------------------------------------- how it is done
 
-    def _locked(self, state: NodeState, job_id: int, work: Callable[[], Finding | None]) -> None:
+    def _locked(self, state: NodeState, job_id: int, work: Callable[[], Repair | None]) -> None:
         """Do something about a job while no hook of it can; a hook that is at work is left to it."""
         self._watch.restart(DEFAULTS.deadlines_epilog)
         try:
             state.lock_job(job_id, _LOCK_SECONDS)
         except DeadlineError:
-            self._report(Finding(f"job {job_id}", BUSY, "its prolog or epilog is at work"))
+            self._report(Repair(f"job {job_id}", BUSY, "its prolog or epilog is at work"))
             return
         try:
             self._guarded(f"job {job_id}", work)
         finally:
             state.unlock_job(job_id)
 
-    def _guarded(self, thing: str, work: Callable[[], Finding | None]) -> None:
+    def _guarded(self, thing: str, work: Callable[[], Repair | None]) -> None:
         """Do one thing and tell what came of it; what goes wrong keeps nothing else from being done."""
         try:
-            finding = work()
+            repair = work()
         except MpsError as error:
-            finding = Finding(thing, LEFT, str(error))
+            repair = Repair(thing, LEFT, str(error))
         except OSError as error:
-            finding = Finding(thing, LEFT, f"{error.filename or 'a system call'}: {error.strerror}")
-        if finding:
-            self._report(finding)
+            repair = Repair(thing, LEFT, f"{error.filename or 'a system call'}: {error.strerror}")
+        if repair:
+            self._report(repair)
 
 
 def _by_job(strays: list[Stray]) -> dict[int, list[Stray]]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "slurm_mps"
 #: Functions whose text a person reads: on stderr, in syslog, in a report of findings. Doctor's problem() and warning()
 #: are none: a finding is looked up by its check's name, which it prints (tests/doctor/test_docs.py).
-SAYING = {"complain", "refuse", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Finding"}
+SAYING = {"complain", "refuse", "tell_admin", "tell_fault", "_refuse", "_node_fault", "report", "Repair"}
 #: The same of Python itself and of what stands behind a terminal or a parser.
 SAYING |= {"print", "write", "exit", "error", "ArgumentTypeError", "SystemExit"}
 #: Files that are sentences from end to end.

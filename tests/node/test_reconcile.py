@@ -98,7 +98,7 @@ def test_a_job_of_an_earlier_boot_is_taken_down_and_nobody_is_asked(node: Mistre
     node.prolog(4711, SPANK_MPS=kind).check()
     node.machine.path(f"{LOGS}/4711/server.log").write_bytes(b"x" * 3 * 1024**2)
     node.reboot(2)
-    assert node.findings() == {"job 4711": "repaired"}
+    assert node.repairs() == {"job 4711": "repaired"}
     assert not node.asked()
     assert (node.files(), node.compute_modes()) == ([], [2, 0, 0, 0]), "the new boot's mode is not the old ledger's"
     assert node.machine.path(f"{LOGS}/4711/server.log").stat().st_size == 1024**2
@@ -111,7 +111,7 @@ def test_a_job_that_slurm_does_not_know_any_more_is_taken_down(node: MistreatedN
     node.prolog(4711).check()
     node.prolog(4712, gpus="2").check()
     node.slurm_says({4712: "RUNNING|N/A|n1"})
-    assert node.findings() == {"job 4711": "repaired", "job 4712": "kept"}
+    assert node.repairs() == {"job 4711": "repaired", "job 4712": "kept"}
     assert node.compute_modes() == [0, 2, 3, 0]
     assert " sms=132 " in node.client(4712).stdout
     node.epilog(4712).check()
@@ -133,7 +133,7 @@ def test_what_slurm_says_decides(node: MistreatedNode, said: str, outcome: str) 
     """A job that is here is left alone, whatever else it is; one that is elsewhere, or waits again, is over here."""
     crash(node)
     node.slurm_says({4711: said})
-    assert node.findings() == {"job 4711": outcome}
+    assert node.repairs() == {"job 4711": outcome}
     assert (node.files() == []) == (outcome == "repaired")
     node.epilog(4711).check()
 
@@ -161,9 +161,9 @@ def test_a_slurmstepd_keeps_its_job_where_slurm_is_silent(node: MistreatedNode) 
     node.slurm_says(None)
     node.prolog(4711).check()
     with as_slurmstepd(node, "/usr/bin/sleep"):
-        assert node.findings(status=1) == {"job 4711": "left"}
+        assert node.repairs(status=1) == {"job 4711": "left"}
     with as_slurmstepd(node):
-        assert node.findings() == {"job 4711": "kept"}
+        assert node.repairs() == {"job 4711": "kept"}
     node.epilog(4711).check()
 
 
@@ -181,7 +181,7 @@ def test_a_slurmstepd_that_hangs_keeps_no_job(node: MistreatedNode, said: dict[i
     crash(node)
     node.slurm_says(said)
     with as_slurmstepd(node):
-        assert node.findings(status=int(outcome == "left")) == {"job 4711": outcome}
+        assert node.repairs(status=int(outcome == "left")) == {"job 4711": outcome}
     node.epilog(4711).check()
 
 
@@ -190,7 +190,7 @@ def test_a_job_that_comes_back_while_slurm_is_asked_is_left(node: MistreatedNode
     crash(node)
     again = {**job_environment(4711, gpus="0"), **asked("50"), "SLURM_JOB_RESTART_COUNT": "1"}
     node.slurm_says(UNKNOWN, before=" ".join(["env", *(f"{name}={value}" for name, value in again.items()), PROLOG]))
-    assert node.findings() == {"job 4711": "kept"}
+    assert node.repairs() == {"job 4711": "kept"}
     assert " sms=66 " in node.client(4711).check().stdout
     node.epilog(4711).check()
 
@@ -203,10 +203,10 @@ def test_a_job_whose_hook_is_at_work_is_left_to_it(node: MistreatedNode) -> None
     prolog = node.start(PROLOG, env=job_environment(4711, gpus="3", **asked()))
     while not any(process.comm.startswith("nvidia-cuda-mps") for process in node.machine.processes()):
         assert prolog.poll() is None
-    assert node.findings() == {"job 4711": "busy", "job 4712": "repaired"}
+    assert node.repairs() == {"job 4711": "busy", "job 4712": "repaired"}
     node.machine.signal(prolog, signal.SIGKILL)
     prolog.wait(5)
-    assert node.findings() == {"job 4711": "repaired"}
+    assert node.repairs() == {"job 4711": "repaired"}
 
 
 # ------------------------------------------------------------------------------------------ what has no journal
@@ -217,14 +217,14 @@ def test_a_gpu_whose_holder_is_gone_gets_back_its_mode(node: MistreatedNode) -> 
     node.set_compute_modes(2, 2)
     crash(node)
     node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
-    assert node.findings() == {uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
+    assert node.repairs() == {uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
     assert (node.files(), node.compute_modes()) == ([], [2, 2, 0, 0])
     crash(node)
     node.configure('[gpus]\nsharing = "share"\n')
     node.prolog(4712, gpus="0").check()
     node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
     node.slurm_says({4712: "RUNNING|N/A|n1"})
-    assert node.findings() == {"job 4712": "kept", uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
+    assert node.repairs() == {"job 4712": "kept", uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
     assert node.compute_modes() == [3, 2, 0, 0]
     assert "holder 4711" not in node.machine.read(f"{STATE_DIRECTORY}/gpus/{uuid(node, 0)}")
     node.epilog(4712).check()
@@ -238,7 +238,7 @@ def test_a_ledger_that_describes_nothing_is_removed(node: MistreatedNode) -> Non
     node.reboot()
     node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
     node.machine.path(f"{STATE_DIRECTORY}/gpus/.{uuid(node, 3)}.new").touch(mode=0o600)
-    assert node.findings() == {uuid(node, index): "repaired" for index in (0, 1, 3)}
+    assert node.repairs() == {uuid(node, index): "repaired" for index in (0, 1, 3)}
     assert node.files() == []
 
 
@@ -246,7 +246,7 @@ def test_a_directory_without_a_journal_is_removed_unasked(node: MistreatedNode) 
     """A prolog that died before its first note changed nothing."""
     node.slurm_says(None)
     node.run("sh", "-c", f"umask 077; mkdir {STATE_DIRECTORY}/jobs/4711; >{STATE_DIRECTORY}/jobs/4711/.journal.new")
-    assert node.findings() == {"job 4711": "repaired"}
+    assert node.repairs() == {"job 4711": "repaired"}
     assert (node.files(), node.asked()) == ([], False)
 
 
@@ -262,16 +262,16 @@ def test_processes_without_a_state_are_ended_when_their_job_is_over(
     path = f"{STATE_DIRECTORY}/jobs/4711/journal" if removed == "journal" else removed
     node.run("rm", "-r", path).check()
     node.slurm_says({4711: "RUNNING|N/A|n1"})
-    assert node.findings(status=1)["job 4711"] == "left"
+    assert node.repairs(status=1)["job 4711"] == "left"
     assert (node.control_daemons(), node.compute_modes()) == (daemons, [3, 3, 0, 0])
     node.slurm_says(UNKNOWN)
     lost = removed == STATE_DIRECTORY
     gpus = {uuid(node, index): "left" if lost else "repaired" for index in (0, 1)}
-    assert node.findings(status=int(lost)) == {"job 4711": "repaired", **gpus}
+    assert node.repairs(status=int(lost)) == {"job 4711": "repaired", **gpus}
     assert (node.mps_processes(), node.files()) == ([], [])
     assert node.compute_modes() == ([3, 3, 0, 0] if lost else [0, 0, 0, 0])
     node.set_compute_modes(0, 0)
-    assert node.findings() == {}
+    assert node.repairs() == {}
 
 
 def test_processes_of_another_node_of_this_machine_are_not_ours(node: MistreatedNode) -> None:
@@ -281,7 +281,7 @@ def test_processes_of_another_node_of_this_machine_are_not_ours(node: Mistreated
     run(["simulated-gpus", "create", "1"], node="n2").check()
     environment = job_environment(4713, gpus="0", **asked())
     run([PROLOG], env=environment, node="n2").check()
-    assert node.findings() == {}
+    assert node.repairs() == {}
     assert len(node.mps_processes()) == 2
     run(["/etc/slurm/epilog.d/95-slurm-mps.sh"], env=environment, node="n2").check()
     assert node.mps_processes() == []
@@ -298,18 +298,18 @@ def test_what_is_not_ours_is_named_and_left(node: MistreatedNode) -> None:
     journal = node.machine.path(f"{STATE_DIRECTORY}/jobs/4713/journal")
     whole = journal.read_bytes()
     journal.write_bytes(whole[:-20])
-    found = node.findings(status=1)
+    found = node.repairs(status=1)
     assert found == {"job 4711": "repaired", "job 4712": "left", "job 4713": "left", **dict.fromkeys(strange, "left")}
     assert all(node.machine.read(path) == "do not remove\n" for path in strange)
     assert "jobs/4712 holds 'notes', which slurm-mps did not put there" in node.reconcile().stdout
     newer = whole.replace(b"slurm-mps journal 1\n", b"slurm-mps journal 2\n")
     journal.write_bytes(newer)
-    assert node.findings(status=1)["job 4713"] == "left"
+    assert node.repairs(status=1)["job 4713"] == "left"
     assert "journal version 2 is newer than version 1" in node.reconcile().stdout
     assert journal.read_bytes() == newer != whole
     journal.write_bytes(whole)
     node.run("rm", *strange, f"{STATE_DIRECTORY}/jobs/4712/notes").check()
-    assert node.findings() == {"job 4712": "repaired", "job 4713": "repaired"}
+    assert node.repairs() == {"job 4712": "repaired", "job 4713": "repaired"}
 
 
 def test_the_last_fault_is_ours(node: MistreatedNode) -> None:
@@ -318,7 +318,7 @@ def test_the_last_fault_is_ours(node: MistreatedNode) -> None:
     assert node.prolog(4711).returncode == 1
     node.fault()
     assert node.machine.path(f"{STATE_DIRECTORY}/last-fault").exists()
-    assert node.findings() == {}
+    assert node.repairs() == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- the logs
@@ -332,15 +332,15 @@ def test_logs_that_a_reboot_left_long_are_cut(node: MistreatedNode) -> None:
     for place in ("10", "11", "12/gpu-0", "4711/gpu-0"):
         node.machine.write(f"{LOGS}/{place}/server.log", "x" * 50_000)
     wanted = {"job 4711": "kept", "logs of job 10": "repaired", "logs of job 11": "repaired"}
-    assert node.findings("--dry-run") == {
+    assert node.repairs("--dry-run") == {
         name: outcome.replace("repaired", "would repair")
         for name, outcome in {**wanted, "logs of job 12": "repaired"}.items()
     }
-    assert node.findings() == {**wanted, "logs of job 12": "repaired"}
+    assert node.repairs() == {**wanted, "logs of job 12": "repaired"}
     sizes = node.run("find", LOGS, "-name", "server.log", "-size", "+8k", "-printf", "%P %s\n").stdout.split("\n")
     assert sorted(sizes)[1:] == ["11/server.log 16384", "12/gpu-0/server.log 16384", "4711/gpu-0/server.log 50000"]
     node.configure('[logs]\nkeep = "never"\n')
-    assert node.findings() == {"job 4711": "kept", "logs of job 11": "repaired", "logs of job 12": "repaired"}
+    assert node.repairs() == {"job 4711": "kept", "logs of job 11": "repaired", "logs of job 12": "repaired"}
     assert node.run("ls", LOGS).stdout.split() == ["4711"]
     node.epilog(4711).check()
 
@@ -349,7 +349,7 @@ def test_a_wrong_configuration_is_said_and_stops_nothing(node: MistreatedNode) -
     """Jobs carry the one they were brought up with."""
     crash(node)
     node.configure("[logs]\nmax_kib = 0\n")
-    assert node.findings(status=1) == {"/etc/slurm/mps.toml": "left", "job 4711": "repaired"}
+    assert node.repairs(status=1) == {"/etc/slurm/mps.toml": "left", "job 4711": "repaired"}
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -368,9 +368,9 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(node: MistreatedN
     settle(node, 4712, 4713)
     node.configure("# new\n")
     before = node.tree(), node.compute_modes(), node.control_daemons()
-    would = node.findings("--dry-run")
+    would = node.repairs("--dry-run")
     assert (node.tree(), node.compute_modes(), node.control_daemons()) == before
-    done = node.findings()
+    done = node.repairs()
     assert set(would.values()) == {"would repair"}
     assert set(done.values()) == {"repaired"}
     assert set(done) == {*would, uuid(node, 3)}, "the ledger of 4713 shows only when its directory is gone"
@@ -387,10 +387,10 @@ def test_a_driver_that_hangs_ends_it(node: MistreatedNode) -> None:
     node.run("sh", "-c", f"umask 077; mkdir {STATE_DIRECTORY}/jobs/1").check()
     node.fault("nvml.init=hang")
     start = monotonic()
-    assert node.findings(status=1) == {"job 1": "repaired", "this node": "left"}
+    assert node.repairs(status=1) == {"job 1": "repaired", "this node": "left"}
     assert monotonic() - start < 4
     node.fault()
-    assert node.findings() == {"job 4711": "repaired"}
+    assert node.repairs() == {"job 4711": "repaired"}
 
 
 #: Each thread starts late, as on a busy machine, and the process takes its time to go away.
@@ -448,7 +448,7 @@ def test_its_exit_status_and_streams(node: MistreatedNode) -> None:
         "report": "reconcile/1",
         "dry_run": True,
         "status": 0,
-        "findings": [{"thing": "job 4711", "outcome": "kept", "why": why}],
+        "repairs": [{"thing": "job 4711", "outcome": "kept", "why": why}],
     }
     node.epilog(4711).check()
 
@@ -502,4 +502,4 @@ def test_real_jobs_are_known_for_what_they_are(site: Site) -> None:
 def reconcile(site: Site, status: int = 0) -> dict[str, str]:
     result = site.node("n1", COMMAND, "reconcile", "--json")
     assert result.returncode == status, f"{result.stdout}{result.stderr}"
-    return {finding["thing"]: finding["outcome"] for finding in json.loads(result.stdout)["findings"]}
+    return {repair["thing"]: repair["outcome"] for repair in json.loads(result.stdout)["repairs"]}

@@ -266,7 +266,7 @@ class Life(RuleBasedStateMachine):
     def reconcile(self) -> None:
         self.steps["reconcile"] += 1
         strangers = [job for job, one in self.jobs.items() if one.stranger and job not in self.running]
-        found = self.node.findings(status=int(bool(strangers)))
+        found = self.node.repairs(status=int(bool(strangers)))
         for job_id in sorted(set(self.jobs) - self.running):
             self._ended(job_id)
         assert all(found[f"job {job}"] == "left" for job in strangers), found

@@ -43,13 +43,13 @@ class MistreatedNode(GpuNode):
     def reconcile(self, *options: str) -> Result:
         return self.run(COMMAND, "reconcile", *options)
 
-    def findings(self, *options: str, status: int = 0) -> dict[str, str]:
+    def repairs(self, *options: str, status: int = 0) -> dict[str, str]:
         """What reconcile found, by thing; it must end with this status."""
         result = self.reconcile("--json", *options)
         assert result.returncode == status, f"exit {result.returncode}: {result.stdout}{result.stderr}"
         report = checked(result.stdout, result.returncode)
         assert report["status"] == status
-        return {finding["thing"]: finding["outcome"] for finding in report["findings"]}
+        return {repair["thing"]: repair["outcome"] for repair in report["repairs"]}
 
     def reboot(self, *modes: int) -> None:
         """End all of MPS, lose the compute modes, and be another boot; the state directory outlives it, the worst case.

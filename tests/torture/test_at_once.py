@@ -152,4 +152,4 @@ def test_reconcile_beside_everything(node: MistreatedNode) -> None:
         node.slurm_says({})
         assert set(at_once(node, *(([EPILOG], one) for one in jobs.values()), *repairs)) == {WELL}, number
         assert (node.files(), node.mps_processes()) == ([], []), number
-    assert json.loads(node.reconcile("--json").stdout)["findings"] == []
+    assert json.loads(node.reconcile("--json").stdout)["repairs"] == []

@@ -18,7 +18,7 @@ from ..finding import COMPUTE, check, fine, problem, warning
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...job.reconcile import Finding as StaleFinding
+    from ...job.reconcile import Repair
     from ..facts import Facts
     from ..finding import Finding
 
@@ -157,7 +157,7 @@ def stale_state(facts: Facts) -> Iterator[Finding]:
             yield problem(what, _by_hand(one) if one.outcome == LEFT else "slurm-mps reconcile")
 
 
-def _by_hand(one: StaleFinding) -> str:
+def _by_hand(one: Repair) -> str:
     """What to do about something that reconcile does not touch."""
     if one.thing.startswith("/"):
         return f"slurm-mps reconcile leaves it; move it away: {printable(one.thing, 200)}"
