@@ -146,7 +146,7 @@ import os, sys
 from binascii import crc32
 job, gpu = sys.argv[1:]
 boot = open("/proc/sys/kernel/random/boot_id").read().strip()
-text = f"slurm-mps journal 1\\njob id=4712 uid=20002 restart=0 boot={boot} node=n1 ready=yes\\n"
+text = f"slurm-mps journal 1\\njob id=4712 uid=20002 run=0 boot={boot} node=n1 ready=yes\\n"
 text += f"undo release_gpu gpu={gpu}\\n"
 os.rename(f"{job}/journal", f"{job}/away")
 with open(f"{job}/journal", "w") as file:

@@ -165,6 +165,21 @@ def test_only_a_plain_file_of_roots_is_read(place: Path, directory: Directory, s
         directory.read("file", 100)
 
 
+def test_a_file_that_is_replaced_all_the_time_is_read_whole(place: Path, directory: Directory) -> None:
+    """A ledger that other jobs write: between open and fstat it may have lost its name."""
+    (place / "file").write_text("x" * 100)
+    replace = "import os\nwhile True:\n    open('new', 'w').write('x' * 100)\n    os.rename('new', 'file')\n"
+    with subprocess.Popen([sys.executable, "-c", replace], cwd=place) as other:
+        try:
+            first = directory.stamp("file")
+            while directory.stamp("file") == first:
+                assert other.poll() is None
+            read = {directory.read("file") for _ in range(20_000)}
+        finally:
+            other.kill()
+    assert read == {b"x" * 100}
+
+
 def test_a_log_is_read_from_its_end(place: Path, directory: Directory) -> None:
     """read_tail() gives at most the last bytes of a file of root's, and nothing of anything else."""
     (place / "log").write_bytes(b"0123456789")
