@@ -306,7 +306,12 @@ def bring_up_network(address: str) -> None:
 
 def build_root(spec: dict[str, Any], controllers: list[str]) -> None:
     """Build the machine's file system beside the host's, from the host's own or another, and make it the root."""
+    own_root = os.open("/", os.O_PATH)
+    enter_root_of_the_namespace()
     mount("none", "/", "", MS_REC | MS_PRIVATE)
+    os.fchdir(own_root)
+    os.chroot(".")
+    os.close(own_root)
     host_file_systems = [where for where, kind, _ in host_mounts() if kind not in PSEUDO_FILESYSTEMS]
     stage = next(place for place in STAGING_DIRECTORIES if os.path.isdir(place))
     mount_tmpfs(stage, 0o755)
@@ -327,11 +332,25 @@ def build_root(spec: dict[str, Any], controllers: list[str]) -> None:
     make_homes(spec, root)
     for source, target in spec["binds"].items():
         bind(source, root + target)
-    os.chdir(root)
+    new_root = os.open(root, os.O_PATH)
+    enter_root_of_the_namespace()
+    os.fchdir(new_root)
+    os.close(new_root)
     # pivot_root(2): pivot_root(".", ".") stacks the old root on the new; detaching "." leaves the new.
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", MNT_DETACH), "umount old root")
     os.chdir("/")
+
+
+def enter_root_of_the_namespace() -> None:
+    """Make the root of this mount namespace this process's root, also where the process is in a chroot.
+
+    In a chroot pivot_root(2) would replace the root of the chroot alone: the namespace would keep the host's root, and
+    nsenter(1) would run the machine's commands there.
+    """
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    _check(_libc.setns(own, CLONE_NEWNS), "setns to the own mount namespace")  # sets the root, says setns(2)
+    os.close(own)
 
 
 def fill_upper_layer(spec: dict[str, Any], upper: str) -> None:
