@@ -323,13 +323,13 @@ def build_root(spec: dict[str, Any], controllers: list[str]) -> None:
     mount("overlay", root, "overlay", 0, f"lowerdir={spec['root']},upperdir={upper},workdir={work}")
     for where in host_file_systems if spec["root"] == "/" else ():
         bind_host_file_system(where, root, stage)
-    for where in spec["shown"]:
-        bind_read_only(where, root)
     mount_kernel_file_systems(root, controllers)
     make_devices(root + "/dev", spec["gpus"])
     for directory, mode in TMPFS_DIRECTORIES.items():
         mount_tmpfs(root + directory, mode)
     make_homes(spec, root)
+    for where in spec["shown"]:  # over the directories that are the machine's own: a checkout may be in /home or /tmp
+        bind_read_only(where, root)
     for source, target in spec["binds"].items():
         bind(source, root + target)
     new_root = os.open(root, os.O_PATH)

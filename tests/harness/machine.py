@@ -96,8 +96,9 @@ class Machine:
 
     overlays: directory inside -> directories whose files lie over it, the first named on top.
     binds: path on the host -> path inside; shared, not copied.
-    root: the directory whose file system it has instead of the host's; of the host's own only `shown` is there then,
-    at the same paths and read-only.
+    root: the directory whose file system it has instead of the host's.
+    shown: paths of the host that are there at the same places, read-only, also where the machine or a node has a
+    directory of its own.
     gpus: how many /dev/nvidiaN there are; opening one gives ENXIO, or EPERM where a device cgroup denies it. None for
     the host's own.
     """
@@ -199,7 +200,7 @@ class Machine:
             "gpus": self._gpus,
             "users": dict(USERS),
             "root": self._root,
-            "shown": self._shown if self._root != "/" else [],
+            "shown": self._shown,
             "overlays": self._overlays,
             "binds": self._binds,
             "cgroup_controllers": list(CGROUP_CONTROLLERS),
@@ -234,7 +235,8 @@ class Machine:
         """
         for path in shared:
             self.path(path).mkdir(parents=True, exist_ok=True)
-        spec = json.dumps({"private": list(private), "shared": list(shared)})
+        shown = [path for path in self._shown if path.startswith(tuple(f"{place}/" for place in private))]
+        spec = json.dumps({"private": list(private), "shared": [*shared, *shown]})
         holder = self.popen(
             [_PYTHON, "-I", "-S", str(_INSIDE), "node"], env={"HARNESS_SPEC": spec}, stdout=subprocess.PIPE
         )

@@ -256,7 +256,7 @@ class Site:
         directories = []
         modes = []
         for name in self.nodes:
-            found = self.node(name, "find", "/tmp", "/dev/shm", "-mindepth", "1").stdout.splitlines()
+            found = self.node(name, "find", "/tmp", "/dev/shm", "-xdev", "-mindepth", "1").stdout.splitlines()
             directories += [f"{name}:{path}" for path in found + self.state_files(name)]
             modes += [f"{name}:{mode}" for mode in self.compute_modes(name)]
         return Snapshot(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
+
+import pytest
 
 from .cluster import REPOSITORY
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from .machine import Machine
 
 # Runs "$@" in a chroot at $1, with the host's programs and the checkout $2 in it.
 IN_A_CHROOT = """set -eu
@@ -31,6 +32,18 @@ with Machine() as machine:
         print(machine.run(["touch", f"{sys.argv[2]}/written"], node=node).stderr, end="")
         machine.add_node("n1")
 """
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/run", "/var/log", "/dev/shm", "/var/lib"])
+def test_a_checkout_is_seen_wherever_it_is(place: str) -> None:
+    """Also where the machine or a node has a directory of its own."""
+    with tempfile.TemporaryDirectory(dir=place) as checkout:
+        Path(checkout, "Makefile").write_text("")
+        with Machine(shown=[checkout]) as machine:
+            machine.add_node("n1")
+            for node in (None, "n1"):
+                assert machine.run(["ls", checkout], node=node).stdout == "Makefile\n"
+                assert machine.run(["touch", f"{checkout}/new"], node=node).returncode == 1
 
 
 def test_a_machine_made_in_a_chroot_leaves_the_host_alone(tmp_path: Path) -> None:
