@@ -1,5 +1,5 @@
 # slurm-mps: `make demo` shows it on a throw-away cluster, `make test` proves it, `make install` puts it on a node.
-# Both of the former run as root on Debian 12 and install what is missing; they change nothing else.
+# The first two run as root on Debian 12 or 13, install what is missing, and change nothing else: tests/README.md.
 
 PREFIX ?= /opt/slurm-mps
 PLUGINDIR ?= $(firstword $(wildcard /usr/lib/*/slurm-wlm /usr/lib64/slurm /usr/lib/*/slurm) /usr/lib64/slurm)
@@ -10,24 +10,36 @@ DEV_PYTHON = $(DEV)/bin/python3
 export PYTHONDONTWRITEBYTECODE = 1
 export PIP_CACHE_DIR = $(CURDIR)/.cache/pip
 
-PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge \
-	gcc libc6-dev make git util-linux python3 python3-venv clang libclang-rt-14-dev cppcheck shellcheck strace \
-	debootstrap rpm man-db zsh fish
+SLURM = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge
+# What the demo needs; with SLURM_MPS_RELEASE its Slurm comes into a root file system below .cache.
+DEMO_PACKAGES = gcc libc6-dev make git util-linux python3 python3-venv $(if $(SLURM_MPS_RELEASE),debootstrap,$(SLURM))
+TEST_PACKAGES = $(sort $(DEMO_PACKAGES) $(SLURM) debootstrap clang libclang-rt-dev cppcheck shellcheck strace rpm man-db \
+	zsh fish)
 
-all: plugin
+plugin: ## the plugin alone, in build/spank
+	$(call compile,spank)
 
-# What is missing is installed without starting any service: policy-rc.d's 101 is Debian's own word for "do not".
-deps:
-	@missing=$$(dpkg-query -W -f='$${Package} $${db:Status-Status}\n' $(PACKAGES) 2>/dev/null | \
-		awk '$$2 == "installed" { have[$$1] = 1 } END { for (p in have) print p }' | \
-		sort | comm -13 - <(printf '%s\n' $(PACKAGES) | sort)); \
-	[ -z "$$missing" ] || tests/install-packages.sh $$missing
+simulator:
+	$(call compile,tests/simulator)
 
-dev: $(DEV)/.installed
+QUIET = --no-print-directory $(if $(V),,-s)
 
-$(DEV_PYTHON): $(DEV)/.installed
+# V=1 shows the compiler's commands.
+define compile
+	@$(MAKE) -sq -C $(1) 2>/dev/null || echo "make: compiling $(1)"
+	@$(MAKE) $(QUIET) -C $(1)
+endef
 
-$(DEV)/.installed: pyproject.toml
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+# The Python of the demo, without packages, and the tools of the tests in it.
+$(DEV_PYTHON):
+	@$(SYSTEM_PYTHON) -m venv $(DEV)
+
+dev: $(DEV)/.tools
+
+$(DEV)/.tools: pyproject.toml
 	@echo "make: installing the test tools into $(DEV)"
 	@$(SYSTEM_PYTHON) -m venv $(DEV)
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check \
@@ -35,62 +47,61 @@ $(DEV)/.installed: pyproject.toml
 		print(*p["dependencies"], *p["optional-dependencies"]["test"], *p["optional-dependencies"]["docs"])')
 	@touch $@
 
-plugin:
-	@$(MAKE) --no-print-directory -C spank
+build:
+	@tests/harness/prepare.sh $(DEMO_PACKAGES)
+	@$(MAKE) $(QUIET) $(if $(SLURM_MPS_RELEASE),,plugin) simulator $(DEV_PYTHON)
 
-simulator:
-	@$(MAKE) --no-print-directory -C tests/simulator
+build-tests:
+	@tests/harness/prepare.sh $(TEST_PACKAGES)
+	@$(MAKE) $(QUIET) plugin simulator dev
 
-build: deps
-	@$(MAKE) --no-print-directory plugin simulator dev
-
-demo: build
+demo: build ## one MPS job from sbatch to nothing left, on a throw-away Slurm
 	@$(DEV_PYTHON) -m tests.lab.demo $(DEMO)
 
-test: build
+shell: build ## a shell in a throw-away cluster of simulated nodes, to try things in
+	@$(DEV_PYTHON) -m tests.harness.site
+
+test: build-tests ## all tests (ten minutes); TESTS=tests/unit for some
 	@$(DEV_PYTHON) -m pytest $(TESTS)
 	@[ -n "$(TESTS)" ] || $(DEV_PYTHON) -m tests.lab.matrix --short
 
-# The tests that need a Slurm on every release; the first time it makes their root file systems below .cache.
-# MATRIX=24.11 for one, and SLURM_MPS_RELEASE=24.11 before any other target that starts a cluster.
-test-matrix: build
+test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
-bench: build
-	@$(DEV_PYTHON) -m tests.lab.bench $(BENCH)
-
-# Many nodes and many jobs; SCALE="--nodes 64 --jobs 500" is what it does unless told otherwise.
-scale: build
-	@$(DEV_PYTHON) -m tests.lab.scale $(SCALE)
-
-# Prolog, epilog and reconcile killed at every change and at random, in every order; ten minutes unless told otherwise.
-torture: build
+torture: build-tests ## hooks killed at every change and at random, in every order; TORTURE="--minutes 10"
 	@$(DEV_PYTHON) -m tests.torture $(TORTURE)
 
+bench: build-tests ## what a job's start and end cost
+	@$(DEV_PYTHON) -m tests.lab.bench $(BENCH)
+
+scale: build-tests ## many nodes and many jobs; SCALE="--nodes 64 --jobs 500"
+	@$(DEV_PYTHON) -m tests.lab.scale $(SCALE)
+
 # What a GPU machine without a registry needs for the commands below; carry build/bundle and build/spank there.
-bundle: build
+bundle: build-tests
 	@$(DEV_PYTHON) -m tests.harness.bundle build/bundle $(BUNDLE)
 
 # On real GPUs, as root. Nothing is set on them; with a bundle nothing is installed either, but for .cache in here.
 export SLURM_MPS_BUNDLE ?= $(if $(wildcard /usr/sbin/slurmd),,$(wildcard $(CURDIR)/build/bundle))
-GPU_PYTHON = $(if $(SLURM_MPS_BUNDLE),.cache/bundle/bin/python3,$(DEV_PYTHON))
+GPU_TOOLS = $(if $(SLURM_MPS_BUNDLE),.cache/bundle/bin/python3,$(DEV)/.tools)
+GPU_PYTHON = $(dir $(GPU_TOOLS))$(if $(SLURM_MPS_BUNDLE),,bin/)python3
 
 .cache/bundle/bin/python3:
 	@$(SYSTEM_PYTHON) -m venv --without-pip .cache/bundle
 	@$@ $(wildcard $(SLURM_MPS_BUNDLE)/wheels/pip-*.whl)/pip install --quiet --no-index \
 		--find-links $(SLURM_MPS_BUNDLE)/wheels pytest hypothesis jsonschema nvidia-ml-py rich
 
-test-gpu: $(GPU_PYTHON)
+test-gpu: $(GPU_TOOLS) ## the simulated GPUs' tests on real GPUs
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider --real-gpu $(or $(TESTS),tests/contract)
 
-hardware: $(GPU_PYTHON)
+hardware: $(GPU_TOOLS) ## everything else that real GPUs can show
 	@$(GPU_PYTHON) -m tests.lab.hardware
 
-bench-gpu: $(GPU_PYTHON)
+bench-gpu: $(GPU_TOOLS) ## the benchmarks on real GPUs
 	@$(GPU_PYTHON) -m tests.lab.bench --real-gpu --json $$($(GPU_PYTHON) -m tests.lab.hardware.site scripts) $(BENCH)
 	@$(GPU_PYTHON) -m tests.lab.hardware.cost $(COST)
 
-worth: $(GPU_PYTHON)
+worth: $(GPU_TOOLS) ## what MPS gains a program, on real GPUs
 	@$(GPU_PYTHON) -m tests.lab.hardware.worth $(WORTH)
 
 # The figures of docs/benchmarks, from the newest data beside them.
@@ -98,12 +109,7 @@ plots: dev
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
 	@$(DEV_PYTHON) -m tests.lab.hardware.plot
 
-# A cluster of simulated nodes with slurm-mps installed, to try things in.
-shell: build
-	@$(DEV_PYTHON) -m tests.harness.site
-
-# Into the Slurm of this machine, with slurm-mps in $(PREFIX); `slurm-mps uninstall` undoes all but $(PREFIX).
-install:
+install: ## into the Slurm of this machine, in PREFIX=/opt/slurm-mps; "slurm-mps uninstall" undoes it
 	[ -x $(PREFIX)/bin/python3 ] || $(SYSTEM_PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python3 -m pip install --quiet --disable-pip-version-check .
 	$(PREFIX)/bin/slurm-mps install $(INSTALL)
@@ -112,24 +118,22 @@ install:
 install-hooks:
 	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
 
-# The site in build/docs/html and the man pages in build/docs/man; a warning is an error.
-docs: dev man
+docs: dev man ## the site in build/docs/html and the man pages in build/docs/man
 	@$(DEV)/bin/sphinx-build -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
 	@echo build/docs/html/index.html
 
 man: dev
 	@$(DEV)/bin/sphinx-build -q -W --keep-going -b man -d build/docs/doctrees docs build/docs/man
 
-# Packages for the Slurm of this machine; each prints the path of what it built.
-deb: plugin man
+deb: plugin man ## a .deb for the Slurm of this machine; prints its path
 	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
 
-rpm: plugin man
+rpm: plugin man ## an .rpm likewise
 	@PIP="$(DEV_PYTHON) -m pip" packaging/build-rpm.sh $(PLUGINDIR)
 
-clean:
+clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: all build deps dev plugin simulator demo test test-matrix bench scale torture bundle test-gpu hardware bench-gpu \
-	worth plots shell install install-hooks deb docs man rpm clean
+.PHONY: plugin simulator help dev build build-tests demo shell test test-matrix torture bench scale bundle test-gpu \
+	hardware bench-gpu worth plots install install-hooks docs man deb rpm clean

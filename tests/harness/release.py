@@ -141,19 +141,24 @@ rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
 
 @cache
 def own_release() -> str:
-    """The release of this machine's own Slurm, or of the one in its bundle (bundle.py), as year and month."""
+    """The release of this machine's Slurm of Debian's, or of the one in its bundle (bundle.py), as year and month.
+
+    Empty where there is none: a Slurm from elsewhere has its files in other places.
+    """
     bundle = os.environ.get(BUNDLE_VARIABLE)
     if bundle:
         return (Path(bundle) / "release").read_text().strip()
-    shown = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
-    return _year_and_month(shown)
+    line = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Version}", "slurmd"]
+    status, _, version = subprocess.run(line, capture_output=True, text=True, check=False).stdout.partition(" ")
+    return _year_and_month(version) if status == "installed" else ""
 
 
 def chosen() -> Release:
     """The release to run on: what the environment says, else this machine's own."""
     name = os.environ.get(VARIABLE) or own_release()
     if name not in RELEASES:
-        raise SystemExit(f"Slurm {name} has no row in {__file__}; {VARIABLE} can be {', '.join(RELEASES)}")
+        found = f"Slurm {name} has no row in {__file__}" if name else "this machine has no Slurm of Debian's"
+        raise SystemExit(f"{found}; {VARIABLE} can be {', '.join(RELEASES)}")
     return RELEASES[name]
 
 
