@@ -10,7 +10,6 @@ COMPLETING until then.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
 import shlex
@@ -262,8 +261,7 @@ class Cluster:
         """End one daemon (``slurmctld``, ``slurmd-n1``) and wait until it is gone."""
         daemon = self._daemons.pop(name)
         for last in (False, False, True):  # slurmd misses a signal that comes while it reads slurm.conf again
-            with contextlib.suppress(ProcessLookupError):
-                self.machine.signal(daemon, number)
+            self.machine.signal(daemon, number)
             try:
                 daemon.wait(_STOP_TIMEOUT_SECONDS)
                 break
@@ -272,18 +270,11 @@ class Cluster:
                     raise
 
     def close(self) -> None:
-        """End the daemons, all at once; one that does not end in time is killed, or ends with the machine."""
+        """Kill the daemons: nothing of them is wanted any more."""
         daemons, self._daemons = self._daemons, {}
         for daemon in daemons.values():
-            with contextlib.suppress(ProcessLookupError):
-                self.machine.signal(daemon, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_TIMEOUT_SECONDS
-        for daemon in daemons.values():
-            try:
-                daemon.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    self.machine.signal(daemon, signal.SIGKILL)
+            self.machine.signal(daemon, signal.SIGKILL)
+            daemon.wait(_STOP_TIMEOUT_SECONDS)
 
     def _controller_answers(self) -> bool | None:
         return "UP" in self.machine.run(["scontrol", "ping"]).stdout.split() or None

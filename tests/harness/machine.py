@@ -170,6 +170,8 @@ class Machine:
         keeper, self._keeper, self._pid = self._keeper, None, 0
         if keeper is None:
             return
+        for child in self._children:  # an nsenter that stopped itself with its program reaps nothing, and PID 1 waits
+            child.send_signal(signal.SIGCONT)
         assert keeper.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             keeper.stdin.close()
@@ -342,9 +344,14 @@ class Machine:
         return Result(code, stdout, stderr)
 
     def signal(self, child: subprocess.Popen[bytes], number: int) -> None:
-        """Send a signal to the program that :meth:`popen` started (not to nsenter in front of it)."""
+        """Send a signal to the program that :meth:`popen` started (not to nsenter in front of it).
+
+        When its program stops, nsenter stops itself, and then misses the program's end: it is continued.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.host_pid(child), number)
+        if number != signal.SIGSTOP:
+            child.send_signal(signal.SIGCONT)
 
     def host_pid(self, child: subprocess.Popen[bytes]) -> int:
         """The host's pid of the program that :meth:`popen` started: nsenter's only child, very soon."""

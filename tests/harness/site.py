@@ -54,7 +54,9 @@ def gpu_machine(*, real: bool = False, of: Release | None = None, then: Release 
     root = release.ensure_root(of or release.chosen(), CACHE)
     binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}
     if root is not None:
-        binds[build_plugin(CACHE, REPOSITORY, root)] = str(REPOSITORY / "build/spank")
+        place = REPOSITORY / "build/spank"
+        place.mkdir(parents=True, exist_ok=True)
+        binds[build_plugin(CACHE, REPOSITORY, root)] = str(place)
     if then is not None:
         next_root = release.ensure_root(then, CACHE)
         assert next_root is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,20 @@ def test_a_machine_made_in_a_chroot_leaves_the_host_alone(tmp_path: Path) -> Non
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
     assert list(outside.iterdir()) == []
     assert (done.returncode, done.stderr, done.stdout.count("No such file or directory")) == (0, "", 2)
+
+
+def test_a_program_that_was_stopped_ends_and_leaves_no_nsenter() -> None:
+    """Nsenter stops itself with its program, and would wait for ever when somebody else continues the program alone."""
+    with Machine() as machine:
+        signalled, stopped = (machine.popen(["sleep", "60"]) for _ in range(2))
+        for child in (signalled, stopped):
+            machine.signal(child, signal.SIGSTOP)
+            deadline = time.monotonic() + 5
+            while ") T " not in Path(f"/proc/{child.pid}/stat").read_text() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        machine.signal(signalled, signal.SIGKILL)
+        signalled.wait(5)
+        for name in ("CONT", "KILL"):
+            machine.run(["kill", f"-{name}", str(machine.pid_inside(stopped))]).check()
+        assert stopped.poll() is None
+    assert not Path(f"/proc/{stopped.pid}").exists()
