@@ -61,9 +61,13 @@ demo: build ## one MPS job from sbatch to nothing left, on a throw-away Slurm
 shell: build ## a shell in a throw-away cluster of simulated nodes, to try things in
 	@$(DEV_PYTHON) -m tests.harness.site
 
-test: build-tests ## all tests (ten minutes); TESTS=tests/unit for some
-	@$(DEV_PYTHON) -m pytest $(TESTS)
-	@[ -n "$(TESTS)" ] || $(DEV_PYTHON) -m tests.lab.matrix --short
+check: build-tests ## format, lint, types, C, unit tests, links, a few jobs on a real Slurm: one minute
+	@$(SUITE) --quick
+
+test: build-tests ## all tests, in ten minutes; TESTS=tests/unit for some, JOBS=4 at a time
+	@$(SUITE) $(or $(TESTS),--releases)
+
+SUITE = $(DEV_PYTHON) -m tests.harness.suite $(if $(JOBS),--jobs $(JOBS))
 
 test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
@@ -119,11 +123,15 @@ install-hooks:
 	$(PREFIX)/bin/slurm-mps install --no-doctor --plugin build/spank/spank_mps.so --plugin-dir $(PLUGINDIR)
 
 docs: dev man ## the site in build/docs/html and the man pages in build/docs/man
-	@$(DEV)/bin/sphinx-build -q -W --keep-going -b html -d build/docs/doctrees docs build/docs/html
-	@echo build/docs/html/index.html
+	@$(SPHINX) -b html docs $(DOCS)/html
+	@echo $(DOCS)/html/index.html
 
 man: dev
-	@$(DEV)/bin/sphinx-build -q -W --keep-going -b man -d build/docs/doctrees docs build/docs/man
+	@$(SPHINX) -b man docs $(DOCS)/man
+
+# A warning is an error. One at a time: all write docs/generated first.
+DOCS ?= build/docs
+SPHINX = mkdir -p $(DOCS) && flock .cache/docs.lock $(DEV)/bin/sphinx-build -q -W --keep-going -d $(DOCS)/doctrees
 
 deb: plugin man ## a .deb for the Slurm of this machine; prints its path
 	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
@@ -135,5 +143,5 @@ clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: plugin simulator help dev build build-tests demo shell test test-matrix torture bench scale bundle test-gpu \
+.PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix torture bench scale bundle test-gpu \
 	hardware bench-gpu worth plots install install-hooks docs man deb rpm clean

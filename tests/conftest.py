@@ -13,6 +13,35 @@ from tests.harness.site import Site
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+#: What `make check` runs, beside the tests that are for every release of Slurm.
+QUICK = ("tests/unit/", "tests/lint/", "tests/docs/")
+#: What takes more than ten seconds begins first, so that nobody waits for it at the end.
+LONGEST = (
+    "tests/lint/test_linters.py::test_linter_has_nothing_to_say[mypy]",
+    "tests/lint/test_linters.py::test_linter_has_nothing_to_say[spank]",
+    "tests/install/test_packages",
+    "tests/install/test_readme",
+    "tests/slurm/test_scale.py::test_a_job_on_many_nodes",
+    "tests/slurm/test_job_kinds.py::test_a_job_is_warned_or_ended_at_its_time_limit",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what `make check` runs: a part of all that takes a minute")
+
+
+def is_quick(item: pytest.Item) -> bool:
+    return item.nodeid.startswith(QUICK) or item.get_closest_marker("every_release") is not None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not quick, and begin with the longest."""
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_quick(item)])
+        items[:] = filter(is_quick, items)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def shared_gpu_node() -> Iterator[GpuNode]:

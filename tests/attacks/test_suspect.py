@@ -135,6 +135,7 @@ print("found" if found else "none")
 """
 
 
+@pytest.mark.alone  # the user's program has to meet the probe while it lives
 @attack("the probe has a group of its own")
 def test_a_user_takes_the_probe_over(cluster: Site, works: bool) -> None:
     """It is not among the step's processes, which Slurm ends: whoever can trace it has one that outlives the job."""

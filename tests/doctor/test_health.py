@@ -57,6 +57,7 @@ def seconds(patient: Patient, *argv: str) -> float:
     return monotonic() - began
 
 
+@pytest.mark.alone
 def test_all_of_it_takes_less_than_two_seconds(patient: Patient) -> None:
     """Also where slurmctld and the driver say nothing at all."""
     assert seconds(patient) < 2

@@ -53,7 +53,7 @@ PAGE = REPOSITORY / "docs/support.md"
 README = REPOSITORY / "README.md"
 #: What lies between them in README is the page's table, in short.
 README_BEGINS, README_ENDS = "<!-- written by make test-matrix -->\n", "<!-- end of what make test-matrix writes -->\n"
-FULL_TIMEOUT_SECONDS, SHORT_TIMEOUT_SECONDS = 3600.0, 420.0
+FULL_TIMEOUT_SECONDS, SHORT_TIMEOUT_SECONDS = 3600.0, 600.0
 _PRINTING = threading.Lock()
 
 PAGE_HEAD = """# Which Slurm this runs on

@@ -36,6 +36,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+@pytest.mark.alone
 def test_waits_add_up_to_less_than_messagetimeout(gpu_node: GpuNode) -> None:
     """At the default deadlines: another hook keeps the job's lock for a while, and then the driver hangs."""
     gpu_node.prolog(1).check()
@@ -65,6 +66,7 @@ def test_hooks_use_no_network(gpu_node: GpuNode, hook: str) -> None:
         gpu_node.epilog(4711).check()
 
 
+@pytest.mark.alone
 def test_a_stderr_that_nobody_reads_holds_nothing_up(gpu_node: GpuNode) -> None:
     """slurmd may be gone or stuck with the pipe full; the prolog says what it can and goes its way."""
     gpu_node.fault("daemon.start=exit:1")

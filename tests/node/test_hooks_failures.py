@@ -336,6 +336,7 @@ PROPORTIONS = "prolog = 1.6\ndaemon_start = 0.8\ncommand = 0.6\nquit = 1.0\nsign
 TIGHT = "prolog = 0.6\ndaemon_start = 4\ncommand = 3\nquit = 5\nsignal = 3\n"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("deadlines", "faults"),
     [
@@ -362,6 +363,7 @@ def test_a_daemon_that_hangs_costs_no_more_than_the_prologs_deadline(
     assert left == ([], [], [0, 0, 0, 0]), said
 
 
+@pytest.mark.alone
 def test_a_driver_that_hangs_is_ended_by_the_watchdog(gpu_node: GpuNode) -> None:
     """Inside NVML no deadline reaches; the prolog ends itself, says what hangs, and leaves nothing."""
     gpu_node.configure("[deadlines]\nprolog = 0.5\n")
@@ -372,6 +374,7 @@ def test_a_driver_that_hangs_is_ended_by_the_watchdog(gpu_node: GpuNode) -> None
     assert_nothing_left(gpu_node, "after the watchdog")
 
 
+@pytest.mark.alone
 def test_a_driver_that_answers_too_late_leaves_nothing(gpu_node: GpuNode) -> None:
     """What was done ahead is undone when bringing up has had its time; the answer that comes then changes nothing."""
     gpu_node.configure("[deadlines]\nprolog = 1.5\n")
@@ -383,6 +386,7 @@ def test_a_driver_that_answers_too_late_leaves_nothing(gpu_node: GpuNode) -> Non
     assert_nothing_left(gpu_node, "after an answer that came late")
 
 
+@pytest.mark.alone
 def test_a_driver_that_hangs_in_a_claim_leaves_no_daemon(gpu_node: GpuNode) -> None:
     """The journal stays, for the mode may or may not be set; epilog or reconcile go by it when the driver is well."""
     gpu_node.configure("[deadlines]\nprolog = 1.5\n")
@@ -398,6 +402,7 @@ def test_a_driver_that_hangs_in_a_claim_leaves_no_daemon(gpu_node: GpuNode) -> N
     assert_nothing_left(gpu_node, "after the epilog")
 
 
+@pytest.mark.alone
 def test_a_driver_that_hangs_fails_the_job_where_the_site_says_so(gpu_node: GpuNode) -> None:
     """The watchdog goes by the site's policy as every other fault of the node does."""
     gpu_node.configure('[deadlines]\nprolog = 0.5\n[policy]\nnode_fault = "fail_job"\n')

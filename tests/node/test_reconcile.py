@@ -380,6 +380,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(node: MistreatedN
     assert not node.machine.path(STATE_DIRECTORY).exists()
 
 
+@pytest.mark.alone
 def test_a_driver_that_hangs_ends_it(node: MistreatedNode) -> None:
     """Inside NVML no deadline reaches: it says what it did so far and what hangs, with status 1."""
     node.configure(SHORT)

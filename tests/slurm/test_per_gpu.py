@@ -171,6 +171,7 @@ def test_the_daemons_have_directories_and_logs_of_their_own(gpu_node: GpuNode) -
     assert sorted(kept) == sorted(logs)
 
 
+@pytest.mark.alone
 def test_the_daemons_start_side_by_side(gpu_node: GpuNode) -> None:
     """Four daemons that take a second each are up in not much more than one."""
     gpu_node.fault("daemon.start=slow:1000")

@@ -20,10 +20,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.lab.progress import Progress
 from tests.torture.life import Life
 
 from . import exploits, random_kills
-from .strike import CAN_DIE, CAN_FAIL, FAULTS, StruckNode, build_library, scenarios, strike
+from .strike import CAN_DIE, CAN_FAIL, FAULTS, Scenario, StruckNode, build_library, scenarios, strike
 
 #: Of the time: the matrix takes what it needs, up to this; then the kills; the orders have the rest.
 MATRIX_SHARE, KILLS_SHARE = 0.6, 0.5
@@ -50,11 +51,12 @@ class Count:
         return sum(f": {word}" in what for what in self.wrong)
 
 
-def matrix(node: StruckNode, chance: random.Random, end: float) -> Count:
+def matrix(node: StruckNode, chance: random.Random, end: float, progress: Progress) -> Count:
     """Every point of every scenario; where the time does not suffice, as many as it does, chosen evenly."""
     count = Count()
-    points = []
+    points: list[tuple[Scenario, str, int]] = []
     for scenario in scenarios():
+        progress.at(f"looking for stop points: {len(points)} so far")
         for on in (CAN_DIE, CAN_FAIL):
             calls = scenario.calls(node, on)
             faults = [fault for fault, error in FAULTS.items() if bool(error) == (on == CAN_FAIL)]
@@ -65,17 +67,19 @@ def matrix(node: StruckNode, chance: random.Random, end: float) -> Count:
         if time.monotonic() > end:
             break
         count.add(strike(node, scenario, fault, at, chance.choice(scenario.repairs)))
+        progress.at(f"{count.tried} of {len(points)} stop points tried")
     return count
 
 
-def kills(node: StruckNode, number: int, end: float) -> Count:
+def kills(node: StruckNode, number: int, end: float, progress: Progress) -> Count:
     count = Count()
     while time.monotonic() < end:
         count.add(random_kills.attempt(node, random_kills.draw(number, count.tried)))
+        progress.at(f"{count.tried} random kills tried")
     return count
 
 
-def orders(node: StruckNode, number: int, end: float) -> Count:
+def orders(node: StruckNode, number: int, end: float, progress: Progress) -> Count:
     """New orders until the time is over; one that goes wrong is printed step by step."""
     count = Count()
     node.reset()
@@ -98,6 +102,7 @@ def orders(node: StruckNode, number: int, end: float) -> Count:
             wrong = [f"order of seed {number}: {traceback.format_exc()}"]
         count.add(wrong)
         count.found += Life.orders
+        progress.at(f"{count.found} orders tried")
     return count
 
 
@@ -108,13 +113,15 @@ def main() -> int:
     options = parser.parse_args()
     print(f"torture: seed {options.seed}, {options.minutes:g} minutes", flush=True)
     end = time.monotonic() + 60 * options.minutes
+    progress = Progress("torture")
     with tempfile.TemporaryDirectory() as place, StruckNode(build_library(Path(place))) as node:
         node.prepare()
         now = time.monotonic()
-        points = matrix(node, random.Random(options.seed), now + MATRIX_SHARE * (end - now))
+        points = matrix(node, random.Random(options.seed), now + MATRIX_SHARE * (end - now), progress)
         now = time.monotonic()
-        killed = kills(node, options.seed, now + KILLS_SHARE * (end - now))
-        ordered = orders(node, options.seed, end)
+        killed = kills(node, options.seed, now + KILLS_SHARE * (end - now), progress)
+        ordered = orders(node, options.seed, end, progress)
+        progress.say("exploits, hostile submissions and fuzzers, in about two minutes")
         attacked = exploits.run(Path(place))
     counts = (points, killed, ordered)
     print(f"stop points: {points.found} found, {points.tried} tried, {points.survived} survived")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from tests.lab.progress import Progress
+
 if TYPE_CHECKING:
     from tests.harness.site import Site, Snapshot
 
@@ -81,9 +83,12 @@ def run_jobs(site: Site, jobs: int, at_a_time: int) -> Run:
         return time.monotonic() - began
 
     one(0)
-    before, descriptors = site.snapshot(), _descriptors(site)
+    before, descriptors, seconds = site.snapshot(), _descriptors(site), []
+    progress = Progress("scale")
     with ThreadPoolExecutor(at_a_time) as pool:
-        seconds = list(pool.map(one, range(jobs)))
+        for took in pool.map(one, range(jobs)):
+            seconds.append(took)
+            progress.at(f"{len(seconds)} of {jobs} jobs, {at_a_time} at a time")
     after = site.snapshot()
     return Run(seconds, before, after, descriptors, _descriptors(site))
 
@@ -93,8 +98,9 @@ def run_on_all_nodes(site: Site) -> int:
 
     Each node's first job, which checks the site configuration, comes before, a few nodes at a time.
     """
-    nodes = len(site.nodes)
+    nodes, progress = len(site.nodes), Progress("scale")
     for first in range(0, nodes, 4):
+        progress.at(f"{first} of {nodes} nodes have had a job")
         some = site.nodes[first : first + 4]
         site.cluster.srun(f"-w{','.join(some)}", f"-N{len(some)}", "--gres=gpu:1", "--mps", "true").check()
     result = site.cluster.srun(f"-N{nodes}", f"-n{nodes}", "--gres=gpu:1", *MPS, *CLIENT, timeout=120).check()
