@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TRACE = "/run/trace"
-HOOK = "/opt/slurm-mps/lib/python3.11/site-packages/slurm_mps/hook.py"
 SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
 
 
@@ -90,7 +89,7 @@ def test_no_change_bypasses_the_library(struck_node: StruckNode, name: str) -> N
         struck_node.run("rm", "-r", STATE_DIRECTORY).check()  # the first one makes more
     scenario.prepare(struck_node)
     struck_node.machine.path(LOG).unlink(missing_ok=True)
-    result = struck_node.run(*traced(scenario), env=scenario.environment)
+    result = struck_node.run(*traced(struck_node, scenario), env=scenario.environment)
     counted = Counter(struck_node.noted())
     assert (result.returncode, result.stderr) == (0, "")
     there = () if name.startswith("prolog") else ("lock",)
@@ -101,9 +100,10 @@ def test_no_change_bypasses_the_library(struck_node: StruckNode, name: str) -> N
     assert sum(seen.values()) > 20
 
 
-def traced(scenario: Scenario) -> list[str]:
+def traced(node: StruckNode, scenario: Scenario) -> list[str]:
     """The command line that runs it under strace, which follows its threads and leaves its children alone."""
-    hooks = {PROLOG: [PYTHON, "-I", "-S", HOOK, "prolog"], EPILOG: [PYTHON, "-I", "-S", HOOK, "epilog"]}
+    hook = [PYTHON, "-I", "-S", f"{node.package}/hook.py"]
+    hooks = {PROLOG: [*hook, "prolog"], EPILOG: [*hook, "epilog"]}
     argv = hooks.get(scenario.argv[0], list(scenario.argv))
     given = {"LD_PRELOAD": LIBRARY, "STRIKE_LOG": LOG, "STRIKE_ON": CHANGES}
     strace = ["strace", "-f", "-b", "execve", "-qqq", "-y", "-s", "64", "-o", TRACE, "-e", "signal=none"]
