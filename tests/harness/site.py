@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from .cluster import Job
     from .machine import Result
     from .release import Release
 
@@ -246,6 +248,16 @@ class Site:
         """The command names of all MPS daemons and servers of the machine."""
         return [p.comm for p in self.machine.processes() if p.comm.startswith("nvidia-cuda-mps")]
 
+    def verdict(self, job: Job) -> str:
+        """The verdict that n1's prolog writes for a job, when it is there."""
+        path = self.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
+        return self.cluster.until("the verdict", lambda: path.read_text() if path.exists() else None, 20)
+
+    def change_verdict(self, job: Job, pattern: str, words: str) -> None:
+        """Change lines of it."""
+        changed = re.sub(pattern, words, self.verdict(job), flags=re.MULTILINE)
+        self.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1").write_text(changed)
+
     def state_files(self, node: str) -> list[str]:
         """What slurm-mps keeps of jobs and GPUs on a node."""
         places = [f"{STATE_DIRECTORY}/jobs", f"{STATE_DIRECTORY}/gpus"]
@@ -282,7 +294,9 @@ class MarkedSite(Site):
 def main() -> int:
     """A shell in a site."""
     with Site() as site:
-        print(f"site: nodes {', '.join(site.nodes)}; users alice, bob, carol (su - alice); gone when the shell ends")
+        print("site: users alice, bob, carol (su - alice); logs in /var/log/slurm; gone when the shell ends")
+        for name, node in site.machine.nodes.items():
+            print(f"site: {name} (its own /run, /tmp, /var/log): nsenter -t {node.pid} -m")
         environment = site.machine.environment(env={"TERM": "xterm", **mpi_environment()})
         return subprocess.call(site.machine.command(sys.argv[1:] or ["/bin/bash"]), env=environment)
 
