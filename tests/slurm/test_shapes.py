@@ -100,8 +100,9 @@ def naming(request: pytest.FixtureRequest, any_site: Site) -> str:
 @contextmanager
 def first_two_gpus_taken(site: Site) -> Iterator[None]:
     """Another user's MPS job holds GPUs 0 and 1 of n1."""
-    other = site.cluster.sbatch("-wn1", "--gres=gpu:2", "--mps", script="echo started; exec sleep 100", user="bob")
-    site.cluster.until_output(other, "started")
+    other = site.cluster.sbatch(
+        "-wn1", "--gres=gpu:2", "--mps", script="echo started; exec sleep 100", user="bob", until="started"
+    )
     assert site.cluster.gpus_of(other) == {"n1": [0, 1]}
     yield
     site.cluster.scancel(other)
@@ -128,6 +129,16 @@ def check(site: Site, tasks: list[Task], gpus: list[list[int]], naming: str) -> 
         assert "none" not in servers
 
 
+def on_each_site(shapes: list[tuple[str, list[list[int]]]]) -> list[tuple[str, str, str, list[list[int]]]]:
+    """Each shape with devices confined and not, and with GPUs named either way: the other way in the next row."""
+    sites, namings = ("free", "constrained"), ("uuid", "ordinal")
+    return [
+        (site, namings[(row + column) % 2], options, gpus)
+        for row, (options, gpus) in enumerate(shapes)
+        for column, site in enumerate(sites)
+    ]
+
+
 SHAPES = [
     ("-N1 -n2 --gres=gpu:2", [[0, 1], [0, 1]]),
     ("-N1 -n2 --gpus-per-task=1", [[0], [1]]),
@@ -142,7 +153,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("options", "gpus"), SHAPES, ids=[options for options, _ in SHAPES])
+@pytest.mark.parametrize(
+    ("any_site", "naming", "options", "gpus"), on_each_site(SHAPES), indirect=["any_site", "naming"]
+)
 def test_a_job_of_any_shape(any_site: Site, look: str, naming: str, options: str, gpus: list[list[int]]) -> None:
     """With ConstrainDevices=yes Slurm's variable is 0 for each of several bound tasks."""
     result = any_site.cluster.srun("--mps", *options.split(), *look.split()).check()
@@ -158,22 +171,23 @@ SHAPES_OF_STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "gpus"), SHAPES_OF_STEPS, ids=[options for options, _ in SHAPES_OF_STEPS])
+@pytest.mark.parametrize(
+    ("any_site", "naming", "options", "gpus"), on_each_site(SHAPES_OF_STEPS), indirect=["any_site", "naming"]
+)
 def test_a_step_of_a_job_on_a_nodes_last_gpus(
     any_site: Site, look: str, naming: str, options: str, gpus: list[list[int]]
 ) -> None:
     """Slurm's own index means another GPU, or none, to a client of a daemon on two of four GPUs (O18)."""
     with first_two_gpus_taken(any_site):
-        job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps", script=f"srun {options} {look}")
-        state = any_site.cluster.wait(job).state
-    assert state == "COMPLETED", any_site.cluster.output(job)
-    check(any_site, tasks_in(any_site.cluster.output(job)), gpus, naming)
+        output = any_site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:2", "--mps", script=f"srun {options} {look}")
+    check(any_site, tasks_in(output), gpus, naming)
 
 
 def test_the_batch_step_of_a_job_on_a_nodes_last_gpus(any_site: Site, look: str, naming: str) -> None:
     with first_two_gpus_taken(any_site):
-        job = any_site.cluster.sbatch("-wn1", "--gres=gpu:2", "--mps", script=f"echo started; {look}; sleep 100")
-        any_site.cluster.until_output(job, "}")
+        job = any_site.cluster.sbatch(
+            "-wn1", "--gres=gpu:2", "--mps", script=f"echo started; {look}; sleep 100", until="}"
+        )
         by_the_controller = any_site.cluster.gpus_of(job)
         any_site.cluster.scancel(job)
         any_site.cluster.wait(job)
@@ -184,10 +198,8 @@ def test_the_batch_step_of_a_job_on_a_nodes_last_gpus(any_site: Site, look: str,
 def test_an_exclusive_job_has_all_of_its_node(any_site: Site, look: str, naming: str) -> None:
     """It asks for one GPU and is given all four; a step has the one."""
     script = f"{look}\nsrun -n1 {look}"
-    job = any_site.cluster.sbatch("-wn1", "-n1", "--exclusive", "--gres=gpu:1", "--mps", script=script)
-    state = any_site.cluster.wait(job).state
-    assert state == "COMPLETED", any_site.cluster.output(job)
-    check(any_site, tasks_in(any_site.cluster.output(job)), [[0, 1, 2, 3], [0]], naming)
+    output = any_site.cluster.run_batch("-wn1", "-n1", "--exclusive", "--gres=gpu:1", "--mps", script=script)
+    check(any_site, tasks_in(output), [[0, 1, 2, 3], [0]], naming)
 
 
 def test_one_gpu_steps_side_by_side_in_a_job_on_a_nodes_last_gpus(any_site: Site, look: str, naming: str) -> None:
@@ -197,8 +209,6 @@ def test_one_gpu_steps_side_by_side_in_a_job_on_a_nodes_last_gpus(any_site: Site
     step = f"srun --exact -n1 --gres=gpu:1 sh -c '{meet}; {look}'"
     with first_two_gpus_taken(any_site):
         script = f"{step} &\n{step} &\nwait; rm here.$SLURM_JOB_ID.*"
-        job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps", script=script)
-        state = any_site.cluster.wait(job).state
-    assert state == "COMPLETED", any_site.cluster.output(job)
-    tasks = sorted(tasks_in(any_site.cluster.output(job)), key=lambda task: task.given)
+        output = any_site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:2", "--mps", script=script)
+    tasks = sorted(tasks_in(output), key=lambda task: task.given)
     check(any_site, tasks, [[2], [3]], naming)
