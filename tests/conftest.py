@@ -51,14 +51,25 @@ def shared_gpu_node() -> Iterator[GpuNode]:
 
 @pytest.fixture
 def gpu_node(shared_gpu_node: GpuNode) -> Iterator[GpuNode]:
-    """A simulated GPU node without Slurm. Whatever the test did, the node must be as before once it is over."""
+    """A simulated GPU node without Slurm.
+
+    When the test is over, the jobs that it left running get their epilog, and the node must be as before.
+    """
     before = shared_gpu_node.snapshot()
     yield shared_gpu_node
     shared_gpu_node.fault()
+    shared_gpu_node.end_jobs()
     shared_gpu_node.configure("")
     after = shared_gpu_node.snapshot()
     shared_gpu_node.clean()  # one test's failure is not to be the next one's
     assert after == before
+
+
+@pytest.fixture
+def own_node() -> Iterator[GpuNode]:
+    """A node for a test that would leave its mark on the shared one."""
+    with GpuNode(gpus=2) as node:
+        yield node
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from tests.attacks.processes import started, until
 from tests.attacks.weakened import attack
 from tests.harness.gpunode import asked
 from tests.harness.machine import USERS
+from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from tests.harness.gpunode import GpuNode
@@ -172,10 +173,15 @@ for _ in range(3000):
 
 @attack("logs are bounded while the job runs")
 def test_a_flood_of_connections_does_not_fill_the_disk(node: GpuNode, works: bool) -> None:
-    """Each connection is two lines of root's log; daemon and server go on when there is no more room for any."""
+    """Each connection is two lines of root's log; daemon and server go on when there is no more room for any.
+
+    The state of all jobs lies on a file system of its own, and has as much room as before.
+    """
     node.configure("[logs]\nmax_kib = 1\n")
     node.prolog(4711, user="alice", **asked("25")).check()
+    before = node.run("du", "-sk", STATE_DIRECTORY).stdout
     node.run("/usr/bin/python3", "-c", FLOOD, f"{node.pipe_directory(4711)}/control", user="alice").check()
+    assert node.run("du", "-sk", STATE_DIRECTORY).stdout == before
     size = node.machine.path("/var/log/slurm-mps/4711/control.log").stat().st_size
     served = node.client(4711).stdout
     node.epilog(4711).check()

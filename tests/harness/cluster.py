@@ -90,6 +90,11 @@ class SlurmError(AssertionError):
     """Slurm did not do what a test needs; the message ends with the daemons' logs."""
 
 
+def waits_for(word: str = "go") -> str:
+    """A line of a job's script that waits until the test lets the job go on: :meth:`Cluster.let_go`."""
+    return f"while [ ! -e ~/{word}.$SLURM_JOB_ID ]; do sleep 0.1; done"
+
+
 class Cluster:
     """A running cluster, one to a machine; use it as a context manager.
 
@@ -343,12 +348,35 @@ class Cluster:
         text = script if script.startswith("#!") else f"#!/bin/bash\n{script}\n"
         return self._as_user(["sbatch", "--parsable", *args], user, 30, env, text)
 
-    def sbatch(self, *args: str, script: str, user: str = DEFAULT_USER, env: Mapping[str, str] | None = None) -> Job:
-        """Submit a script that must be accepted; its output goes to the user's home."""
+    def sbatch(
+        self,
+        *args: str,
+        script: str,
+        user: str = DEFAULT_USER,
+        env: Mapping[str, str] | None = None,
+        until: str = "",
+    ) -> Job:
+        """Submit a script that must be accepted; its output goes to the user's home. Returns when `until` is in it."""
         result = self.try_sbatch(*args, script=script, user=user, env=env)
         if result.returncode != 0:
             raise SlurmError(f"sbatch {shlex.join(args)}: {result}\n{self.logs()}")
-        return Job(int(result.stdout.strip().splitlines()[-1].split(";")[0]), user)
+        job = Job(int(result.stdout.strip().splitlines()[-1].split(";")[0]), user)
+        if until:
+            self.until_output(job, until)
+        return job
+
+    def run_batch(
+        self, *args: str, script: str, env: Mapping[str, str] | None = None, state: str | None = "COMPLETED"
+    ) -> str:
+        """Run a script to its end, which must be `state`, whatever it is for None. Returns its output."""
+        job = self.sbatch(*args, script=script, env=env)
+        ended, output = self.wait(job).state, self.output(job)
+        assert state in (ended, None), f"{ended}: {output}"
+        return output
+
+    def let_go(self, job: Job, word: str = "go") -> None:
+        """Let a job's script come past its waits_for(word)."""
+        self.machine.write(f"/home/{job.user}/{word}.{job}", "")
 
     def srun(
         self, *args: str, user: str = DEFAULT_USER, timeout: float = 60, env: Mapping[str, str] | None = None
@@ -395,12 +423,12 @@ class Cluster:
         path = self.machine.path(self.job_info(job).fields["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until_output(self, job: Job, text: str, timeout: float = 20) -> str:
+    def until_output(self, job: Job, text: str, timeout: float = 20, *, times: int = 1) -> str:
         """Wait until a job's output holds `text`; returns all of it. A job that runs may still be in its prolog."""
 
         def look() -> str | None:
             output = self.output(job)
-            return output if text in output else None
+            return output if output.count(text) >= times else None
 
         return self.until(f"{text!r} in the output of job {job}", look, timeout)
 

@@ -61,6 +61,7 @@ class GpuNode:
         self.machine = gpu_machine(real=real)
         self._real = real
         self._gpu_count = gpus
+        self._running: list[int] = []
 
     def __enter__(self) -> Self:
         self.machine.start()
@@ -108,10 +109,31 @@ class GpuNode:
     def prolog(self, job_id: int, *, user: str = "alice", gpus: str = "0,1", **spank: str) -> Result:
         """Run the prolog; a job that gives no SPANK variable asks for plain MPS."""
         environment = job_environment(job_id, user=user, gpus=gpus, **(spank or asked()))
-        return self.run(PROLOG, env=environment)
+        result = self.run(PROLOG, env=environment)
+        if result.returncode == 0 and job_id not in self._running:
+            self._running.append(job_id)
+        return result
 
     def epilog(self, job_id: int) -> Result:
-        return self.run(EPILOG, env=job_environment(job_id))
+        result = self.run(EPILOG, env=job_environment(job_id))
+        if result.returncode == 0 and job_id in self._running:
+            self._running.remove(job_id)
+        return result
+
+    def run_job(self, job_id: int, *, gpus: str = "0,1", **spank: str) -> None:
+        """A job that comes and goes."""
+        self.prolog(job_id, gpus=gpus, **spank).check()
+        self.epilog(job_id).check()
+
+    def end_jobs(self) -> None:
+        """Run the epilog of each job whose prolog() was good and whose epilog() has not been yet."""
+        running, self._running = self._running, []
+        for job_id in running:
+            self.epilog(job_id).check()
+
+    @property
+    def uuids(self) -> list[str]:
+        return self.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
 
     def clean(self) -> None:
         """Take down what a failed test left."""

@@ -6,28 +6,13 @@ The real scripts on real processes; only the NVIDIA driver is simulated. What go
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 ALICE = 20001
-
-
-@pytest.fixture
-def own_node() -> Iterator[GpuNode]:
-    """A node for a test that would leave its mark on the shared one."""
-    with GpuNode(gpus=2) as node:
-        yield node
-
-
-def uuids(node: GpuNode) -> list[str]:
-    return node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
 
 
 def daemon_pid(node: GpuNode, job_id: int = 4711) -> int:
@@ -67,7 +52,7 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
     """A ready verdict names directories, limits and the job's GPUs by index, device minor and UUID."""
     gpu_node.prolog(4711, gpus="1,3", **asked("12.5", "8192M")).check()
     lines = gpu_node.machine.read(f"{STATE_DIRECTORY}/jobs/4711/verdict").splitlines()
-    gpus = uuids(gpu_node)
+    gpus = gpu_node.uuids
     assert lines[0] == "slurm-mps verdict 1"
     assert lines[1:-1] == [
         "uid 20001",
@@ -84,7 +69,6 @@ def test_the_verdict_says_what_the_tasks_need(gpu_node: GpuNode) -> None:
         f"gpu 1 1 {gpus[1]} 142641 143771",
         f"gpu 3 3 {gpus[3]} 142641 143771",
     ]
-    gpu_node.epilog(4711).check()
 
 
 def test_limits_are_what_the_daemon_has_and_what_a_client_gets(gpu_node: GpuNode) -> None:
@@ -94,7 +78,6 @@ def test_limits_are_what_the_daemon_has_and_what_a_client_gets(gpu_node: GpuNode
     for device in ("0", "1"):
         assert gpu_node.control(4711, f"get_default_device_pinned_mem_limit {device}").stdout == "8G\n"
         assert " sms=32 free=8047 " in gpu_node.client(4711, "--device", device).check().stdout
-    gpu_node.epilog(4711).check()
 
 
 def test_a_job_that_names_no_limit_has_the_whole_gpu(gpu_node: GpuNode) -> None:
@@ -104,7 +87,6 @@ def test_a_job_that_names_no_limit_has_the_whole_gpu(gpu_node: GpuNode) -> None:
     client = gpu_node.client(4711).check().stdout
     assert " sms=132 " in client
     assert int(re.findall(r"free=(\d+)", client)[0]) > 142_000
-    gpu_node.epilog(4711).check()
 
 
 def test_the_server_is_up_for_the_jobs_user_before_any_client(gpu_node: GpuNode) -> None:
@@ -114,7 +96,6 @@ def test_the_server_is_up_for_the_jobs_user_before_any_client(gpu_node: GpuNode)
     users = {process.pid: process.uid for process in gpu_node.mps_processes()}
     assert users == {daemon_pid(gpu_node): 0, server: 20002}
     assert gpu_node.client(4711, user="bob").check().stdout.endswith(f" mps={server}\n")
-    gpu_node.epilog(4711).check()
 
 
 @pytest.mark.every_release
@@ -127,18 +108,6 @@ def test_the_epilog_leaves_nothing(gpu_node: GpuNode) -> None:
     assert gpu_node.files() == []
     assert gpu_node.compute_modes() == [0, 0, 0, 0]
     assert gpu_node.run("ls", "-A", STATE_DIRECTORY).stdout.split() == ["config", "gpus", "jobs", "lock"]
-
-
-def test_jobs_that_start_and_end_together_do_not_meet(gpu_node: GpuNode) -> None:
-    """Jobs on different GPUs come up and go down at the same time, each with a daemon of its own."""
-    jobs = {4711: "0", 4712: "1", 4713: "2", 4714: "3"}
-    starts = [gpu_node.start(PROLOG, env=job_environment(job, gpus=gpu, **asked())) for job, gpu in jobs.items()]
-    assert [start.wait(30) for start in starts] == [0, 0, 0, 0]
-    assert len({daemon_pid(gpu_node, job) for job in jobs}) == 4
-    assert [gpu_node.verdict(job)["status"] for job in jobs] == ["ready"] * 4
-    ends = [gpu_node.start(EPILOG, env=job_environment(job)) for job in jobs]
-    assert [end.wait(30) for end in ends] == [0, 0, 0, 0]
-    assert gpu_node.files() == []
 
 
 # ----------------------------------------------------------------------------- what it is given and what it loads
@@ -172,7 +141,7 @@ def test_nothing_of_the_hooks_environment_reaches_the_daemon(own_node: GpuNode) 
         "PATH": path,
         "CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/4711/pipe",
         "CUDA_MPS_LOG_DIRECTORY": "/var/log/slurm-mps/4711",
-        "CUDA_VISIBLE_DEVICES": ",".join(uuids(own_node)),
+        "CUDA_VISIBLE_DEVICES": ",".join(own_node.uuids),
     }
     assert " sms=32 free=8047 " in own_node.client(4711).check().stdout
     assert own_node.run(EPILOG, env=environment).check().stderr == ""
@@ -195,8 +164,7 @@ def test_slurmds_descriptors_do_not_reach_daemon_and_server(gpu_node: GpuNode) -
 @pytest.mark.every_release
 def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
     """Prolog and epilog of a job import a fixed list of modules (docs/decisions/0003), none from site-packages."""
-    gpu_node.prolog(4712).check()  # compiles the site configuration, which is not every job's
-    gpu_node.epilog(4712).check()
+    gpu_node.run_job(4712)  # compiles the site configuration, which is not every job's
     ctypes = "import ctypes, os; type('S', (ctypes.Structure,), {'_fields_': [('n', ctypes.c_int)]})"
     allowed = imported(gpu_node, "-c", ctypes) | {"__future__", "_thread", "encodings.ascii", "errno", "types"}
     allowed |= {"_socket", "binascii", "fcntl", "gc", "select", "resource", "time"}
@@ -246,7 +214,6 @@ def test_a_second_prolog_keeps_what_is_there(gpu_node: GpuNode) -> None:
     before = daemon_pid(gpu_node), server_pid(gpu_node), gpu_node.verdict(4711)
     gpu_node.prolog(4711, **asked("25", "8G")).check()
     assert (daemon_pid(gpu_node), server_pid(gpu_node), gpu_node.verdict(4711)) == before
-    gpu_node.epilog(4711).check()
 
 
 def test_two_prologs_of_one_job_at_once_start_one_daemon(gpu_node: GpuNode) -> None:
@@ -282,7 +249,6 @@ def test_another_run_under_the_same_id_starts_anew(gpu_node: GpuNode, other: dic
     assert gpu_node.verdict(4711)["thread_percentage"] == "50"
     assert gpu_node.verdict(4711)["daemon"].split("/")[5].split(" ")[0].startswith(pipe[:3])
     assert gpu_node.compute_modes() == ([0, 0, 3, 0] if "gpus" in other else [3, 3, 0, 0])
-    gpu_node.epilog(4711).check()
 
 
 def test_a_job_without_mps_under_the_same_id_has_none(gpu_node: GpuNode) -> None:
@@ -351,7 +317,6 @@ def test_hooks_without_roots_rights_say_so(gpu_node: GpuNode) -> None:
     gpu_node.prolog(4711).check()
     epilog = gpu_node.run(EPILOG, user="alice", env=job_environment(4711))
     prolog = gpu_node.run(PROLOG, user="alice", env=job_environment(4712, **asked()))
-    gpu_node.epilog(4711).check()
     for result, job in ((epilog, 4711), (prolog, 4712)):
         assert result.returncode == 1
         assert result.stderr.startswith(

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from tests.harness.gpunode import GpuNode, asked
 from tests.harness.site import STATE_DIRECTORY
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 JOB = f"{STATE_DIRECTORY}/jobs/4711"
 LOGS = "/var/log/slurm-mps/4711"
 
 
 @pytest.fixture
-def alices_job(gpu_node: GpuNode) -> Iterator[GpuNode]:
+def alices_job(gpu_node: GpuNode) -> GpuNode:
     """A node with a running job of alice's, whose compute mode would let other programs in."""
     gpu_node.configure('[gpus]\ncompute_mode = "unchanged"\n')
     gpu_node.prolog(4711, user="alice", **asked("25", "8G")).check()
     server = gpu_node.control(4711, "get_server_list").stdout.strip()
     assert gpu_node.control(4711, f"get_server_status {server}").stdout == "ACTIVE\n"
-    yield gpu_node
-    gpu_node.epilog(4711).check()
+    return gpu_node
 
 
 def shell(node: GpuNode, user: str, command: str) -> int:

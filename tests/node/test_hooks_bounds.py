@@ -39,15 +39,13 @@ os.execv(sys.argv[1], sys.argv[1:])
 @pytest.mark.alone
 def test_waits_add_up_to_less_than_messagetimeout(gpu_node: GpuNode) -> None:
     """At the default deadlines: another hook keeps the job's lock for a while, and then the driver hangs."""
-    gpu_node.prolog(1).check()
-    gpu_node.epilog(1).check()
+    gpu_node.run_job(1)
     holder = gpu_node.start("/usr/bin/python3", "-c", HOLD_LOCK)
     gpu_node.fault("nvml.init=hang")
     began = monotonic()
     result = gpu_node.prolog(4711)
     took = monotonic() - began
     gpu_node.fault()
-    gpu_node.epilog(4711)
     holder.wait(timeout=30)
     assert result.returncode == 1
     assert "the NVIDIA driver may hang" in result.stderr

@@ -60,12 +60,12 @@ def test_a_file_that_is_no_configuration_is_refused(gpu_node: GpuNode, text: str
     assert gpu_node.files() == []
 
 
-def test_a_comment_may_be_in_any_language(gpu_node: GpuNode) -> None:
-    """The file is UTF-8, as TOML is."""
-    gpu_node.configure('# Größe und Länge: 設定\n[limits.memory]\ndefault = "4G"\n')
+@pytest.mark.parametrize("comment", ["# Größe und Länge: 設定\n", "# a site with much to say\n" * 8000])
+def test_a_comment_may_be_in_any_language_and_long(gpu_node: GpuNode, comment: str) -> None:
+    """The file is UTF-8, as TOML is; one that is longer than a pipe holds is applied whole."""
+    gpu_node.configure(f'{comment}[limits.memory]\ndefault = "4G"\n')
     gpu_node.prolog(4711).check()
     assert gpu_node.verdict(4711)["daemon"].split()[2] == "4G"
-    gpu_node.epilog(4711).check()
 
 
 def test_a_default_limit_that_cannot_be_had_is_called_the_sites(gpu_node: GpuNode) -> None:
@@ -78,16 +78,6 @@ def test_a_default_limit_that_cannot_be_had_is_called_the_sites(gpu_node: GpuNod
     gpu_node.epilog(4711).check()
     gpu_node.prolog(4711, **asked(mem="143771M")).check()
     assert gpu_node.verdict(4711)["status"] == "ready"
-    gpu_node.epilog(4711).check()
-
-
-def test_a_long_file_is_read_to_its_end(gpu_node: GpuNode) -> None:
-    """A file longer than a pipe holds is checked and applied whole, not up to where the pipe was full."""
-    gpu_node.configure("# a site with much to say\n" * 8000 + '[limits.memory]\ndefault = "4G"\n')
-    gpu_node.prolog(4711).check()
-    limit = gpu_node.verdict(4711).get("daemon", "- - -").split()[2]
-    gpu_node.epilog(4711).check()
-    assert limit == "4G"
 
 
 def test_the_file_is_checked_once_and_not_for_every_job(gpu_node: GpuNode) -> None:
@@ -109,13 +99,11 @@ def test_the_file_is_checked_once_and_not_for_every_job(gpu_node: GpuNode) -> No
 def test_a_damaged_compiled_configuration_is_made_anew(gpu_node: GpuNode) -> None:
     """The file is what counts: its compiled form may be lost or damaged without harm."""
     gpu_node.configure("[limits.thread_percentage]\ndefault = 50\n")
-    gpu_node.prolog(4711).check()
-    gpu_node.epilog(4711).check()
+    gpu_node.run_job(4711)
     compiled = gpu_node.machine.path(f"{STATE_DIRECTORY}/config")
     compiled.write_bytes(compiled.read_bytes().replace(b"50.0", b"90.0"))
     gpu_node.prolog(4711).check()
     assert gpu_node.verdict(4711)["thread_percentage"] == "50"
-    gpu_node.epilog(4711).check()
 
 
 def test_a_configuration_that_others_may_write_is_refused(gpu_node: GpuNode) -> None:
@@ -147,8 +135,7 @@ def test_a_configuration_that_others_may_write_is_refused(gpu_node: GpuNode) -> 
 def test_a_configuration_that_becomes_writable_is_refused_though_it_was_compiled(gpu_node: GpuNode) -> None:
     """The look at the file's owner and mode is not saved along with its check."""
     gpu_node.configure("[limits.thread_percentage]\ndefault = 50\n")
-    gpu_node.prolog(4711).check()
-    gpu_node.epilog(4711).check()
+    gpu_node.run_job(4711)
     gpu_node.machine.path(CONFIG).chmod(0o666)
     assert gpu_node.prolog(4711).returncode == 1
 
@@ -169,7 +156,6 @@ def test_defaults_of_the_site_reach_the_daemon(gpu_node: GpuNode) -> None:
     ):
         gpu_node.prolog(4711, **spank).check()
         assert message in gpu_node.verdict(4711)["message"]
-    gpu_node.epilog(4711).check()
 
 
 def test_without_a_file_all_defaults_hold(gpu_node: GpuNode) -> None:
@@ -177,4 +163,3 @@ def test_without_a_file_all_defaults_hold(gpu_node: GpuNode) -> None:
     gpu_node.machine.path(CONFIG).unlink()
     gpu_node.prolog(4711).check()
     assert gpu_node.verdict(4711)["thread_percentage"] == "100"
-    gpu_node.epilog(4711).check()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
+from tests.harness.gpunode import PROLOG, GpuNode, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY, show_gpus_in_proc
 
 if TYPE_CHECKING:
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 SHARE = '[gpus]\nsharing = "share"\n'
 UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
-
-
-def uuids(node: GpuNode) -> list[str]:
-    return node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
 
 
 def gpu_lines(node: GpuNode, job_id: int = 4711) -> list[str]:
@@ -37,7 +33,10 @@ def daemons_gpus(node: GpuNode, job_id: int = 4711) -> list[str]:
 
 
 def test_each_gpu_gets_back_the_mode_it_was_found_in(gpu_node: GpuNode) -> None:
-    """A job's own GPUs are EXCLUSIVE_PROCESS while it runs, and then each as it was, whatever that was."""
+    """A job's own GPUs are EXCLUSIVE_PROCESS while it runs, and then each as it was, whatever that was.
+
+    One that was found exclusive stays so: putting back is not the same as resetting to DEFAULT.
+    """
     gpu_node.set_compute_modes(0, 2, 3, 2)
     gpu_node.prolog(4711, gpus="0,1,2").check()
     assert gpu_node.compute_modes() == [3, 3, 3, 2]
@@ -57,15 +56,6 @@ def test_the_mode_is_left_alone_where_the_site_says_so(gpu_node: GpuNode, config
     gpu_node.epilog(4711).check()
     assert gpu_node.compute_modes() == [0, 2, 3, 0]
     gpu_node.set_compute_modes(0, 0, 0, 0)
-
-
-def test_a_gpu_that_is_found_exclusive_stays_so(gpu_node: GpuNode) -> None:
-    """EXCLUSIVE_PROCESS found is EXCLUSIVE_PROCESS left: putting back is not the same as resetting to DEFAULT."""
-    gpu_node.set_compute_modes(3, 3)
-    gpu_node.prolog(4711, gpus="0").check()
-    gpu_node.epilog(4711).check()
-    assert gpu_node.compute_modes() == [3, 3, 0, 0]
-    gpu_node.set_compute_modes(0, 0)
 
 
 @pytest.mark.parametrize("order", [(4711, 4712), (4712, 4711)], ids=["first-first", "first-last"])
@@ -124,27 +114,12 @@ def test_a_held_gpu_is_refused_with_its_holder(gpu_node: GpuNode) -> None:
     before = {process.pid for process in gpu_node.mps_processes()}
     gpu_node.prolog(4712, gpus="1,2", user="bob").check()
     assert gpu_node.verdict(4712)["status"] == "refused"
-    assert f"{uuids(gpu_node)[1]} is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
+    assert f"{gpu_node.uuids[1]} is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
     for _ in range(2):
         assert {process.pid for process in gpu_node.mps_processes()} == before
         assert gpu_node.compute_modes() == [3, 3, 0, 0]
         assert " sms=32 free=8047 " in gpu_node.client(4711, "--device", "1").check().stdout
         gpu_node.epilog(4712).check()
-    gpu_node.epilog(4711).check()
-
-
-def test_of_two_jobs_that_want_one_gpu_at_once_one_gets_it(gpu_node: GpuNode) -> None:
-    """The claim on a GPU is taken under a lock: never two holders, never none."""
-    jobs = (4711, 4712, 4713)
-    starts = [gpu_node.start(PROLOG, env=job_environment(job, gpus="2", **asked())) for job in jobs]
-    assert [start.wait(30) for start in starts] == [0, 0, 0]
-    verdicts = {job: gpu_node.verdict(job) for job in jobs}
-    ready = [job for job in jobs if verdicts[job]["status"] == "ready"]
-    assert len(ready) == 1
-    others = [verdict["message"] for verdict in verdicts.values() if verdict["status"] == "refused"]
-    assert [f"is held by MPS job {ready[0]}" in message for message in others] == [True, True]
-    ends = [gpu_node.start(EPILOG, env=job_environment(job)) for job in jobs]
-    assert [end.wait(30) for end in ends] == [0, 0, 0]
 
 
 # -------------------------------------------------------------------------------------------------- their names
@@ -165,7 +140,7 @@ NAMES: list[tuple[str | None, str | None, list[int], list[int] | None]] = [
 
 def test_slurms_names_of_gpus(gpu_node: GpuNode) -> None:
     """Indices and UUIDs, in any order and in either variable, lead to exactly the job's GPUs, in PCI order."""
-    known = uuids(gpu_node)
+    known = gpu_node.uuids
     for slurm, cuda, wanted, indices in NAMES:
         what = f"SLURM_JOB_GPUS={slurm} CUDA_VISIBLE_DEVICES={cuda}"
         for index, uuid in enumerate(known):
@@ -218,14 +193,11 @@ def starts(node: GpuNode, gpus: str, **asked_for: str) -> tuple[list[str], float
 
 def test_the_daemon_starts_while_nvml_opens(gpu_node: GpuNode) -> None:
     """The kernel's list says which GPUs they are, so that nothing waits for NVML but what asks it."""
-    gpu_node.prolog(4711, gpus="1").check()  # compiles the configuration
-    gpu_node.epilog(4711).check()
+    gpu_node.run_job(4711)  # compiles the configuration
     gpu_node.fault("nvml.init=slow:2000")
     calls, after = starts(gpu_node, "1")
     gpu_node.fault()
-    served = daemons_gpus(gpu_node)
-    gpu_node.epilog(4711).check()
-    assert calls == served == [uuids(gpu_node)[1]]
+    assert calls == daemons_gpus(gpu_node) == [gpu_node.uuids[1]]
     assert after < 1.5
 
 
@@ -234,27 +206,22 @@ def test_where_the_kernel_lists_nothing_the_daemon_waits_for_nvml(gpu_node: GpuN
     with kernel_lists(gpu_node, []):
         gpu_node.fault("nvml.init=slow:500")
         calls, after = starts(gpu_node, "1")
-        gpu_node.fault()
-    gpu_node.epilog(4711).check()
-    assert calls == [uuids(gpu_node)[1]]
+    assert calls == [gpu_node.uuids[1]]
     assert after > 0.5
 
 
 @pytest.mark.parametrize("asked_for", [asked(), {"SPANK_MPS": "per-gpu"}], ids=["per-node", "per-gpu"])
 def test_where_the_kernel_lists_other_gpus_nvml_is_right(gpu_node: GpuNode, asked_for: dict[str, str]) -> None:
     """A daemon that was started on the wrong GPU is ended before anything else is done, and no trace of it stays."""
-    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    gpus, right = gpu_node.gpus(), gpu_node.uuids
     for gpu, uuid in zip(gpus, right[::-1], strict=True):
         gpu["uuid"] = uuid
     with kernel_lists(gpu_node, gpus):
         calls, _ = starts(gpu_node, "0", **asked_for)
-    found = len(gpu_node.mps_processes()), [line.split()[2] for line in gpu_lines(gpu_node)]
-    client = gpu_node.client(4711) if asked_for == asked() else None
-    gpu_node.epilog(4711).check()
     assert calls == [right[3], right[0]]
-    assert found == (2, [right[0]])
-    assert client is None or right[0] in client.stdout
-    assert (gpu_node.files(), gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [], [0, 0, 0, 0])
+    assert [line.split()[2] for line in gpu_lines(gpu_node)] == [right[0]]
+    assert asked_for != asked() or right[0] in gpu_node.client(4711).stdout
+    assert len(gpu_node.mps_processes()) == 2
 
 
 @pytest.mark.parametrize(
@@ -266,24 +233,21 @@ def test_a_gpu_that_only_the_kernel_lists(gpu_node: GpuNode, change: dict[str, s
     """One that the admin excluded has no number; one without a UUID makes the list worth nothing; a third kind, that
     NVML has lost, costs a start.
     """
-    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    gpus, right = gpu_node.gpus(), gpu_node.uuids
     first = {**gpus[0], "pci_bus_id": "00000000:00:01.0", "uuid": "GPU-00000000-0000-0000-0000-000000000000"}
     with kernel_lists(gpu_node, [{**first, **change}, *gpus]):
         calls, _ = starts(gpu_node, "1")
-    gpu_node.epilog(4711).check()
     assert calls == [right[number] for number in calls_of]
 
 
 def test_a_daemon_that_fails_on_a_gpu_that_is_not_the_jobs_does_not_matter(gpu_node: GpuNode) -> None:
     """As on one that NVML has lost and the kernel lists: no daemon starts for a UUID that the driver does not know."""
-    gpus, right = gpu_node.gpus(), uuids(gpu_node)
+    gpus, right = gpu_node.gpus(), gpu_node.uuids
     gpus[1]["uuid"] = "GPU-00000000-0000-0000-0000-000000000000"
     with kernel_lists(gpu_node, gpus):
         calls, _ = starts(gpu_node, "1")
-    found = len(gpu_node.mps_processes()), gpu_node.verdict(4711)["status"]
-    gpu_node.epilog(4711).check()
     assert calls == [gpus[1]["uuid"], right[1]]
-    assert found == (2, "ready")
+    assert (len(gpu_node.mps_processes()), gpu_node.verdict(4711)["status"]) == (2, "ready")
 
 
 def test_a_daemon_that_starts_in_its_turn_alone_is_enough(gpu_node: GpuNode) -> None:
@@ -297,9 +261,7 @@ exec nvidia-cuda-mps-control "$@"
     gpu_node.machine.write(CALLS, "")
     gpu_node.configure('[paths]\ncontrol_program = "/run/once"\n')
     said = gpu_node.prolog(4711, gpus="0").check().stderr
-    ready = gpu_node.verdict(4711)["status"], gpu_node.compute_modes()[0]
-    gpu_node.epilog(4711).check()
-    assert ready == ("ready", 3)
+    assert (gpu_node.verdict(4711)["status"], gpu_node.compute_modes()[0]) == ("ready", 3)
     assert said == (
         "slurm-mps: job 4711: its control daemon was started twice: /run/once -d ended with status 1: no message\n"
     )
@@ -310,17 +272,13 @@ def test_a_request_that_is_refused_for_what_nvml_says(gpu_node: GpuNode, start: 
     """What was begun for it is undone, and it is refused however that went: nothing else could have come of it."""
     gpu_node.fault(*start.split())
     calls, _ = starts(gpu_node, "0", **asked(mem="999G"))
-    left = gpu_node.mps_processes(), gpu_node.verdict(4711)["status"]
-    modes = gpu_node.compute_modes()
-    gpu_node.fault()
-    gpu_node.epilog(4711).check()
     assert len(calls) == 1, "it was refused before"
-    assert (*left, modes) == ([], "refused", [0, 0, 0, 0])
+    assert (gpu_node.mps_processes(), gpu_node.compute_modes()) == ([], [0, 0, 0, 0])
+    assert gpu_node.verdict(4711)["status"] == "refused"
 
 
 def test_refused_jobs_cost_no_other_jobs_logs(gpu_node: GpuNode) -> None:
     gpu_node.configure('[paths]\nlogs = "/var/log/few"\n[logs]\nmax_jobs = 2\n')
     for job, mem in ((1, "8G"), (2, "8G"), (3, "999G"), (4, "999G")):
-        gpu_node.prolog(job, **asked(mem=mem)).check()
-        gpu_node.epilog(job).check()
+        gpu_node.run_job(job, **asked(mem=mem))
     assert gpu_node.run("ls", "/var/log/few").stdout.split() == ["1", "2"]

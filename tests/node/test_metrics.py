@@ -81,8 +81,7 @@ def test_what_hooks_did_is_counted_once(node: GpuNode) -> None:
     assert first["slurm_mps_prolog_duration_seconds_count"] == 4
     assert first["slurm_mps_prolog_duration_seconds_bucket|le=+Inf"] == 4
     assert 0 < first["slurm_mps_prolog_duration_seconds_sum"] < 20
-    node.prolog(5).check()
-    node.epilog(5).check()
+    node.run_job(5)
     assert written(node)["slurm_mps_prologs_total|outcome=ready"] == 2, "counters go on from what is on disk"
 
 
@@ -101,7 +100,6 @@ def test_what_is_on_the_node_is_shown(node: GpuNode) -> None:
             break
     node.machine.signal(child, 9)
     child.wait(5)
-    node.epilog(1).check()
     assert found[f"slurm_mps_clients|gpu={uuid}|job=1"] == 1
     assert found[f"slurm_mps_client_memory_bytes|gpu={uuid}|job=1"] > 1000 * 1024**2
     assert found["slurm_mps_daemons|state=answers"] == found["slurm_mps_servers|state=ACTIVE"] == 1
@@ -131,8 +129,7 @@ def test_faults_are_counted_from_the_logs_while_jobs_run_and_after_their_logs_ar
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_count_that_was_killed_half_way_is_neither_lost_nor_doubled(node: GpuNode, when: str) -> None:
     """Between setting the events aside and forgetting them; before or after their count was on disk."""
-    node.prolog(1).check()
-    node.epilog(1).check()
+    node.run_job(1)
     state = node.machine.path(STATE_DIRECTORY)
     if when == "after":
         events = (state / "events").read_bytes()
@@ -153,8 +150,7 @@ def test_a_count_that_was_killed_half_way_is_neither_lost_nor_doubled(node: GpuN
 
 def test_where_metrics_are_off_hooks_note_nothing(node: GpuNode) -> None:
     node.configure("")
-    node.prolog(1).check()
-    node.epilog(1).check()
+    node.run_job(1)
     assert not node.machine.path(EVENTS).exists()
     said = metrics(node)
     assert (said.returncode, said.stdout) == (3, "")
@@ -174,8 +170,7 @@ def test_print_changes_nothing(node: GpuNode) -> None:
 
 
 def test_reconcile_is_counted_and_minds_none_of_the_files(node: GpuNode) -> None:
-    node.prolog(1).check()
-    node.epilog(1).check()
+    node.run_job(1)
     metrics(node).check()
     node.run(COMMAND, "reconcile").check()
     assert written(node)["slurm_mps_reconciliations_total|outcome=repaired"] == 0
@@ -183,8 +178,7 @@ def test_reconcile_is_counted_and_minds_none_of_the_files(node: GpuNode) -> None
 
 def test_a_directory_that_others_can_write_is_not_written_to(node: GpuNode) -> None:
     """A link that somebody puts there would have root write where it points."""
-    node.prolog(1).check()
-    node.epilog(1).check()
+    node.run_job(1)
     node.run("chown", "alice", PLACE).check()
     said = metrics(node)
     assert said.returncode == 1
@@ -193,8 +187,7 @@ def test_a_directory_that_others_can_write_is_not_written_to(node: GpuNode) -> N
 
 
 def test_only_root_writes_metrics_and_all_can_read_them(node: GpuNode) -> None:
-    node.prolog(1).check()
-    node.epilog(1).check()
+    node.run_job(1)
     assert metrics(node, user="alice").returncode == 4
     metrics(node).check()
     assert node.machine.path(FILE).stat().st_mode & 0o777 == 0o644
@@ -258,13 +251,11 @@ def test_counts_that_were_damaged_are_begun_anew() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are(node: GpuNode) -> None:
     dashboard = json.loads((ROOT / "etc/grafana-slurm-mps.json").read_text())
-    node.prolog(1, **asked(mem="900G")).check()
-    node.epilog(1).check()
+    node.run_job(1, **asked(mem="900G"))
     metrics(node).check()
     node.run("sh", "-c", f"printf '%s\\n' 'reconcile repaired 1 -' >> {EVENTS}; chmod 600 {EVENTS}").check()
     node.prolog(2).check()
     there = {name.partition("|")[0] for name in written(node)}
-    node.epilog(2).check()
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     variables = [one["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
     asked_for = set(re.findall(r"slurm_mps_\w+", " ".join([*queries, *map(str, variables)])))

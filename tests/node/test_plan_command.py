@@ -70,7 +70,6 @@ def test_what_is_planned_is_what_a_prolog_notes(
     assert all(one["undo_means"] for one in report["actions"] if one["undo"])
     held = [uuid.removeprefix("release_gpu gpu=") for uuid in planned if uuid.startswith("release_gpu")]
     assert held == [gpu["uuid"] for gpu in report["gpus"]]
-    gpu_node.epilog(JOB).check()
 
 
 def test_the_commands_are_those_that_the_daemon_gets(gpu_node: GpuNode) -> None:
@@ -87,7 +86,6 @@ def test_the_commands_are_those_that_the_daemon_gets(gpu_node: GpuNode) -> None:
     assert [command for command in commands if command.startswith("get")] == list(answers)
     for command, answer in answers.items():
         assert gpu_node.control(JOB, command).stdout.strip() == answer
-    gpu_node.epilog(JOB).check()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,6 @@ def test_a_mistake_is_told_in_the_words_of_the_job(gpu_node: GpuNode, gpus: str,
     gpu_node.prolog(JOB, gpus=gpus, **spank(options)).check()
     assert report["problem"] == gpu_node.verdict(JOB)["message"]
     assert report["actions"] == []
-    gpu_node.epilog(JOB).check()
 
 
 VALUES = {
@@ -184,8 +181,7 @@ def test_it_changes_nothing(gpu_node: GpuNode) -> None:
 
     Of the state, which is there, the lock is opened as every reader does, and not taken.
     """
-    gpu_node.prolog(JOB, gpus="3").check()
-    gpu_node.epilog(JOB).check()
+    gpu_node.run_job(JOB, gpus="3")
     gpu_node.configure('[gpus]\nsharing = "share"\n')
     traced: Result = gpu_node.run(
         "strace", "-f", "-qq", "-e", "trace=file,desc,network,kill,process", *COMMAND, "--gres=gpu:2", "--mps"
@@ -240,7 +236,6 @@ def test_root_is_told_whose_job_holds_a_gpu(gpu_node: GpuNode) -> None:
     assert plan(gpu_node, "--devices=0,2", "--mps")["holders_seen"] is True
     gpu_node.configure('[gpus]\nsharing = "share"\n')
     plan(gpu_node, "--devices=0,1", "--mps")
-    gpu_node.epilog(JOB).check()
 
 
 def test_a_user_is_told_that_holders_were_not_looked_at(gpu_node: GpuNode) -> None:
@@ -248,7 +243,6 @@ def test_a_user_is_told_that_holders_were_not_looked_at(gpu_node: GpuNode) -> No
     result = gpu_node.run(*COMMAND, "--devices=1", "--mps", "--json", user="alice")
     assert (result.returncode, checked(result.stdout)["holders_seen"]) == (0, False)
     assert result.stderr == "slurm-mps: only root sees whether another job holds these GPUs now\n"
-    gpu_node.epilog(JOB).check()
 
 
 def test_a_driver_that_fails_is_the_nodes_fault(gpu_node: GpuNode) -> None:

@@ -132,8 +132,7 @@ def test_a_user_sees_their_own_jobs_and_no_other(gpu_node: GpuNode) -> None:
 
 
 def test_a_node_without_jobs_is_fine_and_one_without_slurm_mps_is_another_matter(gpu_node: GpuNode) -> None:
-    with job(gpu_node, 5):
-        pass
+    gpu_node.run_job(5)
     said = status(gpu_node)
     assert (said.returncode, said.stderr) == (0, "slurm-mps: no job has MPS on this node\n")
     said = status(gpu_node, user="carol")
@@ -152,25 +151,26 @@ def test_a_daemon_that_is_gone_is_a_problem(gpu_node: GpuNode) -> None:
     assert said.stderr == "slurm-mps: job 5: its control daemon is gone\n"
 
 
-def test_a_daemon_that_does_not_answer_delays_nobody_elses_row(gpu_node: GpuNode) -> None:
-    with job(gpu_node, 5), job(gpu_node, 6, user="bob", gpus="2"):
-        gpu_node.fault("command.ps=hang")
+@pytest.mark.parametrize(
+    ("fault", "shows", "says"),
+    [
+        ("command.ps=hang", " silent ", "job 5: its control daemon does not answer: "),
+        ("command.get_server_status=hang", " {pid} ", "its MPS server does not say how it is within 0.5 s"),
+        ("nvml.init=hang", " ACTIVE ", "the NVIDIA driver did not answer within 0.5 s"),
+    ],
+)
+def test_what_hangs_is_a_problem_and_delays_nobody_elses_row(
+    gpu_node: GpuNode, fault: str, shows: str, says: str
+) -> None:
+    with job(gpu_node, 5), job(gpu_node, 6, user="bob", gpus="2"), client(gpu_node, 5) as pid:
+        gpu_node.fault(fault)
         began = time.monotonic()
         said = status(gpu_node, "--timeout", "0.5")
         took = time.monotonic() - began
-    assert took < 4
-    assert said.returncode == 1
-    assert said.stdout.count(" silent ") == 3
-    assert "job 5: its control daemon does not answer: " in said.stderr
-
-
-def test_a_server_that_hangs_is_told_beside_its_clients(gpu_node: GpuNode) -> None:
-    with job(gpu_node, 5), client(gpu_node, 5) as pid:
-        gpu_node.fault("command.get_server_status=hang")
-        said = status(gpu_node, "--timeout", "0.5")
-    assert said.returncode == 1
-    assert f" {pid} " in said.stdout
-    assert "its MPS server does not say how it is within 0.5 s" in said.stderr
+    assert (said.returncode, took < 4) == (1, True)
+    assert says in said.stderr
+    assert shows.format(pid=pid) in said.stdout
+    assert len(said.stdout.splitlines()) == 4, "a heading and a row for each GPU"
 
 
 def test_a_server_in_fault_names_who_must_leave(gpu_node: GpuNode) -> None:
@@ -221,15 +221,6 @@ def test_a_server_that_is_gone_without_a_trace_is_missed_all_the_same(gpu_node: 
     assert (
         f"job 5: its control daemon {daemon['pid']} has no MPS server; the next program gets a new one" in said.stderr
     )
-
-
-def test_a_driver_that_hangs_is_a_problem_and_no_hang(gpu_node: GpuNode) -> None:
-    with job(gpu_node, 5):
-        gpu_node.fault("nvml.init=hang")
-        said = status(gpu_node, "--timeout", "0.5")
-    assert said.returncode == 1
-    assert "the NVIDIA driver did not answer within 0.5 s" in said.stderr
-    assert " ACTIVE " in said.stdout
 
 
 def test_a_compute_mode_that_somebody_changed_is_a_problem(gpu_node: GpuNode) -> None:
@@ -324,8 +315,7 @@ def test_another_users_logs_are_not_told(gpu_node: GpuNode) -> None:
 
 
 def test_raw_logs_are_whole_and_harmless(gpu_node: GpuNode) -> None:
-    with job(gpu_node, 5):
-        pass
+    gpu_node.run_job(5)
     path = gpu_node.machine.path("/var/log/slurm-mps/5/server.log")
     with path.open("ab") as file:
         file.write(b"\x1b[2J\xff planted\n")
@@ -337,8 +327,7 @@ def test_raw_logs_are_whole_and_harmless(gpu_node: GpuNode) -> None:
 
 def test_a_planted_fifo_holds_nobody_up(gpu_node: GpuNode) -> None:
     """Nobody but root can plant one; whatever lies there, root's command ends."""
-    with job(gpu_node, 5):
-        pass
+    gpu_node.run_job(5)
     path = gpu_node.machine.path("/var/log/slurm-mps/5/server.log")
     path.unlink()
     gpu_node.run("mkfifo", "/var/log/slurm-mps/5/server.log").check()
@@ -349,8 +338,7 @@ def test_a_planted_fifo_holds_nobody_up(gpu_node: GpuNode) -> None:
 
 def test_the_site_may_keep_logs_elsewhere(gpu_node: GpuNode) -> None:
     gpu_node.configure('[paths]\nlogs = "/var/log/mps-elsewhere"\n')
-    with job(gpu_node, 5):
-        pass
+    gpu_node.run_job(5)
     said = logs(gpu_node, "5", user="alice")
     assert said.returncode == 0
     assert "control daemon" in said.stdout

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import slurm_mps.task.probe
+from tests.harness.cluster import waits_for
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -20,13 +21,7 @@ GOOD = re.compile(r"uuid=\S+ sms=\d+ free=\d+ total=\d+ mps=\d+")
 
 
 def start(site: Site, script: str, *options: str) -> Job:
-    job = site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}")
-    site.cluster.until("the job's script", lambda: "started" in site.cluster.output(job) or None, 20)
-    return job
-
-
-def waits(site: Site, job: Job, text: str) -> None:
-    site.cluster.until(f"{text!r} in the output", lambda: text in site.cluster.output(job) or None, 20)
+    return site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}", until="started")
 
 
 def after(site: Site, job: Job) -> str:
@@ -40,7 +35,7 @@ def test_a_cancelled_step_does_not_poison_the_next(any_site: Site, options: list
     """It was killed inside a kernel: without the cure the next client on its GPU fails with 719 (O46)."""
     script = f"srun -n2 --gpus-per-task=1 {CLIENT} --spin\necho next\nsrun -n2 --gpus-per-task=1 {CLIENT}\n"
     job = start(any_site, script, "-n2", "--gres=gpu:2", *options)
-    any_site.cluster.until("both clients", lambda: any_site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    any_site.cluster.until_output(job, "uuid=", times=2)
     any_site.machine.run(["scancel", f"{job}.0"], user="alice").check()
     said = after(any_site, job)
     assert len(GOOD.findall(said)) == 2, any_site.cluster.output(job)
@@ -73,25 +68,16 @@ def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: 
 
 def test_only_a_task_that_ended_badly_leaves_a_mark_and_the_next_good_step_takes_it_away(site: Site) -> None:
     mark = f"{STATE_DIRECTORY}/jobs/*/suspect-0"
-    job = start(
-        site,
-        "srun true; touch good; while [ -e good ]; do sleep 0.1; done\n"
-        "srun false; touch bad; while [ -e bad ]; do sleep 0.1; done\n"
-        "srun true; touch cured; while [ -e cured ]; do sleep 0.1; done\n",
-        "--gres=gpu:1",
-        "--mps",
-    )
+    steps = {"good": "true", "bad": "false", "cured": "true"}
+    script = "".join(f"srun {step}; echo {stage}; {waits_for(stage)}\n" for stage, step in steps.items())
+    job = start(site, script, "--gres=gpu:1", "--mps")
     seen = {}
-    for stage in ("good", "bad", "cured"):
-        flag = site.machine.path(f"/home/alice/{stage}")
-        site.cluster.until(stage, lambda flag=flag: flag.exists() or None, 20)  # type: ignore[misc]
+    for stage in steps:
+        site.cluster.until_output(job, stage)
         seen[stage] = site.node("n1", "sh", "-c", f"ls -l {mark}").stdout.split()[:3]
-        flag.unlink()
+        site.cluster.let_go(job, stage)
     site.cluster.wait(job)
-    assert seen["good"] == []
-    assert seen["bad"][0].startswith("-rw-------")
-    assert seen["bad"][2] == "root"
-    assert seen["cured"] == []
+    assert seen == {"good": [], "bad": ["-rw-------", "1", "root"], "cured": []}
 
 
 def test_a_job_without_mps_leaves_no_mark(site: Site) -> None:
@@ -111,16 +97,13 @@ def test_the_probe_runs_as_the_jobs_user_with_nothing_of_slurmstepds(site: Site)
         "open('/home/alice/told', 'w').write(repr((ids, sorted(os.environ), set(fds))))\n",
     )
     script = "srun false\necho next\nsrun env LD_PRELOAD=/home/alice/x.so PYTHONPATH=/home/alice true\n"
-    job = start(site, "while [ ! -e go ]; do sleep 0.1; done\n" + script, "--gres=gpu:1", "--mps")
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    lines = verdict.read_text().splitlines()
-    changed = [f"{line.rpartition(' ')[0]} /opt/tell.py" if line.startswith("probe ") else line for line in lines]
-    verdict.write_text("\n".join(changed) + "\n")
-    site.machine.write("/home/alice/go", "")
+    job = start(site, f"{waits_for()}\n{script}", "--gres=gpu:1", "--mps")
+    site.change_verdict(job, "^(probe .*) .*", r"\1 /opt/tell.py")
+    site.cluster.let_go(job)
     site.cluster.wait(job)
-    ids, environment, descriptors = eval(site.machine.read("/home/alice/told"))  # our own file
-    for name in ("go", "told"):
-        site.machine.path(f"/home/alice/{name}").unlink()
+    told = site.machine.path("/home/alice/told")
+    ids, environment, descriptors = eval(told.read_text())  # our own file
+    told.unlink()
     assert ids == [["20001"] * 4, ["4294901760"] * 4]  # nobody's group, so that its user cannot trace it
     assert set(environment) - {"LC_CTYPE"} == {
         "PATH",
@@ -149,21 +132,16 @@ def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
     """
     site.machine.write("/opt/alone/slurm_mps/task/probe.py", Path(slurm_mps.task.probe.__file__).read_text())
     script = (
-        "while [ ! -e go ]; do sleep 0.1; done; srun false\n"
-        f"srun -n2 {CLIENT}; touch refused; while [ -e refused ]; do sleep 0.1; done\necho next\nsrun {CLIENT}\n"
+        f"{waits_for()}; srun false\nsrun -n2 {CLIENT}; echo refused; {waits_for('again')}\necho next\nsrun {CLIENT}\n"
     )
     job = start(site, script, "-n2", "--gres=gpu:1", "--mps")
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    whole = verdict.read_text()
-    verdict.write_text(re.sub("^probe .*$", f"probe {python} {probe}", whole, flags=re.MULTILINE))
-    flag = site.machine.path("/home/alice/refused")
-    site.machine.write("/home/alice/go", "")
-    site.cluster.until("the refused step", lambda: flag.exists() or None, 20)
-    refused = site.cluster.output(job)
-    verdict.write_text(whole)
-    flag.unlink()
+    good = re.findall("^probe .*", site.verdict(job), re.MULTILINE)[0]
+    site.change_verdict(job, "^probe .*", f"probe {python} {probe}")
+    site.cluster.let_go(job)
+    refused = site.cluster.until_output(job, "refused")
+    site.change_verdict(job, "^probe .*", good)
+    site.cluster.let_go(job, "again")
     said = after(site, job)
-    site.machine.path("/home/alice/go").unlink()
     messages = [line for line in refused.splitlines() if "error: mps: " in line]
     assert len(messages) == 1
     assert f"was not tried after an earlier step ended badly, for {python} -I -S {probe} does not run" in messages[0]
@@ -176,18 +154,15 @@ def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site) -> Non
     """Here the probe ends as the script wants. Of a server that takes nobody it says 3."""
     nobody, untried, unsaid = "takes no programs", "was not tried after", "gave no answer"
     endings = {"1": untried, "3": nobody, "2": untried, "-9": unsaid}
-    script = "while [ ! -e go ]; do sleep 0.1; done; srun false\n" + "".join(
+    script = f"{waits_for()}; srun false\n" + "".join(
         f"echo 'import os; os.kill(os.getpid(), 9) if {n} < 0 else os._exit({n})' >probe.py; echo next; srun echo ran\n"
         for n in endings
     )
     job = start(site, script, "--gres=gpu:1", "--mps")
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    other = f"probe {PYTHON} /home/alice/probe.py"
-    verdict.write_text(re.sub("^probe .*$", other, verdict.read_text(), flags=re.MULTILINE))
-    site.machine.write("/home/alice/go", "")
+    site.change_verdict(job, "^probe .*", f"probe {PYTHON} /home/alice/probe.py")
+    site.cluster.let_go(job)
     said = after(site, job).split("next\n")
-    for name in ("go", "probe.py"):
-        site.machine.path(f"/home/alice/{name}").unlink()
+    site.machine.path("/home/alice/probe.py").unlink()
     for reason in (nobody, untried, unsaid):
         assert [reason in words for words in said] == [reason == why for why in endings.values()], said
 

@@ -76,12 +76,6 @@ def test_ranks_that_slurm_does_not_bind_divide_all_they_may_open(any_site: Site,
     assert {int(free) for free in re.findall(r"free=(\d+)", result.stdout)} <= set(range(FOR_CLIENTS // ranks))
 
 
-def test_ranks_that_slurm_does_not_bind_cannot_pile_up_on_one_gpus_daemon(any_site: Site) -> None:
-    result = srun(any_site, "-n2", "--gres=gpu:2", "--gpu-bind=none", "--mps=per-gpu", command="echo ran")
-    assert "ran" not in result.stdout
-    assert "with --mps=per-gpu a task can use one GPU, and it has 2" in result.stderr
-
-
 def test_a_plugin_that_is_loaded_twice_counts_each_task_once(site: Site) -> None:
     """A second line, as installers add with an include; doctor names it."""
     place = "/etc/slurm/plugstack.conf"
@@ -98,9 +92,8 @@ def test_a_plugin_that_is_loaded_twice_counts_each_task_once(site: Site) -> None
 
 def test_each_step_divides_for_itself(site: Site) -> None:
     script = f"srun -n2 {CLIENT} > two\nsrun -n8 {CLIENT} > eight\ncat two\necho\ncat eight\nrm two eight\n"
-    job = site.cluster.sbatch("-wn1", "-n8", "--gres=gpu:1", "--mps-threads=auto", script=script)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    two, eight = site.cluster.output(job).split("\n\n")
+    output = site.cluster.run_batch("-wn1", "-n8", "--gres=gpu:1", "--mps-threads=auto", script=script)
+    two, eight = output.split("\n\n")
     assert sms(two) == [66, 66]
     assert sms(eight) == [16] * 8
 
@@ -108,25 +101,22 @@ def test_each_step_divides_for_itself(site: Site) -> None:
 def test_a_step_may_divide_what_the_job_has(site: Site) -> None:
     """auto never gives more than the job has, and less where the ranks are many."""
     script = "srun -n2 --mps-threads=auto --mps-mem=auto sh -c 'echo $CUDA_MPS_ACTIVE_THREAD_PERCENTAGE'\n"
-    job = site.cluster.sbatch("-wn1", "-n8", "--gres=gpu:1", "--mps-threads=60", script=script)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    assert site.cluster.output(job).split() == ["50", "50"]
+    output = site.cluster.run_batch("-wn1", "-n8", "--gres=gpu:1", "--mps-threads=60", script=script)
+    assert output.split() == ["50", "50"]
 
 
 def test_a_steps_own_numbers_replace_the_jobs_auto(site: Site) -> None:
     script = f"srun -n2 --mps-threads=75 --mps-mem=8G {CLIENT}\n"
-    job = site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:1", *AUTO, script=script)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    assert sms(site.cluster.output(job)) == [98, 98]
-    assert re.findall(r"free=(\d+)", site.cluster.output(job)) == ["7803"] * 2
+    output = site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:1", *AUTO, script=script)
+    assert sms(output) == [98, 98]
+    assert re.findall(r"free=(\d+)", output) == ["7803"] * 2
 
 
 def test_a_script_divides_by_the_tasks_of_the_job(site: Site) -> None:
     """What it starts without srun, such as mpirun's ranks, has the script's environment."""
     script = "echo $CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-    job = site.cluster.sbatch("-wn1", "-n8", "--gres=gpu:2", "--mps-threads=auto", script=script)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    assert site.cluster.output(job).split() == ["25"]
+    output = site.cluster.run_batch("-wn1", "-n8", "--gres=gpu:2", "--mps-threads=auto", script=script)
+    assert output.split() == ["25"]
 
 
 @pytest.mark.parametrize("option", ["threads", "mem"])

@@ -78,7 +78,7 @@ def test_a_daemon_in_the_jobs_extern_step_serves_and_ends_as_elsewhere(run_in_jo
     site = run_in_job
     before = site.snapshot()
     job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", script=f"srun {CLIENT}; exec {CLIENT} --hold 60")
-    site.cluster.until("two clients", lambda: site.cluster.output(job).count(" sms=32 ") == 2 or None, 20)
+    site.cluster.until_output(job, " sms=32 ", times=2)
     daemons = [p for p in site.machine.processes() if p.comm.startswith("nvidia-cuda-mps")]
     places = {site.machine.read(f"/proc/{daemon.pid}/cgroup").partition("devices:")[2].split()[0] for daemon in daemons}
     if end == "cancelled":

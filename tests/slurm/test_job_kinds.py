@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.cluster import waits_for
+
 if TYPE_CHECKING:
     from tests.harness.cluster import Job
     from tests.harness.site import Site
@@ -36,15 +38,12 @@ def servers(output: str, *, multiprocessors: str = "32") -> set[str]:
 
 def start(site: Site, *options: str) -> Job:
     """Start a job on n1 whose first client has been and gone; it waits for let_go() with its second."""
-    script = f"{CLIENT}; while [ ! -e go.$SLURM_JOB_ID ]; do sleep 0.1; done; rm go.$SLURM_JOB_ID; {CLIENT}"
-    job = site.cluster.sbatch("-wn1", *options, script=script)
-    site.cluster.until_output(job, "uuid=")
-    return job
+    return site.cluster.sbatch("-wn1", *options, script=f"{CLIENT}; {waits_for()}; {CLIENT}", until="uuid=")
 
 
 def let_go(site: Site, job: Job) -> str:
     """Let start()'s job come to its end. Returns its output."""
-    site.machine.write(f"/home/alice/go.{job}", "", user="alice")
+    site.cluster.let_go(job)
     assert site.cluster.wait(job).state == "COMPLETED"
     return site.cluster.output(job)
 
@@ -76,8 +75,7 @@ def start_soon(site: Site, job: Job) -> None:
 def test_a_requeued_job_has_mps_in_its_second_run_too(any_site: Site) -> None:
     """The same job id once more, after its epilog."""
     script = f"echo run $SLURM_RESTART_COUNT; {CLIENT}; test $SLURM_RESTART_COUNT || exec {CLIENT} --hold 60"
-    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, "--open-mode=append", script=script)
-    any_site.cluster.until_output(job, "uuid=")
+    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, "--open-mode=append", script=script, until="uuid=")
     as_user(any_site, "scontrol", "requeue", str(job))
     wait_requeued(any_site, job)
     between = (any_site.mps_processes(), any_site.state_files("n1"))
@@ -89,18 +87,19 @@ def test_a_requeued_job_has_mps_in_its_second_run_too(any_site: Site) -> None:
     servers(output)
 
 
+@pytest.mark.every_release
 def test_a_job_that_met_a_node_fault_runs_when_the_node_is_well_again(site: Site) -> None:
-    """Slurm requeues it and holds it, as after any prolog that failed."""
+    """The node drains, and Slurm requeues the job and holds it, as after any prolog that failed."""
     site.fault("n1", "nvml.init=999")
     job = site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=CLIENT)
     wait_requeued(site, job)
-    held = site.cluster.job_info(job).reason
+    held, drained = site.cluster.job_info(job).reason, site.cluster.node_states()["n1"].drained
     site.fault("n1")
     site.cluster.resume("n1")
     as_user(site, "scontrol", "release", str(job))
     start_soon(site, job)
     assert site.cluster.wait(job).state == "COMPLETED"
-    assert held == "launch_failed_requeued_held"
+    assert (held, drained) == ("launch_failed_requeued_held", True)
     servers(site.cluster.output(job))
 
 
@@ -113,7 +112,6 @@ def run_heterogeneous(site: Site, first: list[str], second: list[str]) -> list[d
     one = ["-N1", "-n1", "--gres=gpu:1"]
     job = site.cluster.sbatch(*one, "-wn1", *first, ":", *one, "-wn2", *second, script=steps)
     site.cluster.wait(job)
-    site.cluster.wait_idle()
     output = site.cluster.output(job)
     found = clients(output)
     assert [client["uuid"] for client in found] == [site.gpus(node)[0]["uuid"] for node in ("n1", "n2")], output
@@ -166,18 +164,15 @@ def test_steps_side_by_side_share_the_jobs_daemon(any_site: Site) -> None:
     meet = "while [ $(ls here.$SLURM_JOB_ID.* | wc -l) -lt 3 ]; do sleep 0.1; done"
     step = f"srun --overlap -n1 sh -c '{CLIENT} > here.$SLURM_JOB_ID.$SLURM_STEP_ID; {meet}; exec {CLIENT}' &\n"
     script = f"{step * 3}wait; rm here.$SLURM_JOB_ID.*"
-    job = any_site.cluster.sbatch("-wn1", "-n3", "--gres=gpu:2", QUARTER, script=script)
-    state = any_site.cluster.wait(job).state
-    output = any_site.cluster.output(job)
-    assert (state, len(clients(output))) == ("COMPLETED", 3), output
+    output = any_site.cluster.run_batch("-wn1", "-n3", "--gres=gpu:2", QUARTER, script=script)
+    assert len(clients(output)) == 3, output
     assert len(servers(output)) == 1
 
 
 @pytest.mark.every_release
 def test_a_cancelled_step_leaves_the_jobs_daemon_to_the_next(any_site: Site) -> None:
     script = f"srun {CLIENT} --hold 60; echo ended; srun {CLIENT}"
-    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script)
-    any_site.cluster.until_output(job, "uuid=")
+    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script, until="uuid=")
     as_user(any_site, "scancel", f"{job}.0")
     state = any_site.cluster.wait(job).state
     output = any_site.cluster.output(job)
@@ -238,8 +233,7 @@ def test_a_job_is_warned_or_ended_at_its_time_limit(site: Site) -> None:
 def test_a_suspended_job_keeps_its_mps_and_its_gpus(any_site: Site) -> None:
     """No prolog or epilog runs, and reconcile takes nothing of a job that only stands still."""
     script = f"{CLIENT} --hold 2; exec {CLIENT}"
-    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script)
-    any_site.cluster.until_output(job, "uuid=")
+    job = any_site.cluster.sbatch("-wn1", "--gres=gpu:1", QUARTER, script=script, until="uuid=")
     before = (any_site.compute_modes("n1"), any_site.state_files("n1"), any_site.mps_processes())
     any_site.machine.run(("scontrol", "suspend", str(job))).check()
     assert any_site.cluster.job_info(job).state == "SUSPENDED"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from slurm_mps.job.verdict import WITHOUT, Verdict
+from tests.harness.cluster import waits_for
 from tests.harness.machine import USERS
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.harness.cluster import Job
     from tests.harness.machine import Result
     from tests.harness.site import Site
@@ -20,40 +24,38 @@ ENVIRONMENT = 'import json, os; print(json.dumps({k: v for k, v in os.environ.it
 CLIENT = "simulated-gpus client"
 
 
-def show_environment(site: Site, *options: str, env: dict[str, str] | None = None) -> dict[str, str]:
+def show_environment(site: Site, *options: str) -> dict[str, str]:
     """The CUDA variables of a job's one task."""
-    result = site.cluster.srun("-N1", "-n1", *options, PYTHON, "-c", ENVIRONMENT, env=env).check()
+    result = site.cluster.srun("-N1", "-n1", *options, PYTHON, "-c", ENVIRONMENT).check()
     found: dict[str, str] = json.loads(result.stdout)
     return found
 
 
-def start(site: Site, *options: str, script: str, user: str = "alice") -> Job:
-    """Submit a job to n1; on return its script runs, so its prolog is over."""
-    job = site.cluster.sbatch("-wn1", *options, script=f"echo started\n{script}", user=user)
-    site.cluster.until("the job's script", lambda: "started" in site.cluster.output(job) or None, 20)
-    return job
-
-
 def hold(site: Site, *options: str, user: str = "alice") -> Job:
     """Start a job whose one client stays until it is cancelled; on return the client has its GPU."""
-    job = start(site, *options, script=f"exec {CLIENT} --hold 60", user=user)
-    site.cluster.until("the client", lambda: "uuid=" in site.cluster.output(job) or None, 20)
-    return job
+    return site.cluster.sbatch("-wn1", *options, script=f"exec {CLIENT} --hold 60", user=user, until="uuid=")
 
 
-def start_waiting(site: Site, *options: str) -> Job:
+def start_waiting(site: Site) -> Job:
     """Start a job that runs one step, ``echo ran``, once let_go() is called."""
-    return start(site, *options, script="while [ ! -e go ]; do sleep 0.1; done; srun echo ran")
+    script = f"echo started; {waits_for()}; srun echo ran"
+    return site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script=script, until="started")
 
 
 def let_go(site: Site, job: Job) -> tuple[str, list[str]]:
     """Let start_waiting()'s job run its step. Returns its end state and its output."""
-    site.machine.write("/home/alice/go", "")
-    try:
-        state = site.cluster.wait(job).state
-    finally:
-        site.machine.path("/home/alice/go").unlink()
-    return state, site.cluster.output(job).splitlines()
+    site.cluster.let_go(job)
+    return site.cluster.wait(job).state, site.cluster.output(job).splitlines()
+
+
+@contextmanager
+def without_a_prolog(site: Site) -> Iterator[None]:
+    """An admin installed the plugin and forgot the prolog."""
+    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
+    text = site.machine.read(prolog)
+    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
+    yield
+    site.machine.write(prolog, text, mode=0o755)
 
 
 def message(result: Result) -> str:
@@ -105,20 +107,29 @@ def test_each_option_alone_means_mps(site: Site, options: list[str]) -> None:
 
 @pytest.mark.every_release
 def test_batch_script_and_nested_srun_share_one_daemon(site: Site) -> None:
-    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", script=f"{CLIENT}\nsrun {CLIENT}\n")
-    assert site.cluster.wait(job).state == "COMPLETED"
-    lines = site.cluster.output(job).splitlines()
-    assert len(lines) == 2
-    assert lines[0] == lines[1]
-    assert "sms=32 " in lines[0]
+    output = site.cluster.run_batch("--gres=gpu:1", "--mps-threads=25", script=f"{CLIENT}\nsrun {CLIENT}\n")
+    script, step = output.splitlines()
+    assert script == step
+    assert "sms=32 " in script
 
 
-def test_a_limit_left_over_in_the_users_environment_cannot_lift_the_jobs(site: Site) -> None:
-    """A value that the driver cannot use removes the limit altogether (O12)."""
-    junk = {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "junk", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "90"}
+@pytest.mark.parametrize(
+    ("threads", "memory", "found"),
+    [("90", "junk", "sms=32 free=8047 "), ("10", "0=2G", "sms=12 free=1977 ")],
+    ids=["higher", "lower"],
+)
+def test_a_limit_of_the_users_own_cannot_lift_the_jobs_and_can_lower_it(
+    site: Site, threads: str, memory: str, found: str
+) -> None:
+    """A value that the driver cannot use would remove the limit altogether (O12).
+
+    The script has the variables from the submission, its sruns have them from the script.
+    """
+    own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": threads, "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": memory}
     options = ["-N1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G"]
-    result = site.cluster.srun(*options, *CLIENT.split(), env=junk).check()
-    assert "sms=32 free=8047 " in result.stdout
+    assert found in site.cluster.srun(*options, *CLIENT.split(), env=own).check().stdout
+    output = site.cluster.run_batch(*options, script=f"{CLIENT}\nsrun {CLIENT}\n", env=own)
+    assert output.count(found) == 2
 
 
 def test_a_program_that_narrows_its_devices_keeps_its_limit(site: Site) -> None:
@@ -127,12 +138,6 @@ def test_a_program_that_narrows_its_devices_keeps_its_limit(site: Site) -> None:
     narrowed = f"CUDA_VISIBLE_DEVICES={uuid} {CLIENT}"
     result = site.cluster.srun("-wn1", "--gres=gpu:2", "--mps-threads=25", "--mps-mem=8G", "sh", "-c", narrowed).check()
     assert f"uuid={uuid} sms=32 free=8047 " in result.stdout
-
-
-def test_a_lower_thread_percentage_of_the_users_own_is_kept(site: Site) -> None:
-    lower = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}
-    found = show_environment(site, "--gres=gpu:1", "--mps-threads=25", env=lower)
-    assert found["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "10"
 
 
 @pytest.mark.every_release
@@ -169,9 +174,8 @@ def test_two_users_jobs_on_one_node_have_a_daemon_each_and_cannot_reach_the_othe
 @pytest.mark.every_release
 def test_a_step_lowers_the_limits_for_itself_only(site: Site) -> None:
     script = f"srun --mps-threads=10 --mps-mem=2G {CLIENT}\nsrun {CLIENT}\n"
-    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    lowered, untouched = site.cluster.output(job).splitlines()
+    output = site.cluster.run_batch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
+    lowered, untouched = output.splitlines()
     assert "sms=12 free=1977 " in lowered
     assert "sms=32 free=8047 " in untouched
 
@@ -185,17 +189,9 @@ def test_a_step_lowers_the_limits_for_itself_only(site: Site) -> None:
 )
 def test_a_step_that_asks_for_more_than_the_job_has_is_told_both_numbers(site: Site, option: str, said: str) -> None:
     script = f"srun {option} echo ran"
-    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script)
-    assert site.cluster.wait(job).state == "FAILED"
-    output = site.cluster.output(job)
+    output = site.cluster.run_batch("--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G", script=script, state="FAILED")
     assert said in output
     assert "ran" not in output.splitlines()
-
-
-def test_a_lower_memory_limit_of_the_users_own_is_kept(site: Site) -> None:
-    own = {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2G"}
-    options = ["-N1", "--gres=gpu:1", "--mps-threads=25", "--mps-mem=8G"]
-    assert "free=1903 " in site.cluster.srun(*options, *CLIENT.split(), env=own).check().stdout
 
 
 def test_a_low_client_priority_reaches_daemon_and_tasks(site: Site) -> None:
@@ -257,18 +253,14 @@ def test_a_step_that_asks_in_a_job_that_did_not_is_told_how_to(site: Site) -> No
     assert "ran" not in output.splitlines()
 
 
-def test_without_a_prolog_the_task_fails_and_the_node_stays(site: Site) -> None:
-    """An admin installed the plugin and forgot the prolog."""
-    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
-    text = site.machine.read(prolog)
-    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
-    try:
+def test_without_a_prolog_tasks_and_scripts_fail_and_the_node_stays(site: Site) -> None:
+    with without_a_prolog(site):
         result = site.cluster.srun("-N1", "--gres=gpu:1", "--mps", "echo", "ran")
-    finally:
-        site.machine.write(prolog, text, mode=0o755)
+        output = site.cluster.run_batch("--gres=gpu:1", "--mps", "--export=NONE", script="echo ran", state="FAILED")
     assert result.returncode != 0
     assert "ran" not in result.stdout
     assert "no prolog set it up on this node" in message(result)
+    assert "ran" not in output.splitlines()
 
 
 def test_what_another_users_job_left_under_the_same_id_is_not_this_jobs(site: Site) -> None:
@@ -291,19 +283,7 @@ def test_what_another_users_job_left_under_the_same_id_is_not_this_jobs(site: Si
 
 def test_a_step_of_a_healthy_job_runs(site: Site) -> None:
     """What the two tests below break is what lets this one through."""
-    assert let_go(site, start_waiting(site, "--gres=gpu:1", "--mps")) == ("COMPLETED", ["started", "ran"])
-
-
-def test_a_batch_job_without_a_prolog_fails_too(site: Site) -> None:
-    prolog = "/etc/slurm/prolog.d/10-slurm-mps.sh"
-    text = site.machine.read(prolog)
-    site.machine.write(prolog, "#!/bin/sh\nexit 0\n", mode=0o755)
-    try:
-        job = site.cluster.sbatch("--gres=gpu:1", "--mps", "--export=NONE", script="echo ran")
-        state = site.cluster.wait(job).state
-    finally:
-        site.machine.write(prolog, text, mode=0o755)
-    assert (state, "ran" in site.cluster.output(job).splitlines()) == ("FAILED", False)
+    assert let_go(site, start_waiting(site)) == ("COMPLETED", ["started", "ran"])
 
 
 def test_a_job_submitted_from_inside_an_mps_job_has_mps_only_if_it_asks(site: Site) -> None:
@@ -324,9 +304,14 @@ def test_a_bare_variable_asks_for_nothing(site: Site) -> None:
 
 
 @pytest.mark.every_release
-def test_a_dead_control_daemon_fails_the_next_step(site: Site) -> None:
-    """A client that finds no daemon runs without MPS, without a word (O21)."""
-    job = start_waiting(site, "--gres=gpu:1", "--mps")
+@pytest.mark.parametrize("policy", ["drain", "run_without_mps"])
+def test_a_dead_control_daemon_fails_the_next_step(site: Site, policy: str) -> None:
+    """A client that finds no daemon runs without MPS, without a word (O21).
+
+    The job was promised MPS: it does not go on without, whatever the site wants of faults of the node.
+    """
+    site.configure(f'[policy]\nnode_fault = "{policy}"\n')
+    job = start_waiting(site)
     pid = site.node("n1", "cat", f"{STATE_DIRECTORY}/jobs/{job.id}/pipe/nvidia-cuda-mps-control.pid").check().stdout
     site.node("n1", "kill", "-9", pid.strip()).check()
     state, output = let_go(site, job)
@@ -348,10 +333,8 @@ def test_a_plugin_that_is_only_optional_still_fails_closed(site: Site) -> None:
 
 
 def test_a_damaged_verdict_is_a_refusal(site: Site) -> None:
-    job = start_waiting(site, "--gres=gpu:1", "--mps")
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job.id}/verdict", node="n1")
-    whole = verdict.read_text()
-    verdict.write_text(whole[: len(whole) // 2])
+    job = start_waiting(site)
+    site.change_verdict(job, "(?s)^daemon .*", "")
     state, output = let_go(site, job)
     assert state == "FAILED"
     assert "ran" not in output
@@ -359,26 +342,6 @@ def test_a_damaged_verdict_is_a_refusal(site: Site) -> None:
 
 
 # --------------------------------------------------------------------------------------------- faults of the node
-
-
-@pytest.mark.every_release
-def test_a_node_fault_drains_the_node_and_requeues_the_job_by_default(site: Site) -> None:
-    site.fault("n1", "nvml.init=999")
-    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script="echo ran")
-    site.cluster.until("n1 drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
-    site.cluster.until("requeued", lambda: site.cluster.job_info(job).state == "PENDING" or None, 20)
-    site.cluster.scancel(job)
-    site.cluster.wait_idle()
-    site.cluster.resume("n1")
-
-
-def test_a_site_may_have_the_job_fail_instead(site: Site) -> None:
-    site.configure('[policy]\nnode_fault = "fail_job"\n')
-    site.fault("n1", "daemon.start=exit:1")
-    result = site.cluster.srun("-N1", "-wn1", "--gres=gpu:1", "--mps", "echo", "ran")
-    assert result.returncode != 0
-    assert "ran" not in result.stdout
-    assert "this node cannot give it MPS: /usr/bin/nvidia-cuda-mps-control -d ended with status 1" in message(result)
 
 
 def test_a_broken_configuration_is_no_concern_of_jobs_without_mps(site: Site) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.cluster import SAMPLES
+from tests.harness.cluster import SAMPLES, waits_for
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import PYTHON, STATE_DIRECTORY, Site
@@ -171,25 +171,20 @@ def test_a_fault_of_the_node_goes_by_the_sites_policy(site: Site, fault: str, po
     assert it.says in remembered
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_batch_job_ends_or_waits_or_runs_by_the_sites_policy(site: Site, policy: str) -> None:
-    """Drained: it goes back to the queue. Else its output says why, once for each step on the node."""
+@pytest.mark.every_release
+@pytest.mark.parametrize(
+    ("policy", "state", "ran", "told"),
+    [("run_without_mps", "COMPLETED", ["one", "two"], 3), ("fail_job", "FAILED", [], 1)],
+)
+def test_a_batch_job_ends_or_runs_by_the_sites_policy(
+    site: Site, policy: str, state: str, ran: list[str], told: int
+) -> None:
+    """Its output says why, once for each step on the node. Of a node that drains see test_job_kinds.py."""
     site.configure(f'[policy]\nnode_fault = "{policy}"\n')
     site.fault("n1", "nvml.init=9")
-    job = site.cluster.sbatch(*ASKED, script="srun echo one\nsrun echo two")
-    if policy == "drain":
-        site.cluster.until("the node drained", lambda: site.cluster.node_states()["n1"].drained or None, 20)
-        held = site.cluster.wait(job, states=frozenset({"PENDING"}))
-        site.cluster.scancel(job)
-        site.cluster.resume("n1")
-        assert (held.reason, held.fields["Restarts"]) == ("launch_failed_requeued_held", "1")
-        return
-    state = site.cluster.wait(job).state
-    output = site.cluster.output(job)
-    lines = output.splitlines()
-    said = [words for _, words in site.cluster.said(output) if words.startswith(f"job {job}: ")]
-    expected = ("COMPLETED", ["one", "two"], 3) if policy == "run_without_mps" else ("FAILED", [], 1)
-    assert (state, [line for line in lines if line in ("one", "two")], len(said)) == expected
+    output = site.cluster.run_batch(*ASKED, script="srun echo one\nsrun echo two", state=state)
+    said = [words for _, words in site.cluster.said(output) if words.startswith("job ")]
+    assert ([line for line in output.splitlines() if line in ("one", "two")], len(said)) == (ran, told)
 
 
 # ----------------------------------------------------------------------------------------------- running without MPS
@@ -238,19 +233,16 @@ def test_each_node_of_a_job_decides_for_itself(site: Site, faulty: str) -> None:
     site.fault(faulty, "nvml.init=9")
     told = 'echo "$SLURMD_NODENAME ${SLURM_MPS_NODE_FAULT:+without} $(simulated-gpus client)"'
     script = f"srun -N2 --ntasks-per-node=1 sh -c '{told}'"
-    job = site.cluster.sbatch("-N2", "--gres=gpu:1", "--mps-threads=25", script=script)
-    state = site.cluster.wait(job).state
-    output = site.cluster.output(job).splitlines()
-    ran = {line.split()[0]: line for line in output if "uuid=" in line}
+    output = site.cluster.run_batch("-N2", "--gres=gpu:1", "--mps-threads=25", script=script)
+    ran = {line.split()[0]: line for line in output.splitlines() if "uuid=" in line}
     well = "n2" if faulty == "n1" else "n1"
-    assert state == "COMPLETED", site.cluster.output(job)
     assert f"{faulty} without uuid=" in ran[faulty]
     assert " sms=132 " in ran[faulty]
     assert "mps=none" in ran[faulty]
     assert f"{well}  uuid=" in ran[well]
     assert " sms=32 " in ran[well]
     assert "mps=none" not in ran[well]
-    said = [node for node, _ in site.cluster.said(site.cluster.output(job))]
+    said = [node for node, _ in site.cluster.said(output)]
     assert said == [faulty] * (2 if faulty == "n1" else 1)
 
 
@@ -271,18 +263,15 @@ def test_what_a_step_asks_has_no_effect_without_mps(site: Site) -> None:
     site.configure(WITHOUT)
     site.fault("n1", NO_DAEMON)
     script = "srun --mps-threads=10 --mps-mem=1G simulated-gpus client"
-    job = site.cluster.sbatch(*ASKED, script=script)
-    state = site.cluster.wait(job).state
-    assert state == "COMPLETED"
-    assert "sms=132 free=142629 " in site.cluster.output(job)
+    output = site.cluster.run_batch(*ASKED, script=script)
+    assert "sms=132 free=142629 " in output
 
 
 def test_a_new_job_is_not_told_of_anothers_fault(site: Site) -> None:
     """What stands in the environment of a job without MPS is not for the jobs that it submits."""
     script = "echo ${SLURM_MPS_NODE_FAULT:-no fault}"
-    job = site.cluster.sbatch("--gres=gpu:1", script=script, env={"SLURM_MPS_NODE_FAULT": "of another job"})
-    site.cluster.wait(job)
-    assert site.cluster.output(job) == "no fault\n"
+    env = {"SLURM_MPS_NODE_FAULT": "of another job"}
+    assert site.cluster.run_batch("--gres=gpu:1", script=script, env=env) == "no fault\n"
 
 
 # -------------------------------------------------------------------------------------------------- not by the policy
@@ -298,26 +287,6 @@ def test_a_users_mistake_is_no_fault_of_the_node(site: Site) -> None:
     assert "WITHOUT" not in message
 
 
-def test_a_daemon_that_dies_under_a_job_fails_its_next_step(site: Site) -> None:
-    """The job was promised MPS and ran with it; it does not go on without."""
-    site.configure(WITHOUT)
-    script = "srun simulated-gpus client; touch ready; while [ ! -e go ]; do sleep 0.05; done; srun echo ran"
-    job = site.cluster.sbatch(*ASKED, script=script)
-    ready, go = (site.machine.path(f"/home/alice/{name}") for name in ("ready", "go"))
-    site.cluster.until("its first step", lambda: ready.exists() or None, 20)
-    pids = [str(process.pid) for process in site.machine.processes() if process.comm.startswith("nvidia-cuda-mps")]
-    site.node("n1", "kill", "-9", *pids)  # a server may go with its daemon
-    site.cluster.until("their end", lambda: not site.mps_processes() or None, 5)
-    site.machine.write("/home/alice/go", "")
-    state = site.cluster.wait(job).state
-    for file in (ready, go):
-        file.unlink()
-    output = site.cluster.output(job)
-    assert state == "FAILED"
-    assert "its MPS control daemon on this node does not answer" in output
-    assert "ran" not in output.split()
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_state_of_the_same_job_that_cannot_be_read_drains(gpu_node: GpuNode, policy: str) -> None:
     """A daemon of the job may still run on its GPU, which this version does not know how to end."""
@@ -328,7 +297,6 @@ def test_state_of_the_same_job_that_cannot_be_read_drains(gpu_node: GpuNode, pol
     journal.write_bytes(b"slurm-mps journal 3\nend 00000000\n")
     result = gpu_node.run(PROLOG, env=job_environment(4711, SLURM_JOB_RESTART_COUNT="1", **asked()))
     journal.write_bytes(whole)
-    gpu_node.epilog(4711).check()
     assert result.returncode == 1
     assert "journal version 3 is newer than version 1" in result.stderr
 
@@ -340,10 +308,7 @@ def test_a_job_does_not_run_where_something_could_not_be_undone(gpu_node: GpuNod
     gpu_node.configure(f'[paths]\ncontrol_program = "/run/breaks-nvml"\n{WITHOUT}')
     result = gpu_node.prolog(4711, gpus="0")
     verdict = gpu_node.verdict(4711)
-    drains = gpu_node.epilog(4711).returncode
-    gpu_node.fault()
-    gpu_node.epilog(4711).check()
-    assert (result.returncode, verdict["status"], drains) == (0, "refused", 1)
+    assert (result.returncode, verdict["status"], gpu_node.epilog(4711).returncode) == (0, "refused", 1)
     assert "; and it could not be undone: " in verdict["message"]
 
 
@@ -380,7 +345,6 @@ def test_who_else_is_on_a_shared_gpu_is_no_fault(gpu_node: GpuNode, setting: str
     works = gpu_node.client(4711).stdout
     gpu_node.machine.signal(other, signal.SIGKILL)
     other.wait(5)
-    gpu_node.epilog(4711).check()
     assert (result.returncode, result.stderr) == (0, "")
     assert "mps=none" not in works
 
@@ -418,13 +382,12 @@ def test_an_epilog_may_take_longer_than_messagetimeout(impatient_site: Site) -> 
     """The node stays in service, the next job on its GPUs waits for the end, and both end well."""
     site = impatient_site
     site.configure("[deadlines]\nquit = 2\nsignal = 2\n")
-    script = "srun simulated-gpus client; echo done; while [ ! -e go ]; do sleep 0.05; done"
-    first = site.cluster.sbatch("--gres=gpu:4", "--mps", script=script)
-    site.cluster.until("its client", lambda: "done" in site.cluster.output(first) or None, 20)
+    script = f"srun simulated-gpus client; echo done; {waits_for()}"
+    first = site.cluster.sbatch("--gres=gpu:4", "--mps", script=script, until="done")
     site.fault("n1", *STUBBORN)
     second = site.cluster.sbatch("--gres=gpu:4", "--mps-threads=25", script="exec simulated-gpus client")
     began = monotonic()
-    site.machine.write("/home/alice/go", "")
+    site.cluster.let_go(first)
     seen = set()
     while site.cluster.job_info(second).state == "PENDING":
         assert monotonic() - began < 20
@@ -432,7 +395,6 @@ def test_an_epilog_may_take_longer_than_messagetimeout(impatient_site: Site) -> 
     took = monotonic() - began
     site.fault("n1")
     states = [site.cluster.wait(job).state for job in (first, second)]
-    site.machine.path("/home/alice/go").unlink()
     log = site.machine.read(SLURMD_LOG)
     assert took > 3
     assert states == ["COMPLETED", "COMPLETED"]
@@ -456,13 +418,11 @@ def test_what_cannot_be_killed_drains_the_node_with_a_reason(impatient_site: Sit
     if "freezer" not in site.machine.cgroups:
         pytest.skip("needs the freezer controller of cgroup v1")
     site.configure("[deadlines]\nquit = 0.3\nsignal = 0.3\n")
-    script = "srun simulated-gpus client; echo done; while [ ! -e go ]; do sleep 0.05; done"
-    job = site.cluster.sbatch("--gres=gpu:1", "--mps", script=script)
-    site.cluster.until("its client", lambda: "done" in site.cluster.output(job) or None, 20)
+    script = f"srun simulated-gpus client; echo done; {waits_for()}"
+    job = site.cluster.sbatch("--gres=gpu:1", "--mps", script=script, until="done")
     pids = frozen(site)
-    site.machine.write("/home/alice/go", "")
+    site.cluster.let_go(job)
     state = site.cluster.wait(job, 20).state
-    site.machine.path("/home/alice/go").unlink()
     drained = site.cluster.node_states()["n1"].state
     words = f"MPS processes {', '.join(pids)} of {STATE_DIRECTORY}/jobs/{job}/pipe are still there"
     reason = site.cluster.until(

@@ -15,7 +15,7 @@ def running_job(site: Site) -> Job:
     job = site.cluster.sbatch(
         "-wn1", "-n2", "--gres=gpu:2", "--mps-threads=25", script="srun simulated-gpus client --hold 60"
     )
-    site.cluster.until("both clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 30)
+    site.cluster.until_output(job, "uuid=", times=2)
     return job
 
 

@@ -93,15 +93,3 @@ def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site) -> None:
     """The way in does not matter: the test above refuses for the values, not for the plugin."""
     state, output = _submit_past_the_plugin(site, {"MPS": "1", "MPS_THREADS": "25"})
     assert (state, output) == ("COMPLETED", "it ran\n")
-
-
-def test_a_users_own_lower_limit_outlives_the_script(site: Site) -> None:
-    """The script has it from the submission, its sruns have it from the script."""
-    own = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=2G"}
-    client = "simulated-gpus client"
-    script = f"{client}\nsrun {client}\n"
-    job = site.cluster.sbatch("--gres=gpu:1", "--mps-threads=50", "--mps-mem=8G", script=script, env=own)
-    assert site.cluster.wait(job).state == "COMPLETED"
-    lines = site.cluster.output(job).splitlines()
-    assert len(lines) == 2
-    assert all("sms=12 free=1977 " in line for line in lines)

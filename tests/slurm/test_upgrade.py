@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps.job.verdict import VERDICT_VERSION
+from tests.harness.cluster import waits_for
 from tests.harness.release import chosen
-from tests.harness.site import STATE_DIRECTORY, Site
+from tests.harness.site import Site
 
 if TYPE_CHECKING:
     from tests.harness.cluster import Job
@@ -32,16 +33,14 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded(autodetect: bool) -> Non
         before = site.snapshot()
         version = site.machine.run(["srun", "--version"]).stdout
         client = "simulated-gpus client"
-        waits = "while [ ! -e %s ]; do sleep 0.1; done"
         back = "until timeout 10 srun true; do sleep 1; done"  # now and then the first srun after it waits for ever
         bad = f"{back}; srun {client}; srun false; srun {client}"
-        steps = [client, waits % "go", bad, waits % "linked", f"srun {client}"]
-        job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", script="; ".join(steps))
-        site.cluster.until_output(job, "uuid=")
+        steps = [client, waits_for(), bad, waits_for("linked"), f"srun {client}"]
+        job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", script="; ".join(steps), until="uuid=")
         old_package = package_of(site, job)
         site.upgrade()
         assert site.machine.run(["srun", "--version"]).stdout != version
-        site.machine.write("/home/alice/go", "")
+        site.cluster.let_go(job)
         path = f"/home/alice/slurm-{job}.out"  # slurmctld has forgotten where it is
         refusal = "was slurm-mps moved or removed?"  # an srun that found slurmd not back yet tries again after 30 s
         site.cluster.until("a refusal", lambda: refusal in site.machine.read(path) or None, 90)
@@ -49,7 +48,7 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded(autodetect: bool) -> Non
         assert new_python not in old_package
         old_python = f"/opt/slurm-mps/lib/{old_package.split('/')[4]}"
         site.node("n1", "ln", "-s", new_python, old_python).check()
-        site.machine.write("/home/alice/linked", "")
+        site.cluster.let_go(job, "linked")
         state = site.cluster.wait(job).state
         output = site.machine.read(path)
         site.node("n1", "rm", old_python).check()
@@ -66,21 +65,17 @@ def test_a_job_goes_on_and_ends_while_slurm_is_upgraded(autodetect: bool) -> Non
 
 def package_of(site: Site, job: Job) -> str:
     """The program that tries a job's server, as its verdict names it."""
-    verdict = site.machine.read(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    (words,) = re.findall("^probe (.*)", verdict, re.MULTILINE)
+    (words,) = re.findall("^probe (.*)", site.verdict(job), re.MULTILINE)
     return str(words.split()[1])
 
 
 def test_a_step_that_meets_a_newer_verdict_is_refused_by_its_number(site: Site) -> None:
     """A newer prolog beside an older plugin: an upgrade that forgot the plugin, or a downgrade of it."""
-    wait = "echo waits; while [ ! -e go ]; do sleep 0.1; done; srun echo ran"
-    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script=wait)
-    site.cluster.until_output(job, "waits")
-    place = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    place.write_text(place.read_text().replace(f"verdict {VERDICT_VERSION}", f"verdict {VERDICT_VERSION + 1}"))
-    site.machine.write("/home/alice/go", "")
+    wait = f"echo waits; {waits_for()}; srun echo ran"
+    job = site.cluster.sbatch("-wn1", "--gres=gpu:1", "--mps", script=wait, until="waits")
+    site.change_verdict(job, f"verdict {VERDICT_VERSION}", f"verdict {VERDICT_VERSION + 1}")
+    site.cluster.let_go(job)
     site.cluster.wait(job)
-    site.machine.path("/home/alice/go").unlink()
     output = site.cluster.output(job)
     newer = f"verdict version {VERDICT_VERSION + 1}, and the plugin reads up to {VERDICT_VERSION}"
     assert len(re.findall(r"error: mps: job .*newer slurm-mps than spank_mps\.so", output)) == 1, output

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.cluster import waits_for
 from tests.harness.site import STATE_DIRECTORY
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def test_what_a_wrapper_or_the_script_itself_started_goes_by_pid(site: Site) -> 
 
 def test_a_server_that_dies_is_told(site: Site) -> None:
     job = start(site, f"srun -n2 {CLIENT} --work 9")
-    site.cluster.until("clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    site.cluster.until_output(job, "uuid=", times=2)
     (server,) = [p.pid for p in site.machine.processes() if p.comm.startswith("nvidia-cuda-mps") and p.uid]
     site.machine.run(["kill", "-9", str(server)]).check()
     (words,) = told(site, job)
@@ -85,12 +86,11 @@ def test_a_daemon_that_goes_is_told_once_and_its_logs_where_they_know_of_it(
     """Of a daemon that was killed they hold nothing (O65), and nobody is sent to them. The script fails with its step,
     and tells nothing again.
     """
-    job = start(site, "srun -n1 sh -c 'touch up; while [ -e up ]; do sleep 0.1; done; exit 3'")
-    up = site.machine.path("/home/alice/up")
-    site.cluster.until("the task", lambda: up.exists() or None, 20)
+    job = start(site, f"srun -n1 sh -c 'echo up; {waits_for()}; exit 3'")
+    site.cluster.until_output(job, "up")
     pipe = f"{STATE_DIRECTORY}/jobs/{job}/pipe"
     site.node("n1", "sh", "-c", f"export CUDA_MPS_PIPE_DIRECTORY={pipe}; {command}").check()
-    up.unlink()
+    site.cluster.let_go(job)
     site.cluster.wait(job)
     expected = f"job {job}: the MPS control daemon on this node {words.format(job=job)}"
     assert site.cluster.said(site.cluster.output(job)) == [("n1", expected)]
@@ -99,7 +99,7 @@ def test_a_daemon_that_goes_is_told_once_and_its_logs_where_they_know_of_it(
 def test_a_daemon_that_goes_after_a_step_was_told_something_else_is_told_too(site: Site) -> None:
     """A program of the script's own was its client meanwhile."""
     job = start(site, f"srun -n1 --gpus=1 {CLIENT} --fault\n{CLIENT} --work 9")
-    site.cluster.until("the script's client", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    site.cluster.until_output(job, "uuid=", times=2)
     site.node("n1", "sh", "-c", f"kill -9 $(cat {STATE_DIRECTORY}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid)").check()
     site.cluster.wait(job)
     (_, fault), (_, gone) = site.cluster.said(site.cluster.output(job))
@@ -140,7 +140,7 @@ def test_nothing_is_told_of_what_mps_does_not_explain(site: Site, script: str) -
 def test_a_step_that_is_cancelled_needs_no_explanation(site: Site) -> None:
     """Each rank has a GPU of its own: of two on one, the first to be killed can be what the other dies of (O47)."""
     job = start(site, f"srun -n2 --gpus-per-task=1 {CLIENT} --spin")
-    site.cluster.until("clients", lambda: site.cluster.output(job).count("uuid=") == 2 or None, 20)
+    site.cluster.until_output(job, "uuid=", times=2)
     site.cluster.scancel(job)
     assert told(site, job) == []
 
@@ -149,30 +149,22 @@ def test_a_step_whose_tasks_are_all_well_starts_no_program(site: Site) -> None:
     """The program that looks is replaced by one that leaves a trace."""
     site.machine.write("/opt/trace.py", "import os\nopen(f'/home/alice/looked-{os.getpid()}', 'w').close()\n")
     steps = "srun -n4 true\nls looked-* 2>/dev/null | wc -l\nsrun -n4 false\nls looked-* | wc -l"
-    script = f"while [ ! -e go ]; do sleep 0.1; done\n{steps}"
-    job = start(site, script)
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
-    text = verdict.read_text()
-    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/trace.py", text, flags=re.MULTILINE))
-    site.machine.write("/home/alice/go", "")
+    job = start(site, f"{waits_for()}\n{steps}")
+    site.change_verdict(job, "^explain .*", "explain /opt/trace.py")
+    site.cluster.let_go(job)
     site.cluster.wait(job)
     said = [line for line in site.cluster.output(job).splitlines() if line.isdecimal()]
-    site.machine.run(["sh", "-c", "rm -f /home/alice/looked-* /home/alice/go"]).check()
+    site.machine.run(["sh", "-c", "rm -f /home/alice/looked-*"]).check()
     assert said == ["0", "2"], "after the first task that failed, and after the last"
 
 
 def test_a_program_that_does_not_end_costs_two_seconds_and_says_nothing(site: Site) -> None:
     site.machine.write("/opt/stay.py", "import time\nprint('never', flush=True)\ntime.sleep(60)\n")
-    job = start(site, "while [ ! -e go ]; do sleep 0.1; done\nsrun -n1 false\necho after")
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
-    text = verdict.read_text()
-    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/stay.py", text, flags=re.MULTILINE))
+    job = start(site, f"{waits_for()}\nsrun -n1 false\necho after")
+    site.change_verdict(job, "^explain .*", "explain /opt/stay.py")
     began = time.monotonic()
-    site.machine.write("/home/alice/go", "")
+    site.cluster.let_go(job)
     site.cluster.wait(job)
-    site.machine.path("/home/alice/go").unlink()
     assert "after" in site.cluster.output(job)
     assert "never" not in site.cluster.output(job)
     assert 2 < time.monotonic() - began < 8
@@ -189,15 +181,10 @@ def test_the_program_that_looks_is_the_jobs_user_with_nothing_of_slurmstepds(sit
         "said = (ids, sorted(set(os.environ) - {'LC_CTYPE'}), fds, os.getcwd(), sys.argv[1:4])\n"
         "print('\\x1b[2J' + repr(said) + '\\nsecond')\n",
     )
-    script = "while [ ! -e go ]; do sleep 0.1; done\nsrun -n2 env LD_PRELOAD=/x.so PYTHONPATH=/home/alice false"
-    job = start(site, script)
-    verdict = site.machine.path(f"{STATE_DIRECTORY}/jobs/{job}/verdict", node="n1")
-    site.cluster.until("a verdict", lambda: verdict.exists() or None, 20)
-    text = verdict.read_text()
-    verdict.write_text(re.sub(r"^explain .*$", "explain /opt/tell.py", text, flags=re.MULTILINE))
-    site.machine.write("/home/alice/go", "")
+    job = start(site, f"{waits_for()}\nsrun -n2 env LD_PRELOAD=/x.so PYTHONPATH=/home/alice false")
+    site.change_verdict(job, "^explain .*", "explain /opt/tell.py")
+    site.cluster.let_go(job)
     site.cluster.wait(job)
-    site.machine.path("/home/alice/go").unlink()
     (line,) = [line for line in site.cluster.output(job).splitlines() if "error: mps: " in line and "[2J" in line][:1]
     said = line.partition("error: mps: ")[2]
     assert said.startswith("?[2J(")

@@ -58,7 +58,6 @@ def at_once(node: MistreatedNode, *runs: Run) -> list[tuple[int, str]]:
 
 
 WELL = (0, "")
-HOOK = (PYTHON, "-I", "-S", "/opt/slurm-mps/lib/python3.11/site-packages/slurm_mps/hook.py")
 
 
 def test_32_jobs_that_start_and_end_at_once(node: MistreatedNode) -> None:
@@ -75,11 +74,12 @@ def test_32_jobs_that_start_and_end_at_once(node: MistreatedNode) -> None:
 def test_jobs_that_start_at_once_on_a_slow_disk(node: MistreatedNode) -> None:
     """All of them find the site configuration changed, and compile and keep it; none fails for what another did."""
     slow = ["strace", "-f", "-b", "execve", "-o", "/dev/null", "-e", "trace=fsync"]
+    hook = [PYTHON, "-I", "-S", f"{node.package}/hook.py"]
     for number in range(2):
         node.configure(f"{SHARED}# {number}\n")
         jobs = {job: environment(job, str(job % 8)) for job in JOBS[:4]}
         delays = [f"inject=fsync:delay_enter={10_000 * (1 + job % 4)}" for job in jobs]
-        runs = [([*slow, "-e", delay, *HOOK, "prolog"], one) for delay, one in zip(delays, jobs.values(), strict=True)]
+        runs = [([*slow, "-e", delay, *hook, "prolog"], one) for delay, one in zip(delays, jobs.values(), strict=True)]
         assert set(at_once(node, *runs)) == {WELL}, number
         assert set(at_once(node, *(([EPILOG], one) for one in jobs.values()))) == {WELL}, number
 
@@ -93,6 +93,8 @@ def test_of_32_jobs_on_8_gpus_8_get_one(node: MistreatedNode) -> None:
     ready = [job for job in jobs if node.verdict(job)["status"] == "ready"]
     assert sorted(job % 8 for job in ready) == list(range(8))
     others = [job for job in jobs if job not in ready]
+    holders = {job % 8: job for job in ready}
+    assert all(f"is held by MPS job {holders[job % 8]};" in node.verdict(job)["message"] for job in others)
     assert set(at_once(node, *(([EPILOG], jobs[job]) for job in others))) == {WELL}
     assert node.compute_modes() == [3] * 8
     assert set(at_once(node, *(([EPILOG], jobs[job]) for job in ready))) == {WELL}
