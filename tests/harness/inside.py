@@ -49,7 +49,6 @@ PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C
 IFF_UP = 1
 
-CGROUP_PREFIX = "slurm-mps-test."
 INIT_CGROUP = "init"
 UNIFIED = "unified"  # stands for cgroup v2 among the names of v1 controllers
 # NVIDIA's own numbers: without its driver, opening one gives ENXIO, or EPERM where a device cgroup denies it.
@@ -117,6 +116,11 @@ def host_mounts() -> Iterator[tuple[str, str, list[str]]]:
         yield before.split(" ")[4].replace("\\040", " "), kind, options.split(",")
 
 
+def cgroup_prefix() -> str:
+    """What the names of machines' cgroups begin with: their keepers' pids mean something in this PID namespace only."""
+    return f"slurm-mps-machine.{os.stat('/proc/self/ns/pid').st_ino}."
+
+
 def make_cgroups(controllers: list[str]) -> dict[str, Path]:
     """Make this machine's own directory in each cgroup v1 hierarchy of `controllers` that the host has, or else one in
     cgroup v2, by the name UNIFIED.
@@ -128,7 +132,7 @@ def make_cgroups(controllers: list[str]) -> dict[str, Path]:
     for where, kind, options in host_mounts():
         for controller in set(controllers) & set(options) if kind == "cgroup" else ():
             sweep_stale_cgroups(Path(where))
-            made[controller] = Path(where, f"{CGROUP_PREFIX}{os.getpid()}")
+            made[controller] = Path(where, f"{cgroup_prefix()}{os.getpid()}")
             made[controller].mkdir(exist_ok=True)
     return made or make_unified_cgroup()
 
@@ -138,7 +142,7 @@ def make_unified_cgroup() -> dict[str, Path]:
     for where, kind, _ in host_mounts():
         if kind == "cgroup2":
             sweep_stale_cgroups(Path(where))
-            top = Path(where, f"{CGROUP_PREFIX}{os.getpid()}")
+            top = Path(where, f"{cgroup_prefix()}{os.getpid()}")
             top.mkdir(exist_ok=True)
             return {UNIFIED: top}
     return {}
@@ -176,9 +180,9 @@ def settle_in_unified_cgroup(top: Path) -> None:
 
 def sweep_stale_cgroups(hierarchy: Path) -> None:
     """Remove what a killed keeper could not; a dead one that is not yet reaped has an empty cmdline."""
-    for left in hierarchy.glob(f"{CGROUP_PREFIX}*"):
+    for left in hierarchy.glob(f"{cgroup_prefix()}*"):
         try:
-            keeper = left.name.removeprefix(CGROUP_PREFIX)
+            keeper = left.name.removeprefix(cgroup_prefix())
             alive = Path(__file__).name in Path(f"/proc/{keeper}/cmdline").read_text()
         except FileNotFoundError:
             alive = False

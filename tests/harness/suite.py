@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cluster import REPOSITORY
-from .inside import CGROUP_PREFIX
+from .inside import cgroup_prefix
 from .site import CACHE
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def mounts() -> set[str]:
 
 def dead_cgroups() -> list[str]:
     """The cgroups of throw-away machines whose keeper has ended."""
-    found = [path for above in ("", "*/") for path in Path("/sys/fs/cgroup").glob(f"{above}{CGROUP_PREFIX}*")]
+    found = [path for above in ("", "*/") for path in Path("/sys/fs/cgroup").glob(f"{above}{cgroup_prefix()}*")]
     return [str(path) for path in found if not Path("/proc", path.suffix[1:]).exists()]
 
 
