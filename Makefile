@@ -72,6 +72,9 @@ SUITE = $(DEV_PYTHON) -m tests.harness.suite $(if $(JOBS),--jobs $(JOBS))
 test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
+check-clones: build-tests ## the demo on bare Debian systems, from clones in many places (ten minutes)
+	@$(DEV_PYTHON) -m tests.lab.clones $(CLONES)
+
 torture: build-tests ## hooks killed at every change and at random, in every order; TORTURE="--minutes 10"
 	@$(DEV_PYTHON) -m tests.torture $(TORTURE)
 
@@ -143,5 +146,5 @@ clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix torture bench scale bundle test-gpu \
+.PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix check-clones torture bench scale bundle test-gpu \
 	hardware bench-gpu worth plots install install-hooks docs man deb rpm clean

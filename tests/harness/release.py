@@ -18,6 +18,10 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VARIABLE = "SLURM_MPS_RELEASE"
 BUNDLE_VARIABLE = "SLURM_MPS_BUNDLE"
@@ -172,14 +176,14 @@ def ensure_root(release: Release, cache_dir: Path) -> Path | None:
     with (cache_dir / f"root-{release.suite}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if not root.is_dir():
-            _make_root(root, release)
+            make_root(root, release)
     found = version_in(root)
     if _year_and_month(found) != release.name:
         _say(f"Debian's {release.suite} has Slurm {found} now; the tests run on it with the data of {release.name}")
     return root
 
 
-def _make_root(root: Path, release: Release) -> None:
+def make_root(root: Path, release: Release, packages: Sequence[str] = PACKAGES) -> None:
     """Make it beside its place and rename it, so that a root is whole or absent."""
     began = time.monotonic()
     partial = root.with_suffix(".partial")
@@ -187,13 +191,13 @@ def _make_root(root: Path, release: Release) -> None:
     mirror = mirror_of_this_machine()
     _say(f"making {root.name} with debootstrap from {mirror} (once, about a minute)")
     line = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", _MAKE_ROOT, "sh"]
-    line += [str(partial), release.suite, mirror, release.debootstrap_script, *PACKAGES]
+    line += [str(partial), release.suite, mirror, release.debootstrap_script, *packages]
     environment = {**os.environ, **_proxies()}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{release.suite}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     partial.rename(root)
-    _say(f"{root.name}: Slurm {version_in(root)}, {time.monotonic() - began:.0f} s")
+    _say(f"{root.name} took {time.monotonic() - began:.0f} s")
 
 
 def version_in(root: Path | None) -> str:
