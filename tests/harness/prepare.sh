@@ -70,7 +70,7 @@ upgraded=$(echo "$plan" | sed -n 's/^Inst \([^ ]*\) \[.*/\1/p' | paste -s -d' ')
 
 # What starts at boot, by systemd or by init.d.
 enabled() {
-	find /etc/systemd/system /etc/rc[2-5].d -type l \( -path '*.wants/*' -o -name 'S[0-9]*' \) 2>/dev/null
+	find /etc/systemd/system /etc/rc[2-5].d -type l \( -path '*.wants/*' -o -name 'S[0-9]*' \) 2>/dev/null || :
 }
 
 disable_new() {
@@ -85,13 +85,19 @@ disable_new() {
 }
 
 before=$(enabled)
+log=$(mktemp)
+made=
 trap 'exit 130' HUP INT TERM
-trap disable_new EXIT
+trap 'rm -f "$log" $made; disable_new' EXIT
 if [ ! -e "$policy" ]; then
-	trap 'rm -f "$policy"; disable_new' EXIT
+	made=$policy
 	printf '#!/bin/sh\nexit 101\n' >"$policy" # Debian's own word for "start nothing"
 	chmod 755 "$policy"
 fi
 echo "make: installing $(echo "$plan" | grep -c '^Inst') packages, in about a minute"
 # shellcheck disable=SC2086
-apt-get install -qq -y --no-install-recommends --no-remove --no-upgrade -o DPkg::Lock::Timeout=60 $missing >/dev/null
+if ! apt-get install -qq -y --no-install-recommends --no-remove --no-upgrade -o DPkg::Lock::Timeout=60 $missing \
+	>"$log" 2>&1; then
+	cat "$log" >&2
+	exit 1
+fi
