@@ -119,7 +119,7 @@ def test_a_users_code_in_the_probe(sprung: Site, walls_down: tuple[str, ...], wo
 TRACER = """
 import ctypes, os, time
 PTRACE_SEIZE = 0x4206
-libc, end, found = ctypes.CDLL(None), time.time() + 20, False
+libc, end, found = ctypes.CDLL(None), time.time() + 60, False
 while time.time() < end and not (found and os.path.exists("over")):
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -141,8 +141,8 @@ def test_a_user_takes_the_probe_over(cluster: Site, works: bool) -> None:
     """It is not among the step's processes, which Slurm ends: whoever can trace it has one that outlives the job."""
     cluster.machine.write("/home/alice/tracer.py", TRACER, user="alice")
     script = (
-        "rm -f over seen; python3 tracer.py 2>&1 &\n"
-        "for try in 1 2 3 4 5 6; do srun --overlap false; srun --overlap true; [ ! -e seen ] || break; done\n"
+        "rm -f over seen; python3 tracer.py 2>&1 & sleep 0.5\n"
+        "for n in 1 2 3 4 5 6 7 8 9; do srun --overlap false; srun --overlap true; [ ! -e seen ] || break; done\n"
         "touch over; wait\n"
     )
     job = cluster.cluster.sbatch("-wn1", "-n2", "--gres=gpu:1", "--mps", script=script)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROOT_ONLY = {"stale-state", "job-daemon", "other-daemon"}
 
 
+@pytest.mark.alone  # doctor gives all of its questions 1.4 seconds
 @pytest.mark.every_release
 @pytest.mark.parametrize("user", ["root", "alice"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["node", "login"])

@@ -20,8 +20,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.lab import matrix
+
 from .cluster import REPOSITORY
 from .inside import cgroup_prefix
+from .release import VARIABLE
 from .site import CACHE
 
 if TYPE_CHECKING:
@@ -81,10 +84,11 @@ class Run:
         self._ended: dict[int, int] = {}
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
 
-    def start(self, module: str, *words: str, out: int | None = None) -> int:
-        """Start a module of Python's; returns its pid."""
+    def start(self, module: str, *words: str, out: int | None = None, release: str = "") -> int:
+        """Start a module of Python's, on another Slurm if `release` names one; returns its pid."""
         line = [sys.executable, "-m", module, *words]
-        return subprocess.Popen(line, cwd=REPOSITORY, env=self.environment, stdout=out, stderr=out).pid
+        environment = {**self.environment, **({VARIABLE: release} if release else {})}
+        return subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=out, stderr=out).pid
 
     def wait(self, pid: int) -> int:
         """Reap whatever ends until this one has; returns its exit status."""
@@ -133,7 +137,12 @@ def run_tests(run: Run, options: argparse.Namespace, words: list[str]) -> list[s
     if "--quick" in words:
         return failed
     print("make: what measures time, alone", flush=True)
-    if run.wait(run.start("pytest", "-q", "-m", "alone", *words)) not in (0, NO_TESTS):
+    alone = [run.wait(run.start("pytest", "-q", "-m", "alone", *words))]
+    for name in matrix.other_releases() if options.releases else ():
+        print(f"make: the same on Slurm {name}", flush=True)
+        marked = ["-m", "alone and every_release", *matrix.TESTS]
+        alone.append(run.wait(run.start("pytest", "-q", *marked, release=name)))
+    if not set(alone) <= {0, NO_TESTS}:
         failed.append("tests that measure time")
     return failed
 
