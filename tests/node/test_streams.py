@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -228,26 +229,9 @@ def test_the_fields_of_the_cluster_are_checked_by_the_same_rule(busy: GpuNode) -
 def shown(terminal: bool, environment: dict[str, str]) -> str:
     """What a table looks like; its headings are bold where there is colour."""
     line = [sys.executable, "-m", "slurm_mps.cli.main", "config", "show"]
-    keep = {"PATH": os.environ["PATH"], "TERM": "xterm"}
-    ours, theirs = os.openpty()
-    child = subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=theirs if terminal else subprocess.PIPE, cwd=REPOSITORY,
-        env={**keep, **environment},
-    )  # fmt: skip
-    os.close(theirs)
-    said = b""
-    if child.stdout:
-        said = child.stdout.read()
-        child.stdout.close()
-    else:
-        try:
-            while data := os.read(ours, 65536):
-                said += data
-        except OSError:  # the terminal's other end is closed
-            pass
-    os.close(ours)
-    assert child.wait(20) == 0
-    return said.decode()
+    command = ["script", "-qec", shlex.join(line), "/dev/null"] if terminal else line
+    given = {"PATH": os.environ["PATH"], "TERM": "xterm", **environment}
+    return subprocess.run(command, env=given, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
