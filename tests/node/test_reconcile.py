@@ -8,8 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING

@@ -229,6 +229,7 @@ def test_a_job_without_mps_is_nobodys_client(site: Site) -> None:
         client = site.cluster.srun(*ASKED, "simulated-gpus", "client", env=env).check()
         shown = json.loads(site.cluster.srun(*ASKED, PYTHON, "-c", ENVIRONMENT, env=env).check().stdout)
         assert "sms=132 free=142629 total=143155 mps=none" in client.stdout
+        assert shown.pop("CUDA_MPS_SET_BY_SLURM") == "CUDA_MPS_PIPE_DIRECTORY=/dev/null"
         assert shown.pop("SLURM_MPS_NODE_FAULT").startswith("this node cannot give it MPS: ")
         assert {name: value for name, value in shown.items() if "SPANK" not in name} == {
             "CUDA_MPS_PIPE_DIRECTORY": "/dev/null", "CUDA_VISIBLE_DEVICES": "0"

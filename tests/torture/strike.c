@@ -107,12 +107,39 @@ IN_FRONT(int, fsetxattr, (int fd, const char *name, const void *value, size_t si
 	 (fd, name, value, size, flags), 1, -1)
 IN_FRONT(int, fchmod, (int fd, mode_t mode), (fd, mode), 1, -1)
 IN_FRONT(int, fsync, (int fd), (fd), 1, -1)
+IN_FRONT(int, futimens, (int fd, const struct timespec times[2]), (fd, times), 1, -1)
+IN_FRONT(pid_t, fork, (void), (), 1, -1)
 IN_FRONT(int, killpg, (pid_t group, int signal), (group, signal), signal, -1)
 IN_FRONT(ssize_t, write, (int fd, const void *bytes, size_t size), (fd, bytes, size), is_file(fd), -1)
 IN_FRONT(int, posix_spawn,
 	 (pid_t *pid, const char *path, const posix_spawn_file_actions_t *actions, const posix_spawnattr_t *attributes,
 	  char *const *argv, char *const *envp),
 	 (pid, path, actions, attributes, argv, envp), 1, error)
+
+/* Python is built with the latter. */
+static int truncate_file(int (**real)(int, off_t), const char *name, int fd, off_t size)
+{
+	int error = strike("ftruncate");
+
+	find_real(name, real);
+	if (error) {
+		errno = error;
+		return -1;
+	}
+	return (*real)(fd, size);
+}
+
+int ftruncate(int fd, off_t size)
+{
+	static int (*real)(int, off_t);
+	return truncate_file(&real, "ftruncate", fd, size);
+}
+
+int ftruncate64(int fd, off_t size)
+{
+	static int (*real)(int, off_t);
+	return truncate_file(&real, "ftruncate64", fd, size);
+}
 
 /* Opening changes something where it makes a file or empties one. */
 static int open_in(const char *name, int (**real)(int, const char *, int, ...), int dir, const char *path, int flags,

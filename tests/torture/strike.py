@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.harness.machine import Result
 
 LIBRARY, LOG = "/run/strike.so", "/run/strike.log"
-CAN_FAIL = "mkdirat unlinkat renameat fsetxattr fchmod fsync write posix_spawn openat"
+CAN_FAIL = "mkdirat unlinkat renameat fsetxattr fchmod ftruncate futimens fsync write posix_spawn fork openat"
 CHANGES = f"{CAN_FAIL} killpg pidfd_send_signal"
 CAN_DIE = f"{CHANGES} poll"  # in the first wait for a child, too: started, and not done
 FAULTS = {"SIGKILL": 0, **{name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EMFILE", "EACCES")}}

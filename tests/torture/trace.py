@@ -10,18 +10,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HARMLESS = """
-access arch_prctl brk chdir clock_nanosleep close dup dup2 epoll_create1 execve exit exit_group faccessat2 fadvise64
-fcntl fstat fstatfs futex getcwd getdents64 getegid geteuid getgid getpgrp getpid getppid getrandom gettid getuid
-ioctl lgetxattr lseek madvise mmap mprotect mremap munmap newfstatat openat pidfd_open pipe2 poll pread64 prctl
-prlimit64 read readlink readlinkat restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn sched_getaffinity
-sched_yield set_robust_list set_tid_address stat statfs sysinfo umask uname wait4
+access arch_prctl brk chdir clock_nanosleep close connect dup dup2 epoll_create1 execve exit exit_group faccessat2
+fadvise64 fcntl fstat fstatfs futex getcwd getdents64 getegid geteuid getgid getpgrp getpid getppid getrandom
+getsockopt gettid getuid ioctl lgetxattr lseek madvise mmap mprotect mremap munmap newfstatat openat pidfd_open pipe2
+poll prctl pread64 prlimit64 read readlink readlinkat restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn
+sched_getaffinity sched_yield set_robust_list set_tid_address socket stat statfs statx sysinfo umask uname wait4
 """
-#: What changes nothing but the process itself, and talks to nobody; a lock goes with the process.
+#: What changes nothing but the process itself, and says nothing to anybody; a lock goes with the process.
 HARMLESS = frozenset(_HARMLESS.split())
-_FILES = ("mkdirat", "unlinkat", "renameat", "fsetxattr", "fchmod", "fsync", "write", "openat")
+_FILES = ("mkdirat", "unlinkat", "renameat", "fsetxattr", "fchmod", "ftruncate", "fsync", "write", "openat")
 #: What the library counts, by the system call that it comes to.
 COUNTED = {**{name: name for name in _FILES}, "clone3": "posix_spawn", "vfork": "posix_spawn", "kill": "killpg"} | {
-    "pidfd_send_signal": "pidfd_send_signal"
+    "pidfd_send_signal": "pidfd_send_signal",
+    "utimensat": "futimens",
+    "clone": "fork",
 }
 _SIGNALS = ("kill", "pidfd_send_signal")
 _LINE = re.compile(r"(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()(.*)")
