@@ -1,4 +1,6 @@
-"""Entry of the prolog and epilog scripts: ``python3 -I -S .../slurm_mps/hook.py prolog|epilog``.
+"""Entry of the prolog and epilog scripts: ``python3 -I -S .../slurm_mps/hook.py prolog|epilog [asked]``.
+
+``asked``: the script has told the job's control daemons to quit.
 
 Started with -I -S, so that neither the environment nor site-packages can put code in place of the standard library's;
 the directory that holds the package comes last on the path.
@@ -27,7 +29,7 @@ def main() -> int:
         return Prolog(os.environ).run()
     from slurm_mps.job.epilog import Epilog
 
-    return Epilog(os.environ).run()
+    return Epilog(os.environ, asked=sys.argv[2:] == ["asked"]).run()
 
 
 def _set_limits() -> None:

@@ -57,7 +57,8 @@ class JobOnNode:
     """What an action acts on: one job on this node.
 
     Both deadlines are monotonic times in seconds: what is brought up must be so by the first, so that there is time to
-    undo it all by the second. `meanwhile` is done while daemons quit, which takes a tenth of a second.
+    undo it all by the second. `meanwhile` is done while daemons quit, which takes a tenth of a second. `asked`: they
+    have been told to.
     """
 
     state: NodeState
@@ -67,6 +68,7 @@ class JobOnNode:
     deadline: float
     undo_deadline: float
     meanwhile: Callable[[], None] | None = None
+    asked: bool = False
 
     def seconds(self, wanted: float) -> float:
         """How long one thing may take: what it wants, but no longer than is left of the whole.
@@ -316,7 +318,8 @@ class QuitDaemons:
             signal_seconds=share * job.config.deadlines_signal,
             search_seconds=share * _SEARCH_SECONDS,
         )
-        control.quit_all([job.daemon(name) for name in self.names], job.journal.uid, patience, job.meanwhile)
+        daemons = [job.daemon(name) for name in self.names]
+        control.quit_all(daemons, job.journal.uid, patience, job.meanwhile, asked=job.asked)
 
 
 @record

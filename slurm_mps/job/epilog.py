@@ -12,12 +12,20 @@ from .script import Script
 from .state import NodeState
 from .watch import UNDO_SHARE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class Epilog(Script):
     """The epilog of one job."""
 
     name = "epilog"
     seconds = DEFAULTS.deadlines_epilog
+
+    def __init__(self, environment: Mapping[str, str], *, asked: bool = False) -> None:
+        self._asked = asked  #: whether the job's daemons have been told to quit
+        super().__init__(environment)
 
     def work(self, job_id: int) -> None:
         self.state = state = NodeState()
@@ -29,5 +37,6 @@ class Epilog(Script):
         self.watch.set(config.deadlines_epilog)
         end = self.watch.at(UNDO_SHARE)
         needs_nvml = config.gpus_compute_mode != "unchanged"
-        take_down(JobOnNode(state, journal, self.gpus, config, end, end, self.gpus.open if needs_nvml else None))
+        meanwhile = self.gpus.open if needs_nvml else None
+        take_down(JobOnNode(state, journal, self.gpus, config, end, end, meanwhile, asked=self._asked))
         self.note("done")

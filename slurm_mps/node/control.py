@@ -274,27 +274,34 @@ def quit_all(
     server_uid: int,
     patience: Patience,
     meanwhile: Callable[[], None] | None = None,
+    *,
+    asked: bool = False,
 ) -> None:
     """End a job's daemons and their servers: ask, then use signals, each with a time of its own that all share.
 
-    The servers are the daemons' own children, noted before a daemon is asked: they run as the job's user, who can
-    change what a server says of itself, but not whose child it is. Where no daemon answers, what is left is searched
-    for. `meanwhile` is done while the daemons quit.
+    The servers are the daemons' own children, noted before a daemon is asked, or while it quits: they run as the job's
+    user, who can change what a server says of itself, but not whose child it is. Where no daemon answers, what is left
+    is searched for. `meanwhile` is done while the daemons quit; `asked`: they have been told to.
     Raises: NodeError that names what is still there after all that, or says that it could not be searched for.
     """
     there = []
     for daemon in daemons:
         process = daemon.process()
         there.append((daemon, [process, *processes.children(process)] if process else []))
-    questions = [(daemon, [f"quit -t {patience.force_after_seconds}"]) for daemon, ours in there if ours]
     end = monotonic() + patience.quit_seconds
-    answers = iter(ask_all(questions, patience.quit_seconds, meanwhile))
-    # A daemon that does not answer hangs, or went by itself; one that went took its servers along.
-    asked = [bool(ours) and not isinstance(next(answers), NodeError) for _, ours in there]
+    if asked:
+        if meanwhile:
+            meanwhile()
+        answered = [bool(ours) for _, ours in there]
+    else:
+        questions = [(daemon, [f"quit -t {patience.force_after_seconds}"]) for daemon, ours in there if ours]
+        answers = iter(ask_all(questions, patience.quit_seconds, meanwhile))
+        # A daemon that does not answer hangs, or went by itself; one that went took its servers along.
+        answered = [bool(ours) and not isinstance(next(answers), NodeError) for _, ours in there]
     stuck = {
         daemon: ours
-        for (daemon, ours), answered in zip(there, asked, strict=True)
-        if not answered or not processes.wait_all_ended(ours, end)
+        for (daemon, ours), said in zip(there, answered, strict=True)
+        if not said or not processes.wait_all_ended(ours, end)
     }
     if stuck:
         _end_by_signals(stuck, server_uid, patience)
@@ -313,6 +320,8 @@ def _end_by_signals(known: dict[ControlDaemon, list[ProcessIdentity]], server_ui
     except NodeError as error:
         problems.append(error)
     everything = [process for ours in known.values() for process in ours]
+    if not everything and not problems:
+        return
     for number in (processes.SIGTERM, processes.SIGKILL):
         kill_all(everything, number, patience.signal_seconds)
     for daemon, ours in known.items():

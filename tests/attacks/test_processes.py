@@ -116,7 +116,9 @@ def test_a_forged_pid_file_ends_nobody(node: GpuNode, works: bool) -> None:
     victim = node.start("sleep", "60")
     place = f"{node.pipe_directory(4711)}/nvidia-cuda-mps-control.pid"
     node.run("sh", "-c", f"echo {node.machine.pid_inside(victim)} >{place}", user="alice")
+    node.fault("command.quit=hang")  # the daemon takes the file along
     node.epilog(4711)
+    node.fault()
     ended = victim.poll() is not None
     node.machine.signal(victim, signal.SIGKILL)
     victim.wait(5)

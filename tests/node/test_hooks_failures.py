@@ -243,7 +243,10 @@ DAMAGE = {
 
 
 def test_a_damaged_journal_is_left_as_it_is(own_node: GpuNode) -> None:
-    """A journal that is not what was written is not guessed at: both hooks fail, say so, and change nothing."""
+    """A journal that is not what was written is not guessed at: both hooks fail, say so, and undo nothing.
+
+    The job's daemons have been told to quit by then, as at every job's end (docs/decisions/0020).
+    """
     own_node.prolog(4711).check()
     journal = own_node.machine.path(f"{STATE_DIRECTORY}/jobs/4711/journal")
     whole = journal.read_bytes()
@@ -256,7 +259,6 @@ def test_a_damaged_journal_is_left_as_it_is(own_node: GpuNode) -> None:
             assert result.returncode == 1, damage
             assert "not a whole journal of version 1" in result.stderr, damage
             assert journal.read_bytes() == damaged, damage
-        assert len(own_node.mps_processes()) == 2, damage
         assert own_node.compute_modes() == [3, 3], damage
         journal.write_bytes(whole)
     own_node.epilog(4711).check()
@@ -287,7 +289,6 @@ def test_a_journal_of_a_newer_version_is_left_as_it_is(own_node: GpuNode) -> Non
         assert result.returncode == 1
         assert "journal version 2 is newer than version 1" in result.stderr
         assert journal.read_bytes() == newer
-    assert len(own_node.mps_processes()) == 2
     journal.write_bytes(whole)
     own_node.epilog(4711).check()
     assert_nothing_left(own_node, "once it can be read")

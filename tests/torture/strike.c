@@ -61,8 +61,8 @@ static int strike(const char *call)
 	const char *on = getenv("STRIKE_ON");
 	int at = number("STRIKE_AT"), error = number("STRIKE_ERROR"), now;
 
-	if (!on || !strstr(on, call))
-		return 0;
+	if (!on || !strstr(on, call) || !strstr(program_invocation_short_name, "python"))
+		return 0; /* the script before it starts others, too */
 	now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST); /* hooks have threads */
 	note(call);
 	if (!at || now < at || (now > at && !number("STRIKE_STAYS")))
