@@ -63,6 +63,7 @@ def mounted(*commands: str) -> Plant:
 
 
 FULL = (
+    f"mkdir -p {STATE_DIRECTORY}",
     f"mount -t tmpfs -o size=4k,mode=711 none {STATE_DIRECTORY}",
     f"cat /dev/zero >{STATE_DIRECTORY}/fill 2>/dev/null || true",
 )
@@ -315,12 +316,13 @@ def test_state_of_the_same_job_that_cannot_be_read_drains(gpu_node: GpuNode, pol
 
 def test_a_job_does_not_run_where_something_could_not_be_undone(gpu_node: GpuNode) -> None:
     """Its programs would meet the wrong compute mode, or a daemon on their GPU: it fails, and the epilog goes on."""
-    breaks = "#!/bin/sh\nsimulated-gpus fault nvml.SetComputeMode=4\nexit 1\n"
+    is_set = "nvidia-smi --query-gpu=compute_mode --format=csv,noheader | grep -q Exclusive"
+    breaks = f"#!/bin/sh\nuntil {is_set}; do :; done\nsimulated-gpus fault nvml.SetComputeMode=4\nexit 1\n"
     gpu_node.machine.write("/run/breaks-nvml", breaks, mode=0o755)
     gpu_node.configure(f'[paths]\ncontrol_program = "/run/breaks-nvml"\n{WITHOUT}')
     result = gpu_node.prolog(4711, gpus="0")
     verdict = gpu_node.verdict(4711)
-    assert (result.returncode, verdict["status"], gpu_node.epilog(4711).returncode) == (0, "refused", 1)
+    assert (result.returncode, verdict["status"], gpu_node.epilog(4711).returncode) == (0, "refused", 1), verdict
     assert "; and it could not be undone: " in verdict["message"]
 
 
@@ -328,13 +330,11 @@ def test_a_job_does_not_run_where_something_could_not_be_undone(gpu_node: GpuNod
 def test_a_job_that_can_be_told_nowhere_drains(gpu_node: GpuNode, policy: str) -> None:
     """Neither /run nor /var/log takes its verdict: its tasks would say that no prolog ran."""
     gpu_node.configure(f'[policy]\nnode_fault = "{policy}"\n')
-    gpu_node.run(
-        "sh", "-ec", f"{'; '.join(FULL)}; mv /var/log/slurm-mps /var/log/kept; touch /var/log/slurm-mps"
-    ).check()
+    no_logs = "mkdir -p /var/log/slurm-mps", "mv /var/log/slurm-mps /var/log/kept", "touch /var/log/slurm-mps"
+    gpu_node.run("sh", "-ec", "; ".join((*FULL, *no_logs))).check()
     result = gpu_node.prolog(4711)
-    gpu_node.run(
-        "sh", "-ec", f"umount {STATE_DIRECTORY}; rm /var/log/slurm-mps; mv /var/log/kept /var/log/slurm-mps"
-    ).check()
+    logs_again = "rm /var/log/slurm-mps", "mv /var/log/kept /var/log/slurm-mps"
+    gpu_node.run("sh", "-ec", "; ".join((f"umount {STATE_DIRECTORY}", *logs_again))).check()
     assert result.returncode == 1
     assert "No space left on device" in result.stderr
     assert ("/var/log/slurm-mps: Not a directory" in result.stderr) == (policy != "drain")
