@@ -136,11 +136,11 @@ man: dev
 DOCS ?= build/docs
 SPHINX = mkdir -p $(DOCS) && flock .cache/docs.lock $(DEV)/bin/sphinx-build -q -W --keep-going -d $(DOCS)/doctrees
 
-deb: plugin man ## a .deb for the Slurm of this machine; prints its path
-	@PIP="$(DEV_PYTHON) -m pip" packaging/build-deb.sh $(PLUGINDIR)
+deb: plugin dev ## a .deb for the Slurm of this machine; prints its path
+	@packaging/build-deb.sh $(PLUGINDIR)
 
-rpm: plugin man ## an .rpm likewise
-	@PIP="$(DEV_PYTHON) -m pip" packaging/build-rpm.sh $(PLUGINDIR)
+rpm: plugin dev ## an .rpm likewise
+	@packaging/build-rpm.sh $(PLUGINDIR)
 
 clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build

@@ -33,7 +33,7 @@ REQUIREMENTS = (
     "mpich>=5,<6",
     "rich>=13",
     "prometheus-client>=0.16",
-    "setuptools>=69",
+    "setuptools>=77",
     "submitit>=1.5",
     "shtab>=1.7",
     "wheel",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import tarfile
+import zipfile
 from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps.cli.main import build_parser, command_names
 from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
@@ -116,21 +119,40 @@ def test_the_package_is_refused_by_a_machine_with_another_slurm(machine: Machine
     assert shown.strip().endswith(f"+slurm{RELEASE}")
 
 
+def output_of(*line: object) -> str:
+    """What a command prints; it ends with 0."""
+    done = subprocess.run([str(word) for word in line], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return done.stdout
+
+
 def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
-    """Both are the same tree; that of the .rpm goes where Red Hat's zsh looks."""
+    """Both are the same tree. The .rpm has its completion where Red Hat's zsh looks."""
     rpm = package("rpm")
-
-    def asked(*what: str) -> set[str]:
-        return set(
-            subprocess.run(["rpm", "-qp", *what, rpm], capture_output=True, text=True, check=True).stdout.split("\n")
-        )
-
-    assert {f"slurm >= {RELEASE}", f"slurm < {RELEASE}.99"} <= asked("--requires")
-    assert asked("--queryformat", "%{RELEASE}") == {f"1.sl{RELEASE.replace('.', '')}"}
-    listed = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
-    names = subprocess.run(["tar", "-t"], input=listed, capture_output=True, check=True).stdout.decode().split("\n")
+    requires = output_of("rpm", "-qp", "--requires", rpm).splitlines()
+    assert {f"slurm >= {RELEASE}", f"slurm < {RELEASE}.99"} <= set(requires)
+    assert output_of("rpm", "-qp", "--queryformat", "%{RELEASE}", rpm) == f"1.sl{RELEASE.replace('.', '')}"
     in_deb = {
-        name.lstrip(".").replace("vendor-completions", "site-functions") for name in names if not name.endswith("/")
+        name.lstrip(".").replace("vendor-completions", "site-functions")
+        for name in output_of("sh", "-c", f"dpkg-deb --fsys-tarfile {deb} | tar -t").splitlines()
+        if not name.endswith("/")
     }
-    in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in asked("--list")}
+    in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in output_of("rpm", "-qpl", rpm).splitlines()}
     assert in_deb - in_rpm == {"/usr/share/doc/slurm-mps/changelog.Debian.gz"}
+
+
+def test_a_release_has_all_that_the_repository_has(deb: Path) -> None:
+    """The source archive has git's files. The wheel made from it has what works without a repository."""
+    tracked = set(output_of("git", "-c", f"safe.directory={REPOSITORY}", "ls-files").splitlines())
+    ((archive,), (wheel,)) = ((deb.parent / "root.dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
+    with tarfile.open(archive) as opened:
+        assert tracked - {name.partition("/")[2] for name in opened.getnames()} == {".ci/run", ".gitignore"}
+    with zipfile.ZipFile(wheel) as opened:
+        in_wheel = {name.partition(".data/data/")[2] or name for name in opened.namelist()}
+    shared = ("spank/", "prolog/", "epilog/", "etc/")
+    wanted = {name for name in tracked if name.startswith("slurm_mps/")}
+    wanted |= {f"slurm_mps/share/{name}" for name in tracked if name.startswith(shared)}
+    wanted |= {f"share/doc/slurm-mps/{name}" for name in ("README.md", "docs/doctor.md", "docs/reports.schema.json")}
+    wanted |= {f"share/man/man1/slurm-mps-{name}.1" for name in command_names(build_parser())}
+    wanted |= {f"share/man/man{page[-1]}/{page}" for page in ("slurm-mps.1", "slurm-mps.7", "mps.toml.5")}
+    assert wanted - in_wheel == set()
