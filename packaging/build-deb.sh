@@ -52,6 +52,7 @@ slurm-mps ($version-1+slurm$release) unstable; urgency=medium
 
  -- slurm-mps <slurm-mps@localhost>  $(date -R -r ../../CHANGELOG.md)
 END
+install -m 644 "../../$here/copyright" root/usr/share/doc/slurm-mps/
 for script in postinst prerm; do
 	install -m 755 "../../$here/deb/$script" root/DEBIAN/
 done

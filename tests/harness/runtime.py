@@ -160,7 +160,7 @@ def _project_sources(top: Path) -> list[str]:
     if not (top / ".git").exists():
         package = (path for path in (top / "slurm_mps").rglob("*") if path.is_file() and path.suffix != ".pyc")
         shared = (path for name in ("spank", "prolog", "epilog", "etc") for path in (top / name).iterdir())
-        tops = ["pyproject.toml", "setup.py", "README.md"]
+        tops = ["pyproject.toml", "setup.py", "LICENSE"]
         return sorted([*tops, *(str(path.relative_to(top)) for path in (*package, *shared) if path.is_file())])
     listed = subprocess.run(
         ["git", "-c", f"safe.directory={top}", "-C", str(top), "ls-files", "-z", "-co", "--exclude-standard"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps import __version__
 from slurm_mps.cli.main import build_parser, command_names
 from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
@@ -138,7 +139,8 @@ def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> 
         if not name.endswith("/")
     }
     in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in output_of("rpm", "-qpl", rpm).splitlines()}
-    assert in_deb - in_rpm == {"/usr/share/doc/slurm-mps/changelog.Debian.gz"}
+    debians = {"changelog.Debian.gz", "copyright"}
+    assert in_deb - in_rpm == {f"/usr/share/doc/slurm-mps/{name}" for name in debians}
 
 
 def test_a_release_has_all_that_the_repository_has(deb: Path) -> None:
@@ -155,4 +157,5 @@ def test_a_release_has_all_that_the_repository_has(deb: Path) -> None:
     wanted |= {f"share/doc/slurm-mps/{name}" for name in ("README.md", "docs/doctor.md", "docs/reports.schema.json")}
     wanted |= {f"share/man/man1/slurm-mps-{name}.1" for name in command_names(build_parser())}
     wanted |= {f"share/man/man{page[-1]}/{page}" for page in ("slurm-mps.1", "slurm-mps.7", "mps.toml.5")}
+    wanted.add(f"slurm_mps-{__version__}.dist-info/licenses/LICENSE")
     assert wanted - in_wheel == set()
