@@ -9,7 +9,7 @@
 set -eu
 plugins=$1
 here=${0%/*} top=build/deb
-"$here/stage.sh" "$PWD/$top/root" "$plugins" /lib/systemd/system
+"$here/stage.sh" "$PWD/$top/root" "$plugins"
 cd "$top"
 
 value() { root/opt/slurm-mps/bin/python3 -I -c "$1"; }
@@ -22,6 +22,8 @@ slurm=$(for one in "$plugins"/proctrack_*.so; do dpkg -S "$one"; done | sed 's/:
 newer=$(printf '%s\n' slurm-wlm-basic-plugins slurmd slurmctld slurm-client slurm-smd slurm-smd-slurmd \
 	slurm-smd-slurmctld slurm-smd-client | sed "s/.*/& (>= $release.99)/" | paste -sd, | sed 's/,/, /g')
 architecture=$(dpkg --print-architecture)
+# Who builds a package answers for it. No mail reaches an address in .invalid (RFC 2606).
+maintainer="${DEBFULLNAME:-The slurm-mps authors} <${DEBEMAIL:-nobody@slurm-mps.invalid}>"
 libc=$(objdump -T "root$plugins/spank_mps.so" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
 
 mkdir -p root/DEBIAN
@@ -29,7 +31,7 @@ cat >root/DEBIAN/control <<END
 Package: slurm-mps
 Version: $version-1+slurm$release
 Architecture: $architecture
-Maintainer: slurm-mps <slurm-mps@localhost>
+Maintainer: $maintainer
 Section: admin
 Priority: optional
 Installed-Size: $(du -sk root | cut -f1)
@@ -37,22 +39,23 @@ Depends: python3 (>= $python), python3 (<< $after), libc6 (>= ${libc#GLIBC_}), $
 Conflicts: $newer
 Suggests: bash-completion
 Description: CUDA MPS as an option of Slurm (for Slurm $release)
- sbatch --mps-threads=25 --mps-mem=8G: a job that asks gets an MPS control
- daemon of its own on its own GPUs, with limits that hold, and leaves nothing
- behind.
+ sbatch --mps-threads=25 --mps-mem=8G: each job gets its own MPS control daemon
+ and enforced limits. When it ends, the daemon is gone and the GPUs are back in
+ their original compute mode.
  .
- The package changes nothing in Slurm's configuration: slurm-mps install
- switches it on, slurm-mps uninstall off. Removing the package switches it off
- first, and is refused while jobs with MPS run.
+ The package changes nothing in Slurm's configuration: slurm-mps install turns
+ it on, and slurm-mps uninstall turns it off. Removing the package turns it off
+ first, and fails while jobs with MPS run.
 END
 gzip -9n >root/usr/share/doc/slurm-mps/changelog.Debian.gz <<END
 slurm-mps ($version-1+slurm$release) unstable; urgency=medium
 
   * What changed: changelog.gz.
 
- -- slurm-mps <slurm-mps@localhost>  $(date -R -r ../../CHANGELOG.md)
+ -- $maintainer  $(date -R -r ../../CHANGELOG.md)
 END
 install -m 644 "../../$here/copyright" root/usr/share/doc/slurm-mps/
+install -D -m 644 "../../$here/lintian-overrides" root/usr/share/lintian/overrides/slurm-mps
 for script in postinst prerm; do
 	install -m 755 "../../$here/deb/$script" root/DEBIAN/
 done

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Put everything that a package of slurm-mps has below ROOT: stage.sh ROOT PLUGIN_DIRECTORY UNIT_DIRECTORY
+# Put everything that a package of slurm-mps has below ROOT: stage.sh ROOT PLUGIN_DIRECTORY
 #
 # The command line and its libraries are a virtual environment of their own in /opt/slurm-mps (docs/decisions/0016);
 # nothing is put into /etc, `slurm-mps install` does that. The wheel is the one that a release has: made from a source
@@ -7,7 +7,7 @@
 # (PIP_INDEX_URL, or PIP_NO_INDEX and PIP_FIND_LINKS where there is no network). Run it at the top of the sources, after
 # `make plugin`.
 set -eu
-root=$1 plugins=$2 units=$3
+root=$1 plugins=$2 units=/usr/lib/systemd/system
 base=${PYTHON:-/usr/bin/python3} tools=${TOOLS:-.cache/dev/bin/python3}
 prefix=/opt/slurm-mps share=$1/usr/share
 umask 022
@@ -25,6 +25,7 @@ rm -r slurm_mps.egg-info # setuptools leaves it beside what it packs
 	install --no-compile "$(ls "$root.dist"/*.whl)[metrics]"
 site=$("$root$prefix/bin/python3" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 find "$root$prefix/bin" -type f -delete
+find "$root$prefix/include" -type d -empty -delete
 cat >"$root$prefix/bin/slurm-mps" <<END
 #!$prefix/bin/python3 -I
 import sys
@@ -38,7 +39,7 @@ sed -i "s|$root||g" "$root$prefix/pyvenv.cfg"
 ln -s "$prefix/bin/slurm-mps" "$root/usr/bin/slurm-mps"
 
 install -m 644 build/spank/spank_mps.so "$root$plugins/"
-find "$root" -name '*.so' -exec strip --strip-unneeded {} +
+find "$root" -name '*.so' -exec strip --strip-unneeded -R .comment -R .note {} +
 for unit in etc/*.service etc/*.timer; do # none of them is switched on
 	[ ! -e "$unit" ] || sed "s|^ExecStart=[^ ]*/slurm-mps |ExecStart=/usr/bin/slurm-mps |" "$unit" >"$root$units/${unit##*/}"
 done

@@ -35,7 +35,7 @@ SCRIPTS = {PROLOG: "10-slurm-mps.sh", EPILOG: "95-slurm-mps.sh"}
 STACK_FILE = "slurm-mps.conf"
 _COMMAND, _COMMAND_PLACES = "slurm-mps", ("/usr/local/bin", "/usr/bin")
 UNITS, UNIT = "/etc/systemd/system", "slurm-mps-reconcile.service"
-_PACKAGED_UNITS = ("/lib/systemd/system", "/usr/lib/systemd/system")
+_PACKAGED_UNITS = "/usr/lib/systemd/system"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _command(manifest: Manifest) -> list[Change]:
 def _unit(manifest: Manifest) -> list[Change]:
     """The unit that repairs a node at boot, not enabled; a package's own stays."""
     target = f"{UNITS}/{UNIT}"
-    if not os.path.isdir(UNITS) or any(os.path.exists(f"{place}/{UNIT}") for place in _PACKAGED_UNITS):
+    if not os.path.isdir(UNITS) or os.path.exists(f"{_PACKAGED_UNITS}/{UNIT}"):
         return []
     if os.path.exists(target) and target not in manifest:
         return []

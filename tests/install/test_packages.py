@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -128,7 +129,7 @@ def output_of(*line: object) -> str:
 
 
 def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> None:
-    """Both are the same tree. The .rpm has its completion where Red Hat's zsh looks."""
+    """Both are the same tree, but for zsh's completion, which Red Hat has elsewhere, and files for Debian's tools."""
     rpm = package("rpm")
     requires = output_of("rpm", "-qp", "--requires", rpm).splitlines()
     assert {f"slurm >= {RELEASE}", f"slurm < {RELEASE}.99"} <= set(requires)
@@ -138,9 +139,18 @@ def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> 
         for name in output_of("sh", "-c", f"dpkg-deb --fsys-tarfile {deb} | tar -t").splitlines()
         if not name.endswith("/")
     }
-    in_rpm = {name.replace("/usr/lib/systemd", "/lib/systemd") for name in output_of("rpm", "-qpl", rpm).splitlines()}
-    debians = {"changelog.Debian.gz", "copyright"}
-    assert in_deb - in_rpm == {f"/usr/share/doc/slurm-mps/{name}" for name in debians}
+    in_rpm = set(output_of("rpm", "-qpl", rpm).splitlines())
+    debians = {"doc/slurm-mps/changelog.Debian.gz", "doc/slurm-mps/copyright", "lintian/overrides/slurm-mps"}
+    assert in_deb - in_rpm == {f"/usr/share/{name}" for name in debians}
+
+
+def test_lintian_and_rpmlint_find_nothing(deb: Path) -> None:
+    """No error and no warning, beside those that a file in packaging/ names with the reason."""
+    for program in ("lintian", "rpmlint"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program}")
+    output_of("lintian", "--fail-on", "error,warning", deb)
+    assert "0 errors, 0 warnings" in output_of("rpmlint", "-c", "packaging/rpmlint.toml", package("rpm"))
 
 
 def test_a_release_has_all_that_the_repository_has(deb: Path) -> None:
