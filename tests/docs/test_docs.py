@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps import __version__
 from slurm_mps.cli.main import build_parser, command_names
 from slurm_mps.config.file import schema
 from tests.docs.messages import ROOT
@@ -50,6 +51,16 @@ def test_every_link_leads_to_a_file_that_is_there_without_a_build() -> None:
             if not target.exists() or made in target.parents:
                 broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert broken == []
+
+
+def test_one_place_knows_the_version() -> None:
+    """The package's own is what the changelog's newest entry and each example say."""
+    newest = re.search(r"^## (\S+), (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == __version__
+    places = ("*.md", "*.toml", "*.cff", "packaging/*.*", "docs/**/*.md")
+    text = "".join(path.read_text() for place in places for path in ROOT.glob(place))
+    assert set(re.findall(r"slurm[-_]mps\W{1,6}(\d+\.\d+\.\d+)", text)) == {__version__}
 
 
 @pytest.mark.parametrize("name", command_names(build_parser()))
