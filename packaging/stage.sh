@@ -24,15 +24,8 @@ rm -r slurm_mps.egg-info # setuptools leaves it beside what it packs
 "$tools" -m pip --quiet --disable-pip-version-check --python "$root$prefix/bin/python3" \
 	install --no-compile "$(ls "$root.dist"/*.whl)[metrics]"
 site=$("$root$prefix/bin/python3" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-find "$root$prefix/bin" -type f -delete
+find "$root$prefix/bin" -type f ! -name slurm-mps -delete
 find "$root$prefix/include" -type d -empty -delete
-cat >"$root$prefix/bin/slurm-mps" <<END
-#!$prefix/bin/python3 -I
-import sys
-from slurm_mps.cli.main import main
-sys.exit(main())
-END
-chmod 755 "$root$prefix/bin/slurm-mps"
 sed -i "s|$root||g" "$root$prefix/pyvenv.cfg"
 # The paths in the byte code are those on the node; the prolog starts in a quarter of the time with it.
 "$base" -m compileall -q -s "$root" -p / "$site"

@@ -67,9 +67,17 @@ def _open_missing() -> None:
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 - as long as the process
 
 
+def _take_libraries_back() -> None:
+    """Give LD_LIBRARY_PATH its value again, which slurm_mps/cli/slurm-mps kept from this Python's own libraries."""
+    libraries = os.environ.pop("SLURM_MPS_LIBRARIES", "")
+    if libraries:
+        os.environ["LD_LIBRARY_PATH"] = libraries
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
     _open_missing()
+    _take_libraries_back()
     options = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     try:
         status: int = options.run(options)

@@ -10,6 +10,7 @@ import ctypes
 
 from ..record import record
 
+_LIBRARY = "libcuda.so.1"
 _MULTIPROCESSOR_COUNT = 16
 
 
@@ -32,11 +33,25 @@ class Device:
     total_bytes: int
 
 
-class Cuda:
-    """The CUDA driver of this process."""
+def _load(search_path: str) -> ctypes.CDLL:
+    """Raises: OSError when there is no driver."""
+    for directory in filter(None, search_path.replace(";", ":").split(":")):
+        try:
+            return ctypes.CDLL(f"{directory}/{_LIBRARY}")
+        except OSError:  # not there, or for another kind of machine; the loader goes on as well
+            continue
+    return ctypes.CDLL(_LIBRARY)
 
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL("libcuda.so.1")
+
+class Cuda:
+    """The CUDA driver of this process.
+
+    `search_path` is the LD_LIBRARY_PATH of the programs that are meant, where this process was started without: a site
+    may have a driver there that is newer than the system's (CUDA's forward compatibility package).
+    """
+
+    def __init__(self, search_path: str = "") -> None:
+        self._library = _load(search_path)
         self._call("cuInit", 0)
 
     def _call(self, function: str, *arguments: object) -> None:

@@ -95,13 +95,14 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
         cpu_numa=cpu_numa(os.sched_getaffinity(0), _NODES),
     )
     answer: SimpleQueue[RankReport] = SimpleQueue()
-    Thread(target=lambda: answer.put(_use_gpu(report, step.local_id)), daemon=True).start()
+    libraries = given("LD_LIBRARY_PATH")
+    Thread(target=lambda: answer.put(_use_gpu(report, step.local_id, libraries)), daemon=True).start()
     try:
         report = answer.get(timeout=(seconds := timeout_seconds * 0.6))  # in time for a report that says so
     except Empty:
         return replace(report, error=f"the CUDA driver did not answer within {seconds:g} s")
     if report.gpu and meeting.claim(report.gpu):
-        size = _ask_card(report.gpu, meeting.path, environment, timeout_seconds / 3)
+        size = _ask_card(report.gpu, meeting.path, libraries, timeout_seconds / 3)
         report = replace(report, card_multiprocessors=size)
     return report
 
@@ -109,10 +110,10 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
-def _use_gpu(report: RankReport, local_id: int) -> RankReport:
+def _use_gpu(report: RankReport, local_id: int, libraries: str) -> RankReport:
     """Add the device that a task takes which counts its node's GPUs: its local id, modulo their number."""
     try:
-        cuda = Cuda()
+        cuda = Cuda(libraries)
         count = cuda.device_count()
         ordinal = local_id % count
         visible = ",".join(cuda.uuid(number) for number in range(count))
@@ -127,15 +128,14 @@ def _use_gpu(report: RankReport, local_id: int) -> RankReport:
     return replace(report, multiprocessors=device.multiprocessors, free_bytes=free, total_bytes=total)
 
 
-def _ask_card(gpu: str, empty_directory: str, environment: Mapping[str, str], timeout_seconds: float) -> int:
+def _ask_card(gpu: str, empty_directory: str, libraries: str, timeout_seconds: float) -> int:
     """How many SMs a whole GPU has; 0 when that cannot be found out.
 
     Asks a short process that is no MPS client, since its pipe directory has no control daemon (O21).
     """
-    clean = {"PATH": _PATH, "LD_LIBRARY_PATH": environment.get("LD_LIBRARY_PATH", "")}
-    clean |= {"CUDA_MPS_PIPE_DIRECTORY": empty_directory, "CUDA_VISIBLE_DEVICES": gpu}
+    clean = {"PATH": _PATH, "CUDA_MPS_PIPE_DIRECTORY": empty_directory, "CUDA_VISIBLE_DEVICES": gpu}
     try:
-        outcome = run([sys.executable, "-I", "-S", card.__file__], clean, timeout_seconds)
+        outcome = run([sys.executable, "-I", "-S", card.__file__, libraries], clean, timeout_seconds)
     except MpsError:
         return 0
     return int(outcome.output) if outcome.status == 0 and outcome.output.isdecimal() else 0

@@ -78,7 +78,7 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         machine.write("/etc/slurm/slurm.conf", "\n".join([conf, *lines, ""]))
         machine.run(["scontrol", "reconfigure"]).check()
         asked = ("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-n2")
-        job = cluster.sbatch(*asked, script="srun slurm-mps verify && sleep 60")
+        job = cluster.sbatch(*asked, script="PYTHONHOME=/apps srun slurm-mps verify && sleep 60")
         cluster.until("the ranks' report", lambda: "2 ranks, all clients" in cluster.output(job) or None, 30)
         assert cluster.output(job).count("32/132") == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,8 @@ from tests.harness.reports import report as checked
 from tests.harness.runtime import MOUNT_POINT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.harness.site import Site
 
 VERIFY = f"{MOUNT_POINT}/bin/slurm-mps verify"
@@ -102,6 +105,28 @@ def test_one_rank_is_fine(site: Site) -> None:
     """Nobody to meet."""
     code, report = run_verify(site, "-N1", "-n1", "--gres=gpu:1", *ASKED)
     assert (code, report["problems"], len(report["ranks"])) == (0, [], 1)
+
+
+@contextmanager
+def driver_moved_to(site: Site, directory: str) -> Iterator[None]:
+    """The CUDA driver of n1 is in `directory` alone; beside it, what keeps a Python of Debian's from starting."""
+    system = "/usr/lib/x86_64-linux-gnu/libcuda.so.1"
+    site.machine.write(f"{directory}/libz.so.1", "no library")
+    site.node("n1", "cp", system, directory).check()
+    site.node("n1", "mount", "--bind", "/dev/null", system).check()
+    yield
+    site.node("n1", "umount", system).check()
+    site.node("n1", "rm", "-r", directory).check()
+
+
+def test_a_driver_that_only_programs_are_told_of_is_found(site: Site) -> None:
+    """By LD_LIBRARY_PATH, where CUDA's forward compatibility is; our own Python starts without it, as users call it."""
+    with driver_moved_to(site, "/opt/compat"):
+        environment = {"LD_LIBRARY_PATH": "/nowhere:/opt/compat", "PYTHONHOME": "/apps/python/3.7"}
+        given = " ".join(f"{name}={value}" for name, value in environment.items())
+        result = site.cluster.srun("-wn1", "--gres=gpu:1", *ASKED, *f"env {given} slurm-mps verify".split())
+    assert result.returncode == 0, result
+    assert " 32/132 " in result.stdout
 
 
 def test_bound_tasks_are_fine(any_site: Site) -> None:
