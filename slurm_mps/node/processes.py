@@ -377,12 +377,14 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def roots_title(pid: int, program: str) -> str:
-    """What a process of root's that runs a program of this name calls itself; empty for any other.
+    """What a process of root's calls itself that runs a program whose name begins like this; empty for any other.
+
+    Debian's slurmstepd is slurmstepd-wlm.
 
     A setuid program that a user starts has a title of the user's choice, but the user's real id. slurmstepd itself
     has another effective id for moments.
     """
-    if _status(pid, "Uid")[:1] != ["0"] or program_of(pid) != program:
+    if _status(pid, "Uid")[:1] != ["0"] or not program_of(pid).startswith(program):
         return ""
     return _proc_bytes(pid, "cmdline").replace(b"\0", b" ").decode("utf-8", "replace")
 

@@ -194,7 +194,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a title is not the kernel's word": (
         Change(
             PROCESSES,
-            'if _status(pid, "Uid")[:1] != ["0"] or program_of(pid) != program:',
+            'if _status(pid, "Uid")[:1] != ["0"] or not program_of(pid).startswith(program):',
             'if _status(pid, "Uid")[1:2] != ["0"]:',
         ),
     ),

@@ -76,7 +76,7 @@ def crash(node: MistreatedNode, job_id: int = 4711, **spank: str) -> None:
 @contextmanager
 def as_slurmstepd(node: MistreatedNode, program: str = "/usr/local/sbin/slurmstepd") -> Iterator[None]:
     """A process of root's, of a program of this name, with the title of a step of job 4711."""
-    if program.endswith("slurmstepd"):
+    if "slurmstepd" in program:
         node.run("cp", "/usr/bin/sleep", program).check()
     step = node.start("bash", "-c", f"exec -a 'slurmstepd: [4711.batch]' {program} 60")
     name = Path(program).name
@@ -158,13 +158,14 @@ def test_a_slurm_that_does_not_answer_leaves_the_job(node: MistreatedNode, said:
 
 
 def test_a_slurmstepd_keeps_its_job_where_slurm_is_silent(node: MistreatedNode) -> None:
-    """Only root's slurmstepd: a program of root's of another name, with its title, proves nothing."""
+    """Only root's slurmstepd, or Debian's: a program of root's of another name, with its title, proves nothing."""
     node.slurm_says(None)
     node.prolog(4711).check()
     with as_slurmstepd(node, "/usr/bin/sleep"):
         assert node.repairs(status=1) == {"job 4711": "left"}
-    with as_slurmstepd(node):
-        assert node.repairs() == {"job 4711": "kept"}
+    for program in ("slurmstepd", "slurmstepd-wlm"):
+        with as_slurmstepd(node, f"/usr/local/sbin/{program}"):
+            assert node.repairs() == {"job 4711": "kept"}
     node.epilog(4711).check()
 
 
