@@ -32,7 +32,7 @@ class Line:
 def parse_lines(data: bytes) -> Iterator[Line]:
     """The lines of a log. What is none, such as the half line that a tail begins with, is left out."""
     minutes: dict[str, float] = {}
-    for raw in data.decode("ascii", "replace").splitlines():
+    for raw in data.decode("ascii", "replace").split("\n"):
         head, bracket, text = raw.partition("] ")
         minute, seconds = head[1:_MINUTE], head[_MINUTE + 1 : _SECONDS]
         who, _, pid = head[_SECONDS + 1 :].partition(" ")

@@ -189,7 +189,7 @@ class ControlDaemon:
             said = printable(outcome.errors.strip() or "no message", 200)
             message = f"{self.program} ended with status {outcome.status}: {said}"
             return NodeError(f"control daemon of {self.pipe_directory}: {message}")
-        return [line for line in outcome.output.splitlines() if line.strip()]
+        return [line for line in outcome.output.split("\n") if line.strip()]
 
     def process(self) -> ProcessIdentity | None:
         """The running daemon, by the kernel's word of who listens on its socket (O39); None when it is not root's ours.

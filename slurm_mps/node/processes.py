@@ -336,8 +336,11 @@ def children(process: ProcessIdentity) -> list[ProcessIdentity]:
 
 
 def _status(pid: int, key: str) -> list[str]:
-    """The values of a line of /proc/PID/status; none where the process is gone."""
-    for line in _proc_bytes(pid, "status").decode("utf-8", "replace").splitlines():
+    """The values of a line of /proc/PID/status; none where the process is gone.
+
+    The process's name stands there, which its user chose: only a line end is escaped in it.
+    """
+    for line in _proc_bytes(pid, "status").decode("utf-8", "replace").split("\n"):
         name, _, values = line.partition(":")
         if name == key:
             return values.split()

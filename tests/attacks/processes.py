@@ -35,3 +35,10 @@ def started(node: GpuNode, *argv: str, user: str, **env: str) -> Iterator[subpro
     finally:
         node.run("sh", "-c", "kill -9 -1; true", user=user)  # all of this user's, in this machine alone
         child.wait(5)
+
+
+def give(node: GpuNode, user: str, program: bytes, name: str = "stay.so") -> None:
+    """Put a program or a library into a user's home."""
+    place = node.machine.path(f"/home/{user}/{name}")
+    place.write_bytes(program)
+    place.chmod(0o755)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.attacks.processes import started, until
+from tests.attacks.processes import give, started, until
 from tests.attacks.weakened import attack
 from tests.harness.gpunode import EPILOG, job_environment
 
@@ -75,6 +75,26 @@ def test_a_setuid_program_with_the_title_of_slurmstepd(node: GpuNode, works: boo
     title = 'exec -a "slurmstepd: [4711.0]" su root < <(sleep 60)'
     with started(node, "bash", "-c", title, user="bob"):
         until("su", lambda: any(process.comm == "su" for process in node.machine.processes()) or None)
+        reconcile(node, f"4711|COMPLETED|{int(time.time())}|n1\n")
+        kept = node.files() != []
+    node.epilog(4711).check()
+    assert kept is works
+
+
+SLURMSTEPD = """
+import os
+given = {"LD_PRELOAD": "/home/bob/stay.so", "STAY_NAME": "\\rUid:\\t0\\t0\\t0\\t0"}
+os.execve("/usr/sbin/slurmstepd", ["slurmstepd: [4711.0]"], given)
+"""
+
+
+@attack("a process's name is one word")
+def test_a_name_that_reads_like_a_line_of_the_kernels(node: GpuNode, stay: bytes, works: bool) -> None:
+    """bob's slurmstepd bears root's id in its name, which /proc/PID/status shows above its ids."""
+    give(node, "bob", stay)
+    node.prolog(4711, user="alice").check()
+    with started(node, "/usr/bin/python3", "-c", SLURMSTEPD, user="bob"):
+        until("it is there", lambda: any("Uid:" in p.comm for p in node.machine.processes()) or None)
         reconcile(node, f"4711|COMPLETED|{int(time.time())}|n1\n")
         kept = node.files() != []
     node.epilog(4711).check()

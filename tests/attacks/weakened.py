@@ -198,6 +198,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
             'if _status(pid, "Uid")[1:2] != ["0"]:',
         ),
     ),
+    "a process's name is one word": (Change(PROCESSES, '.split("\\n"):', ".splitlines():"),),
     "forged servers are ended together": (
         Change(
             RECONCILE,
