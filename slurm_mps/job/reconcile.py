@@ -15,7 +15,7 @@ from time import time
 from ..config.load import load_config
 from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import DeadlineError, MpsError, NodeError
-from ..node.control import DAEMON_PROGRAM, Stray, kill_all, search
+from ..node.control import Stray, kill_all, search
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import SIGKILL, SIGTERM, identify
 from ..record import record
@@ -48,7 +48,6 @@ _LONG_OVER_SECONDS = 600
 _LOCK_SECONDS = 1.0
 _SLURM_SECONDS = 30.0
 _SEARCH_SECONDS = 10.0
-_FORGED_SECONDS = 1.0
 _JOBS = f"{STATE_DIRECTORY}/jobs"
 _WHY_LOGS = "of a job that is over, and more than the site keeps"
 
@@ -134,12 +133,12 @@ class Reconciler:
 
         Raises: NodeError when the state directory is not to be trusted.
         """
-        strays, forged = self._search()
+        strays = self._search()
         state = self._open_state()
         config = self._site_config(state)
         if state is None:
             untidy = self._untidy_logs(config, ())
-            if not strays and not forged and not untidy:
+            if not strays and not untidy:
                 return False
             if self._dry_run:
                 self._ask(list(strays))
@@ -147,27 +146,20 @@ class Reconciler:
                     self._say_of_lost(job_id)
                 for job_id in untidy:
                     self._report(Repair(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
-                self._end_forged(forged, ())
                 return True
             state = NodeState()
         self._repair(state, strays, config)
-        self._end_forged(forged, state.job_ids())
         return True
 
-    def _search(self) -> tuple[dict[int, list[Stray]], dict[int, list[Stray]]]:
-        """The processes that look like a job's, by job: those of which root's control daemon is there, and the others.
-
-        A server without its daemon proves nothing: any user can make one.
-        """
+    def _search(self) -> dict[int, list[Stray]]:
+        """The control daemons and servers of jobs, by job."""
         self._watch.restart(2 * _SEARCH_SECONDS)
         try:
             found = search(_JOBS, _SEARCH_SECONDS)
         except NodeError as error:
             self._report(Repair("this node", LEFT, str(error)))
-            return {}, {}
-        served = {one.pipe_directory for one in found if one.program == DAEMON_PROGRAM and one.uid == 0}
-        real = [one for one in found if one.pipe_directory in served]
-        return _by_job(real), _by_job([one for one in found if one.pipe_directory not in served])
+            return {}
+        return _by_job(found)
 
     def _open_state(self) -> NodeState | None:
         try:
@@ -297,17 +289,6 @@ class Reconciler:
         for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
             self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))
         return Repair(thing, REPAIRED, why)
-
-    def _end_forged(self, forged: dict[int, list[Stray]], jobs: Collection[int]) -> None:
-        """End what looks like a server of a job that is not here, all at once: it holds a GPU, or pretends to."""
-        found = [one.process for job_id, some in forged.items() if job_id not in jobs for one in some]
-        if not found:
-            return
-        why = f"{len(found)} that look like servers of jobs that are not here"
-        self._report(Repair("processes without a daemon", WOULD_REPAIR if self._dry_run else REPAIRED, why))
-        if not self._dry_run:
-            self._watch.restart(DEFAULTS.deadlines_epilog)
-            kill_all(found, SIGKILL, _FORGED_SECONDS)
 
     def _mode_of_lost(self, uuid: str, job_id: int) -> Repair | None:
         if self._gpus.compute_mode(uuid) != EXCLUSIVE_PROCESS:

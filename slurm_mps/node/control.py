@@ -97,9 +97,9 @@ class Stray:
 
 
 def search(directory: str, timeout_seconds: float) -> list[Stray]:
-    """Every control daemon and server, of anybody, with a pipe directory that is `directory` or lies below it.
+    """Every control daemon and server of root's making with a pipe directory that is `directory` or lies below it.
 
-    An empty `directory` means all; an empty pipe directory is the driver's default.
+    An empty `directory` means all, users' own as well; an empty pipe directory is the driver's default.
 
     Looks at each process of the node, in a child that is left behind when it is late.
     Raises: NodeError; DeadlineError when the search does not end, as where a process waits in a file system that hangs.
@@ -110,7 +110,7 @@ def search(directory: str, timeout_seconds: float) -> list[Stray]:
     except DeadlineError:
         where = directory or "this node"
         message = f"MPS processes of {where} could not be searched for within {timeout_seconds:g} s"
-        hint = "a process of this node waits in a file system that does not answer (ps: state D)"
+        hint = "an MPS process hangs (ps: state D)"
         raise DeadlineError(message, hint) from None
     found = []
     for line in said.splitlines():
@@ -334,8 +334,7 @@ def _end_by_signals(known: dict[ControlDaemon, list[ProcessIdentity]], server_ui
                 )
             )
     if not problems:  # else the search would fail again, or what it finds hangs with the rest
-        # A daemon on its way out may have just started a server. The job's user can make such, and more than can be
-        # waited for: they are no fault of the node.
+        # A daemon on its way out may have just started a server, which is no fault of the node.
         found = _find_processes(known, server_uid, patience.search_seconds)
         kill_all([process for ours in found.values() for process in ours], processes.SIGKILL, _STRAY_SECONDS)
     raise_all(problems)

@@ -360,8 +360,21 @@ def uid_of(pid: int) -> int | None:
 
     Its directory in /proc does not tell: it is root's where a user's process has made itself undumpable.
     """
-    uids = set(_status(pid, "Uid"))
-    return int(uids.pop()) if len(uids) == 1 else None
+    return _only(_status(pid, "Uid"))
+
+
+def gid_of(pid: int) -> int | None:
+    """The group of a process, by all of its group ids; None when they differ, or it is gone."""
+    return _only(_status(pid, "Gid"))
+
+
+def is_of_roots_making(pid: int) -> bool:
+    """Whether a process's user or its group is root: only root can start such a process for a user."""
+    return 0 in (gid_of(pid), uid_of(pid))
+
+
+def _only(ids: Sequence[str]) -> int | None:
+    return int(ids[0]) if len(set(ids)) == 1 else None
 
 
 def parent_of(pid: int) -> int | None:
@@ -409,11 +422,16 @@ def program_of(pid: int) -> str:
     The file system that the program lies on may be a user's own, or hang: it is not asked. readlink(2) gives the
     kernel's own path, and AT_STATX_DONT_SYNC the owner that the kernel has.
     """
+    name = program_name(pid)
+    return name if name and _owner_as_cached(f"/proc/{pid}/exe") == 0 else ""
+
+
+def program_name(pid: int) -> str:
+    """The name of the program that a process runs, whoever owns it; empty for none."""
     try:
-        name = os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).removesuffix(" (deleted)")
     except OSError:
         return ""
-    return name if _owner_as_cached(f"/proc/{pid}/exe") == 0 else ""
 
 
 def _owner_as_cached(path: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .processes import environment_of, identify, pids, program_of, uid_of
+from .processes import environment_of, identify, is_of_roots_making, pids, program_name, program_of, uid_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,13 +49,18 @@ def _same_run(pid: int) -> bool:
 def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str]:
     """A line for each process that runs one of these programs, with a pipe directory that is this or lies below it.
 
-    ``pid start_ticks uid program pipe_directory gpus`` (GPU UUIDs with commas, or ``-``; only of root's processes). A
-    server's environment is its user's to write: what is given back is made of plain characters, and proves no more than
-    that a process looks like this. Reading it may take for ever (processes.in_child).
+    ``pid start_ticks uid program pipe_directory gpus`` (GPU UUIDs with commas, or ``-``). Reading a process may take
+    for ever (processes.in_child).
+
+    Only processes that root made are looked at: their user or their group is root, as is the group of a server that
+    root's control daemon starts (O51). A user can start a server too, but not with that group. The memory of a user's
+    process says what the user likes, and may be such that a reader waits. An empty directory means all processes,
+    users' own as well; what they say is for display.
     """
     nodes = _Nodes()
-    named = [(pid, program_of(pid)) for pid in pids()]
-    found = [(pid, name, uid_of(pid)) for pid, name in named if name in program_names]
+    named = [pid for pid in pids() if program_name(pid) in program_names]
+    ours = [pid for pid in named if not directory or is_of_roots_making(pid)]
+    found = [(pid, name, uid_of(pid)) for pid in ours if (name := program_of(pid))]
     for pid, name, uid in sorted(found, key=lambda one: one[2] or 0):  # root's first: they tell which node is ours
         process = identify(pid)
         if process is None or uid is None or not nodes.see(pid, uid):
@@ -64,6 +69,6 @@ def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str
         pipe = environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
         if not (f"{pipe}/".startswith(f"{directory}/") and _PLAIN.issuperset(pipe)) or identify(pid) != process:
             continue
-        gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if uid == 0 else []
+        gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         uuids = [gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < _UUID_MAX and _PLAIN.issuperset(gpu)]
         yield f"{pid} {process.start_ticks} {uid} {name} {pipe} {','.join(uuids) or '-'}\n"

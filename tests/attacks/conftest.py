@@ -70,3 +70,11 @@ def silent_fs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     target = tmp_path_factory.mktemp("silent") / "silent_fs"
     subprocess.run(["cc", "-o", target, HERE / "silent_fs.c"], check=True)
     return target.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def unreadable(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A library that makes any program stay, with memory that nobody can read (unreadable.c)."""
+    target = tmp_path_factory.mktemp("unreadable") / "unreadable.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-pthread", "-o", target, HERE / "unreadable.c"], check=True)
+    return target.read_bytes()

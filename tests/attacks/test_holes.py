@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.attacks.processes import give, started, until
+from tests.attacks.processes import give, let_use_fuse, started, until
 from tests.attacks.weakened import attack
 from tests.harness.gpunode import EPILOG, job_environment
 
@@ -33,7 +33,7 @@ def reconcile(node: GpuNode, said: str = "") -> Result:
     return result
 
 
-@attack("a search can be abandoned", even_without="no file system of a user's is asked")
+@attack("a search can be abandoned", even_without=("a server has root's group", "no file system of a user's is asked"))
 def test_a_file_system_that_does_not_answer(
     node: GpuNode, silent_fs: bytes, walls_down: tuple[str, ...], works: bool
 ) -> None:
@@ -42,12 +42,8 @@ def test_a_file_system_that_does_not_answer(
     Who asks that file system waits beyond SIGKILL, and slurmd with it. Whoever is not waited for costs the node all the
     same: the epilog cannot say that nothing is left.
     """
-    place = node.machine.path("/home/alice/silent_fs")
-    place.write_bytes(silent_fs)
-    place.chmod(0o755)
-    node.run(
-        "sh", "-c", "[ -e /dev/fuse ] || mknod /dev/fuse c 10 229; chmod 666 /dev/fuse"
-    ).check()  # as distributions do
+    give(node, "alice", silent_fs, "silent_fs")
+    let_use_fuse(node)
     node.configure("[deadlines]\nquit = 0.5\nsignal = 0.6\nepilog = 4\n")
     node.prolog(4711, user="alice").check()
     server = until("the server", lambda: next((p.pid for p in node.mps_processes() if p.uid), None))
@@ -65,7 +61,7 @@ def test_a_file_system_that_does_not_answer(
     epilog.wait(10)
     node.epilog(4711).check()
     assert hangs is works
-    assert works or status == len(walls_down)
+    assert works or bool(status) is bool(walls_down)
 
 
 @attack("a title is not the kernel's word")
@@ -102,30 +98,20 @@ def test_a_name_that_reads_like_a_line_of_the_kernels(node: GpuNode, stay: bytes
 
 
 FORGED = """
-import os, signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-for job in range(int(sys.argv[2])):
-    if os.fork() == 0:
-        pipe = f"/run/slurm-mps/jobs/{9000 + job}/pipe"
-        os.execve(sys.argv[1], [sys.argv[1]], {"LD_PRELOAD": "/home/alice/stay.so", "CUDA_MPS_PIPE_DIRECTORY": pipe})
-os.wait()
+import os, sys
+given = {"LD_PRELOAD": "/home/alice/stay.so", "CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/9000/pipe"}
+os.execve(sys.argv[1], [sys.argv[1]], given)
 """
 
 
-def forged(node: GpuNode, stay: bytes, said: str, count: int) -> tuple[Result, float]:
-    """What reconcile says of so many forged servers, each of another job, and how long it takes."""
-    place = node.machine.path("/home/alice/stay.so")
-    place.write_bytes(stay)
-    place.chmod(0o755)
-    with started(node, "/usr/bin/python3", "-c", FORGED, SERVER, str(count), user="alice"):
-        until(
-            "they are there",
-            lambda: sum(p.comm == "nvidia-cuda-mps" for p in node.machine.processes()) == count or None,
-        )
-        start = time.monotonic()
-        result = reconcile(node, said)
-        seconds = time.monotonic() - start
-    return result, seconds
+@attack("a server has root's group")
+def test_a_forged_server_turns_no_reconcile_red(node: GpuNode, stay: bytes, works: bool) -> None:
+    """It names a job that runs elsewhere: nothing of this node's is wrong, and one of many would cost 4 s each."""
+    give(node, "alice", stay)
+    with started(node, "/usr/bin/python3", "-c", FORGED, SERVER, user="alice"):
+        until("it is there", lambda: any(p.comm == "nvidia-cuda-mps" for p in node.machine.processes()) or None)
+        result = reconcile(node, "9000|RUNNING|N/A|n1\n")
+    assert (result.returncode == 1) is works
 
 
 OPEN = """
@@ -171,17 +157,3 @@ def test_a_user_who_has_many_jobs_to_erase_anothers_logs(node: GpuNode, works: b
         node.epilog(job).check()
     logs = node.run("ls", "/var/log/fair").stdout.split()
     assert ("4711" not in logs) is works
-
-
-@attack("forged servers are ended together")
-def test_forged_servers_cost_reconcile_a_moment(node: GpuNode, stay: bytes, works: bool) -> None:
-    """Each ignores SIGTERM: one after the other they would cost minutes, and what comes after them waits."""
-    _, seconds = forged(node, stay, "", 5)
-    assert (seconds > 15) is works
-
-
-@attack("forged servers are no finding")
-def test_forged_servers_turn_nothing_red(node: GpuNode, stay: bytes, works: bool) -> None:
-    """They name jobs that run elsewhere: nothing of this node's is wrong."""
-    result, _ = forged(node, stay, "9000|RUNNING|N/A|n1\n", 1)
-    assert (result.returncode == 1) is works

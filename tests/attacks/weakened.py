@@ -42,7 +42,7 @@ class Change:
 
 
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
-RECONCILE = "slurm_mps/job/reconcile.py"
+SEARCH = "slurm_mps/node/search.py"
 ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
 UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/script.py"
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
@@ -108,7 +108,10 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "a journal is its own job's": (Change(STATE, "if journal.job_id != job_id:", "if False:"),),
-    "nobody else may enter": (Change(FILES, "(_ACL_OTHER, 0, _ACL_NO_ID)", "(_ACL_OTHER, 5, _ACL_NO_ID)"),),
+    "nobody else may enter": (
+        Change(FILES, "(_ACL_OTHER, 0, _ACL_NO_ID)", "(_ACL_OTHER, 5, _ACL_NO_ID)"),
+        Change(FILES, "(_ACL_GROUP_OBJ, 0, _ACL_NO_ID)", "(_ACL_GROUP_OBJ, 5, _ACL_NO_ID)"),  # a server's, O51
+    ),
     "jobs cannot be listed": (Change(STATE, 'self.root.make("jobs", 0o711)', 'self.root.make("jobs", 0o755)'),),
     # ------------------------------------------------------------------------------------ environment, descriptors
     "the hook's Python is isolated": (Change(PROLOG_SCRIPT, 'exec "$python" -I -S ', 'exec "$python" '),),
@@ -199,20 +202,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "a process's name is one word": (Change(PROCESSES, '.split("\\n"):', ".splitlines():"),),
-    "forged servers are ended together": (
-        Change(
-            RECONCILE,
-            "            kill_all(found, SIGKILL, _FORGED_SECONDS)\n",
-            "            for one in found:\n                kill_all([one], SIGTERM, DEFAULTS.deadlines_signal)\n",
-        ),
-    ),
-    "forged servers are no finding": (
-        Change(
-            RECONCILE,
-            "for one in found if one.program == DAEMON_PROGRAM and one.uid == 0}",
-            "for one in found}",
-        ),
-    ),
+    "a server has root's group": (Change(SEARCH, "if not directory or is_of_roots_making(pid)]", "]"),),
     "what is removed gives its space back": (
         Change(FILES, "            os.ftruncate(fd, 0)\n        except", "            pass\n        except"),
         Change(

@@ -226,16 +226,18 @@ def test_o37_junk_in_the_pid_file_misleads_no_control_program(driver: Driver) ->
     assert daemon.ask("get_default_active_thread_percentage") == "100.0"
 
 
-def test_o38_a_server_for_a_uid_that_nobody_has(driver: Driver) -> None:
-    """It has that uid, gid 0, no other groups and no capabilities, and the daemon's environment."""
+@pytest.mark.parametrize("whose", ["nobody's", "a user's"])
+def test_o38_o51_a_server_has_its_users_uid_and_roots_group(driver: Driver, whose: str) -> None:
+    """Gid 0, no other groups, no capabilities, and the daemon's environment; whether the uid has an account or not."""
+    uid = 65000 if whose == "nobody's" else driver.place.uid(driver.user)
     daemon = driver.daemon({"MARK": "of the daemon"}, user="root", mode=0o755)
-    daemon.ask("start_server -uid 65000")
+    daemon.ask(f"start_server -uid {uid}")
     wait_until(lambda: daemon.server)
     server = daemon.server
     assert daemon.ask(f"get_server_status {server}") == "ACTIVE"
     status = driver.machine.read(f"/proc/{server}/status").splitlines()
     fields = {name: words.split() for name, _, words in (line.partition(":") for line in status)}
-    assert (fields["Uid"], fields["Gid"], fields["Groups"]) == (["65000"] * 4, ["0"] * 4, [])
+    assert (fields["Uid"], fields["Gid"], fields["Groups"]) == ([str(uid)] * 4, ["0"] * 4, [])
     assert int(fields["CapEff"][0], 16) == 0
     assert "MARK=of the daemon" in driver.machine.read(f"/proc/{server}/environ").split("\0")
 

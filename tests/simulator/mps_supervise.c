@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,14 +54,10 @@ static void exec_server(void)
 	execvp("nvidia-cuda-mps-server", no_arguments);
 }
 
+/* Its group stays root's, whoever it is for (O51). */
 static bool become(uid_t uid)
 {
-	const struct passwd *entry = getuid() == 0 && uid != 0 ? getpwuid(uid) : NULL;
-	if (entry && (initgroups(entry->pw_name, entry->pw_gid) != 0 || setgid(entry->pw_gid) != 0))
-		return false;
-	if (getuid() == 0 && uid != 0 && !entry && setgroups(0, NULL) != 0)
-		return false;
-	return setuid(uid) == 0;
+	return (getuid() != 0 || setgroups(0, NULL) == 0) && setuid(uid) == 0;
 }
 
 static _Noreturn void be_server(const struct daemon *daemon, int channel, uid_t uid)
