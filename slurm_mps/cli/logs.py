@@ -126,13 +126,13 @@ def _print(options: argparse.Namespace, places: dict[str, DaemonPlace], logs: li
 
 def _namer(*, running: bool) -> Callable[[int], str]:
     """What a client is called: while its job runs also by its rank, as far as its environment tells."""
-    from slurm_mps.node.processes import environment_of
+    from slurm_mps.node.reading import environments_of
 
     known: dict[int, str] = {}
 
     def name(pid: int) -> str:
         if pid not in known:
-            environment = environment_of(pid) if running else {}
+            environment = environments_of([pid]).get(pid, {}) if running else {}
             rank, step = environment.get("SLURM_PROCID", ""), environment.get("SLURM_STEP_ID", "")
             who = f" (rank {rank} of step {step})" if rank.isdecimal() and step.isdecimal() else ""
             known[pid] = f"client {pid}{who}"

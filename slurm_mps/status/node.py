@@ -20,7 +20,7 @@ from ..job.verdict import JOBS, DaemonPlace, Verdict
 from ..node import processes
 from ..node.control import DAEMON_PROGRAM
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..node.reading import small_number
+from ..node.reading import environments_of, small_number
 from ..slurm import jobs as slurm
 from ..units import describe_memory, format_thread_percentage, parse_thread_percentage, printable
 from ..verify.judge import variable_limit
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ..job.journal import Journal
+
+    Environments = Mapping[int, Mapping[str, str]]
 
 #: How a job stands on this node.
 BEGINNING, READY, REFUSED, WITHOUT, ENDING, UNKNOWN = "beginning", "ready", "refused", "without", "ending", "unknown"
@@ -123,7 +125,7 @@ def look(
     """Look at this node, at these jobs alone if any are given. None where slurm-mps was not used since the boot.
 
     memory: of whoever looks again and again. sparing: clients by NVML's word alone where it tells all of them, without
-    what their daemons know of them.
+    what their daemons and their environments say of them.
     """
     if not os.path.isdir(STATE_DIRECTORY):
         return None
@@ -136,7 +138,10 @@ def look(
     gpus = _ask_gpus(jobs, timeout_seconds)
     problems += [gpus.problem] if gpus.problem else []
     answers = _ask_daemons(jobs, gpus.gpus, timeout_seconds, memory or Memory(), sparing=sparing)
-    views = tuple(_view(job, answers, gpus.gpus) for job in jobs)
+    clients = {client.pid for answer in answers.values() for client in answer.clients or ()}
+    clients.update(pid for state in gpus.gpus.values() for pid in state.memory_bytes)
+    environments = {} if sparing else environments_of(clients)
+    views = tuple(_view(job, answers, gpus.gpus, environments) for job in jobs)
     for view in views:
         problems += [f"job {view.job_id}: {words}" for words in _problems(view)]
     return NodeView(views, tuple(problems), root, gpus.stuck)
@@ -259,10 +264,12 @@ def _ask_gpus(jobs: Iterable[_Job], timeout_seconds: float) -> NvmlAnswer:
 # ---------------------------------------------------------------------------------------------------- put together
 
 
-def _view(job: _Job, answers: Mapping[str, DaemonAnswer], gpus: Mapping[str, GpuState]) -> JobView:
+def _view(
+    job: _Job, answers: Mapping[str, DaemonAnswer], gpus: Mapping[str, GpuState], environments: Environments
+) -> JobView:
     verdict = job.verdict
     daemons = [
-        _daemon_view(job, verdict, place, answers[place.pipe_directory], gpus)
+        _daemon_view(job, verdict, place, answers[place.pipe_directory], gpus, environments)
         for place in (verdict.daemons if verdict else ())
         if verdict
     ]
@@ -278,7 +285,12 @@ def _view(job: _Job, answers: Mapping[str, DaemonAnswer], gpus: Mapping[str, Gpu
 
 
 def _daemon_view(
-    job: _Job, verdict: Verdict, place: DaemonPlace, answer: DaemonAnswer, gpus: Mapping[str, GpuState]
+    job: _Job,
+    verdict: Verdict,
+    place: DaemonPlace,
+    answer: DaemonAnswer,
+    gpus: Mapping[str, GpuState],
+    environments: Environments,
 ) -> DaemonView:
     threads = {server.pid: server.threads for server in answer.servers}
     given = format_thread_percentage(verdict.thread_percentage)
@@ -290,7 +302,7 @@ def _daemon_view(
             server = answer.servers[0].pid if answer.servers else 0
             listed = tuple(Client(pid, server, uuid, "") for pid in (state.memory_bytes if state else ()))
         clients = [
-            _client_view(client, uuid, place, threads.get(client.server) or given, state)
+            _client_view(client, uuid, place, threads.get(client.server) or given, state, environments)
             for client in listed
             if client.gpu == uuid
         ]
@@ -300,8 +312,15 @@ def _daemon_view(
     return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
 
 
-def _client_view(client: Client, uuid: str, place: DaemonPlace, threads: str, state: GpuState | None) -> ClientView:
-    environment = processes.environment_of(client.pid)
+def _client_view(
+    client: Client,
+    uuid: str,
+    place: DaemonPlace,
+    threads: str,
+    state: GpuState | None,
+    environments: Environments,
+) -> ClientView:
+    environment = environments.get(client.pid, {})
     own_threads = environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "")
     limits = [place.memory_bytes]
     try:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from tests.harness.gpunode import GpuNode
     from tests.harness.machine import Result
 
-RECONCILE = """
+COMMAND = """
 import sys
 sys.path.insert(0, sys.argv[1].rpartition("/")[0])
 from slurm_mps.cli.main import main
-sys.argv[:] = ["slurm-mps", "reconcile"]
+sys.argv[:] = ["slurm-mps", *sys.argv[2:]]
 sys.exit(main())
 """
 SERVER = "/usr/bin/nvidia-cuda-mps-server"
@@ -28,7 +28,7 @@ SERVER = "/usr/bin/nvidia-cuda-mps-server"
 def reconcile(node: GpuNode, said: str = "") -> Result:
     """Of the package that the hooks run, with a squeue that says this."""
     node.machine.write("/usr/local/bin/squeue", f"#!/bin/sh\nprintf '%s' '{said}'\n", mode=0o755)
-    result = node.run("/opt/slurm-mps/bin/python3", "-c", RECONCILE, node.package)
+    result = node.run("/opt/slurm-mps/bin/python3", "-c", COMMAND, node.package, "reconcile")
     node.run("rm", "/usr/local/bin/squeue").check()
     return result
 
@@ -112,6 +112,28 @@ def test_a_forged_server_turns_no_reconcile_red(node: GpuNode, stay: bytes, work
         until("it is there", lambda: any(p.comm == "nvidia-cuda-mps" for p in node.machine.processes()) or None)
         result = reconcile(node, "9000|RUNNING|N/A|n1\n")
     assert (result.returncode == 1) is works
+
+
+@attack("a reader can be left behind")
+def test_a_client_that_cannot_be_read_holds_up_no_status(node: GpuNode, unreadable: bytes, works: bool) -> None:
+    """alice locks the memory of a client of hers: `slurm-mps status` of root's, which says its rank, waits for ever."""
+    give(node, "alice", unreadable, "unreadable.so")
+    let_use_fuse(node)
+    node.prolog(4711, user="alice").check()
+    given = {"CUDA_MPS_PIPE_DIRECTORY": node.pipe_directory(4711)}
+    given |= {"LD_PRELOAD": "/home/alice/unreadable.so", "UNREADABLE_LATER": "/home/alice/now"}
+    words = [f"{name}={value}" for name, value in given.items()]
+    locked = node.machine.path("/home/alice/unreadable")
+    with started(node, "env", *words, "simulated-gpus", "client", "--hold", "60", user="alice"):
+        until("it is a client", lambda: "simulated-gpus" in node.control(4711, "ps").stdout or None)
+        node.machine.write("/home/alice/now", "")
+        until("its memory is locked", lambda: locked.exists() or None)
+        line = ["/opt/slurm-mps/bin/python3", "-c", COMMAND, node.package, "status"]
+        status = node.run("timeout", "-s", "KILL", "3", *line)
+    for name in ("unreadable", "now"):
+        node.run("rm", f"/home/alice/{name}").check()
+    node.epilog(4711).check()
+    assert (status.returncode not in (0, 1)) is works, status
 
 
 OPEN = """

@@ -1,6 +1,6 @@
 /*
- * LD_PRELOAD for a program of root's: it stays as it is, and whoever reads its memory waits. That is what is read of
- * /proc/PID/environ and cmdline.
+ * LD_PRELOAD for a program of root's: whoever reads its memory waits, as for /proc/PID/environ and cmdline. The program
+ * does nothing of its own; or with UNREADABLE_LATER=FILE it runs until there is such a file.
  *
  * A page of a file system of the user's own is being written back, which that file system never finishes. One thread
  * waits to change the page, another to unmap it, and holds the lock that every reader of this memory needs.
@@ -51,11 +51,13 @@ static int open_own(void)
 	return fd;
 }
 
-__attribute__((constructor)) static void be_unreadable(void)
+static void *be_unreadable(void *later)
 {
 	void *(*const steps[])(void *) = {write_back, change, unmap};
 	pthread_t thread;
 
+	while (later && access(later, F_OK))
+		(void)usleep(PAUSE_US / 10);
 	page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, open_own(), 0);
 	must(page != MAP_FAILED, "mmap");
 	*(volatile char *)page = 1;
@@ -66,4 +68,14 @@ __attribute__((constructor)) static void be_unreadable(void)
 	must(creat("/home/alice/unreadable", 0600) >= 0, "/home/alice/unreadable");
 	for (;;)
 		(void)pause();
+}
+
+__attribute__((constructor)) static void start(void)
+{
+	char *later = getenv("UNREADABLE_LATER");
+	pthread_t thread;
+
+	if (!later)
+		(void)be_unreadable(NULL);
+	must(!pthread_create(&thread, NULL, be_unreadable, later), "thread");
 }

@@ -42,7 +42,7 @@ class Change:
 
 
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
-SEARCH = "slurm_mps/node/search.py"
+SEARCH, READING = "slurm_mps/node/search.py", "slurm_mps/node/reading.py"
 ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
 UNITS, LOGS, SCRIPT = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/script.py"
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
@@ -202,6 +202,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "a process's name is one word": (Change(PROCESSES, '.split("\\n"):', ".splitlines():"),),
+    "a reader can be left behind": (Change(READING, "reader.join(max(0.0, end - monotonic()))", "reader.join()"),),
     "a server has root's group": (Change(SEARCH, "if not directory or is_of_roots_making(pid)]", "]"),),
     "what is removed gives its space back": (
         Change(FILES, "            os.ftruncate(fd, 0)\n        except", "            pass\n        except"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +13,6 @@ from slurm_mps.cli.status import document, rows
 from slurm_mps.errors import NodeError
 from slurm_mps.job.verdict import VERDICT_VERSION, DaemonPlace, Verdict, parse_verdict
 from slurm_mps.metrics.totals import KIND, VERSION, Totals, decode_totals
-from slurm_mps.node import processes
 from slurm_mps.node.wordfile import encode
 from slurm_mps.slurm.cluster import SlurmJob, mps_jobs, parse_squeue
 from slurm_mps.status import node
@@ -55,11 +53,11 @@ TEXTS = st.text(max_size=40) | st.text("0123456789=,.MG%GPU-", max_size=40) | st
 
 
 def seen(environment: dict[str, str], command: str) -> ClientView:
-    with patch.object(processes, "environment_of", return_value=environment):
-        answer = DaemonAnswer(1, "", (Server(2, "ACTIVE", "25.0"),), (Client(3, 2, GPUS[0], command),))
-        verdict = Verdict("ready", thread_percentage=25.0, daemons=(PLACE,))
-        job = node._Job(7, 20001, node.READY, verdict, "", {})  # noqa: SLF001
-        view = node._view(job, {PLACE.pipe_directory: answer}, {GPUS[0]: GpuState(3, {3: 5})})  # noqa: SLF001
+    answer = DaemonAnswer(1, "", (Server(2, "ACTIVE", "25.0"),), (Client(3, 2, GPUS[0], command),))
+    verdict = Verdict("ready", thread_percentage=25.0, daemons=(PLACE,))
+    job = node._Job(7, 20001, node.READY, verdict, "", {})  # noqa: SLF001
+    gpus = {GPUS[0]: GpuState(3, {3: 5})}
+    view = node._view(job, {PLACE.pipe_directory: answer}, gpus, {3: environment})  # noqa: SLF001
     whole = node.NodeView((view,), (), of_all=True, stuck=False)
     json.dumps(document(whole))
     assert len(list(rows(whole))) == 2
