@@ -160,13 +160,18 @@ def find_meeting(step: Step, deadline: float) -> Meeting:
 
 
 def _enter(path: str) -> Meeting | None:
-    """None for a link, for what is not ours, and for what nobody holds."""
+    """None for a link, for what is not ours or lies on another file system, and for what nobody holds.
+
+    Where users may share file systems of their own (user_allow_other in fuse.conf), another user's can say that it is
+    ours.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     meeting = Meeting(path, fd)
-    if os.fstat(fd).st_uid == os.getuid() and not meeting.is_over():
+    status, place = os.fstat(fd), os.stat(os.path.dirname(path))
+    if (status.st_uid, status.st_dev) == (os.getuid(), place.st_dev) and not meeting.is_over():
         return meeting
     os.close(fd)
     return None

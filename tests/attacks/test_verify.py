@@ -6,7 +6,7 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tests.attacks.processes import until
+from tests.attacks.processes import started, until
 from tests.attacks.weakened import WEAK_PACKAGE, attack
 from tests.harness.machine import USERS
 from tests.harness.site import PYTHON
@@ -14,6 +14,7 @@ from tests.harness.site import PYTHON
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.harness.gpunode import GpuNode
     from tests.harness.site import Site
 
 PLACES = "/dev/shm", "/tmp"
@@ -81,6 +82,31 @@ def test_another_user_where_the_ranks_meet(cluster: Site, works: bool) -> None:
         failed = cluster.cluster.wait(job).exit_code != 0
         fallen = [cluster.node("n1", "ls", "-A", f"{place}/{prefix}trap").check().stdout for place in PLACES]
     assert (failed, any(fallen)) == (works, works), cluster.cluster.output(job)
+
+
+HOLD = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); time.sleep(60)"
+FIND = """
+import sys, time
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+from slurm_mps.verify.meeting import find_meeting
+from slurm_mps.verify.step import Step
+step = Step("4711.0.0", 1, 1, (0, 1), "n1", ("n1",), frozenset({"4711"}))
+print(find_meeting(step, time.monotonic() + 0.5).path)
+"""
+
+
+@attack("ranks meet on the node's own file system")
+def test_a_file_system_of_another_users_where_the_ranks_meet(node: GpuNode, works: bool) -> None:
+    """bob mounts one that calls him alice. Where the site lets users share theirs, fusermount does it; here root."""
+    trap = f"/dev/shm/slurm-mps-verify-{USERS['alice']}-4711.0.0-trap"
+    mount = f"mkdir {trap}; mount -t tmpfs -o uid={USERS['alice']},mode=777 bobs {trap}"
+    node.run("sh", "-ec", mount).check()
+    with started(node, PYTHON, "-c", HOLD, trap, user="bob"):
+        held = f"until ! flock -n {trap} true; do sleep 0.01; done"
+        node.run("timeout", "5", "sh", "-c", held).check()
+        found = node.run(PYTHON, "-c", FIND, node.package, user="alice")
+    node.run("sh", "-ec", f"umount {trap}; rmdir {trap}").check()
+    assert (found.stdout.strip() == trap) is works, found
 
 
 def test_nobody_else_sees_or_reaches_the_ranks(site: Site) -> None:

@@ -236,11 +236,16 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
     # ------------------------------------------------------------------------------------------------------ verify
     "ranks meet in their own user's directory": (
-        Change(MEETING, "if os.fstat(fd).st_uid == os.getuid() and not", "if not"),
+        Change(MEETING, "if (status.st_uid, status.st_dev) == (os.getuid(), place.st_dev) and not", "if not"),
         Change(
             MEETING,
             "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)\n    except",
             "os.O_RDONLY | os.O_DIRECTORY)\n    except",
+        ),
+    ),
+    "ranks meet on the node's own file system": (
+        Change(
+            MEETING, "(status.st_uid, status.st_dev) == (os.getuid(), place.st_dev)", "status.st_uid == os.getuid()"
         ),
     ),
     # ------------------------------------------------------------------------------------------------------ plugin
