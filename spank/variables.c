@@ -37,7 +37,11 @@ static void unset(spank_t sp, const char *name)
 
 const char *variable_get(spank_t sp, enum variable variable, char *value, size_t size)
 {
-	return get(sp, names[variable], value, size);
+	int result = (int)spank_getenv(sp, names[variable], value, (int)size);
+
+	if (result == ESPANK_NOSPACE) /* the driver cannot use it either, and may lift a limit for it (O12) */
+		unset(sp, names[variable]);
+	return result == ESPANK_SUCCESS ? value : NULL;
 }
 
 bool variable_keep(spank_t sp, enum variable variable, const char *value)

@@ -24,7 +24,7 @@ enum variable {
 	VARIABLES,
 };
 
-/* A variable of the task; NULL when it is not set, or longer than any value of it that makes sense. */
+/* A variable of the task; NULL when it is not set. One that is longer than any value that makes sense is taken away. */
 const char *variable_get(spank_t sp, enum variable variable, char *value, size_t size);
 
 /*

@@ -249,6 +249,16 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     # ------------------------------------------------------------------------------------------------------ plugin
+    "what is too long for a variable is taken away": (
+        Change("spank/variables.c", "if (result == ESPANK_NOSPACE)", "if (0)"),
+    ),
+    "only root's file is a verdict": (
+        Change(
+            VERDICT,
+            "S_ISREG(st.st_mode) && st.st_uid == 0 && !(st.st_mode & (S_IWGRP | S_IWOTH))",
+            "S_ISREG(st.st_mode)",
+        ),
+    ),
     "a task's memory limit is one that the driver can use": (
         Change(
             LIMITS,

@@ -2,51 +2,86 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.attacks.weakened import attack, build_plugin, changes
-from tests.harness.cluster import REPOSITORY, TERMINAL_STATES
+from tests.attacks.weakened import attack, build_plugin, changes, lay_sources
+from tests.fuzz import SECONDS
+from tests.harness.cluster import TERMINAL_STATES
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent / "plugin"
-SECONDS = 2
-PARSERS = ("options.c", "limits.c", "gpus.c")
+TARGETS = ("fuzz.c", "parsers.c", "step.c", "file.c")
+PLUGIN = ("options.c", "limits.c", "gpus.c", "health.c", "task.c")  # the targets have the others in them
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
 
 
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """Builds the fuzz targets, of the plugin's sources as they are or with walls taken down."""
+
+    @cache
+    def build(walls: tuple[str, ...]) -> Path:
+        place = tmp_path_factory.mktemp("fuzz")
+        source = lay_sources(place, changes(walls))
+        sources = [*(HERE / name for name in TARGETS), *(source / name for name in PLUGIN)]
+        flags = [*SANITIZERS.split(), "-fsanitize=fuzzer,address,undefined", "-std=c11", "-D_GNU_SOURCE", f"-I{source}"]
+        subprocess.run(["clang", *flags, "-o", place / "fuzz", *sources], check=True)
+        return place / "fuzz"
+
+    return build
+
+
 @pytest.fixture
-def fuzzer(tmp_path: Path, walls_down: tuple[str, ...]) -> Path:
-    """The harness, built of the plugin's sources as they are or with a wall taken down."""
-    source = copytree(REPOSITORY / "spank", tmp_path / "spank")
-    for name, of_file in changes(walls_down).items():
-        for change in of_file:
-            place = tmp_path / name
-            place.write_text(change.apply(place.read_text()))
-    sources = [HERE / "fuzz.c", *(source / name for name in PARSERS)]
-    flags = [*SANITIZERS.split(), "-fsanitize=fuzzer,address,undefined", "-std=c11", "-D_GNU_SOURCE", f"-I{source}"]
-    subprocess.run(["clang", *flags, "-o", tmp_path / "fuzz", *sources], check=True)
-    copytree(HERE / "corpus", tmp_path / "corpus")
-    return tmp_path / "fuzz"
+def fuzzer(build: Callable[[tuple[str, ...]], Path], walls_down: tuple[str, ...]) -> Path:
+    return build(walls_down)
+
+
+def breaks(fuzzer: Path, target: str) -> bool:
+    """Whether an input of this target's breaks a promise; FUZZ_SECONDS says how long to look for one."""
+    options = [f"-max_total_time={SECONDS:g}", "-max_len=40000", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
+    with TemporaryDirectory(dir="/dev/shm") as place:  # the files of the target "file" are made there
+        copytree(HERE / "corpus" / target, f"{place}/corpus")
+        done = subprocess.run(
+            [fuzzer, *options, "corpus"],
+            cwd=place,
+            env={**os.environ, "FUZZ": target},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS + 60,
+            check=False,
+        )
+    broken = done.returncode != 0
+    assert (" cov: " in done.stderr) is not broken, done.stderr[-3000:]
+    print(f"{target}: {done.stderr.strip().splitlines()[-1]}")
+    return broken
 
 
 @attack("a value is copied whole or not at all")
 def test_no_input_breaks_the_parsers(fuzzer: Path, works: bool) -> None:
-    """Bounded in time; `fuzz -jobs=...` with the same corpus goes on for as long as one likes."""
-    options = [f"-max_total_time={SECONDS}", "-max_len=40000", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
-    done = subprocess.run(
-        [fuzzer, *options, "corpus"], cwd=fuzzer.parent, capture_output=True, text=True, timeout=60, check=False
-    )
-    broken = done.returncode != 0
-    assert broken is works, done.stderr[-3000:]
-    assert (" cov: " in done.stderr) is not broken
+    assert breaks(fuzzer, "parsers") is works
+
+
+@attack("what is too long for a variable is taken away")
+def test_no_variables_of_a_task_break_a_step(fuzzer: Path, works: bool) -> None:
+    """What the plugin does for a step: the servers' health, the task's environment, why tasks ended badly."""
+    assert breaks(fuzzer, "step") is works
+
+
+@attack("only root's file is a verdict")
+def test_nothing_in_a_verdicts_place_is_believed(fuzzer: Path, works: bool) -> None:
+    """Files of every kind, size, mode and owner; links, fifos, directories, sockets, devices."""
+    assert breaks(fuzzer, "file") is works
 
 
 @pytest.fixture

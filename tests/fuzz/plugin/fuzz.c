@@ -1,40 +1,26 @@
-/*
- * libFuzzer on all that the plugin parses: a verdict, a step's options, a task's variables; and on the limits that
- * come of them. What the headers promise is checked.
- *
- * An input is parts with a NUL between them: the verdict; --mps, --mps-threads, --mps-mem, --mps-priority; the task's
- * CUDA_VISIBLE_DEVICES, CUDA_MPS_ACTIVE_THREAD_PERCENTAGE and CUDA_MPS_PINNED_DEVICE_MEM_LIMIT; how many ranks each
- * GPU has, a byte for each. Each part is an allocation of its very size, so that one byte read past it is seen.
- */
-#include <stddef.h>
-#include <stdint.h>
+/* libFuzzer on the target that FUZZ names: parsers, step or file. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "verdict.c" /* for parse(), which the plugin reaches through a file alone */
-
-#include "gpus.h"
-#include "limits.h"
-#include "options.h"
-
-enum { VERDICT, DAEMONS, THREADS, MEM, PRIORITY, VISIBLE, OWN_THREADS, OWN_MEM, RANKS, PARTS };
-
-#define CHECK(truth) ((truth) ? (void)0 : broken(#truth))
+#include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static _Noreturn void broken(const char *promise)
+_Noreturn void broken(const char *promise)
 {
 	fprintf(stderr, "broken promise: %s\n", promise);
 	abort();
 }
 
-static void split(const uint8_t *data, size_t size, char *parts[PARTS])
+size_t split(const uint8_t *data, size_t size, char *parts[], int count)
 {
-	for (int i = 0; i < PARTS; i++) {
-		const uint8_t *end = size ? memchr(data, 0, size) : NULL;
-		size_t length = end ? (size_t)(end - data) : size;
+	size_t length = 0;
+
+	for (int i = 0; i < count; i++) {
+		const uint8_t *end = size && i < count - 1 ? memchr(data, 0, size) : NULL;
+
+		length = end ? (size_t)(end - data) : size;
 
 		parts[i] = malloc(length + 1);
 		if (!parts[i])
@@ -45,249 +31,27 @@ static void split(const uint8_t *data, size_t size, char *parts[PARTS])
 		data += length + (end ? 1 : 0);
 		size -= length + (end ? 1 : 0);
 	}
+	return length;
 }
 
-#define IS_TEXT(field) (memchr((field), 0, sizeof(field)) != NULL)
-#define IS_WORD(field) (IS_TEXT(field) && (field)[0] && !strchr((field), ' '))
-
-static bool is_one_of(const char *text, const char *const words[], size_t count)
+void free_parts(char *parts[], int count)
 {
-	for (size_t i = 0; i < count; i++)
-		if (!strcmp(text, words[i]))
-			return true;
-	return false;
-}
-
-static void check_daemons_option(const char *text)
-{
-	static const char *const right[] = { "", "(null)", "per-node", "per-gpu" };
-	enum daemons daemons;
-
-	CHECK(daemons_option(text, &daemons) == is_one_of(text, right, sizeof(right) / sizeof(right[0])));
-	CHECK((daemons == DAEMONS_PER_NODE) == !strcmp(text, "per-node"));
-	CHECK((daemons == DAEMONS_PER_GPU) == !strcmp(text, "per-gpu"));
-}
-
-/* Nothing, auto, one size for all GPUs, or sizes for some; whatever else it is, it is wrong. */
-static void check_mem_option(const char *text)
-{
-	struct mem_option option;
-	const char *problem = mem_option(text, &option);
-	unsigned int given = 0, equal = 0;
-
-	CHECK(!problem || (*problem && strlen(problem) < 200));
-	if (problem)
-		return;
-	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++) {
-		given += option.mib[gpu] != 0;
-		equal += option.mib[gpu] == option.mib[0];
-		CHECK(option.mib[gpu] <= 999999999ULL << 20);
-	}
-	CHECK(option.automatic == !strcmp(text, "auto"));
-	CHECK(option.by_gpu == (strchr(text, ':') != NULL));
-	CHECK(option.by_gpu ? given > 0 : equal == GPUS_MAX);
-	CHECK((given == 0) == (!*text || option.automatic));
-}
-
-static void check_options(char *parts[PARTS])
-{
-	char shown[48];
-
-	check_daemons_option(parts[DAEMONS]);
-	check_mem_option(parts[MEM]);
-	CHECK(threads_tenths(parts[THREADS]) <= 1000);
-	CHECK(client_priority(parts[PRIORITY]) >= -1 && client_priority(parts[PRIORITY]) <= 1);
-	printable(shown, sizeof(shown), parts[THREADS]);
-	CHECK(strlen(shown) < sizeof(shown));
-}
-
-static void check_ready(const struct verdict *verdict)
-{
-	CHECK(verdict->gpu_count > 0 && verdict->threads_tenths > 0 && verdict->threads_tenths <= 1000);
-	CHECK(verdict->clients_per_gpu > 0);
-	CHECK(verdict->daemon_count == (verdict->per_gpu ? verdict->gpu_count : 1));
-	CHECK(IS_WORD(verdict->python) && IS_WORD(verdict->probe) && verdict->explain[0]);
-	for (unsigned int i = 0; i < verdict->gpu_count; i++)
-		CHECK(verdict_daemon_of(verdict, &verdict->gpus[i]) == &verdict->daemons[verdict->per_gpu ? i : 0]);
-}
-
-static void check_verdict(const struct verdict *verdict)
-{
-	CHECK(verdict->status != VERDICT_NONE);
-	CHECK(IS_TEXT(verdict->message) && IS_TEXT(verdict->python) && IS_TEXT(verdict->probe));
-	CHECK(verdict->gpu_count <= GPUS_MAX && verdict->daemon_count <= GPUS_MAX);
-	for (unsigned int i = 0; i < verdict->gpu_count; i++)
-		CHECK(IS_WORD(verdict->gpus[i].uuid) && !strchr(verdict->gpus[i].uuid, ','));
-	for (unsigned int i = 0; i < verdict->daemon_count && verdict->status == VERDICT_READY; i++)
-		CHECK(IS_WORD(verdict->daemons[i].pipe_directory) && IS_WORD(verdict->daemons[i].log_directory));
-	if (verdict->status == VERDICT_READY)
-		check_ready(verdict);
-	else
-		CHECK(verdict->message[0]);
-}
-
-/* A step has what its job has, or less. */
-static void check_limits(const struct verdict *verdict, const struct limits *limits)
-{
-	CHECK(limits->threads_tenths > 0 && limits->threads_tenths <= verdict->threads_tenths);
-	CHECK(limits->priority == 1 || limits->priority == verdict->priority);
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		uint64_t job = verdict_daemon_of(verdict, &verdict->gpus[gpu])->mib;
-
-		CHECK(!job || (limits->mib[gpu] && limits->mib[gpu] <= job));
-		CHECK(limits->mib[gpu] == job || limits->mib[gpu] >= verdict->mib_min);
-		CHECK(limits->mib[gpu] == job || limits->mib[gpu] <= verdict->gpus[gpu].mib);
-	}
-}
-
-/* What the ranks on a GPU have together is there, and nobody has more than before. */
-static void check_divided(const struct verdict *verdict, const struct task_gpus *task,
-			  const unsigned int ranks[GPUS_MAX], const struct limits *before, const struct limits *after)
-{
-	CHECK(after->ranks > 0 && after->threads_tenths <= before->threads_tenths);
-	CHECK(!verdict->threads_tenths_min || after->threads_tenths > 0);
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		CHECK(ranks[gpu] <= verdict->clients_per_gpu);
-		CHECK(!before->mib[gpu] || (after->mib[gpu] && after->mib[gpu] <= before->mib[gpu]));
-	}
-	for (unsigned int i = 0; i < task->count; i++) {
-		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
-
-		CHECK(after->ranks >= ranks[gpu]);
-		CHECK(!before->divide_threads || ranks[gpu] * after->threads_tenths <= 1000);
-		CHECK(!before->divide_memory[gpu] || (after->mib[gpu] > 0 && after->mib[gpu] * ranks[gpu] <=
-						 verdict->gpus[gpu].mib_for_clients));
-	}
-}
-
-/* Divide by the ranks. Returns: whether the step can go on, on which all its tasks must be of one opinion. */
-static bool divide(const struct verdict *verdict, const struct task_gpus *task, const uint8_t *bytes,
-		   struct limits *limits)
-{
-	static const struct task_gpus none;
-	unsigned int ranks[GPUS_MAX] = { 0 };
-	const struct limits before = *limits;
-	struct limits others = *limits;
-	char message[VERDICT_MESSAGE_MAX] = "", to_others[VERDICT_MESSAGE_MAX] = "";
-	bool divided;
-
-	for (unsigned int gpu = 0; gpu < GPUS_MAX && bytes[gpu]; gpu++)
-		ranks[gpu] = bytes[gpu];
-	for (unsigned int i = 0; i < task->count; i++)
-		if (!ranks[task->gpus[i] - verdict->gpus])
-			ranks[task->gpus[i] - verdict->gpus] = 1; /* the task itself */
-	divided = limits_divide(verdict, task, ranks, limits, message, sizeof(message));
-	CHECK(limits_divide(verdict, &none, ranks, &others, to_others, sizeof(to_others)) == divided);
-	CHECK(!strcmp(message, to_others) && divided == !message[0]);
-	if (divided)
-		check_divided(verdict, task, ranks, &before, limits);
-	return divided;
-}
-
-/* The entry of a device in a list such as "0=1024M,2=512M", which has it at most once; 0: none. */
-static unsigned long long entry_of(const char *value, unsigned int wanted)
-{
-	unsigned long long found = 0;
-
-	while (*value) {
-		unsigned int device;
-		unsigned long long mib;
-		int used = 0;
-
-		CHECK(sscanf(value, "%u=%lluM%n", &device, &mib, &used) == 2 && used > 0 && mib > 0);
-		CHECK(device < GPUS_MAX && !(device == wanted && found));
-		if (device == wanted)
-			found = mib;
-		value += used;
-		CHECK(!*value || (*value == ',' && value[1]));
-		value += *value == ',';
-	}
-	return found;
-}
-
-/* No device of the task's is above the step's limit, which is named where the daemon does not give it anyway. */
-static void check_memory_value(const char *value, const struct verdict *verdict, const struct limits *limits,
-			       const struct task_gpus *task)
-{
-	unsigned int count = task->count ? task->count : 1;
-
-	for (unsigned int device = 0; device < GPUS_MAX; device++) {
-		unsigned long long mib = entry_of(value, device);
-		size_t gpu = task->count && device < count ? (size_t)(task->gpus[device] - verdict->gpus) : 0;
-		uint64_t given = verdict_daemon_of(verdict, &verdict->gpus[gpu])->mib;
-
-		CHECK(device < count || !mib);
-		if (device >= count || !limits->mib[gpu])
-			continue;
-		CHECK(mib <= limits->mib[gpu]);
-		CHECK(mib || limits->mib[gpu] == given);
-	}
-}
-
-static void run_task(const struct verdict *verdict, struct limits *limits, char *parts[PARTS])
-{
-	static char value[GPUS_MAX * sizeof(verdict->gpus[0].uuid)];
-	static struct task_gpus task;
-	uint8_t ranks[GPUS_MAX] = { 0 };
-
-	memcpy(ranks, parts[RANKS], strnlen(parts[RANKS], sizeof(ranks)));
-	if (!task_gpus(verdict, *parts[VISIBLE] ? parts[VISIBLE] : NULL, *parts[RANKS], &task))
-		return;
-	CHECK(task.count <= verdict->gpu_count);
-	for (unsigned int i = 0; i < task.count; i++)
-		CHECK(task.ordinals[i] < (verdict->per_gpu ? 1 : verdict->gpu_count));
-	task_gpus_list(&task, true, value, sizeof(value));
-	task_gpus_list(&task, false, value, sizeof(value));
-	if (!divide(verdict, &task, ranks, limits) || !limits->threads_tenths)
-		return;
-	limits_threads_value(limits, *parts[OWN_THREADS] ? parts[OWN_THREADS] : NULL, value, sizeof(value));
-	CHECK(threads_tenths(value) > 0 && threads_tenths(value) <= limits->threads_tenths);
-	if (limits_memory_value(verdict, limits, &task, parts[OWN_MEM], value, sizeof(value)))
-		check_memory_value(value, verdict, limits, &task);
-}
-
-/* An option's value as spank_mps.c keeps it: what is wrong was refused. */
-static const char *kept(const char *text, bool right, size_t size)
-{
-	return right && strlen(text) < size ? text : "";
-}
-
-static void run_step(const struct verdict *verdict, char *parts[PARTS])
-{
-	struct mem_option mem;
-	enum daemons daemons;
-	const struct step_options options = {
-		.daemons = kept(parts[DAEMONS], daemons_option(parts[DAEMONS], &daemons), OPTION_MAX),
-		.threads = kept(parts[THREADS], threads_tenths(parts[THREADS]) || is_auto(parts[THREADS]), OPTION_MAX),
-		.mem = kept(parts[MEM], !mem_option(parts[MEM], &mem), MEM_OPTION_MAX),
-		.priority = kept(parts[PRIORITY], client_priority(parts[PRIORITY]) >= 0, OPTION_MAX),
-	};
-	char message[VERDICT_MESSAGE_MAX] = "";
-	struct limits limits;
-
-	if (!limits_of_step(verdict, &options, &limits, message, sizeof(message))) {
-		CHECK(IS_TEXT(message) && message[0]);
-		return;
-	}
-	check_limits(verdict, &limits);
-	CHECK(limits_need_ranks(verdict, &limits, verdict->clients_per_gpu + 1));
-	run_task(verdict, &limits, parts);
+	for (int i = 0; i < count; i++)
+		free(parts[i]);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	char *parts[PARTS];
-	struct verdict *verdict = calloc(1, sizeof(*verdict));
+	static const struct {
+		const char *name;
+		void (*run)(const uint8_t *data, size_t size);
+	} targets[] = { { "parsers", fuzz_parsers }, { "step", fuzz_step }, { "file", fuzz_file } };
+	const char *chosen = getenv("FUZZ");
 
-	split(data, size, parts);
-	check_options(parts);
-	if (verdict && parse(verdict, parts[VERDICT])) {
-		check_verdict(verdict);
-		if (verdict->status == VERDICT_READY)
-			run_step(verdict, parts);
-	}
-	for (int i = 0; i < PARTS; i++)
-		free(parts[i]);
-	free(verdict);
-	return 0;
+	for (size_t i = 0; i < sizeof(targets) / sizeof(targets[0]); i++)
+		if (!chosen || !strcmp(chosen, targets[i].name)) {
+			targets[i].run(data, size);
+			return 0;
+		}
+	abort();
 }
