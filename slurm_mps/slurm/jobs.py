@@ -19,6 +19,7 @@ _CLIENT = "squeue"
 _FORMAT = "%A|%T|%e|%N"
 _JOBS_AT_ONCE = 200
 _STEP_TITLE = "slurmstepd: ["
+_DIGITS = 12  # of a job's number, or of seconds since 1970
 
 
 @record
@@ -40,8 +41,9 @@ def jobs_with_steps() -> set[int]:
     for pid in processes.pids():
         title = processes.roots_title(pid, "slurmstepd")
         job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
-        if title.startswith(_STEP_TITLE) and dot and job.isdigit():
-            found.add(int(job))
+        number = _number(job)
+        if title.startswith(_STEP_TITLE) and dot and number is not None:
+            found.add(number)
     return found
 
 
@@ -74,8 +76,13 @@ def _read(text: str) -> dict[int, SlurmJob]:
     found = {}
     for line in text.splitlines():
         job, *rest = line.split("|")
-        if not job.isdigit() or len(rest) != 3:
+        number = _number(job)
+        if number is None or len(rest) != 3:
             raise NodeError(f"{_CLIENT} says {printable(line, 80)!r}")
         state, end, nodes = rest
-        found[int(job)] = SlurmJob(state, int(end) if end.isdigit() else None, nodes)
+        found[number] = SlurmJob(state, _number(end), nodes)
     return found
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None

@@ -15,7 +15,9 @@ from glob import glob
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from .report import RankReport
+from ..errors import NodeError
+from ..node.reading import read_plain
+from .report import RankReport, parse_report
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 #: All tasks of a step on a node share these, also with job_container/tmpfs, which makes them the job's own.
 PLACES = ("/dev/shm", "/tmp")  # noqa: S108 - only directories of unpredictable names, or the user's own, are used
 _PAUSE_SECONDS = 0.03
+_REPORT_MAX = 1 << 20
 
 
 class MeetingError(Exception):
@@ -71,15 +74,23 @@ class Meeting:
         return MeetingError(f"its report cannot be written to {self.path}: {error.strerror}")
 
     def collect(self, ranks: Collection[int], deadline: float) -> list[RankReport]:
-        """The reports of these ranks, as far as they come before the deadline."""
+        """The reports of these ranks, as far as they come before the deadline.
+
+        Raises: MeetingError for one that is none.
+        """
         expected = {str(rank) for rank in ranks}
         while expected - (there := set(os.listdir(self._fd))) and monotonic() < deadline:
             sleep(_PAUSE_SECONDS)
         return [self._read(name) for name in sorted(expected & there, key=int)]
 
     def _read(self, name: str) -> RankReport:
-        with open(os.open(name, os.O_RDONLY, dir_fd=self._fd), encoding="ascii") as file:
-            return RankReport(**json.load(file))
+        try:
+            report = parse_report(read_plain(f"{self.path}/{name}", _REPORT_MAX))
+        except (OSError, ValueError, NodeError):
+            report = None
+        if report is None or report.rank != int(name):
+            raise MeetingError(f"what rank {name} has written cannot be read; is its slurm-mps of another version?")
+        return report
 
     def is_over(self) -> bool:
         """Whether the first rank has let go of the directory, or has ended."""

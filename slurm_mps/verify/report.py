@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,6 +61,18 @@ class RankReport:
     total_bytes: int = 0
     error: str = ""
     no_driver: bool = False
+
+
+def parse_report(data: bytes) -> RankReport:
+    """Raises: ValueError for what no rank of this version has written."""
+    try:
+        given = json.loads(data)
+    except RecursionError:
+        raise ValueError from None
+    kinds = {field.name: {"int": int, "str": str, "bool": bool}[str(field.type)] for field in fields(RankReport)}
+    if not isinstance(given, dict) or {name: type(value) for name, value in given.items()} != kinds:
+        raise ValueError
+    return RankReport(**given)
 
 
 @dataclass(frozen=True)
