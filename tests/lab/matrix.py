@@ -2,7 +2,7 @@
 
 Each release runs the same tests unchanged, all of TESTS, or with ``--short``, as part of ``make test``, those marked
 every_release, and not alone, on the releases that this machine has not itself. Once all have run in full on one commit
-of slurm-mps, in one go or release by release, docs/support.md and README's table are written anew from what they said.
+of slurm-mps, in one go or release by release, docs/support.md is written anew from what they said.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import datetime as dt
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -50,9 +49,6 @@ TESTS = (
 )
 RESULTS = CACHE / "matrix"
 PAGE = REPOSITORY / "docs/support.md"
-README = REPOSITORY / "README.md"
-#: What lies between them in README is the page's table, in short.
-README_BEGINS, README_ENDS = "<!-- written by make test-matrix -->\n", "<!-- end of what make test-matrix writes -->\n"
 FULL_TIMEOUT_SECONDS, SHORT_TIMEOUT_SECONDS = 3600.0, 600.0
 _PRINTING = threading.Lock()
 
@@ -142,9 +138,9 @@ def commit_of(checkout: Path) -> tuple[str, bool]:
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
         return "", False
-    written = [f":(exclude){path.relative_to(REPOSITORY)}" for path in (PAGE, README)]
+    written = f":(exclude){PAGE.relative_to(REPOSITORY)}"
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ".", *written], capture_output=True, text=True, check=True
+        [*git, "status", "--porcelain", "--", ".", written], capture_output=True, text=True, check=True
     )
     return head.stdout.strip(), not changed.stdout
 
@@ -265,37 +261,10 @@ def page_of(outcomes: list[Outcome]) -> str:
     return PAGE_HEAD + "\n".join([f"{commits_of(outcomes)}:", "", *lines, "", *failed, *skipped]) + "\n" + PAGE_TAIL
 
 
-def short_form(page: str) -> str:
-    """What README says of the page: which releases, how many tests in all, and when."""
-    ran = re.search(r"^slurm-mps at commit [^:]+", page, re.MULTILINE)
-    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    rows = []
-    for row in (dict(zip(table[0], cells, strict=True)) for cells in table[2:]):
-        tests = [re.match(r"(\d+) of (\d+) passed(?:, (\d+) skipped)?$", cell) for cell in row.values()]
-        passed, total, skipped = (sum(int(one[part] or 0) for one in tests if one) for part in (1, 2, 3))
-        shown = described({"passed": passed, "failed": total - passed, "skipped": skipped})
-        rows.append([f"{row['Slurm']} (Debian {row['Debian']})", row["Python"], shown, row["run on"]])
-    lines = [["Slurm", "Python", "tests that need a Slurm", "run on"], ["---"] * 4, *rows]
-    told = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{told}\n\n[What ran, and what did not](docs/support.md)" + (f": {ran[0]}" if ran else "") + ".\n"
-
-
-def with_short_form(readme: str, page: str) -> str:
-    """README with the page's short form between its two marks."""
-    before, begins, rest = readme.partition(README_BEGINS)
-    _, ends, after = rest.partition(README_ENDS)
-    if not begins or not ends:
-        raise SystemExit(f"README has no lines {README_BEGINS.strip()} and {README_ENDS.strip()}")
-    return f"{before}{begins}{short_form(page)}{ends}{after}"
-
-
 def write_page(outcomes: list[Outcome]) -> None:
-    """Write docs/support.md, and its short form into README."""
-    page = page_of(outcomes)
-    readme = with_short_form(README.read_text(), page)
-    PAGE.write_text(page)
-    README.write_text(readme)
-    print(f"matrix: wrote {PAGE.relative_to(REPOSITORY)} and README's table")
+    """Write docs/support.md."""
+    PAGE.write_text(page_of(outcomes))
+    print(f"matrix: wrote {PAGE.relative_to(REPOSITORY)}")
 
 
 def read_results() -> list[Outcome]:

@@ -48,7 +48,9 @@ def test_the_job_has_its_own_gpus_whatever_slurm_calls_them(named: tuple[Site, s
     assert site.snapshot() == before
 
 
-@pytest.mark.skipif(RELEASE.prolog_sees != "UUIDs", reason="with indices Slurm must count GPUs as NVML does (README)")
+@pytest.mark.skipif(
+    RELEASE.prolog_sees != "UUIDs", reason="with indices Slurm must count as NVML does (docs/limits.md)"
+)
 def test_slurm_may_count_gpus_in_another_order_than_nvml() -> None:
     """It goes by minor numbers, NVML by PCI addresses; tasks that are bound by its index have the right GPU."""
     with Site(nodes=1, autodetect=RELEASE.autodetect) as site:

@@ -85,8 +85,6 @@ def test_what_the_scripts_cost(script: str) -> None:
     ratio = f"{median(ours / theirs for ours, theirs in pairs):.2f}"
     line = next(line for line in PAGE.splitlines() if f"{median(samples[f'ours {script}']):.0f} ms" in line)
     assert line.endswith(f"| {ratio} |")
-    costs = next(line for line in README.splitlines() if line.startswith("On an H200 with 16 cores (`make bench-gpu`)"))
-    assert ratio in costs
 
 
 def test_the_first_context() -> None:
@@ -94,7 +92,6 @@ def test_the_first_context() -> None:
     ours, theirs = (samples[f"{name} from the program's start"] for name in ("mps", "without"))
     ratio = f"{median(one / other for one, other in zip(ours, theirs, strict=True)):.2f}"
     assert f"a median of {median(ours):.0f} ms with MPS and of {median(theirs):.0f} ms without: {ratio} " in PAGE
-    assert f"first CUDA context comes after {ratio} of the time" in README
 
 
 def test_the_advice_and_the_readme_quote_the_same_figures() -> None:

@@ -1,4 +1,4 @@
-"""``make test-matrix``: what it makes of its runs, and that README says what docs/support.md says."""
+"""``make test-matrix``: what it makes of its runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness.release import RELEASES
 from tests.lab import matrix
-from tests.lab.matrix import Outcome, commit_of, page_of, read_report, short_form, to_be_run_again, with_short_form
+from tests.lab.matrix import Outcome, commit_of, page_of, read_report, to_be_run_again
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,28 +29,6 @@ def outcome(release: str, commit: str = COMMIT, *, clean: bool = True) -> Outcom
 
 def all_of_them() -> list[Outcome]:
     return [outcome(name) for name in RELEASES]
-
-
-def test_readme_says_what_the_page_says() -> None:
-    """Who writes the one by hand writes the other too, or `make test-matrix` writes both."""
-    readme = matrix.README.read_text()
-    assert with_short_form(readme, matrix.PAGE.read_text()) == readme
-
-
-def test_the_short_form_counts_all_tests_and_names_the_commit() -> None:
-    told = short_form(page_of(all_of_them()))
-    rows = [line for line in told.splitlines() if line.startswith("| 2")]
-    assert len(rows) == len(RELEASES)
-    others = len(matrix.SUITES) - 1
-    shown = f"{10 * others + 2} of {10 * others + 3} passed, {others} skipped"
-    assert rows[0] == f"| 22.05.1 (Debian bookworm) | 3.11.2 | {shown} | 2026-01-01 |"
-    assert f"slurm-mps at commit {COMMIT}" in told
-    assert f"slurm-mps at commit {COMMIT}" in page_of(all_of_them())
-
-
-def test_a_readme_without_its_marks_is_not_written_over() -> None:
-    with pytest.raises(SystemExit, match="README has no lines"):
-        with_short_form("# slurm-mps\n", page_of(all_of_them()))
 
 
 # ---------------------------------------------------------------------------------------- which runs make one page
@@ -89,7 +67,6 @@ def test_a_page_of_two_commits_says_which_ran_where() -> None:
     page = page_of([outcome("22.05"), replace(outcome("24.11"), commit="ba9876543210"), outcome("26.05")])
     ran = f"slurm-mps at commit {COMMIT}, on 24.11.1 at ba9876543210, from which it differs in tests and documents only"
     assert f"\n{ran}:\n" in page
-    assert f"{ran}." in short_form(page)
 
 
 def test_commits_that_differ_in_tests_and_documents_alone_make_a_page(tmp_path: Path) -> None:
@@ -114,14 +91,13 @@ def test_a_tree_is_clean_but_for_what_the_matrix_writes(tmp_path: Path) -> None:
     assert commit_of(tmp_path) == ("", False)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@localhost"]
     (tmp_path / "docs").mkdir()
-    for name in ("docs/support.md", "README.md", "code.py"):
+    for name in ("docs/support.md", "code.py"):
         (tmp_path / name).write_text("1\n")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *words], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout[:12]
     assert commit_of(tmp_path) == (commit, True)
-    for name in ("docs/support.md", "README.md"):
-        (tmp_path / name).write_text("2\n")
+    (tmp_path / "docs/support.md").write_text("2\n")
     assert commit_of(tmp_path) == (commit, True)
     (tmp_path / "new.py").write_text("")
     assert commit_of(tmp_path) == (commit, False)
