@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import (
@@ -55,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
     except NodeError as error:
         return refuse(options, PROBLEM, str(error))
     if options.jobs:
-        jobs = [job for job in jobs if job.job_id in options.jobs]
-    missing = sorted({*options.jobs} - {job.job_id for job in jobs})
-    problems = [f"job {job_id}: Slurm shows you no such job that asks for MPS{where}" for job_id in missing]
+        jobs = [job for job in jobs if any(_is_named(job, name) for name in options.jobs)]
+    missing = [name for name in options.jobs if not any(_is_named(job, name) for job in jobs)]
+    problems = [f"job {name}: Slurm shows you no such job that asks for MPS{where}" for name in missing]
     without = [node for node in nodes if node not in by_node(jobs)]
     unknown = unknown_nodes(without, _SLURM_SECONDS) if without else []
     problems += [f"-w: {printable(node)}: Slurm shows you no such node" for node in unknown]
@@ -81,9 +82,14 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
+def _is_named(job: MpsJob, name: str) -> bool:
+    """Whether `name` is what squeue calls the job, its number, or the array or heterogeneous job that it belongs to."""
+    return name in (job.name, str(job.job_id), re.split("[_+]", job.name)[0])
+
+
 def _row(job: MpsJob) -> dict[str, object]:
     return {
-        "job": job.job_id,
+        "job": job.name,
         "user": job.user,
         "state": job.state,
         "daemons": "per-gpu" if job.per_gpu else "per-node",
@@ -95,6 +101,7 @@ def _row(job: MpsJob) -> dict[str, object]:
 def _report(job: MpsJob) -> dict[str, object]:
     return {
         "job_id": job.job_id,
+        "name": job.name,
         "user": job.user,
         "state": job.state,
         "nodes": list(job.nodes),

@@ -7,7 +7,7 @@ from time import localtime, strftime
 from typing import TYPE_CHECKING
 
 from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json, refuse
-from slurm_mps.cli.status import job_number
+from slurm_mps.cli.status import job_name, job_numbers
 from slurm_mps.units import printable
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "or of one that is over; of your own jobs, or as root of any. Exit status: 0 nothing went wrong, 1 something "
         "did, or the logs cannot be read, 2 usage, 3 no logs of this job here, 4 of another user's job.",
     )
-    parser.add_argument(
-        "job", type=job_number, nargs="?", metavar="JOBID", help="which job: slurm-mps status lists them"
-    )
+    parser.add_argument("job", type=job_name, nargs="?", metavar="JOBID", help="which job: slurm-mps status lists them")
     parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")
     parser.add_argument("--raw", action="store_true", help="the logs as they are, but for characters that do not print")
     add_json_option(parser, "logs/1")
@@ -50,11 +48,12 @@ def run(options: argparse.Namespace) -> int:
     if options.raw and (options.trouble or options.json):
         return refuse(options, USAGE, "--raw prints the logs themselves; leave out --trouble and --json")
     try:
-        places, logs = _find(options.job)
+        (job_id,) = job_numbers([options.job])
+        places, logs = _find(job_id)
         if not logs:
             message = f"there are no logs of job {options.job} on this node; ask on a node that it ran on"
             return refuse(options, NOT_HERE, message)
-        return _print_raw(logs) if options.raw else _print(options, places, logs)
+        return _print_raw(logs) if options.raw else _print(options, job_id, places, logs)
     except PermissionError:
         return refuse(options, NOT_ROOT, f"the logs of job {options.job} are for its user and for root")
     except NodeError as error:
@@ -97,7 +96,7 @@ def _print_raw(logs: list[DaemonLogs]) -> int:
     return FINE
 
 
-def _print(options: argparse.Namespace, places: dict[str, DaemonPlace], logs: list[DaemonLogs]) -> int:
+def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPlace], logs: list[DaemonLogs]) -> int:
     from slurm_mps.job_log.read import events_of
     from slurm_mps.job_log.words import TROUBLE, describe
 
@@ -113,7 +112,7 @@ def _print(options: argparse.Namespace, places: dict[str, DaemonPlace], logs: li
     gpus = {one.name: places[one.name].gpus if one.name in places else () for one in logs}
     said = [(one.name, event, describe(event, gpus[one.name], name)) for one, event in found]
     if options.json:
-        print_json(options, status, job_id=options.job, events=[_report(*row) for row in said])
+        print_json(options, status, job_id=job_id, events=[_report(*row) for row in said])
         return status
     for where, event, words in said:
         when = f"{strftime('%Y-%m-%d %H:%M:%S', localtime(event.seconds))}.{int(event.seconds * 1000) % 1000:03}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from argparse import ArgumentTypeError
 from functools import cache
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from slurm_mps.units import MIB
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from slurm_mps.status.node import ClientView, DaemonView, GpuView, JobView, NodeView
@@ -48,6 +50,8 @@ COLUMNS = (
 MODE_WORDS = {0: "Default", 1: "E. Thread", 2: "Prohibited", 3: "E. Process"}
 _GPU_LETTERS = len("GPU-51000000-99a9")
 _SECONDS_MAX = 60.0
+_SLURM_SECONDS = 15.0
+_JOB_NAME = re.compile(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?")
 
 
 def seconds(text: str) -> float:
@@ -61,11 +65,18 @@ def seconds(text: str) -> float:
     return value
 
 
-def job_number(text: str) -> int:
-    """Raises: ArgumentTypeError."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise ArgumentTypeError(f"{text!r}: expected a job's number, such as 4711")
-    return int(text)
+def job_name(text: str) -> str:
+    """A job as squeue names it: 4711, 4711_3 of an array, 4711+1 of a heterogeneous job. Raises: ArgumentTypeError."""
+    if not _JOB_NAME.fullmatch(text):
+        raise ArgumentTypeError(f"{text!r}: expected a job's id, such as 4711, 4711_3 or 4711+1")
+    return text
+
+
+def job_numbers(names: Iterable[str]) -> list[int]:
+    """The number that each of these jobs has beside its name, which Slurm is asked for. Raises: NodeError."""
+    from slurm_mps.slurm.jobs import number_of
+
+    return [int(name) if name.isdecimal() else number_of(name, os.environ, _SLURM_SECONDS) for name in names]
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -76,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Shows the jobs with MPS on this node (root: all, a user: their own), their control daemons, "
         "servers and clients. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here.",
     )
-    parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
+    parser.add_argument("jobs", nargs="*", type=job_name, metavar="JOBID", help="these jobs alone")
     parser.add_argument(
         "--cluster",
         action="store_true",
@@ -99,10 +110,14 @@ def run(options: argparse.Namespace) -> int:
     if options.nodelist:
         return refuse(options, USAGE, "-w goes with --cluster; without it status shows the node that it runs on")
     from slurm_mps.cli.output import leave
+    from slurm_mps.errors import NodeError
     from slurm_mps.status.node import look
 
     columns = chosen(COLUMNS, options)
-    view = look(options.jobs, options.timeout)
+    try:
+        view = look(job_numbers(options.jobs), options.timeout)
+    except NodeError as error:
+        return refuse(options, PROBLEM, str(error))
     if view is None:
         return refuse(
             options,

@@ -7,8 +7,8 @@ import sys
 from time import monotonic, strftime
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import FINE, NOT_HERE, Column, chosen, complain, leave
-from slurm_mps.cli.status import COLUMNS, job_number, remarks, rows, seconds
+from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, chosen, complain, leave
+from slurm_mps.cli.status import COLUMNS, job_name, job_numbers, remarks, rows, seconds
 
 if TYPE_CHECKING:
     import argparse
@@ -28,10 +28,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "top",
         help="what status shows, live",
-        description="Shows in a terminal what slurm-mps status shows, until q or Ctrl-C. Exit status: 0 fine, 2 usage, "
-        "3 not in a terminal, or slurm-mps has not been used on this node.",
+        description="Shows in a terminal what slurm-mps status shows, until q or Ctrl-C. "
+        "Exit status: 0 fine, 1 Slurm does not know a job, 2 usage, 3 not in a terminal, or slurm-mps has not been "
+        "used on this node.",
     )
-    parser.add_argument("jobs", nargs="*", type=job_number, metavar="JOBID", help="these jobs alone")
+    parser.add_argument("jobs", nargs="*", type=job_name, metavar="JOBID", help="these jobs alone")
     parser.add_argument(
         "-i", "--iterate", type=seconds, default=2.0, metavar="SECONDS", help="look again after so long (2)"
     )
@@ -47,9 +48,15 @@ def run(options: argparse.Namespace) -> int:
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         complain("top needs a terminal; slurm-mps status prints the same once")
         return NOT_HERE
+    from slurm_mps.errors import NodeError
     from slurm_mps.status.daemon import Memory
     from slurm_mps.status.node import look
 
+    try:
+        options.jobs = job_numbers(options.jobs)
+    except NodeError as error:
+        complain(str(error))
+        return PROBLEM
     memory = Memory()
     view = look(options.jobs, memory=memory)
     if view is None:

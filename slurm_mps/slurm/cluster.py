@@ -39,13 +39,14 @@ _FIELDS = ("threads", "mem", "priority")
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as Slurm tells of it; nodes: a host list, empty while it waits."""
+    """A job as Slurm tells of it; nodes: a host list, empty while it waits; name: the id that squeue shows."""
 
     job_id: int
     user: str
     state: str
     nodes: str
     admin_comment: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class MpsJob:
     """A job that asked for MPS, is not over, and what it asked."""
 
     job_id: int
+    name: str
     user: str
     state: str
     nodes: tuple[str, ...]
@@ -103,6 +105,14 @@ def parse_squeue(data: bytes) -> list[SlurmJob]:
                 state=_state(job["job_state"]),
                 nodes=str(job.get("nodes") or ""),
                 admin_comment=str(job.get("admin_comment") or ""),
+                name=_name(
+                    _number(job["job_id"]),
+                    array=_number(job.get("array_job_id")),
+                    task=_number(job.get("array_task_id")),
+                    waiting=str(job.get("array_task_string") or ""),
+                    heterogeneous=_number(job.get("het_job_id")),
+                    component=_number(job.get("het_job_offset")),
+                ),
             )
             for job in jobs
         ]
@@ -111,7 +121,17 @@ def parse_squeue(data: bytes) -> list[SlurmJob]:
 
 
 def _number(value: Any) -> int:
-    return int(value["number"] if isinstance(value, dict) else value)
+    """A number, or {"set": true, "number": 7} as newer releases have it; 0 where there is none."""
+    if isinstance(value, dict):
+        value = value["number"] if value["set"] else 0
+    return int(value or 0)
+
+
+def _name(job_id: int, *, array: int, task: int, waiting: str, heterogeneous: int, component: int) -> str:
+    """The id that squeue shows: 4711, 4711_3 and 4711_[4-9] of an array, 4711+1 of a heterogeneous job."""
+    if array:
+        return f"{array}_[{waiting}]" if waiting else f"{array}_{task}"
+    return f"{heterogeneous}+{component}" if heterogeneous else str(job_id)
 
 
 def _state(value: Any) -> str:
@@ -141,6 +161,14 @@ class Pyslurm:
                     state=str(job.state),
                     nodes=str(job.allocated_nodes or ""),
                     admin_comment=str(job.admin_comment or ""),
+                    name=_name(
+                        int(job.id),
+                        array=_number(job.array_id),
+                        task=_number(job.array_task_id),
+                        waiting=str(job.array_tasks_waiting or ""),
+                        heterogeneous=_number(job.heterogeneous_id),
+                        component=_number(job.heterogeneous_offset),
+                    ),
                 )
                 for job in found.values()
             ]
@@ -175,6 +203,7 @@ def mps_jobs(jobs: Iterable[SlurmJob], nodes: Collection[str] = ()) -> list[MpsJ
         found.append(
             MpsJob(
                 job_id=job.job_id,
+                name=job.name,
                 user=job.user,
                 state=job.state,
                 nodes=its_nodes,

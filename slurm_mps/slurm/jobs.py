@@ -52,21 +52,37 @@ def find_jobs(job_ids: Sequence[int], environment: Mapping[str, str], timeout_se
 
     Raises: NodeError when it does not answer, or in another way than squeue(1) says; DeadlineError.
     """
-    program = find_program(_CLIENT, environment.get("PATH", ""))
-    if not program:
-        raise NodeError(f"{_CLIENT} is not in PATH")
-    given = {name: environment[name] for name in ("PATH", "SLURM_CONF") if name in environment}
     found: dict[int, SlurmJob] = {}
     for start in range(0, len(job_ids), _JOBS_AT_ONCE):
         part = job_ids[start : start + _JOBS_AT_ONCE]
         jobs = ",".join(map(str, (part[0], *part)))  # one alone that is not known is an error to squeue, two are not
-        argv = [program, "--local", "--noheader", "--states=all", f"--format={_FORMAT}", f"--jobs={jobs}"]
-        outcome = processes.run(argv, {**given, "SLURM_TIME_FORMAT": "%s"}, timeout_seconds)
-        if outcome.status:
-            said = printable((outcome.errors.strip() or "no message").splitlines()[-1], 200)
-            raise NodeError(f"{program} ended with status {outcome.status}: {said}")
-        found |= _read(outcome.output)
+        found |= _read(_ask(jobs, _FORMAT, environment, timeout_seconds))
     return found
+
+
+def number_of(job: str, environment: Mapping[str, str], timeout_seconds: float) -> int:
+    """The number of a job that squeue names otherwise: 4711_3 of an array, 4711+1 of a heterogeneous job.
+
+    Raises: NodeError when the controller does not answer, or no longer knows the job; DeadlineError.
+    """
+    for line in _ask(f"{job},{job}", "%i|%A", environment, timeout_seconds).splitlines():
+        name, _, number = line.partition("|")
+        if name == job and number.isdecimal():  # squeue gives all components where it is asked for one
+            return int(number)
+    raise NodeError(f"job {job}: Slurm no longer knows its number", f"sacct -j {job} -X -o JobIDRaw may")
+
+
+def _ask(jobs: str, columns: str, environment: Mapping[str, str], timeout_seconds: float) -> str:
+    program = find_program(_CLIENT, environment.get("PATH", ""))
+    if not program:
+        raise NodeError(f"{_CLIENT} is not in PATH")
+    given = {name: environment[name] for name in ("PATH", "SLURM_CONF") if name in environment}
+    argv = [program, "--local", "--noheader", "--states=all", f"--format={columns}", f"--jobs={jobs}"]
+    outcome = processes.run(argv, {**given, "SLURM_TIME_FORMAT": "%s"}, timeout_seconds)
+    if outcome.status:
+        said = printable((outcome.errors.strip() or "no message").splitlines()[-1], 200)
+        raise NodeError(f"{program} ended with status {outcome.status}: {said}")
+    return outcome.output
 
 
 def _read(text: str) -> dict[int, SlurmJob]:

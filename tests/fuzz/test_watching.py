@@ -115,7 +115,7 @@ def test_any_answer_of_squeue_is_jobs_or_an_error(data: bytes) -> None:
 
 @given(comment=TEXTS.map(lambda text: f"mps:{text}") | TEXTS, nodes=TEXTS)
 def test_any_admin_comment_is_read(comment: str, nodes: str) -> None:
-    for job in mps_jobs([SlurmJob(7, "alice", "RUNNING", nodes, comment)]):
+    for job in mps_jobs([SlurmJob(7, "alice", "RUNNING", nodes, comment, "7")]):
         assert set(job.request) <= {"threads", "mem", "priority"}
 
 

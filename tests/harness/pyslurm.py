@@ -59,9 +59,10 @@ exec chroot /media/root env -C /src SLURM_LIB_DIR="$LIBRARIES" SLURM_INCLUDE_DIR
 _SHOW = """import dataclasses, json, sys
 import pyslurm
 from slurm_mps.slurm.cluster import Pyslurm, Squeue
-names = ("id", "user_name", "user_id", "state", "allocated_nodes", "admin_comment")
+names = ("id", "user_name", "user_id", "state", "allocated_nodes", "admin_comment",
+    "array_id", "array_task_id", "array_tasks_waiting", "heterogeneous_id", "heterogeneous_offset")
 jobs = [{name: getattr(job, name) for name in names} for job in pyslurm.Jobs.load().values()]
-plain = lambda one: [one.job_id, one.user, one.state, one.nodes, one.admin_comment]
+plain = lambda one: [one.job_id, one.user, one.state, one.nodes, one.admin_comment, one.name]
 by_pyslurm, by_squeue = ([plain(one) for one in source.jobs(10)] for source in (Pyslurm(pyslurm), Squeue()))
 print(json.dumps({"version": pyslurm.__version__, "jobs": jobs, "by_pyslurm": by_pyslurm, "by_squeue": by_squeue}))"""
 

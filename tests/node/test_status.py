@@ -424,7 +424,7 @@ def test_top_that_is_ended_gives_the_terminal_back_too(gpu_node: GpuNode) -> Non
     with job(gpu_node, 5):
         top = Terminal(gpu_node, "--iterate", "0.2")
         top.until("1 job")
-        (process,) = [p for p in gpu_node.machine.processes() if p.cmdline[1:3] == (COMMAND, "top")]
+        (process,) = [p for p in gpu_node.machine.processes() if p.cmdline[-3:-1] == ("top", "--iterate")]
         gpu_node.run("kill", "-TERM", str(process.pid)).check()
         assert top.child.wait(10) == 0
         same, said = top.close()

@@ -80,6 +80,32 @@ def test_the_jobs_that_asked_and_their_nodes_are_named(marked: MarkedSite) -> No
     assert (gone_too["jobs"], gone_too["problems"]) == ([], [f"{said_of_gone} on these nodes"])
 
 
+def test_jobs_go_by_the_ids_that_squeue_shows(marked: MarkedSite) -> None:
+    """Of an array and of a heterogeneous job, whose tasks and components have numbers of their own beside them."""
+    ask = ("--gres=gpu:1", "--mps", "-wn1")
+    array = marked.cluster.sbatch("--array=0-3%1", *ask, script="sleep 60")
+    both = marked.cluster.sbatch("-n1", *ask, ":", "-n1", "--gres=gpu:1", "-wn2", script="sleep 60")
+    names = [f"{array}_0", f"{array}_[1-3%1]", f"{both}+0", f"{both}+1"]
+    marked.cluster.until(
+        "all that can run", lambda: marked.machine.run(["squeue", "-htR", "-o%i"]).stdout.count("\n") == 3 or None, 20
+    )
+    shown = marked.machine.run(["squeue", "-h", "-o%i"]).stdout.split()
+    said = cluster(marked, "-o", "job", "-n").stdout.split()
+    one = cluster(marked, "-o", "job", "-n", f"{both}+1").stdout.split()
+    here = [marked.node("n2", COMMAND, "status", "-n", "-o", "job", name) for name in (f"{both}+1", str(both.id + 1))]
+    logs = [marked.node("n1", COMMAND, "logs", name) for name in (f"{array}_0", f"{array}_7")]
+    marked.machine.run(["scancel", str(array), str(both)]).check()
+    marked.cluster.wait_idle()
+
+    assert sorted(said) == sorted(names) == sorted(shown)
+    assert one == [f"{both}+1"]
+    assert here[0] == here[1]
+    assert (here[0].returncode, here[0].stdout) == (0, f"{both.id + 1}\n")
+    assert "control daemon" in logs[0].stdout
+    unknown = f"job {array}_7: Slurm no longer knows its number; sacct -j {array}_7 -X -o JobIDRaw may\n"
+    assert (logs[1].returncode, logs[1].stderr) == (1, f"slurm-mps: {unknown}")
+
+
 def test_a_mark_is_not_the_users_to_write(marked: MarkedSite) -> None:
     job = marked.cluster.sbatch("--gres=gpu:1", script="sleep 60")
     forged = marked.machine.run(["scontrol", "update", f"JobId={job}", "AdminComment=mps"], user="alice")
@@ -104,7 +130,10 @@ def test_a_slurm_that_does_not_answer_is_a_problem(site: Site) -> None:
 
 # ------------------------------------------------------------------------------------- what the adapters have in common
 
-EXPECTED = [SlurmJob(7, "alice", "RUNNING", "n[1-2]", "mps:per-gpu,threads=25"), SlurmJob(8, "bob", "PENDING", "", "")]
+EXPECTED = [
+    SlurmJob(7, "alice", "RUNNING", "n[1-2]", "mps:per-gpu,threads=25", "7"),
+    SlurmJob(8, "bob", "PENDING", "", "", "8"),
+]
 
 
 def squeue(*changes: dict[str, Any]) -> bytes:
@@ -145,13 +174,20 @@ def record_of(release: str) -> dict[str, Any]:
     return record
 
 
+#: What a job has in pyslurm that is neither of an array nor a component.
+NO_PART = dict.fromkeys(("array_id", "array_task_id", "array_tasks_waiting")) | {
+    "heterogeneous_id": 0,
+    "heterogeneous_offset": 0,
+}
+
+
 def recorded_pyslurm(jobs: list[dict[str, Any]], problem: Exception | None = None) -> types.SimpleNamespace:
     """pyslurm's interface with jobs as it had them (tests/harness/pyslurm.py)."""
 
     def load() -> dict[int, types.SimpleNamespace]:
         if problem:
             raise problem
-        return {job["id"]: types.SimpleNamespace(**job) for job in jobs}
+        return {job["id"]: types.SimpleNamespace(**(NO_PART | job)) for job in jobs}
 
     return types.SimpleNamespace(Jobs=types.SimpleNamespace(load=load))
 
@@ -161,7 +197,7 @@ def test_pyslurm_gives_what_squeue_gave_of_the_same_jobs(release: str) -> None:
     """By a record from a Slurm of that release."""
     record = record_of(release)
     runs, waits = Pyslurm(recorded_pyslurm(record["jobs"])).jobs(1)
-    assert [runs, waits] == [SlurmJob(*one) for one in record["by_squeue"]]
+    assert [runs, waits] == [SlurmJob(*[*one[:5], str(one[0])]) for one in record["by_squeue"]]
     assert (runs.state, runs.nodes, runs.admin_comment) == ("RUNNING", "n[1-2]", "mps:per-gpu,threads=25")
     assert (waits.state, waits.nodes, waits.admin_comment) == ("PENDING", "", "")
 
@@ -176,9 +212,20 @@ def test_pyslurm_itself_gives_what_squeue_gives(marked: MarkedSite) -> None:
     assert package
     told, record = pyslurm.told_of_jobs(marked, package), record_of(chosen().name)
     assert told["by_pyslurm"] == told["by_squeue"]
-    assert [one[1:] for one in told["by_squeue"]] == [one[1:] for one in record["by_squeue"]]
+    assert [one[1:5] for one in told["by_squeue"]] == [one[1:] for one in record["by_squeue"]]
     for job, then in zip(told["jobs"], record["jobs"], strict=True):
         assert {key: type(value) for key, value in job.items()} == {key: type(value) for key, value in then.items()}
+
+
+def test_pyslurm_names_jobs_as_squeue_does() -> None:
+    parts: list[dict[str, Any]] = [
+        {"array_id": 5},  # pyslurm has None for a task 0
+        {"array_id": 5, "array_task_id": 3},
+        {"array_id": 5, "array_tasks_waiting": "4-9"},
+        {"heterogeneous_id": 7, "heterogeneous_offset": 1},
+    ]
+    jobs = [{**record_of(RECORDS[0])["jobs"][0], "id": 20 + n, **part} for n, part in enumerate(parts)]
+    assert [job.name for job in Pyslurm(recorded_pyslurm(jobs)).jobs(1)] == ["5_0", "5_3", "5_[4-9]", "7+1"]
 
 
 def test_what_goes_wrong_in_pyslurm_is_an_error_of_ours() -> None:
@@ -211,6 +258,6 @@ def test_a_squeue_that_hangs_or_fails_or_is_not_there_is_an_error(tmp_path: Path
 def test_a_mark_is_read_and_nothing_else_is_taken_for_one(
     comment: str, state: str, asks: dict[str, str] | None
 ) -> None:
-    found = mps_jobs([SlurmJob(7, "alice", state, "n[1-2]", comment)])
+    found = mps_jobs([SlurmJob(7, "alice", state, "n[1-2]", comment, "7")])
     assert [dict(job.request) for job in found] == ([] if asks is None else [asks])
     assert by_node(found) == ({} if asks is None else {"n1": [7], "n2": [7]})
