@@ -1,10 +1,14 @@
 """The contract runs on the simulated driver in a throw-away machine; with --real-gpu, as root, on this host's driver.
 
+What is marked control_program needs no GPU. It runs on each driver that the simulator acts, and on NVIDIA's own control
+programs of drivers 535 and 550, which do without a GPU.
+
 A real driver's settings stay as they are: no compute mode is set unless --allow-compute-mode is given, too.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -12,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness import nvidia
 from tests.harness.cluster import REPOSITORY
 from tests.harness.site import PYTHON, gpu_machine, show_gpus_in_proc, simulated_gpus
 
@@ -19,8 +24,12 @@ from .driver import CONTROL, Device, Driver, Place, ThisHost, sees
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.harness.machine import Machine
+
+_SIMULATED = {f"simulated-{branch}": branch for branch in (535, 550, 580)}
+_NVIDIAS = {f"nvidia-{branch}": branch for branch in nvidia.SUITES}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,11 +43,30 @@ def _is_real(config: pytest.Config) -> bool:
     return bool(config.getoption("--real-gpu", default=False))  # not there when pytest is started for all tests
 
 
-def _simulated_place() -> Iterator[Place]:
-    with gpu_machine() as machine:
-        machine.run(["simulated-gpus", "create", "2"]).check()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked control_program in every place that has one."""
+    if metafunc.definition.get_closest_marker("control_program") and not _is_real(metafunc.config):
+        metafunc.parametrize("place", [*_SIMULATED, *_NVIDIAS], indirect=True, scope="session")
+
+
+def _simulated_place(named: str) -> Iterator[Place]:
+    """A machine with simulated GPUs of a driver; a place of _NVIDIAS has NVIDIA's programs there."""
+    branch = (_SIMULATED | _NVIDIAS)[named]
+    with gpu_machine(programs=_nvidias_programs(branch) if named in _NVIDIAS else None) as machine:
+        machine.run(["simulated-gpus", "create", "2", "--driver", str(branch)]).check()
         show_gpus_in_proc(machine, simulated_gpus(machine))
-        yield Place(machine, ("alice", "bob"), "/tmp/contract", "/usr/bin/python3", (PYTHON,))
+        yield Place(
+            machine, ("alice", "bob"), "/tmp/contract", "/usr/bin/python3", (PYTHON,), branch, nvidias=named in _NVIDIAS
+        )
+
+
+def _nvidias_programs(branch: int) -> Path:
+    try:
+        return nvidia.programs_of(branch)
+    except nvidia.NotFetchedError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))
 
 
 def _real_place(accounts: str) -> Iterator[Place]:
@@ -48,12 +76,15 @@ def _real_place(accounts: str) -> Iterator[Place]:
     first, second = accounts.split(",")
     with ThisHost() as machine, tempfile.TemporaryDirectory(prefix="contract-") as scratch:
         python = ("env", f"PYTHONPATH={REPOSITORY}", sys.executable)
-        yield Place(machine, (first, second), scratch, plain_python, python, real=True)
+        version = machine.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).check().stdout
+        branch = int(version.partition(".")[0])
+        yield Place(machine, (first, second), scratch, plain_python, python, branch, real=True)
 
 
 @pytest.fixture(scope="session")
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    places = _real_place(request.config.getoption("--real-users")) if _is_real(request.config) else _simulated_place()
+    real, simulated = _is_real(request.config), getattr(request, "param", "simulated-580")
+    places = _real_place(request.config.getoption("--real-users")) if real else _simulated_place(simulated)
     for one in places:
         one.prepare()
         yield one

@@ -30,7 +30,8 @@ CONTROL = "nvidia-cuda-mps-control"
 SERVER = "nvidia-cuda-mps-server"
 RECORDED_SMS = 132
 """Of the cards in the record: where a card has as many, its numbers must come out exactly, elsewhere roughly."""
-FILES_OF_A_DAEMON = ["control", "control_lock", "control_privileged", "log", "nvidia-cuda-mps-control.pid"]
+PID_FILE = "nvidia-cuda-mps-control.pid"
+FILES_OF_A_DAEMON = ["control", "control_lock", "control_privileged", "log", PID_FILE]
 """What is in the pipe directory while a daemon runs (O25)."""
 
 NVML_MEMORY = """
@@ -72,14 +73,19 @@ class ThisHost(Machine):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tests run: `users` are two ordinary ones, `python` has pynvml and slurm_mps, `plain_python` neither."""
+    """Where the tests run: `users` are two ordinary ones, `python` has pynvml and slurm_mps, `plain_python` neither.
+
+    `branch` is the driver's, such as 580. `nvidias`: its control program is NVIDIA's own, and there is no GPU.
+    """
 
     machine: Machine
     users: tuple[str, str]
     scratch: str
     plain_python: str
     python: tuple[str, ...]
+    branch: int
     real: bool = False
+    nvidias: bool = False
 
     def prepare(self) -> None:
         self.machine.make_directory(self.scratch)
@@ -93,9 +99,9 @@ class Place:
         rows = [row.split(", ") for row in listed.check().stdout.splitlines()]
         return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
-    def mps_processes(self) -> list[Process]:
-        """The daemons and servers of these tests: those that were told a pipe directory of ours."""
-        mark = f"CUDA_MPS_PIPE_DIRECTORY={self.scratch}/"
+    def mps_processes(self, below: str = "") -> list[Process]:
+        """The daemons and servers of these tests: those whose pipe directory lies below the scratch one, or another."""
+        mark = f"CUDA_MPS_PIPE_DIRECTORY={below or self.scratch}/"
         return [
             process
             for process in self.machine.processes()
@@ -335,7 +341,13 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        return int(self._machine.read(f"{self.pipe}/nvidia-cuda-mps-control.pid"))
+        """Of the daemon, also of one that has died; of driver 535's, which writes no pid file, as long as it runs."""
+        if self._machine.path(f"{self.pipe}/{PID_FILE}").exists():
+            return int(self._machine.read(f"{self.pipe}/{PID_FILE}"))
+        found = self._place.mps_processes(self.directory)
+        pids = [one.pid for one in found]
+        (daemon,) = (one.pid for one in found if one.ppid not in pids)
+        return daemon
 
     @property
     def server(self) -> int:
@@ -373,8 +385,14 @@ class Driver:
         self.place = place
         self.machine = place.machine
         self.user, self.other_user = place.users
+        self.branch = place.branch
         self.uuids, self.names, self.bus_ids = place.gpus
         self._daemons: list[Daemon] = []
+
+    @property
+    def files_of_a_daemon(self) -> list[str]:
+        """What is in the pipe directory while a daemon runs (O25, O83)."""
+        return [name for name in FILES_OF_A_DAEMON if name != PID_FILE or self.branch >= 550]
 
     def directories(self, *, user: str | None = None, mode: int = 0o700, name: str = "") -> Daemon:
         """Fresh directories without a daemon."""

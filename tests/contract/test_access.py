@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness.machine import Result
 
-from .driver import CONTROL, FILES_OF_A_DAEMON, sees, wait_until
+from .driver import CONTROL, FILES_OF_A_DAEMON, PID_FILE, sees, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +92,7 @@ def test_o22_a_daemon_of_roots_replaces_an_idle_server_for_the_next_user(driver:
         assert driver.server_uids() == [driver.place.uid(user)]
 
 
+@pytest.mark.control_program
 def test_o22_the_sockets_are_open_to_all(driver: Driver) -> None:
     """0666: the directory is the gate."""
     daemon = driver.daemon()
@@ -209,12 +210,15 @@ def test_o25_a_killed_daemon_leaves_everything_and_a_new_one_minds_nothing(drive
     assert daemon.server > 0
 
 
+@pytest.mark.control_program
 def test_o37_the_pid_file_the_lock_and_the_fifo_are_writable_by_all(driver: Driver) -> None:
     """Whatever the umask, and though the logs are not."""
     daemon = driver.directories()
     daemon.popen("sh", "-c", f"umask 077; exec {CONTROL} -d").wait(20)
     path = driver.machine.path(daemon.pipe)
-    modes = {"nvidia-cuda-mps-control.pid": 0o666, "control_lock": 0o666, "log": 0o777}
+    modes = {PID_FILE: 0o666, "control_lock": 0o666, "log": 0o777}
+    if driver.branch < 550:
+        del modes[PID_FILE]
     assert {name: stat.S_IMODE((path / name).stat().st_mode) for name in modes} == modes
     log = driver.machine.path(driver.daemon().log)
     assert {stat.S_IMODE(entry.stat().st_mode) for entry in log.iterdir()} == {0o644}
@@ -222,7 +226,7 @@ def test_o37_the_pid_file_the_lock_and_the_fifo_are_writable_by_all(driver: Driv
 
 def test_o37_junk_in_the_pid_file_misleads_no_control_program(driver: Driver) -> None:
     daemon = driver.daemon()
-    driver.machine.path(f"{daemon.pipe}/nvidia-cuda-mps-control.pid").write_text("junk\n")
+    driver.machine.path(f"{daemon.pipe}/{PID_FILE}").write_text("junk\n")
     assert daemon.ask("get_default_active_thread_percentage") == "100.0"
 
 
@@ -251,6 +255,7 @@ def test_o68_a_server_whose_user_cannot_enter_the_pipe_directory_does_not_come_u
     assert daemon.is_there
 
 
+@pytest.mark.control_program
 def test_o39_the_control_socket_takes_packets_and_names_the_daemon(driver: Driver) -> None:
     """Who hangs up at once leaves a line in the log and nothing else."""
     daemon = driver.daemon(user="root", mode=0o755)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.machine import Result
 
-from .driver import CONTROL, FILES_OF_A_DAEMON, sees, wait_until
+from .driver import CONTROL, sees, wait_until
 
 if TYPE_CHECKING:
     from .driver import Driver
@@ -89,6 +89,7 @@ def test_o27_quit_with_a_time_tries_a_last_time_and_then_forces(driver: Driver) 
     wait_until(lambda: not driver.left_over())
 
 
+@pytest.mark.control_program
 def test_o28_a_daemon_leaves_the_streams_and_the_session_of_its_starter(driver: Driver) -> None:
     daemon = driver.directories()
     starting = daemon.popen(CONTROL, "-d", stdout=subprocess.PIPE)
@@ -99,12 +100,13 @@ def test_o28_a_daemon_leaves_the_streams_and_the_session_of_its_starter(driver: 
     assert (int(group), int(session)) == (daemon.pid, daemon.pid)
 
 
+@pytest.mark.control_program
 def test_o28_a_daemon_in_the_foreground_dies_of_sigterm_at_once(driver: Driver) -> None:
     """Leaving its files."""
     daemon = driver.directories()
     foreground = daemon.popen(CONTROL, "-f")
-    wait_until(lambda: daemon.listed_files() == FILES_OF_A_DAEMON and daemon.is_there)
+    wait_until(lambda: daemon.listed_files() == driver.files_of_a_daemon and daemon.is_there)
     assert daemon.ask("get_default_active_thread_percentage") == "100.0"
     driver.place.kill(daemon.pid, signal.SIGTERM)
     assert foreground.wait(20) == -signal.SIGTERM
-    assert daemon.listed_files() == FILES_OF_A_DAEMON
+    assert daemon.listed_files() == driver.files_of_a_daemon

@@ -45,13 +45,17 @@ class Snapshot:
     compute_modes: tuple[str, ...]
 
 
-def gpu_machine(*, real: bool = False, of: Release | None = None, then: Release | None = None) -> Machine:
+def gpu_machine(
+    *, real: bool = False, of: Release | None = None, then: Release | None = None, programs: Path | None = None
+) -> Machine:
     """A machine with the project's runtime, and the simulated driver where every loader finds it, unless `real`.
 
     It has the Slurm of the release that is chosen (tests/harness/release.py), or `of` another, and the plugin as built
-    there. What it needs to be upgraded to `then` is laid below NEXT.
+    there. What it needs to be upgraded to `then` is laid below NEXT. The programs in the directory `programs` take the
+    place of the simulated driver's.
     """
-    simulated = {"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [SIMULATOR / "bin"]}
+    own = [] if programs is None else [programs]
+    simulated = {"/usr/lib/x86_64-linux-gnu": [SIMULATOR / "lib"], "/usr/bin": [*own, SIMULATOR / "bin"]}
     overlays = bundle.overlays() if real else simulated
     root = release.ensure_root(of or release.chosen(), CACHE)
     binds: dict[str | Path, str] = {_runtime_in(root): MOUNT_POINT}

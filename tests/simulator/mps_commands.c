@@ -66,9 +66,9 @@ static void remove_limit(struct limits *limits, const struct limit *limit)
 }
 
 /* Set or, with 0, unset. Nothing is checked: not the device, not the size (O2). */
-static void set_limit(struct limits *limits, const char *device, const char *value)
+static void set_limit(const struct daemon *daemon, struct limits *limits, const char *device, const char *value)
 {
-	uint64_t bytes = units_read_limit(value);
+	uint64_t bytes = *value || daemon->driver >= 580 ? units_read_limit(value) : 0;
 	const struct limit *old = find_limit(limits, device);
 	if (old)
 		remove_limit(limits, old);
@@ -96,14 +96,15 @@ static bool is_owner(const struct connection *ui)
 	return ui->uid == 0 || ui->uid == geteuid();
 }
 
-static bool may_change(const struct connection *ui, struct answer *answer)
+/* Driver 535 lets everybody (O89). */
+static bool may_change(const struct daemon *daemon, const struct connection *ui, struct answer *answer)
 {
-	if (is_owner(ui))
+	if (is_owner(ui) || daemon->driver < 550)
 		return true;
 	add(answer,
-	    "Insufficient privileges for UID %u. Control deamon settings can only be modified by the user who started it "
+	    "Insufficient privileges for UID %u. Control deamon settings can only be modified by the user %sstarted it "
 	    "or by the root user.\n",
-	    ui->uid);
+	    ui->uid, daemon->driver < 580 ? "" : "who ");
 	return false;
 }
 
@@ -133,7 +134,7 @@ static bool get_default_percentage(struct daemon *daemon, struct connection *ui,
 static bool set_default_percentage(struct daemon *daemon, struct connection *ui, const struct words *words,
 				   struct answer *answer)
 {
-	if (!may_change(ui, answer))
+	if (!may_change(daemon, ui, answer))
 		return true;
 	if (!units_read_percentage(words->word[1], &daemon->percentage))
 		SAY(daemon, "Invalid percentage, expected between (0.0, 100.0]");
@@ -153,7 +154,7 @@ static bool get_percentage(struct daemon *daemon, struct connection *ui, const s
 static bool set_percentage(struct daemon *daemon, struct connection *ui, const struct words *words,
 			   struct answer *answer)
 {
-	if (!may_change(ui, answer) || !named_server(daemon, words->word[1], answer))
+	if (!may_change(daemon, ui, answer) || !named_server(daemon, words->word[1], answer))
 		return true;
 	if (units_read_percentage(words->word[2], &daemon->server.percentage))
 		supervise_values(daemon);
@@ -165,7 +166,7 @@ static bool get_default_limit(struct daemon *daemon, struct connection *ui, cons
 			      struct answer *answer)
 {
 	(void)ui;
-	if (!daemon->limits_ever_set)
+	if (!daemon->limits_ever_set && daemon->driver >= 580)
 		add(answer, "No default pinned memory limit set for the device!\n");
 	else
 		add_limit(answer, &daemon->limits, words->word[1]);
@@ -175,9 +176,9 @@ static bool get_default_limit(struct daemon *daemon, struct connection *ui, cons
 static bool set_default_limit(struct daemon *daemon, struct connection *ui, const struct words *words,
 			      struct answer *answer)
 {
-	if (!may_change(ui, answer))
+	if (!may_change(daemon, ui, answer))
 		return true;
-	set_limit(&daemon->limits, words->word[1], words->word[2]);
+	set_limit(daemon, &daemon->limits, words->word[1], words->word[2]);
 	daemon->limits_ever_set = true;
 	return true;
 }
@@ -193,9 +194,9 @@ static bool get_limit(struct daemon *daemon, struct connection *ui, const struct
 static bool set_server_limit(struct daemon *daemon, struct connection *ui, const struct words *words,
 			     struct answer *answer)
 {
-	if (!may_change(ui, answer) || !named_server(daemon, words->word[1], answer))
+	if (!may_change(daemon, ui, answer) || !named_server(daemon, words->word[1], answer))
 		return true;
-	set_limit(&daemon->server.limits, words->word[2], words->word[3]);
+	set_limit(daemon, &daemon->server.limits, words->word[2], words->word[3]);
 	supervise_values(daemon);
 	return true;
 }
@@ -212,7 +213,7 @@ static bool get_priority(struct daemon *daemon, struct connection *ui, const str
 static bool set_priority(struct daemon *daemon, struct connection *ui, const struct words *words,
 			 struct answer *answer)
 {
-	if (!may_change(ui, answer))
+	if (!may_change(daemon, ui, answer))
 		return true;
 	if (strcmp(words->word[1], "0") != 0 && strcmp(words->word[1], "1") != 0)
 		add(answer, "Invalid priority value - must be 0 or 1!\n");
@@ -259,13 +260,21 @@ static bool start_server(struct daemon *daemon, struct connection *ui, const str
 		add(answer, "Invalid start_server cmd. Expected cmd: start_server -uid <user id>\n");
 		return true;
 	}
+	if (daemon->driver < 580) {
+		if (ui->uid == 0 || (uid_t)uid == ui->uid)
+			supervise_want(daemon, (uid_t)uid);
+		else
+			add(answer, "Insufficient privileges for UID %u%s\n", ui->uid,
+			    daemon->driver < 550 ? "" : ". Only the root user may start server for another user.");
+		return true;
+	}
 	/* A user's own daemon starts nothing for others: refused in these words, though it is the owner who asks. */
 	if (ui->uid != 0 && is_owner(ui) && (uid_t)uid != ui->uid)
 		add(answer,
 		    "Insufficient privileges for UID %u. Control deamon settings can only be modified by the user who "
 		    "started it or by the root user.\n",
 		    ui->uid);
-	else if (may_change(ui, answer))
+	else if (may_change(daemon, ui, answer))
 		supervise_want(daemon, (uid_t)uid);
 	return true;
 }
@@ -367,6 +376,10 @@ static bool ps(struct daemon *daemon, struct connection *ui, const struct words 
 	char program[256], device[23];
 	int only = strcmp(words->word[1], "-p") == 0 ? atoi(words->word[2]) : 0;
 	(void)ui;
+	if (daemon->driver < 580 && daemon->server.state == SERVER_NONE) {
+		add(answer, "Server not found\n"); /* O83 */
+		return true;
+	}
 	add(answer, "%-10s%-10s%-15s%-26s%-15s%-15s\n", "PID", "ID", "SERVER", "DEVICE", "NAMESPACE", "COMMAND");
 	int count = copy_contexts(daemon, copies);
 	for (int i = 0; i < count; i++) {
@@ -454,27 +467,28 @@ static bool quit(struct daemon *daemon, struct connection *ui, const struct word
 static const struct {
 	const char *name;
 	command *run;
+	int since; /* the first driver of those seen that knows it (O83); 0 for all */
 } commands[] = {
-    {"start_server", start_server},
-    {"shutdown_server", shutdown_server},
-    {"quit", quit},
-    {"get_server_list", get_server_list},
-    {"get_server_status", get_server_status},
-    {"get_client_list", get_client_list},
-    {"get_device_client_list", get_device_client_list},
-    {"ps", ps},
-    {"set_default_active_thread_percentage", set_default_percentage},
-    {"get_default_active_thread_percentage", get_default_percentage},
-    {"set_active_thread_percentage", set_percentage},
-    {"get_active_thread_percentage", get_percentage},
-    {"set_default_device_pinned_mem_limit", set_default_limit},
-    {"get_default_device_pinned_mem_limit", get_default_limit},
-    {"set_device_pinned_mem_limit", set_server_limit},
-    {"get_device_pinned_mem_limit", get_limit},
-    {"set_default_client_priority", set_priority},
-    {"get_default_client_priority", get_priority},
-    {"terminate_client", terminate_client},
-    {"device_query", device_query},
+    {"start_server", start_server, 0},
+    {"shutdown_server", shutdown_server, 0},
+    {"quit", quit, 0},
+    {"get_server_list", get_server_list, 0},
+    {"get_server_status", get_server_status, 550},
+    {"get_client_list", get_client_list, 0},
+    {"get_device_client_list", get_device_client_list, 0},
+    {"ps", ps, 0},
+    {"set_default_active_thread_percentage", set_default_percentage, 0},
+    {"get_default_active_thread_percentage", get_default_percentage, 0},
+    {"set_active_thread_percentage", set_percentage, 0},
+    {"get_active_thread_percentage", get_percentage, 0},
+    {"set_default_device_pinned_mem_limit", set_default_limit, 0},
+    {"get_default_device_pinned_mem_limit", get_default_limit, 0},
+    {"set_device_pinned_mem_limit", set_server_limit, 0},
+    {"get_device_pinned_mem_limit", get_limit, 0},
+    {"set_default_client_priority", set_priority, 0},
+    {"get_default_client_priority", get_priority, 0},
+    {"terminate_client", terminate_client, 0},
+    {"device_query", device_query, 580},
 };
 
 static void run(struct daemon *daemon, struct connection *ui)
@@ -487,7 +501,7 @@ static void run(struct daemon *daemon, struct connection *ui)
 	ui->waiting = WAIT_NOTHING;
 	split(&words, ui->command);
 	for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-		if (strcmp(words.word[0], commands[i].name) == 0)
+		if (strcmp(words.word[0], commands[i].name) == 0 && daemon->driver >= commands[i].since)
 			found = commands[i].run;
 	bool answered = true;
 	if (found)

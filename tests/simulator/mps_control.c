@@ -65,6 +65,12 @@ static int talk(void)
 	return 0;
 }
 
+static bool is_before_580(void)
+{
+	const struct sim_state *state = sim_open();
+	return state && state->driver < 580;
+}
+
 int main(int count, char **arguments)
 {
 	static const struct option options[] = {{"help", no_argument, NULL, 'h'},
@@ -90,9 +96,11 @@ int main(int count, char **arguments)
 		case 'q':
 			break;
 		case 'h':
-			fputs(MPS_USAGE, stdout);
+			fputs(is_before_580() ? MPS_BANNER : MPS_USAGE, stdout);
 			return 0;
 		default: /* and no daemon, and success (O5) */
+			if (is_before_580()) /* which take it for a wish to talk to a daemon (O83) */
+				return talk();
 			printf("Unrecognized option  \n%s", MPS_USAGE);
 			return 0;
 		}
@@ -103,7 +111,7 @@ int main(int count, char **arguments)
 	}
 	if (background || foreground)
 		return daemon_run(foreground, multiuser);
-	if (optind < count)
+	if (optind < count && !is_before_580())
 		return 0; /* a command as an argument is taken in silence (O7) */
 	return talk();
 }

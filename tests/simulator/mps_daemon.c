@@ -496,6 +496,7 @@ int daemon_run(bool foreground, bool multiuser)
 	daemon.server.channel = -1;
 	if (!find_gpus(&daemon))
 		return NO_DEVICES_STATUS; /* no message, no log (O6) */
+	daemon.driver = daemon.state->driver;
 	sim_latency(14 * daemon.gpus.count);
 	/* The lock belongs to the open file, which the child inherits: no second daemon slips in between. */
 	status = take_directory(&daemon);
@@ -509,7 +510,7 @@ int daemon_run(bool foreground, bool multiuser)
 	raise_file_limit();
 	set_defaults(&daemon);
 	status = open_everything(&daemon);
-	if (status == 0)
+	if (status == 0 && daemon.driver > 535) /* which writes none (O83) */
 		write_pid_file(&daemon);
 	say_ready(report, status);
 	if (status != 0 || sim_fault_is("daemon.after_start", "die"))

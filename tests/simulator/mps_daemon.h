@@ -76,6 +76,7 @@ struct daemon {
 	char directory[sizeof((struct sockaddr_un){0}.sun_path)];
 	int control, privileged, lock, fifo_in, fifo_out, control_log, server_log;
 	bool multiuser, foreground;
+	int driver; /* the branch that it was started of, also after an upgrade */
 	double percentage;
 	int priority;
 	bool limits_ever_set;

@@ -517,7 +517,7 @@ static void start(void)
 		_exit(1);
 	SAY("Created anonymous shared memory region mps.shm.%d.%d", (int)uid, (int)getpid());
 	SAY("CUDA MPS Server for Linux/Unix. Binary version: %d", server.state->cuda_version);
-	SAY("Display Driver version: %d", atoi(SIM_DRIVER_VERSION));
+	SAY("Display Driver version: %d", (int)server.state->driver);
 	SAY("Active Threads Percentage set to %.1f", server.values.percentage);
 	for (int i = 0; i < server.values.gpu_count; i++)
 		if (server.values.limit_bytes[i])

@@ -1,6 +1,13 @@
-/* The usage text of the real program, letter for letter. */
+/* The usage texts of the real programs, letter for letter: driver 580's, and the banner that is all of 535's and 550's. */
 #ifndef MPS_USAGE_H
 #define MPS_USAGE_H
+
+static const char MPS_BANNER[] =
+    "CUDA MPS Control for Linux/Unix.\n"
+    "Copyright (C) 2003 - 2023 NVIDIA Corporation.\n"
+    "\n"
+    "  This program allows multiple CUDA processes to share a single GPU context. For information on how to use the CUDA MPS, see the nvidia-cuda-mps-control manual page.\n"
+    "\n";
 
 static const char MPS_USAGE[] =
     "CUDA MPS Control for Linux/Unix/QNX.\n"

@@ -171,16 +171,22 @@ API int nvmlShutdown(void)
 API int nvmlSystemGetDriverVersion(char *version, unsigned int size)
 {
 	char told_version[SIM_FAULT_SIZE];
-	int error = begin("GetDriverVersion");
+	int cuda_version, error = begin("GetDriverVersion");
 	if (error || !version)
 		return error ? error : INVALID_ARGUMENT;
-	return give_text(version, size, sim_fault("driver.version", told_version) ? told_version : SIM_DRIVER_VERSION);
+	const char *own = sim_driver_version(state->driver, &cuda_version);
+	return give_text(version, size, sim_fault("driver.version", told_version) ? told_version : own);
 }
 
 API int nvmlSystemGetNVMLVersion(char *version, unsigned int size)
 {
-	int error = begin("GetNVMLVersion");
-	return error ? error : version ? give_text(version, size, "13." SIM_DRIVER_VERSION) : INVALID_ARGUMENT;
+	char text[32];
+	int cuda_version, error = begin("GetNVMLVersion");
+	if (error || !version)
+		return error ? error : INVALID_ARGUMENT;
+	const char *own = sim_driver_version(state->driver, &cuda_version);
+	snprintf(text, sizeof text, "%d.%s", cuda_version / 1000, own);
+	return give_text(version, size, text);
 }
 
 API int nvmlSystemGetCudaDriverVersion(int *version)

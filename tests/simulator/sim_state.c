@@ -87,6 +87,7 @@ int sim_create(const struct sim_node *node)
 		return error;
 	state->gpu_count = node->gpu_count;
 	state->cuda_version = node->cuda_version;
+	state->driver = node->driver;
 	init_lock(&state->lock);
 	for (int i = 0; i < node->gpu_count; i++)
 		fill_gpu(&state->gpus[i], i, node);
@@ -223,6 +224,20 @@ int sim_gpu_by_uuid(const struct sim_state *state, const char *uuid)
 		if (strcmp(state->gpus[i].uuid, uuid) == 0)
 			return i;
 	return -1;
+}
+
+const char *sim_driver_version(int branch, int *cuda_version)
+{
+	static const struct {
+		int branch, cuda_version;
+		const char *version;
+	} drivers[] = {{535, 12020, "535.261.03"}, {550, 12040, "550.163.01"}, {580, 13000, "580.159.04"}};
+	for (size_t i = 0; i < sizeof drivers / sizeof *drivers; i++)
+		if (drivers[i].branch == branch) {
+			*cuda_version = drivers[i].cuda_version;
+			return drivers[i].version;
+		}
+	return NULL;
 }
 
 bool sim_gpu_lost(int gpu)

@@ -14,7 +14,6 @@
 #define SIM_STATE_FILE SIM_DIRECTORY "/state"
 #define SIM_FAULTS_FILE SIM_DIRECTORY "/faults"
 #define SIM_GPU_NAME "Simulated H200"
-#define SIM_DRIVER_VERSION "580.159.04"
 #define SIM_MIB ((uint64_t)1 << 20)
 
 enum {
@@ -65,6 +64,7 @@ struct sim_state {
 	uint32_t magic;
 	int32_t gpu_count;
 	int32_t cuda_version; /* 1000 * major + 10 * minor */
+	int32_t driver;       /* its branch: 535, 550 or 580 */
 	pthread_mutex_t lock; /* robust and shared: a SIGKILLed holder stops nobody, threads and forks included */
 	struct sim_gpu gpus[SIM_MAX_GPUS];
 	struct sim_context contexts[SIM_MAX_CONTEXTS];
@@ -72,10 +72,13 @@ struct sim_state {
 
 /* The cards and driver that `create` makes. */
 struct sim_node {
-	int gpu_count, sms, compute_capability, cuda_version;
+	int gpu_count, sms, compute_capability, driver, cuda_version;
 	uint64_t memory_mib;
 	const char *seed; /* makes the UUIDs */
 };
+
+/* The driver that was seen of each branch: its version, and its CUDA; NULL for a branch that was not (O83). */
+const char *sim_driver_version(int branch, int *cuda_version);
 
 /* Map the state; NULL when there is none, as on a node without a driver. */
 struct sim_state *sim_open(void);

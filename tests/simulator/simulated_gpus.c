@@ -13,7 +13,7 @@
 
 static const char usage[] =
     "simulated-gpus create COUNT [--sms 132] [--memory-mib 143771] [--compute-capability 9.0] [--cuda-version 13.0]\n"
-    "                            [--seed TEXT]       the seed makes the UUIDs\n"
+    "                            [--driver 580] [--seed TEXT]       the seed makes the UUIDs\n"
     "simulated-gpus show [--json]\n"
     "simulated-gpus set-mode INDEX MODE          0, 2 or 3, or a name\n"
     "simulated-gpus fault [KEY=VALUE ...]        add faults (KEY= takes one back), or print them\n"
@@ -49,11 +49,12 @@ static int create(int count, char **arguments)
 						{"memory-mib", required_argument, NULL, 'm'},
 						{"compute-capability", required_argument, NULL, 'c'},
 						{"cuda-version", required_argument, NULL, 'v'},
+						{"driver", required_argument, NULL, 'd'},
 						{"seed", required_argument, NULL, 'r'},
 						{NULL, 0, NULL, 0}};
 	const char *seed = getenv("SIMULATED_GPUS_SEED");
 	long sms = 132, memory_mib = 143771;
-	int capability = 90, cuda_version = 13000;
+	int capability = 90, driver = 580, cuda_version = 0, drivers_own;
 	int option;
 	while ((option = getopt_long(count, arguments, "", options, NULL)) != -1) {
 		if (option == 's')
@@ -64,6 +65,8 @@ static int create(int count, char **arguments)
 			capability = read_version(optarg, 10, 1);
 		else if (option == 'v')
 			cuda_version = read_version(optarg, 1000, 10);
+		else if (option == 'd')
+			driver = atoi(optarg);
 		else if (option == 'r')
 			seed = optarg;
 		else
@@ -76,7 +79,11 @@ static int create(int count, char **arguments)
 		return complain("create: at most 16 GPUs, 8 to 1024 SMs, and more than 616 MiB");
 	if (capability < 0 || cuda_version < 0)
 		return complain("create: a compute capability and a CUDA version are written as 9.0 and 13.0");
-	struct sim_node node = {(int)gpus, (int)sms, capability, cuda_version, (uint64_t)memory_mib,
+	if (!sim_driver_version(driver, &drivers_own))
+		return complain("create: the drivers are 535, 550 and 580");
+	if (!cuda_version)
+		cuda_version = drivers_own;
+	struct sim_node node = {(int)gpus, (int)sms, capability, driver, cuda_version, (uint64_t)memory_mib,
 				seed && *seed ? seed : "node"};
 	int error = sim_create(&node);
 	return error ? complain(strerror(error)) : 0;
