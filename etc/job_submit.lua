@@ -31,7 +31,7 @@ local function request(variables)
 			asked[name] = value
 		end
 	end
-	if not (asked.MPS or asked.MPS_THREADS or asked.MPS_MEM or asked.MPS_PRIORITY) then
+	if not next(asked) then
 		return nil
 	end
 	if asked.MPS == "per-gpu" then

@@ -8,28 +8,38 @@
 #include "request.h"
 #include "variables.h"
 
-static void unset(const char *prefix, const char *const names[], size_t count)
-{
-	char name[96];
+/* How each option's value travels: Slurm keeps it under the option's name, and takes the variable to the prolog. */
+static const struct {
+	const char *option;
+	const char *variable;
+	const char *value;
+} carried[] = {
+	{ "mps", "MPS", request.daemons },
+	{ "mps_threads", "MPS_THREADS", request.threads },
+	{ "mps_mem", "MPS_MEM", request.mem },
+	{ "mps_priority", "MPS_PRIORITY", request.priority },
+};
 
-	for (size_t i = 0; i < count; i++) {
-		(void)snprintf(name, sizeof(name), "%s%s", prefix, names[i]);
-		(void)unsetenv(name);
-	}
+static void unset(const char *prefix, const char *name)
+{
+	char whole[96];
+
+	(void)snprintf(whole, sizeof(whole), "%s%s", prefix, name);
+	(void)unsetenv(whole);
 }
 
 void submit_forget_other_job(void)
 {
-	static const char *const carried[] = { "", "_THREADS", "_MEM", "_PRIORITY" };
-	static const char *const given[] = { "", "_threads", "_mem", "_priority" };
 	bool in_a_job = variables_of_a_job();
 	bool allocates = spank_context() == S_CTX_ALLOCATOR;
 
 	if (!allocates && (spank_context() != S_CTX_LOCAL || in_a_job))
 		return;
-	unset("SLURM_SPANK_MPS", carried, sizeof(carried) / sizeof(carried[0]));
-	if (in_a_job)
-		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_mps", given, sizeof(given) / sizeof(given[0]));
+	for (size_t i = 0; i < sizeof(carried) / sizeof(carried[0]); i++) {
+		unset("SLURM_SPANK_", carried[i].variable);
+		if (in_a_job)
+			unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_", carried[i].option);
+	}
 	variables_forget(NULL);
 }
 
@@ -45,13 +55,10 @@ int submit_carry(spank_t sp)
 			    "size", request.mem);
 		return -1;
 	}
-	rc = spank_job_control_setenv(sp, "MPS", request.daemons[0] ? request.daemons : "1", 1);
-	if (rc == ESPANK_SUCCESS && request.threads[0])
-		rc = spank_job_control_setenv(sp, "MPS_THREADS", request.threads, 1);
-	if (rc == ESPANK_SUCCESS && request.mem[0])
-		rc = spank_job_control_setenv(sp, "MPS_MEM", request.mem, 1);
-	if (rc == ESPANK_SUCCESS && request.priority[0])
-		rc = spank_job_control_setenv(sp, "MPS_PRIORITY", request.priority, 1);
+	rc = spank_job_control_setenv(sp, "MPS", "1", 1); /* --mps without a value, which each of them implies */
+	for (size_t i = 0; i < sizeof(carried) / sizeof(carried[0]) && rc == ESPANK_SUCCESS; i++)
+		if (carried[i].value[0])
+			rc = spank_job_control_setenv(sp, carried[i].variable, carried[i].value, 1);
 	if (rc != ESPANK_SUCCESS)
 		slurm_error("mps: the request cannot be passed on: %s", spank_strerror(rc));
 	return rc == ESPANK_SUCCESS ? 0 : -1;

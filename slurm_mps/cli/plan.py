@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     uid = _uid(options.user)
     if uid is None:
         return refuse(options, USAGE, f"--user={options.user}: there is no such user")
-    if (options.mps, options.mps_threads, options.mps_mem, options.mps_priority) == (None,) * 4:
+    if not _asked(options):
         return refuse(options, USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
     from slurm_mps.job.watch import Watch
 
@@ -68,13 +68,21 @@ def run(options: argparse.Namespace) -> int:
     os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
 
 
+def _asked(options: argparse.Namespace) -> dict[str, str]:
+    """Those of sbatch's MPS options that were given, and their values."""
+    from slurm_mps.job.request import VARIABLES
+
+    values = {option: getattr(options, option[2:].replace("-", "_")) for option in VARIABLES}
+    return {option: value for option, value in values.items() if value is not None}
+
+
 def _answer(options: argparse.Namespace, uid: int) -> int:
     from slurm_mps.config.settings import CONFIG_PATH
     from slurm_mps.errors import NodeError, RequestError
     from slurm_mps.job.preview import NoGpuError, Wish, rehearse, sees_holders
     from slurm_mps.node.nvml import Gpus
 
-    wish = Wish(options.gres, options.mps, options.mps_threads, options.mps_mem, options.mps_priority, options.devices)
+    wish = Wish(_asked(options), options.gres, options.devices)
     wrong = _wrong_device(options.devices or "")
     if wrong:
         return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")

@@ -11,11 +11,13 @@ from ..record import record
 from ..units import printable
 from .actions import HoldGpu
 from .plan import make_plan
-from .request import PER_GPU, PER_NODE, read_request
+from .request import PER_GPU, PER_NODE, VARIABLES, read_request
 from .state import NodeState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..node.nvml import Gpu, Gpus
     from .plan import Plan
 
@@ -28,14 +30,12 @@ _COUNT_MAX = 4  # digits
 class Wish:
     """What a user would type: the values of sbatch's options, None for those not given.
 
-    ``mps`` is "" for ``--mps`` alone. ``devices``: which GPUs, as Slurm names them, instead of the first ones.
+    ``asked`` has those of request.VARIABLES that were given; ``--mps`` alone is "". ``devices``: which GPUs, as Slurm
+    names them, instead of the first ones.
     """
 
+    asked: Mapping[str, str]
     gres: str | None = None
-    mps: str | None = None
-    threads: str | None = None
-    mem: str | None = None
-    priority: str | None = None
     devices: str | None = None
 
 
@@ -60,11 +60,11 @@ class NoGpuError(RequestError):
 
 def _environment_of(wish: Wish, uid: int) -> dict[str, str]:
     """What slurmd would give the prolog of such a job, with what the plugin carries of its options."""
-    carried = {"": wish.mps, "_THREADS": wish.threads, "_MEM": wish.mem, "_PRIORITY": wish.priority}
-    given = {f"SPANK_MPS{name}": value for name, value in carried.items() if value is not None}
-    if wish.mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
+    given = {VARIABLES[option]: value for option, value in wish.asked.items()}
+    mps = wish.asked.get("--mps")
+    if mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
         raise RequestError(f"--mps=1: expected {PER_NODE} or {PER_GPU}")
-    given["SPANK_MPS"] = wish.mps if wish.mps and wish.mps != "(null)" else "1"
+    given["SPANK_MPS"] = mps if mps and mps != "(null)" else "1"
     names = wish.devices
     if names is None:
         names = ",".join(map(str, range(gpus_of_gres(wish.gres) if wish.gres else 0)))

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 _PREFIX = "SPANK_MPS"
 _RUN = frozenset(("SLURM_JOB_UID", "SLURM_JOB_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_GPUS"))
-_KNOWN = ("SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY")
+#: The variable in which slurmd hands over each option's value (spank/submit.c carries it).
+VARIABLES = {
+    "--mps": "SPANK_MPS",
+    "--mps-threads": "SPANK_MPS_THREADS",
+    "--mps-mem": "SPANK_MPS_MEM",
+    "--mps-priority": "SPANK_MPS_PRIORITY",
+}
 ID_MAX = 2**32 - 1
 PER_NODE, PER_GPU = "per-node", "per-gpu"
 _DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
@@ -66,8 +72,8 @@ def slurm_number(environment: Mapping[str, str], name: str, default: int | None 
     return int(text)
 
 
-def _option(environment: Mapping[str, str], name: str, option: str, parse: Callable[[str], T]) -> T | None:
-    text = environment.get(name)
+def _option(environment: Mapping[str, str], option: str, parse: Callable[[str], T]) -> T | None:
+    text = environment.get(VARIABLES[option])
     if text is None:
         return None
     try:
@@ -130,14 +136,14 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
 
     Raises: RequestError for what the user asked, NodeError for what slurmd said.
     """
-    unknown = sorted(n for n in environment if n.startswith(_PREFIX + "_") and n not in _KNOWN)
+    unknown = sorted(n for n in environment if n.startswith(_PREFIX + "_") and n not in VARIABLES.values())
     if unknown:
         raise RequestError(
             f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
             hint="is the plugin on the submit host newer than the node?",
         )
-    daemons = _option(environment, "SPANK_MPS", "--mps", _daemons) or PER_NODE
-    memory = _option(environment, "SPANK_MPS_MEM", "--mps-mem", _memory)
+    daemons = _option(environment, "--mps", _daemons) or PER_NODE
+    memory = _option(environment, "--mps-mem", _memory)
     by_gpu = memory if isinstance(memory, tuple) else ()
     if by_gpu and daemons != PER_GPU:
         raise RequestError(
@@ -150,10 +156,10 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         uid=slurm_number(environment, "SLURM_JOB_UID"),
         gpus=gpus,
         thread_percentage=_option(
-            environment, "SPANK_MPS_THREADS", "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)
+            environment, "--mps-threads", lambda text: _unless_auto(text, parse_thread_percentage)
         ),
         memory_limit_bytes=memory if isinstance(memory, int) else None,
-        client_priority=_option(environment, "SPANK_MPS_PRIORITY", "--mps-priority", parse_client_priority),
+        client_priority=_option(environment, "--mps-priority", parse_client_priority),
         daemons=daemons,
         memory_by_gpu=by_gpu,
         auto_threads=environment.get("SPANK_MPS_THREADS") == AUTO,
