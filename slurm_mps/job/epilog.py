@@ -1,6 +1,13 @@
-"""What slurmd runs after a job: take down whatever was brought up for it, from the state on disk.
+"""What slurmd runs after a job: take down what the job's prolog brought up, from the state on disk. In this order:
 
-What cannot be put back drains the node, so that Slurm does not give it to the next job.
+1. The shell script tells the job's control daemons to quit, while Python starts (epilog/95-slurm-mps.sh; `asked`).
+2. Lock the job, and read its journal and its configuration. Without a journal there is nothing to do.
+3. Run the journal's undos (job/actions.py), from the last line to the first: end the daemons and their servers, and
+   open NVML meanwhile; remove the pipe directories and cut the logs; release each GPU, whose compute mode goes back
+   when no other job holds it. An undo that fails keeps its line, and the others run.
+4. Remove the journal and the job's directory.
+
+A line that stays makes the epilog fail: the node drains, so that Slurm does not give it to the next job.
 """
 
 from __future__ import annotations
