@@ -14,7 +14,7 @@ from ..node.messages import tell_admin
 from ..node.nvml import expected_uuids
 from ..record import replace
 from . import logs
-from .actions import MakeDirectories, QuitDaemons, ReleaseGpu, StartDaemons, read_undo
+from .actions import MakeDirectories, QuitDaemons, ReleaseGpu, StartDaemons, StartServers, read_undo
 from .plan import first_actions, make_plan
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .actions import Action, JobOnNode
     from .request import JobRequest
 
-_START_ENDS_SECONDS = 1.0  # for `-d` of a daemon that is not wanted after all
+_CHILD_ENDS_SECONDS = 1.0  # a program whose work is not needed any more, or not waited for
 
 
 def bring_up(request: JobRequest, job: JobOnNode) -> None:
@@ -51,6 +51,8 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
             if begun and isinstance(action, StartDaemons):
                 action.finish(children, job)
                 children = ()
+            elif isinstance(action, StartServers):
+                children = action.begin(job)
             elif not (begun and isinstance(action, MakeDirectories)):
                 action.apply(job)
         job.seconds(0)  # a watch that has given up says something else to the job's tasks
@@ -64,6 +66,8 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
         raise
+    job.gpus.close()  # while the daemons are told to start their servers
+    processes.wait_all(children, _CHILD_ENDS_SECONDS)
 
 
 def _note(actions: Iterable[Action], job: JobOnNode) -> None:
@@ -102,7 +106,7 @@ def _withdraw(children: Sequence[processes.Child], job: JobOnNode) -> None:
 
 def _undo(children: Sequence[processes.Child], job: JobOnNode) -> list[str]:
     """Undo everything, once the programs that start daemons have ended: a daemon could come after its undo."""
-    processes.wait_all(children, _START_ENDS_SECONDS)
+    processes.wait_all(children, _CHILD_ENDS_SECONDS)
     return undo_all(replace(job, deadline=job.undo_deadline))
 
 

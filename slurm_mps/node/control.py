@@ -175,7 +175,7 @@ class ControlDaemon:
             raise answer
         return answer
 
-    def _ask(self, lines: Sequence[str]) -> processes.Child:
+    def ask(self, lines: Sequence[str]) -> processes.Child:
         """Begin to send commands. Raises: NodeError."""
         for line in lines:
             if not _GRAMMAR.issuperset(line):
@@ -220,7 +220,7 @@ def ask_all(
         asked: list[tuple[int, ControlDaemon, processes.Child]] = []
         for number, (daemon, lines) in left:
             try:
-                asked.append((number, daemon, daemon._ask(lines)))  # noqa: SLF001 - one class, and its own function
+                asked.append((number, daemon, daemon.ask(lines)))
             except NodeError as error:
                 answers[number] = error
         if meanwhile:
@@ -230,7 +230,7 @@ def ask_all(
         for (number, daemon, _), outcome in zip(asked, outcomes, strict=True):
             turned_away = outcome is not None and outcome.status and _TURNED_AWAY in outcome.errors
             if not turned_away or monotonic() + _TURNED_AWAY_SECONDS >= deadline:
-                answers[number] = daemon._answer(outcome, timeout_seconds)  # noqa: SLF001
+                answers[number] = daemon._answer(outcome, timeout_seconds)  # noqa: SLF001 - one class, and its own function
         left = [one for one in left if one[0] not in answers]
         if left:
             sleep(_TURNED_AWAY_SECONDS)
@@ -258,15 +258,6 @@ def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seco
                 )
             )
     raise_all(problems)
-
-
-def start_servers(daemons: Sequence[ControlDaemon], uid: int, timeout_seconds: float) -> None:
-    """Have each daemon start a server for a user; it is up 0.15 s and more later, and not waited for (O26).
-
-    Raises: NodeError.
-    """
-    answers = ask_all([(daemon, [f"start_server -uid {uid}"]) for daemon in daemons], timeout_seconds)
-    raise_all([answer for answer in answers if isinstance(answer, NodeError)])
 
 
 def quit_all(

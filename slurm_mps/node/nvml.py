@@ -1,6 +1,6 @@
 """The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
 
-A binding of the twelve functions that prolog and epilog need. Everything off the job's path uses the maintained
+A binding of the thirteen functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
 its other work, and would have root run third-party code for every job (docs/decisions/0003).
 
@@ -107,11 +107,7 @@ def _describe(library: ctypes.CDLL, status: int) -> str:
 
 
 class Gpus:
-    """NVML, opened at its first use, and never closed.
-
-    The process that uses it is short, an undo may need it, and where persistence mode is off the last to close a GPU
-    may take its compute mode along.
-    """
+    """NVML, opened at its first use."""
 
     def __init__(self) -> None:
         self._nvml: ctypes.CDLL | None = None
@@ -126,6 +122,13 @@ class Gpus:
             self._library().nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(ctypes.c_void_p()))
         except NodeError:
             pass
+
+    def close(self) -> None:
+        """Close NVML, which would take as long when the process ends. Not before all is done that may be undone."""
+        if self._nvml is not None:
+            self._nvml.nvmlShutdown()
+            self._nvml = None
+            self._handles.clear()
 
     def _library(self) -> ctypes.CDLL:
         if self._nvml is None:

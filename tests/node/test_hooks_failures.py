@@ -153,7 +153,6 @@ def test_a_server_that_is_not_started_ahead_costs_only_time(gpu_node: GpuNode, f
     gpu_node.fault()
     assert (result.returncode, gpu_node.verdict(4711)["status"]) == (0, "ready")
     assert " sms=32 free=8047 " in gpu_node.client(4711).stdout
-    assert ("the server is not started ahead of the first client" in result.stderr) == (fault != "ignore")
 
 
 def test_what_cannot_be_undone_stays_for_the_epilog(gpu_node: GpuNode) -> None:
