@@ -16,8 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY
-from tests.torture.node import COMMAND
-from tests.torture.strike import CAN_DIE, FAULTS
+from tests.torture.strike import CAN_DIE, FAULTS, RECONCILE
 
 if TYPE_CHECKING:
     from tests.harness.machine import Process
@@ -277,7 +276,7 @@ class Life(RuleBasedStateMachine):
     @rule(at=st.integers(1, 45))
     def reconcile_is_killed(self, at: int) -> None:
         self.steps["reconcile killed"] += 1
-        self.node.struck((COMMAND, "reconcile"), {}, CAN_DIE, at=at, error=FAULTS["SIGKILL"])
+        self.node.struck(RECONCILE, {}, CAN_DIE, at=at, error=FAULTS["SIGKILL"])
         for job_id in sorted(set(self.jobs) - self.running):
             if self.jobs[job_id].state != "idle":
                 self._unsure(job_id)

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
-from tests.harness.site import STATE_DIRECTORY
+from tests.harness.site import PYTHON, STATE_DIRECTORY
 
-from .node import COMMAND, MistreatedNode
+from .node import MistreatedNode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.harness.machine import Result
 
+#: As the command that users type starts it; that one takes LD_PRELOAD, and the library, away.
+RECONCILE = (PYTHON, "-I", "-c", "import sys; from slurm_mps.cli.main import main; sys.exit(main())", "reconcile")
 LIBRARY, LOG = "/run/strike.so", "/run/strike.log"
 CAN_FAIL = "mkdirat unlinkat renameat fsetxattr fchmod ftruncate futimens fsync write posix_spawn fork openat"
 CHANGES = f"{CAN_FAIL} killpg pidfd_send_signal"
@@ -99,6 +101,7 @@ class Scenario:
         found = node.noted()
         repair(node, "epilog", self)
         assert not node.left(), self.name
+        assert found, f"{self.name}: the library in front of libc saw nothing"
         return found
 
 
@@ -135,7 +138,7 @@ def scenarios() -> Iterator[Scenario]:
             first = "prolog after a change of mps.toml"
             yield Scenario(first, new_configuration, (PROLOG,), environment, ("reconcile", "prolog"))
         yield Scenario(f"epilog {kind}", a_job, (EPILOG,), environment, ("epilog", "reconcile", "prolog"))
-        yield Scenario(f"reconcile {kind}", wreckage, (COMMAND, "reconcile"), {}, ("reconcile",))
+        yield Scenario(f"reconcile {kind}", wreckage, RECONCILE, {}, ("reconcile",))
 
 
 def repair(node: StruckNode, how: str, scenario: Scenario) -> list[str]:
