@@ -84,7 +84,8 @@ bench: build-tests ## what a job's start and end cost
 scale: build-tests ## many nodes and many jobs; SCALE="--nodes 64 --jobs 500"
 	@$(DEV_PYTHON) -m tests.lab.scale $(SCALE)
 
-# What a GPU machine without a registry needs for the commands below; carry build/bundle and build/spank there.
+# What a GPU machine without a registry needs for the commands below; carry build/bundle and build/spank there. With
+# BUNDLE="--release 26.05" it is that release of Slurm in a whole root file system, and build/bundle is all.
 bundle: build-tests
 	@$(DEV_PYTHON) -m tests.harness.bundle build/bundle $(BUNDLE)
 

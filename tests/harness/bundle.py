@@ -1,24 +1,28 @@
 """What a GPU machine without a registry lacks to run a throw-away site: Slurm, munge, their libraries, and wheels.
 
 ``python3 -m tests.harness.bundle DIRECTORY`` collects it on a machine where ``make test`` runs; the plugin, which is
-built for this very Slurm, travels in ``build/spank``. On the other machine the variable SLURM_MPS_BUNDLE names the
-directory. Promises: it is laid over the throw-away machine alone, so that the GPU machine itself gets no file; of the
-libraries only those that it does not have are used.
+built for this very Slurm, travels in ``build/spank``. With ``--release`` it is another release's whole root file system
+(release.py), with its plugin. On the other machine the variable SLURM_MPS_BUNDLE names the directory. Promises: it is
+laid over the throw-away machine alone, so that the GPU machine itself gets no file but for the root in ``.cache``; of
+the libraries only those that the throw-away machine does not have are used.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import lzma
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .release import BUNDLE_VARIABLE, own_release
-from .runtime import REQUIREMENTS, WHEELS_VARIABLE
+from .release import BUNDLE_VARIABLE, RELEASES, ROOT_ARCHIVE, carried_root, ensure_root, own_release
+from .runtime import WHEELS_VARIABLE, build_plugin, download, python_version
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -32,7 +36,16 @@ _USED = "/opt/bundle/used"
 _OF_THE_C_LIBRARY = re.compile(r"(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|nss_.*))\.so\.\d+")
 _LOADED = ("libslurmfull.so", "auth_munge.so", "cred_munge.so", "cgroup_v1.so", "cgroup_v2.so", "mpi_pmi2.so")
 """Of the plugins those whose libraries come along; the others that a site uses need none of their own."""
-_TEST_TOOLS = ("pip", "pytest>=8", "hypothesis>=6")
+_TEST_TOOLS = ("pytest>=8", "hypothesis>=6")
+_NOT_IN_A_ROOT = (
+    *("./dev/*", "./var/cache/*", "./var/lib/apt", "./var/lib/dpkg", "*/__pycache__"),
+    *("./usr/share/*/*", "./usr/include", "./usr/lib/linux", "./usr/lib/systemd", "*/gconv", "*-gnu/systemd"),
+    *("./usr/libexec", "./usr/lib/gcc", "./usr/bin/*-linux-gnu-*", "*.a", "*.o", "*san.so*", "*gprofng*"),
+    *("*/libisl.*", "*/libbfd-*", "*/libopcodes-*", "*/libctf*", "*/libgmp.*", "*/libmp[cf]*", "*/libmvec.*"),
+    *("*/perl*", "*/apt*", "*/libapt-*", "*dpkg*", "*/sqv", "*/strace", "*/openssl"),
+    *("*/libX11*", "*/libze_*", "*/libxml2.*", "*/libslurm.so*"),
+)
+"""What no site needs: caches, documents, the compiler, Perl, apt, systemd, and what plugins that no site loads need."""
 
 
 def directory() -> Path | None:
@@ -47,7 +60,31 @@ def directory() -> Path | None:
 def overlays() -> dict[str, list[str | Path]]:
     """What a machine lays over its file system."""
     bundle = directory()
-    return {} if bundle is None else {f"/{top.name}": [top] for top in (bundle / "root").iterdir()}
+    return {} if bundle is None else {f"/{top.name}": [top] for top in (bundle / "root").glob("*")}
+
+
+def shown() -> list[str | Path]:
+    """The files of the NVIDIA driver, which a machine with a carried root has not itself."""
+    if carried_root() is None:
+        return []
+    files = [Path(found) for found in map(shutil.which, DRIVER_PROGRAMS) if found]
+    for place in _driver_places():
+        files += [path for word in ("cuda", "nvidia") for path in Path(place).glob(f"lib{word}*.so.*")]
+    return list({path.resolve(): None for path in files})
+
+
+def _driver_places() -> list[str]:
+    """Where this machine's loader, as this program was started, finds the driver's libraries."""
+    listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
+    known = re.findall(r"^\tlibcuda\.so\.1 .*x86-64.* => (.*)/libcuda", listed, re.MULTILINE)
+    named = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return [place for place in named if place and Path(place, "libcuda.so.1").exists()] or known
+
+
+def carried_plugin() -> Path | None:
+    """The plugin for a carried root, which has no compiler."""
+    bundle = directory()
+    return bundle / "plugin" if bundle and carried_root() else None
 
 
 def settle(machine: Machine) -> None:
@@ -58,10 +95,7 @@ def settle(machine: Machine) -> None:
     machine.make_directory(_USED)
     for name in used:
         machine.path(f"{_USED}/{name}").symlink_to(f"/{_LIBRARIES}/{name}")
-    where = [
-        place for place in os.environ.get("LD_LIBRARY_PATH", "").split(":") if Path(place, "libcuda.so.1").exists()
-    ]
-    machine.write("/etc/ld.so.conf.d/slurm-mps-bundle.conf", "\n".join([*where, _USED, ""]))
+    machine.write("/etc/ld.so.conf.d/slurm-mps-bundle.conf", "\n".join([*_driver_places(), _USED, ""]))
     machine.run(["ldconfig"]).check()
     for program in DRIVER_PROGRAMS:
         found = shutil.which(program)
@@ -87,9 +121,8 @@ def _needed(programs: list[Path]) -> dict[str, str]:
     return {name: path for name, path in found if not _OF_THE_C_LIBRARY.fullmatch(name) and "slurm-wlm" not in path}
 
 
-def collect(target: Path, python: str) -> None:
-    """Fill an empty directory."""
-    (target / "release").write_text(f"{own_release()}\n")
+def collect(target: Path) -> None:
+    """This machine's own Slurm, into an empty directory."""
     root = target / "root"
     for place, names in (("usr/sbin", DAEMONS), ("usr/bin", COMMANDS)):
         for name in names:
@@ -99,27 +132,47 @@ def collect(target: Path, python: str) -> None:
     programs = [path for place in ("usr/sbin", "usr/bin") for path in (root / place).iterdir()]
     for name, path in _needed(programs + [root / PLUGINS / name for name in _LOADED]).items():
         _copy(path, root / _LIBRARIES / name)
-    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)]
-    words = ["download", "--quiet", "--only-binary=:all:", f"--python-version={python}", "--implementation=cp"]
-    words += [*platforms, "--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", *words, "-d", str(target / "wheels"), *REQUIREMENTS, *_TEST_TOOLS], check=True
-    )
+
+
+def pack(root: Path, archive: Path) -> None:
+    """A root file system, as small as it gets."""
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if any(fnmatch.fnmatchcase(member.name, one) for one in _NOT_IN_A_ROOT) else member
+
+    with (
+        lzma.open(archive, "w", preset=9 | lzma.PRESET_EXTREME) as packed,
+        tarfile.open(fileobj=packed, mode="w|") as files,
+    ):
+        files.add(root, ".", filter=wanted)
 
 
 def main() -> int:
     """Collect a bundle."""
+    from .cluster import REPOSITORY
+    from .site import CACHE
+
     parser = argparse.ArgumentParser(prog="python3 -m tests.harness.bundle", description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the other machine's /usr/bin/python3")
+    parser.add_argument("--release", choices=RELEASES, default=own_release(), help="default: this machine's own")
     options = parser.parse_args()
     if options.directory.exists() and not (options.directory / "release").exists():
         parser.error(f"{options.directory} is there, and no bundle")
     shutil.rmtree(options.directory, ignore_errors=True)
     options.directory.mkdir(parents=True)
-    collect(options.directory, options.python)
+    (options.directory / "release").write_text(f"{options.release}\n")
+    root = ensure_root(RELEASES[options.release], CACHE)
+    if root is None:
+        collect(options.directory)
+    else:
+        shutil.copytree(build_plugin(CACHE, REPOSITORY, root), options.directory / "plugin")
+        pack(root, options.directory / ROOT_ARCHIVE)
+    for python in {options.python, python_version(root)} if root else {options.python}:
+        download(options.directory / "wheels", python, *_TEST_TOOLS)
     size = sum(path.stat().st_size for path in options.directory.rglob("*") if path.is_file())
-    print(f"{options.directory}: {size / 1e6:.0f} MB; there {BUNDLE_VARIABLE} names it, beside build/spank")
+    beside = "" if root else ", beside build/spank"
+    print(f"{options.directory}: {size / 1e6:.0f} MB; there {BUNDLE_VARIABLE} names it{beside}")
     return 0
 
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "SLURM_MPS_RELEASE"
 BUNDLE_VARIABLE = "SLURM_MPS_BUNDLE"
+ROOT_ARCHIVE = "root.tar.xz"
+"""In a bundle that has a whole root file system (bundle.py)."""
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 PACKAGES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libslurm-dev", "munge"),
@@ -168,19 +171,38 @@ def chosen() -> Release:
 
 def ensure_root(release: Release, cache_dir: Path) -> Path | None:
     """The root file system with this release, made first where there is none; None for the machine's own."""
-    if release.name == own_release():
+    carried = carried_root() if release.name == own_release() else None
+    if release.name == own_release() and carried is None:
         return None
     cache_dir.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256("\n".join((_LAYOUT, *PACKAGES)).encode()).hexdigest()[:8]
-    root = cache_dir / f"root-{release.suite}-{key}"
+    made_of = carried.read_bytes() if carried else "\n".join((_LAYOUT, *PACKAGES)).encode()
+    root = cache_dir / f"root-{release.suite}-{hashlib.sha256(made_of).hexdigest()[:8]}"
     with (cache_dir / f"root-{release.suite}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if not root.is_dir():
-            make_root(root, release)
+            _unpack(carried, root) if carried else make_root(root, release)
     found = version_in(root)
     if _year_and_month(found) != release.name:
         _say(f"Debian's {release.suite} has Slurm {found} now; the tests run on it with the data of {release.name}")
     return root
+
+
+def carried_root() -> Path | None:
+    """The whole root file system of a release in a bundle; None where there is no bundle, or one without it."""
+    bundle = os.environ.get(BUNDLE_VARIABLE)
+    carried = Path(bundle, ROOT_ARCHIVE) if bundle else None
+    return carried if carried and carried.exists() else None
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    """Beside its place, then renamed, as make_root does it."""
+    partial = root.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tarfile.open(archive) as packed:
+        packed.extraction_filter = lambda member, _: member  # the same whatever Python's own default is
+        packed.extractall(partial, numeric_owner=True)
+    partial.rename(root)
+    _say(f"unpacked {archive} as {root.name}")
 
 
 def make_root(root: Path, release: Release, packages: Sequence[str] = PACKAGES) -> None:

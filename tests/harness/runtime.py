@@ -103,7 +103,7 @@ def ensure_runtime(cache_dir: str | Path, root: Path | None = None) -> Path:
             _say(f"installing {', '.join(REQUIREMENTS)}")
             with tempfile.TemporaryDirectory(prefix="wheels-", dir=cache) as wheels:
                 if root is not None:
-                    _download(Path(wheels), version)
+                    _gather(Path(wheels), version)
                 _pip(partial, ["install", *REQUIREMENTS], root, wheels if root else None)
             partial.rename(runtime)
     return runtime
@@ -180,10 +180,19 @@ def _digest(top: Path, names: list[str]) -> str:
     return total.hexdigest()
 
 
-def _download(wheels: Path, python_version: str) -> None:
-    """Get what an environment of another Python needs, so that its root needs no network."""
+def _gather(wheels: Path, python_version: str) -> None:
+    """Get what an environment in a root needs to where it is seen there."""
+    carried = os.environ.get(WHEELS_VARIABLE)
+    if carried:
+        shutil.copytree(carried, wheels, dirs_exist_ok=True)
+    else:
+        download(wheels, python_version)
+
+
+def download(wheels: Path, python_version: str, *more: str) -> None:
+    """Get what an environment of another Python needs, and `more`, so that it needs no network."""
     line = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--only-binary=:all:"]
-    line += [f"--python-version={python_version}", f"--dest={wheels}", "pip", *REQUIREMENTS]
+    line += [f"--python-version={python_version}", f"--dest={wheels}", "pip", *REQUIREMENTS, *more]
     done = subprocess.run(line, capture_output=True, text=True, timeout=_PIP_TIMEOUT_SECONDS, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(line)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
@@ -192,7 +201,7 @@ def _download(wheels: Path, python_version: str) -> None:
 def _pip(runtime: Path, words: list[str], root: Path | None = None, wheels: str | None = None) -> None:
     """Run the environment's pip at the environment's final path."""
     pip = [f"{MOUNT_POINT}/bin/python3", "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels = wheels or os.environ.get(WHEELS_VARIABLE)
+    wheels = wheels or (None if root else os.environ.get(WHEELS_VARIABLE))
     if wheels:
         (own,) = Path(wheels).glob("pip-*.whl")
         pip[1:3] = [f"{own}/pip"]

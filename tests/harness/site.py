@@ -62,13 +62,14 @@ def gpu_machine(
     if root is not None:
         place = REPOSITORY / "build/spank"
         place.mkdir(parents=True, exist_ok=True)
-        binds[build_plugin(CACHE, REPOSITORY, root)] = str(place)
+        binds[bundle.carried_plugin() or build_plugin(CACHE, REPOSITORY, root)] = str(place)
     if then is not None:
         next_root = release.ensure_root(then, CACHE)
         assert next_root is not None
         binds |= {next_root: f"{NEXT}/root", _runtime_in(next_root): f"{NEXT}/opt"}
         binds[build_plugin(CACHE, REPOSITORY, next_root)] = f"{NEXT}/plugin"
-    return Machine(overlays=overlays, binds=binds, root=root, shown=[REPOSITORY], gpus=None if real else GPU_DEVICES)
+    shown = [REPOSITORY, *(bundle.shown() if real else [])]
+    return Machine(overlays=overlays, binds=binds, root=root, shown=shown, gpus=None if real else GPU_DEVICES)
 
 
 def _runtime_in(root: Path | None) -> Path:
