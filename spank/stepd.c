@@ -36,6 +36,17 @@ static bool job_asked(spank_t sp)
 	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
 }
 
+/*
+ * Slurm keeps one set of plugin options for all components of a heterogeneous job: one that has no GPU did not ask.
+ * Its user could set the variable, and gains nothing: there is no GPU to use.
+ */
+static bool is_component(spank_t sp)
+{
+	char value[16];
+
+	return spank_getenv(sp, "SLURM_HET_SIZE", value, sizeof(value)) == ESPANK_SUCCESS;
+}
+
 /* A job that had this one's id left it, and no prolog of this one's has run. */
 static bool is_anothers(spank_t sp, const struct verdict *verdict)
 {
@@ -104,6 +115,10 @@ void stepd_judge(spank_t sp, struct step *step)
 	if (is_anothers(sp, &step->verdict)) {
 		fail(step, "what the prolog left on this node under this job's id is another user's; tell your admin to run "
 			   "slurm-mps reconcile there, and to see that slurm-mps is in the Prolog");
+		return;
+	}
+	if (step->verdict.has_no_gpu && is_component(sp)) {
+		step->verdict.status = VERDICT_NONE;
 		return;
 	}
 	switch (step->verdict.status) {

@@ -148,6 +148,8 @@ static bool take_line(struct verdict *verdict, char *line)
 		verdict->ordinals = !strcmp(value, "ordinal");
 		return true;
 	}
+	if (!strcmp(line, "gpus"))
+		return (verdict->has_no_gpu = !strcmp(value, "none"));
 	if (!strcmp(line, "gpu"))
 		return take_gpu(verdict, value);
 	return true;

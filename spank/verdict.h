@@ -65,6 +65,7 @@ struct verdict {
 	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */
 	struct verdict_daemon daemons[GPUS_MAX];
 	struct verdict_gpu gpus[GPUS_MAX];
+	bool has_no_gpu; /* why it is refused: the job has no GPU on this node */
 	uint32_t uid; /* whose job it is; UNSAID where the prolog did not know */
 };
 

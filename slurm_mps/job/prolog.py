@@ -89,7 +89,7 @@ class Prolog(Script):
         if self._journal is None:
             return self.node_fault(str(error))
         try:
-            self._tell_tasks(refused(str(error)))
+            self._tell_tasks(refused(str(error), has_no_gpu=error.reason == "no_gpu"))
         except NodeError as fault:
             return self.node_fault(f"{error}; and the verdict cannot be written: {fault}")
         self.note("refused", error.reason)

@@ -16,6 +16,7 @@
     client_priority 1                                      where the job asked for one
     auto threads                                           what each step divides: threads, memory
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
+    gpus none                                              with `refused`: the job has no GPU on this node
     end <checksum>
 
 It lies in /run/slurm-mps/jobs/<job id>/verdict or, where nothing of the job can be kept there, in
@@ -70,7 +71,8 @@ class DaemonPlace:
 class Verdict:
     """``ready``: the job has MPS. ``refused``: its tasks fail with the message. ``without``: they run without MPS.
 
-    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``.
+    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``. ``has_no_gpu``: that
+    is why it is refused; a component of a heterogeneous job, which only the plugin knows for one, runs all the same.
     """
 
     status: str
@@ -89,6 +91,7 @@ class Verdict:
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
+    has_no_gpu: bool = False
 
     def encode(self) -> bytes:
         """The file that the plugin reads."""
@@ -102,6 +105,8 @@ class Verdict:
         yield "status", self.status
         if self.status != READY:
             yield "message", self.message
+            if self.has_no_gpu:
+                yield "gpus", "none"
             return
         for daemon in self.daemons:
             limit = "-" if daemon.memory_bytes is None else format_memory(daemon.memory_bytes)
@@ -124,8 +129,8 @@ class Verdict:
             yield "gpu", f"{gpu.slurm_index} {gpu.minor} {gpu.uuid} {gpu.mib_for_clients} {gpu.mib}"
 
 
-def refused(message: str) -> Verdict:
-    return Verdict(REFUSED, message)
+def refused(message: str, *, has_no_gpu: bool = False) -> Verdict:
+    return Verdict(REFUSED, message, has_no_gpu=has_no_gpu)
 
 
 def without(message: str) -> Verdict:
@@ -155,7 +160,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
     status = known["status"]
     uid = int(known["uid"]) if "uid" in known else None
     if status in (REFUSED, WITHOUT) and known["message"]:
-        return Verdict(status, known["message"], uid)
+        return Verdict(status, known["message"], uid, has_no_gpu="gpus" in known)
     if status != READY:
         raise ValueError(status)
     gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")

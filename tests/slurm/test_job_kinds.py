@@ -131,6 +131,17 @@ def test_only_the_component_that_asked_has_mps(site: Site) -> None:
     assert second["mps"] != "none"
 
 
+@pytest.mark.parametrize("gpus", [("--gres=gpu:1", "-n1"), ("-n1", "--gres=gpu:1")], ids=["last", "with the script"])
+def test_a_component_without_a_gpu_runs(site: Site, gpus: tuple[str, str]) -> None:
+    """It did not ask: Slurm keeps one set of options for all components. The other one has its daemon."""
+    first, second = (["-N1", "-n1", f"-wn{number}", QUARTER, its] for number, its in enumerate(gpus, 1))
+    show = "echo ${SLURMD_NODENAME} ${CUDA_MPS_PIPE_DIRECTORY:-none}"
+    output = site.cluster.run_batch(*first, ":", *second, script=f"srun --het-group=0,1 sh -c '{show}'")
+    found = dict(line.split() for line in output.splitlines())
+    with_gpu, without = ("n1", "n2") if gpus[0].startswith("--gres") else ("n2", "n1")
+    assert (found[with_gpu].startswith("/run/slurm-mps/jobs/"), found[without]) == (True, "none"), output
+
+
 def test_one_srun_of_two_programs_as_components(site: Site) -> None:
     one = ["-N1", "-n1", "--gres=gpu:1", QUARTER]
     both = [*one, "-wn1", *CLIENT.split(), ":", *one, "-wn2", *CLIENT.split()]
