@@ -10,7 +10,7 @@
 #define MEM_EXPECTED \
 	"a whole number above 0 with M, G or T, such as 8G, or auto, or with --mps=per-gpu a list such as 0:8G,1:4G"
 #define PRIORITY_EXPECTED "normal or low"
-#define DAEMONS_EXPECTED "per-node or per-gpu"
+#define DAEMONS_EXPECTED "per-node, per-gpu or off"
 
 /* Longest value of each option; anything longer is wrong whatever it says. A size for each of 64 GPUs is longest. */
 #define OPTION_MAX 12

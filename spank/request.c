@@ -41,9 +41,12 @@ static int on_option(int which, const char *value, int remote)
 	enum daemons daemons;
 
 	(void)remote;
-	request.asked = true;
+	request.given = true;
 	switch (which) {
 	case OPTION_MPS:
+		request.off = value && !strcmp(value, "off");
+		if (request.off)
+			return ESPANK_SUCCESS;
 		if (!daemons_option(value, &daemons))
 			return refuse_value("mps", value, "expected " DAEMONS_EXPECTED);
 		return daemons == DAEMONS_UNSAID ? ESPANK_SUCCESS :
@@ -64,9 +67,9 @@ static int on_option(int which, const char *value, int remote)
 }
 
 static struct spank_option options[] = {
-	{ "mps", "per-node|per-gpu",
+	{ "mps", "per-node|per-gpu|off",
 	  "share this job's GPUs between its processes through CUDA MPS, with one control daemon on each node "
-	  "(so does --mps alone) or on each GPU",
+	  "(so does --mps alone) or on each GPU, or, with off, without MPS whatever else is given",
 	  2, OPTION_MPS, on_option },
 	{ "mps-threads", "PCT|auto",
 	  "with MPS, each process gets at most PCT percent of a GPU's threads, or as much as is left when all ranks "
@@ -79,6 +82,11 @@ static struct spank_option options[] = {
 	{ "mps-priority", "normal|low", "with MPS, how each process's work is ranked on the GPU (implies --mps)", 1,
 	  OPTION_PRIORITY, on_option },
 };
+
+bool request_asks(void)
+{
+	return request.given && !request.off;
+}
 
 void request_register(spank_t sp)
 {

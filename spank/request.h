@@ -11,7 +11,8 @@
 
 /* The options as they were given, each of them valid; empty where none was. */
 struct request {
-	bool asked;
+	bool given; /* any of them */
+	bool off;   /* --mps=off, which takes back what else is given, such as a script's #SBATCH --mps-threads */
 	char daemons[OPTION_MAX];
 	char threads[OPTION_MAX];
 	char mem[MEM_OPTION_MAX];
@@ -19,6 +20,9 @@ struct request {
 };
 
 extern struct request request;
+
+/* Whether MPS is asked for. */
+bool request_asks(void);
 
 /* Register the options with Slurm. */
 void request_register(spank_t sp);

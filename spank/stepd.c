@@ -33,7 +33,7 @@ static bool job_asked(spank_t sp)
 {
 	char value[8];
 
-	return request.asked || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
+	return request_asks() || spank_getenv(sp, "SLURM_SPANK_MPS", value, sizeof(value)) == ESPANK_SUCCESS;
 }
 
 /*
@@ -123,7 +123,10 @@ void stepd_judge(spank_t sp, struct step *step)
 	}
 	switch (step->verdict.status) {
 	case VERDICT_READY:
-		if (limits_of_step(&step->verdict, &options_given, &step->limits, message, sizeof(message)))
+		if (request.off)
+			fail(step, "--mps=off: this job has MPS, and a step cannot be without; give it to the sbatch, salloc or "
+				   "srun that makes the job");
+		else if (limits_of_step(&step->verdict, &options_given, &step->limits, message, sizeof(message)))
 			find_trouble(step);
 		else
 			fail(step, message);

@@ -48,7 +48,7 @@ int submit_carry(spank_t sp)
 	bool submitting = spank_context() == S_CTX_LOCAL || spank_context() == S_CTX_ALLOCATOR;
 	int rc;
 
-	if (!submitting || !request.asked)
+	if (!submitting || !request_asks())
 		return 0;
 	if (strchr(request.mem, ':') && strcmp(request.daemons, "per-gpu") && !getenv("SLURM_JOB_ID")) {
 		slurm_error("mps: --mps-mem=%s: one control daemon cannot tell its GPUs apart; ask for --mps=per-gpu, or for one "

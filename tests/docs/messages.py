@@ -25,7 +25,8 @@ NOT_SAID = {"slurm_mps/record.py"}
 #: Of the plugin: an option's help (that of the others is known by its end).
 NO_MESSAGES = {
     "share this job's GPUs between its processes through CUDA MPS, "  # noqa: ISC004
-    "with one control daemon on each node (so does --mps alone) or on each GPU",
+    "with one control daemon on each node (so does --mps alone) or on each GPU, or, with off, without MPS "
+    "whatever else is given",
 }
 #: What nvidia-cuda-mps-control says, and ours only look for.
 OTHERS_WORDS = {"Cannot find MPS control daemon"}

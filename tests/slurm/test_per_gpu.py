@@ -120,7 +120,7 @@ def test_a_daemon_that_dies_on_one_gpu_keeps_no_step_from_the_other(any_site: Si
             "--mps-mem=0:8G,1:4G: one control daemon cannot tell its GPUs apart; ask for --mps=per-gpu",
         ),
         (["--gres=gpu:2", "--mps=per-gpu", "--mps-mem=0:8G,0:4G"], "--mps-mem=0:8G,0:4G: it names a GPU twice"),
-        (["--gres=gpu:2", "--mps=per-rank"], "--mps=per-rank: expected per-node or per-gpu"),
+        (["--gres=gpu:2", "--mps=per-rank"], "--mps=per-rank: expected per-node, per-gpu or off"),
         (
             ["--gres=gpu:1", "--mps=per-gpu", "--mps-mem=1:8G"],
             "--mps-mem has a limit for GPU 1, but this job has one GPU on this node, which is 0",

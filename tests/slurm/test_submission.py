@@ -50,7 +50,37 @@ def test_srun_and_salloc_refuse_as_sbatch_does(site: Site, command: str) -> None
 def test_the_options_are_in_the_help_of_each_command(site: Site) -> None:
     for command in ("sbatch", "srun", "salloc"):
         shown = site.machine.run([command, "--help"], user="alice").stdout
-        assert {"--mps=per-node|per-gpu", "--mps-threads=PCT|auto", "--mps-mem=SIZE|auto"} <= set(shown.split())
+        assert {"--mps=per-node|per-gpu|off", "--mps-threads=PCT|auto", "--mps-mem=SIZE|auto"} <= set(shown.split())
+
+
+def _has_daemon(site: Site, *options: str, script: str) -> list[bool]:
+    """Whether the script and each step of a job have a control daemon's address."""
+    show = "echo daemon=$CUDA_MPS_PIPE_DIRECTORY"
+    output = site.cluster.run_batch(*options, "--gres=gpu:1", script=script.replace("SHOW", f"sh -c '{show}'"))
+    return [line != "daemon=" for line in output.splitlines() if line.startswith("daemon=")]
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize(
+    "lines", [["--mps"], ["--mps=per-gpu", "--mps-mem=0:8G"], ["--mps-threads=25", "--mps-priority=low"]]
+)
+def test_off_takes_back_what_the_script_asks(site: Site, lines: list[str]) -> None:
+    script = "".join(f"#SBATCH {line}\n" for line in lines) + "SHOW; srun SHOW"
+    assert _has_daemon(site, script=script) == [True, True]
+    assert _has_daemon(site, "--mps=off", script=script) == [False, False]
+
+
+def test_off_wins_in_any_order_and_is_off_for_what_is_given_with_it_alone(site: Site) -> None:
+    assert _has_daemon(site, "--mps=off", "--mps-threads=25", script="srun SHOW") == [False]
+    assert _has_daemon(site, "--mps-mem=8G", "--mps=off", script="srun SHOW") == [False]
+    assert _has_daemon(site, "--mps=off", "--mps", script="srun SHOW") == [True]
+    inner = "sbatch -Q --wait --mps --gres=gpu:1 -o inner --wrap 'echo daemon=$CUDA_MPS_PIPE_DIRECTORY'; cat inner"
+    assert _has_daemon(site, "--mps=off", "--mps-threads=25", script=f"SHOW; {inner}") == [False, True]
+
+
+def test_a_step_of_a_job_with_mps_cannot_be_without(site: Site) -> None:
+    output = site.cluster.run_batch("--mps", "--gres=gpu:1", script="srun --mps=off true", state="FAILED")
+    assert "--mps=off: this job has MPS, and a step cannot be without" in output
 
 
 def _submit_past_the_plugin(site: Site, values: dict[str, str]) -> tuple[str, str]:
