@@ -136,6 +136,25 @@ def test_a_client_that_cannot_be_read_holds_up_no_status(node: GpuNode, unreadab
     assert (status.returncode not in (0, 1)) is works, status
 
 
+def log_of_clients_that_wait(kib: int) -> str:
+    """A server's log of clients whose contexts are connected and never active, and of devices that may be any's."""
+    head = "[2026-11-23 02:13:44.000 Server   700] "
+    device = f"{head}Device NVIDIA H100 (uuid GPU-51000000-99a9-0495-d04f-b3afe1238f4c) is associated\n"
+    connected = [f"{head}Client {{PID: {pid}, Context ID: 1}} connected\n" for pid in range(kib * 1024 // 200)]
+    return connected.pop() + device.join(connected)  # a device is never the one client's that waits
+
+
+@attack("no line costs more for those before it")
+def test_a_log_that_takes_long_to_read(node: GpuNode, works: bool) -> None:
+    """alice's clients leave their contexts half made: root reads 2 MiB of it within 3 s of processor time, or not."""
+    node.prolog(4711, user="alice").check()
+    node.epilog(4711).check()
+    node.machine.write("/var/log/slurm-mps/4711/server.log", log_of_clients_that_wait(2048))
+    line = f"ulimit -t 3; exec /opt/slurm-mps/bin/python3 -c '{COMMAND}' {node.package} logs -t 4711"
+    cut_off = node.run("sh", "-c", line).returncode not in (0, 1)
+    assert cut_off is works
+
+
 OPEN = """
 import socket, sys, time
 held = open("/var/log/slurm-mps/4711/control.log")

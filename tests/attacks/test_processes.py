@@ -162,6 +162,37 @@ def test_a_user_who_disturbs_daemon_and_server_does_not_drain_the_node(gpu_node:
     assert not drains(gpu_node, how)
 
 
+#: As a server that is killed in the driver: its main thread is a zombie, and another holds the GPU (O78).
+HALF_ENDED = """
+#include <pthread.h>
+#include <unistd.h>
+static void *stay(void *with) { for (;;) pause(); return with; }
+int main(void) { pthread_t other; pthread_create(&other, 0, stay, 0); pthread_exit(0); }
+"""
+
+
+@attack("a process is all of its threads")
+def test_a_server_whose_main_thread_has_ended(node: GpuNode, works: bool) -> None:
+    """The user kills the server while it waits in the driver, and keeps the daemon from hearing quit: is it left?"""
+    build = "cat >/run/half.c; cc -pthread -o /run/half /run/half.c; mount --bind /run/half " + SERVER
+    node.run("sh", "-ec", f"cat >/run/half.c <<'END'{HALF_ENDED}END\n{build.partition('; ')[2]}").check()
+    node.configure(SHORT)
+    node.prolog(4711, user="alice").check()
+
+    def look() -> int | None:
+        found = node.run("sh", "-c", "grep -l 'State:.Z' /proc/[0-9]*/status").stdout.split()
+        return int(found[0].split("/")[2]) if found else None
+
+    server = until("the server", look)
+    node.fault("command.quit=hang")
+    node.epilog(4711)
+    left = node.run("kill", "-9", str(server)).returncode == 0
+    node.fault()
+    node.run("sh", "-ec", f"umount {SERVER}; rm /run/half /run/half.c").check()
+    node.epilog(4711).check()
+    assert left is works
+
+
 #: Seventy forged servers, each with as long a pipe directory as root reads: more than a search may print.
 LONG = """
 import os, sys

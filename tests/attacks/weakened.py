@@ -49,6 +49,7 @@ HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
 LIMITS, HEALTH, VERDICT = "spank/limits.c", "spank/health.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
 PROLOG_SCRIPT, MEETING = "prolog/10-slurm-mps.sh", "slurm_mps/verify/meeting.py"
+EVENTS = "slurm_mps/job_log/events.py"
 
 WALLS: dict[str, tuple[Change, ...]] = {
     # ------------------------------------------------------------------------------------------------------- files
@@ -192,6 +193,16 @@ WALLS: dict[str, tuple[Change, ...]] = {
             CONTROL,
             "said = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)",
             'said = "".join(search_lines(directory, names))',
+        ),
+    ),
+    "a process is all of its threads": (
+        Change(PROCESSES, 'if state in (b"Z", b"X") and threads <= 1 else', 'if state in (b"Z", b"X") else'),
+    ),
+    "no line costs more for those before it": (
+        Change(
+            EVENTS,
+            "if found and len(self._without_gpu) == 1:",
+            "if found and sum(context in self._waiting.get(one, ()) for one, context in list(self._without_gpu)) == 1:",
         ),
     ),
     "a title is not the kernel's word": (
