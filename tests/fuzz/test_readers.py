@@ -25,6 +25,8 @@ from slurm_mps.job.verdict import DaemonPlace, Verdict, VerdictGpu, parse_verdic
 from slurm_mps.node.wordfile import DamagedFileError, decode, encode, quote, unquote
 from slurm_mps.units import MIB
 
+from . import examples
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -67,7 +69,7 @@ def check_message(said: str) -> None:
 @example(asked={"SPANK_MPS_THREADS": "25\n"})
 @example(asked={"SPANK_MPS_MEM": "9" * 131_000})
 @example(asked={"SPANK_MPS_\udcff\x1b[2J": ""})
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_any_request_is_within_bounds_or_refused_in_one_printable_line(asked: dict[str, str]) -> None:
     """Of a user's bytes only numbers come through, and only printable ASCII comes back."""
     try:
@@ -90,7 +92,7 @@ def test_any_request_is_within_bounds_or_refused_in_one_printable_line(asked: di
 )
 @example(given_by_slurm={"SLURM_JOB_ID": "²"})
 @example(given_by_slurm={"SLURM_JOB_GPUS": "٣"})
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_whatever_slurmd_says_is_understood_or_refused(given_by_slurm: dict[str, str]) -> None:
     """Nonsense of slurmd's is a fault of the node; a GPU that is a MIG device is the user's."""
     try:
@@ -209,7 +211,7 @@ LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
 @example(lines=["deadlines_quit=x"])
 @example(lines=["²"])
 @example(lines=["boot b", "mode_found " + "9" * 5000])
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_whole_file_with_other_lines_is_read_or_refused(
     state: NodeState, journal: Journal, place: Path, kind: str, lines: list[str]
 ) -> None:
@@ -238,7 +240,7 @@ def checksummed(kind: str, lines: list[str]) -> bytes:
 @given(data=st.binary(max_size=400) | st.integers(0, 5000).map(lambda n: b"slurm-mps journal " + b"9" * n + b"\n"))
 @example(data=b"slurm-mps journal " + b"9" * 5000 + b"\nend 00000000\n")
 @example(data="slurm-mps journal ²\nend 00000000\n".encode())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_bytes_are_a_file_of_ours_or_not(data: bytes) -> None:
     try:
         decode(data, "journal", 1)
@@ -248,7 +250,7 @@ def test_any_bytes_are_a_file_of_ours_or_not(data: bytes) -> None:
 
 @given(word=st.text(max_size=60))
 @example(word="%\ud800")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_word_is_unquoted_or_damaged(word: str) -> None:
     try:
         text = unquote(word)
@@ -280,7 +282,7 @@ def check_problems(problems: list[str]) -> None:
 
 @given(text=TOML)
 @example(text=b"a = " + b"[" * 3000)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_configuration_file_is_a_configuration_or_a_list_of_problems(text: bytes) -> None:
     """It is root's file; a slip in it is to be told, whatever it is, and not to be a traceback."""
     try:
@@ -294,7 +296,7 @@ def test_any_configuration_file_is_a_configuration_or_a_list_of_problems(text: b
 
 @given(lines=LINES)
 @example(lines=["deadlines_quit=x"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_a_compiled_configuration_of_any_lines(lines: list[str]) -> None:
     try:
         assert isinstance(from_lines(lines), SiteConfig)

@@ -19,6 +19,8 @@ from slurm_mps.status import node
 from slurm_mps.status.daemon import Client, DaemonAnswer, Server, parse_clients, parse_servers
 from slurm_mps.status.gpus import GpuState
 
+from . import examples
+
 if TYPE_CHECKING:
     from slurm_mps.status.node import ClientView
 
@@ -36,6 +38,7 @@ ANSWERS = st.lists(
 @given(lines=ANSWERS)
 @example(lines=["9" * 5000, "100.0", f"{'9' * 5000} 1 1 GPU-51000000-99a9-0495 1 x"])
 @example(lines=["٣", "100.0"])
+@settings(max_examples=examples(100), deadline=None)
 def test_any_answer_of_a_daemon_is_read(lines: list[str]) -> None:
     servers, clients = parse_clients(lines, GPUS)
     assert all(0 <= pid < 10**9 for pid in servers)
@@ -68,7 +71,7 @@ def seen(environment: dict[str, str], command: str) -> ClientView:
 @given(environment=st.dictionaries(NAMES, TEXTS), command=TEXTS)
 @example(environment={"SLURM_PROCID": "9" * 5000, "SLURM_STEP_ID": "0"}, command="")
 @example(environment={"CUDA_VISIBLE_DEVICES": "9" * 5000}, command="/")
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_whatever_a_process_says_of_itself_its_limit_is_never_shown_higher(
     environment: dict[str, str], command: str
 ) -> None:
@@ -80,6 +83,7 @@ def test_whatever_a_process_says_of_itself_its_limit_is_never_shown_higher(
 
 
 @given(data=st.binary(max_size=300) | st.lists(TEXTS, max_size=6).map(lambda lines: "\n".join(lines).encode()))
+@settings(max_examples=examples(100), deadline=None)
 def test_any_verdict_is_read_or_refused(data: bytes) -> None:
     with pytest.raises(NodeError):
         parse_verdict(data)
@@ -94,6 +98,7 @@ def test_any_verdict_is_read_or_refused(data: bytes) -> None:
         max_size=8,
     )
 )
+@settings(max_examples=examples(100), deadline=None)
 def test_a_whole_verdict_with_other_lines_is_read_or_refused(lines: list[str]) -> None:
     try:
         verdict = parse_verdict(encode("verdict", VERDICT_VERSION, lines))
@@ -106,6 +111,7 @@ def test_a_whole_verdict_with_other_lines_is_read_or_refused(lines: list[str]) -
     data=st.binary(max_size=100)
     | st.recursive(st.none() | st.integers() | TEXTS, st.lists).map(json.dumps).map(str.encode)
 )
+@settings(max_examples=examples(100), deadline=None)
 def test_any_answer_of_squeue_is_jobs_or_an_error(data: bytes) -> None:
     try:
         parse_squeue(data)
@@ -114,6 +120,7 @@ def test_any_answer_of_squeue_is_jobs_or_an_error(data: bytes) -> None:
 
 
 @given(comment=TEXTS.map(lambda text: f"mps:{text}") | TEXTS, nodes=TEXTS)
+@settings(max_examples=examples(100), deadline=None)
 def test_any_admin_comment_is_read(comment: str, nodes: str) -> None:
     for job in mps_jobs([SlurmJob(7, "alice", "RUNNING", nodes, comment, "7")]):
         assert set(job.request) <= {"threads", "mem", "priority"}
@@ -123,6 +130,7 @@ def test_any_admin_comment_is_read(comment: str, nodes: str) -> None:
     text=st.text(max_size=200)
     | st.lists(st.sampled_from(["prolog", "ready", "0.1", "-", " ", "\n", "nan"])).map("".join)
 )
+@settings(max_examples=examples(100), deadline=None)
 def test_any_events_are_counted_or_left_out(text: str) -> None:
     totals = Totals()
     totals.count_events(text)
@@ -130,6 +138,7 @@ def test_any_events_are_counted_or_left_out(text: str) -> None:
 
 
 @given(lines=st.lists(st.text("abc -:.0123456789", min_size=1, max_size=20), max_size=6))
+@settings(max_examples=examples(100), deadline=None)
 def test_whole_totals_with_other_lines_are_read_or_refused(lines: list[str]) -> None:
     try:
         decode_totals(encode(KIND, VERSION, lines))
