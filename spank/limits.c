@@ -137,6 +137,8 @@ bool limits_of_step(const struct verdict *verdict, const struct step_options *op
 	enum daemons daemons;
 
 	memset(limits, 0, sizeof(*limits));
+	limits->share_tenths = WHOLE_GPU;
+	limits->says_memory = options->mem[0] || verdict->auto_memory;
 	if (daemons_option(options->daemons, &daemons) && daemons != DAEMONS_UNSAID &&
 	    (daemons == DAEMONS_PER_GPU) != verdict->per_gpu) {
 		(void)snprintf(message, size, "--mps=%s: the job has --mps=%s, and its control daemons are started with the job",
@@ -157,6 +159,28 @@ static bool divides_memory(const struct limits *limits)
 	return any;
 }
 
+void limits_of_share(const struct verdict *verdict, unsigned int shards, struct limits *limits)
+{
+	unsigned int of = verdict->shards_per_gpu * verdict->gpu_count;
+
+	limits->share_tenths = verdict->share_tenths;
+	if (of && shards && shards < of)
+		limits->share_tenths = shards * WHOLE_GPU / of ? shards * WHOLE_GPU / of : 1;
+	if (limits->threads_tenths > limits->share_tenths)
+		limits->threads_tenths = limits->share_tenths;
+	if (!verdict->share_memory || limits->says_memory || limits->share_tenths == WHOLE_GPU)
+		return;
+	limits->share_divides = !limits->divide_threads;
+	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++)
+		limits->divide_memory[gpu] = true;
+}
+
+/* What the job's processes may have together of a GPU's memory. */
+static uint64_t mib_of_share(const struct verdict_gpu *gpu, const struct limits *limits)
+{
+	return gpu->mib_for_clients * limits->share_tenths / WHOLE_GPU;
+}
+
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
 {
 	return limits->divide_threads || divides_memory(limits) || tasks > verdict->clients_per_gpu ||
@@ -167,8 +191,8 @@ bool limits_need_ranks(const struct verdict *verdict, const struct limits *limit
 static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int gpu, unsigned int ranks,
 		      char *message, size_t size)
 {
-	uint64_t mib = verdict->gpus[gpu].mib_for_clients / ranks;
-	unsigned int tenths = limits->divide_threads ? 1000 / ranks : 1000;
+	uint64_t mib = mib_of_share(&verdict->gpus[gpu], limits) / ranks;
+	unsigned int tenths = limits->divide_threads ? limits->share_tenths / ranks : WHOLE_GPU;
 	uint64_t context;
 	char least[24];
 
@@ -189,8 +213,9 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 	context = context_mib(verdict, tenths);
 	if (limits->divide_memory[gpu] && (mib <= context || mib < verdict->mib_min)) {
 		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
-		(void)snprintf(message, size, "--mps-mem=auto: %u tasks of this step share a GPU, which is %lluM of its memory for "
-					      "each; they need at least %s", ranks, (unsigned long long)mib, least);
+		(void)snprintf(message, size, "%s: %u tasks of this step share a GPU, which is %lluM of its memory for each; they "
+					      "need at least %s", limits->share_divides ? "a part of a GPU" : "--mps-mem=auto",
+			       ranks, (unsigned long long)mib, least);
 		return false;
 	}
 	return true;
@@ -205,15 +230,15 @@ bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, 
 			return false;
 	for (unsigned int i = 0; i < task->count; i++) {
 		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
-		uint64_t share = task->gpus[i]->mib_for_clients / (ranks[gpu] ? ranks[gpu] : 1);
+		uint64_t share = mib_of_share(task->gpus[i], limits) / (ranks[gpu] ? ranks[gpu] : 1);
 
 		if (ranks[gpu] > limits->ranks)
 			limits->ranks = ranks[gpu];
 		if (limits->divide_memory[gpu] && (!limits->mib[gpu] || share < limits->mib[gpu]))
 			limits->mib[gpu] = share;
 	}
-	if (limits->divide_threads && 1000 / limits->ranks < limits->threads_tenths)
-		limits->threads_tenths = 1000 / limits->ranks;
+	if (limits->divide_threads && limits->share_tenths / limits->ranks < limits->threads_tenths)
+		limits->threads_tenths = limits->share_tenths / limits->ranks;
 	return true;
 }
 

@@ -25,6 +25,9 @@ struct limits {
 	unsigned int threads_tenths;               /* of a percent */
 	bool divide_threads;                       /* limits_divide() is still to come */
 	bool divide_memory[GPUS_MAX];              /* the same, by the verdict's GPU */
+	unsigned int share_tenths;                 /* the job's part of each GPU; limits_of_share() finds it */
+	bool says_memory;                          /* the step gave a memory limit, or auto */
+	bool share_divides;                        /* nothing is divided but the job's part of the memory */
 	int priority;                              /* 0 normal, 1 low */
 	unsigned int ranks;                        /* that share the task's GPU, where limits_divide() was needed */
 	uint64_t mib[GPUS_MAX];                    /* by the verdict's GPU; 0: no limit */
@@ -38,6 +41,12 @@ struct limits {
  */
 bool limits_of_step(const struct verdict *verdict, const struct step_options *options, struct limits *limits,
 		    char *message, size_t size);
+
+/*
+ * Lower the limits to the job's part of each GPU: what the verdict says, or its `shards` on this node (0: it has none).
+ * Where the site wants it so, the same part of the memory is to be divided by those that share a GPU.
+ */
+void limits_of_share(const struct verdict *verdict, unsigned int shards, struct limits *limits);
 
 /* Whether the number of ranks on each GPU must be known for a step with so many tasks on this node. */
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);

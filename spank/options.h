@@ -16,6 +16,9 @@
 #define OPTION_MAX 12
 #define MEM_OPTION_MAX 1024
 
+/* All of a GPU's threads, in tenths of a percent. */
+#define WHOLE_GPU 1000
+
 #define GPUS_MAX 64 /* of one job on one node */
 
 enum daemons { DAEMONS_UNSAID, DAEMONS_PER_NODE, DAEMONS_PER_GPU };

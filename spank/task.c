@@ -47,6 +47,8 @@ static bool count_ranks(spank_t sp, const struct step *step, const struct task_g
 		return false;
 	}
 	tasks = tasks_of_job(sp);
+	if (!tasks && step->limits.share_divides)
+		tasks = 1;
 	if (!tasks) {
 		(void)snprintf(problem, size, "--mps-%s=auto divides by the tasks that share a GPU, and the job does not say how "
 					      "many it has on this node; give -n or --ntasks-per-node",
@@ -71,6 +73,16 @@ static bool is_in_trouble(const struct step *step, const struct task_gpus *task,
 		}
 	}
 	return false;
+}
+
+/* How many shards Slurm gave the task's step on this node; 0 where it gave none. */
+static unsigned int shards_of_step(spank_t sp)
+{
+	char value[VALUE_MAX];
+
+	if (!slurms_variable(sp, "SLURM_SHARDS_ON_NODE", value, sizeof(value)) || strlen(value) > 4)
+		return 0;
+	return (unsigned int)strtoul(value, NULL, 10);
 }
 
 /* Find the task's GPUs, and its part of those that it shares. Returns: false with `problem` filled. */
@@ -103,6 +115,7 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 		(void)snprintf(problem, size, "slurmstepd does not tell how many tasks it has");
 		return false;
 	}
+	limits_of_share(&step->verdict, shards_of_step(sp), &step->limits);
 	if (!limits_need_ranks(&step->verdict, &step->limits, tasks))
 		return true;
 	return count_ranks(sp, step, task, tasks, ranks, problem, size) &&

@@ -140,6 +140,14 @@ static bool take_line(struct verdict *verdict, char *line)
 		return take(verdict->explain, sizeof(verdict->explain), value);
 	if (!strcmp(line, "auto"))
 		return take_auto(verdict, value);
+	if (!strcmp(line, "share"))
+		return (verdict->share_tenths = threads_tenths(value)) != 0;
+	if (!strcmp(line, "shards_per_gpu"))
+		return sscanf(value, "%4u", &verdict->shards_per_gpu) == 1;
+	if (!strcmp(line, "share_memory")) {
+		verdict->share_memory = !strcmp(value, "even");
+		return true;
+	}
 	if (!strcmp(line, "client_priority")) {
 		verdict->priority = !strcmp(value, "1");
 		return true;
@@ -243,6 +251,7 @@ static void read_verdict(const char *path, struct verdict *verdict)
 
 	memset(verdict, 0, sizeof(*verdict));
 	verdict->uid = UNSAID;
+	verdict->share_tenths = WHOLE_GPU;
 	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
 	if (fd < 0) {
 		if (errno != ENOENT && errno != ENOTDIR)

@@ -59,6 +59,9 @@ struct verdict {
 	unsigned int clients_per_gpu;    /* as many contexts as a server takes on one GPU */
 	int priority;                    /* of each client: 0 normal, 1 low */
 	bool auto_threads, auto_memory;  /* divide by the ranks that share a GPU */
+	unsigned int share_tenths;       /* how much of a GPU Slurm gave the job, as the prolog knows it; 1000: all */
+	unsigned int shards_per_gpu;     /* 0: shards say nothing of it */
+	bool share_memory;               /* a part of a GPU is the same part of its memory */
 	bool ordinals;                   /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
 	bool per_gpu;                    /* each GPU has a daemon of its own, in the same order; else one serves all */
 	unsigned int daemon_count;

@@ -36,6 +36,7 @@ class SiteConfig:
 
     gpus_compute_mode: str = "exclusive_process"
     gpus_sharing: str = "refuse"
+    gpus_shards_per_gpu: int = 0
     gpus_client_visible_devices: str = "uuid"
     gpus_clients_max: int = 0
     limits_thread_percentage_default: float = 100.0
@@ -44,6 +45,7 @@ class SiteConfig:
     limits_memory_default: str = "none"
     limits_memory_min: str = "1M"
     limits_memory_max: str = "none"
+    limits_memory_of_share: str = "even"
     limits_memory_context_mib: int = 514
     paths_control_program: str = "/usr/bin/nvidia-cuda-mps-control"
     paths_logs: str = "/var/log/slurm-mps"

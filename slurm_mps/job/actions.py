@@ -17,6 +17,7 @@ from ..node.processes import describe
 from ..node.wordfile import DamagedFileError, fields, with_fields
 from ..record import record, replace
 from . import logs
+from .ledger import WHOLE, Holder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,17 +104,18 @@ class JobDaemon:
 class HoldGpu:
     """Hold a GPU for the job, in compute mode `mode` (None: the mode is left alone).
 
-    The first holder's find is kept in the GPU's ledger; the last holder to leave puts it back. A GPU that is to be
-    exclusive must be free of processes: what is there although nobody holds it was left behind.
+    `way` says whether other MPS jobs may hold it, too: those that hold it in the same way. The first holder's find is
+    kept in the GPU's ledger; the last holder to leave puts it back. A GPU that is to be exclusive must be free of
+    processes: what is there although nobody holds it was left behind.
     """
 
     gpu: str
     mode: int | None
-    may_share: bool
+    way: str = WHOLE
 
     def describe(self) -> str:
         mode = "compute mode left alone" if self.mode is None else f"compute mode {COMPUTE_MODES[self.mode]}"
-        return f"hold {self.gpu} for the job, {mode}{', with other jobs' if self.may_share else ''}"
+        return f"hold {self.gpu} for the job, {mode}{'' if self.way == WHOLE else ', beside other jobs'}"
 
     def undo(self) -> ReleaseGpu:
         return ReleaseGpu(self.gpu)
@@ -125,27 +127,28 @@ class HoldGpu:
         finally:
             job.state.ledgers.unlock()
 
-    def refuse_beside(self, others: Sequence[int]) -> None:
-        """Raises: RequestError where other jobs hold the GPU and the site does not share one."""
-        if others and not self.may_share:
-            raise RequestError(
-                f"{self.gpu} is held by MPS job {others[0]}",
-                hint="this site does not share a GPU between MPS jobs",
-                reason="shared_gpu",
-            )
+    def refuse_beside(self, others: Sequence[Holder]) -> None:
+        """Raises: RequestError where another job holds the GPU that cannot be beside this one."""
+        for other in others:
+            if WHOLE in (self.way, other.way):
+                hint = (
+                    "this site does not share a GPU between MPS jobs" if self.way == WHOLE else "it has the whole GPU"
+                )
+                held = f"{self.gpu} is held by MPS job {other.job_id}"
+                raise RequestError(held, hint=hint, reason="shared_gpu")
 
     def _hold(self, job: JobOnNode) -> None:
         job_id = job.journal.job_id
         job.journal.claims = True
         entry = job.state.ledgers.read(self.gpu)
-        others = [job for job in entry.holders if job != job_id]
+        others = [one for one in entry.holders if one.job_id != job_id]
         self.refuse_beside(others)
         if not others and self.mode == EXCLUSIVE_PROCESS:
             self._see_it_free(job)
         found = entry.mode_found
         if found is None and self.mode is not None:
             found = job.gpus.compute_mode(self.gpu)
-        job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, job_id), mode_found=found))
+        job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, Holder(job_id, self.way)), mode_found=found))
         if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
             job.gpus.set_compute_mode(self.gpu, self.mode)
 
@@ -184,7 +187,7 @@ class ReleaseGpu:
 def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> None:
     """Take jobs, and whoever has no journal any more, out of a GPU's ledger, whose lock the caller has."""
     entry = state.ledgers.read(gpu)
-    left = tuple(job for job in entry.holders if job not in jobs)
+    left = tuple(one for one in entry.holders if one.job_id not in jobs)
     if not left and entry.mode_found is not None:
         if gpus.compute_mode(gpu) != entry.mode_found:
             gpus.set_compute_mode(gpu, entry.mode_found)

@@ -1,16 +1,16 @@
-"""A ledger for each GPU: which jobs hold it, and the compute mode that was found before slurm-mps changed it.
+"""A ledger for each GPU: which jobs hold it and how, and the compute mode that was found before slurm-mps changed it.
 
 slurm-mps ledger 1
 boot <boot id>
 mode_found 0
-holder 4711
+holder 4711 way=separate
 """
 
 from __future__ import annotations
 
 from ..node.files import whole_name
-from ..node.wordfile import DamagedFileError, decode, encode
-from ..record import record
+from ..node.wordfile import DamagedFileError, decode, encode, fields, with_fields
+from ..record import record, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _LOCK = 0  # of all ledgers, and of the compiled configuration
+#: How a job holds a GPU: no other MPS job beside it, or others that each have a daemon of their own.
+WHOLE, SEPARATE = "whole", "separate"
+
+
+@record
+class Holder:
+    """A job that holds a GPU, and how."""
+
+    job_id: int
+    way: str = WHOLE
 
 
 @record
 class LedgerEntry:
     """Who holds a GPU, and the compute mode that was found when slurm-mps changed it (None: it did not)."""
 
-    holders: tuple[int, ...] = ()
+    holders: tuple[Holder, ...] = ()
     mode_found: int | None = None
 
 
@@ -64,7 +74,7 @@ class Ledgers:
         if boot_id != self._boot_id:
             return LedgerEntry()
         jobs = set(self._job_ids())
-        return LedgerEntry(tuple(job for job in entry.holders if job in jobs), entry.mode_found)
+        return replace(entry, holders=tuple(one for one in entry.holders if one.job_id in jobs))
 
     def read_as_written(self, uuid: str) -> tuple[LedgerEntry, str]:
         """What a GPU's ledger says, and the boot it says it of; nothing of no boot where there is none.
@@ -78,9 +88,9 @@ class Ledgers:
         known = dict(line.partition(" ")[::2] for line in lines if not line.startswith("holder "))
         mode = known.get("mode_found")
         try:
-            holders = tuple(int(line.removeprefix("holder ")) for line in lines if line.startswith("holder "))
+            holders = tuple(_holder(line) for line in lines if line.startswith("holder "))
             return LedgerEntry(holders, None if mode is None else int(mode)), known.get("boot", "")
-        except ValueError:
+        except (KeyError, ValueError):
             raise DamagedFileError(f"the ledger of {uuid} does not name its holders") from None
 
     def write(self, uuid: str, entry: LedgerEntry) -> None:
@@ -89,5 +99,15 @@ class Ledgers:
             self._directory.unlink(uuid)
             return
         mode = [] if entry.mode_found is None else [f"mode_found {entry.mode_found}"]
-        lines = [f"boot {self._boot_id}", *mode, *(f"holder {job}" for job in entry.holders)]
+        lines = [f"boot {self._boot_id}", *mode, *map(_holder_line, entry.holders)]
         self._directory.write(uuid, encode("ledger", _VERSION, lines))
+
+
+def _holder(line: str) -> Holder:
+    """Raises: KeyError, ValueError. A line without more than the job is from before there were several ways."""
+    _, job_id, *words = line.split(" ")
+    return Holder(int(job_id), fields(words)["way"] if words else WHOLE)
+
+
+def _holder_line(holder: Holder) -> str:
+    return with_fields(f"holder {holder.job_id}", {"way": holder.way})

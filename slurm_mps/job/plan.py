@@ -8,7 +8,7 @@ import sys
 from ..config.settings import SiteConfig, memory_bytes
 from ..errors import NodeError, RequestError
 from ..node.control import Limits
-from ..node.nvml import EXCLUSIVE_PROCESS, Gpu
+from ..node.nvml import DEFAULT, EXCLUSIVE_PROCESS, Gpu
 from ..record import record
 from ..units import GPUS_MAX, MIB, describe_memory, format_memory
 from .actions import (
@@ -22,6 +22,7 @@ from .actions import (
     StartServers,
     gpu_daemon_name,
 )
+from .ledger import SEPARATE, WHOLE
 from .request import PER_GPU
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
 
@@ -43,6 +44,7 @@ _CONTEXT_FIXED_PARTS, _CONTEXT_PARTS = 22, 514
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PROBE = (sys.executable, f"{_PACKAGE}/task/probe.py")
 _EXPLAIN = f"{_PACKAGE}/task/explain.py"
+_DRIVER_MIB = 640  # what the driver keeps of a GPU that NVML calls free: 616 on an H200
 _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
 
 
@@ -84,6 +86,9 @@ class Plan:
             clients_per_gpu=self.clients_per_gpu,
             client_priority=limits.client_priority,
             auto=tuple(what for what, is_asked in auto if is_asked),
+            share_percentage=self.request.share_percentage,
+            shards_per_gpu=self.config.gpus_shards_per_gpu,
+            share_memory=_divides_share(self.request, self.config),
             visible_devices=self.config.gpus_client_visible_devices,
             probe=_PROBE,
             explain=_EXPLAIN,
@@ -97,8 +102,13 @@ def _place(daemon: ControlDaemon, planned: JobDaemon) -> DaemonPlace:
 
 
 def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
-    """How many MiB of a GPU its clients can share out; what their contexts cost counts against their limits (O15)."""
-    return max(0, gpu.free_bytes // MIB - max(_SERVER_MIB, config.limits_memory_context_mib))
+    """How many MiB of a GPU its clients can share out; what their contexts cost counts against their limits (O15).
+
+    Where other jobs may be on the GPU it is a part of the whole, whatever they use at the moment.
+    """
+    shared = config.gpus_sharing != "refuse"
+    mib = gpu.memory_bytes // MIB - _DRIVER_MIB if shared else gpu.free_bytes // MIB
+    return max(0, mib - max(_SERVER_MIB, config.limits_memory_context_mib))
 
 
 def _clients_per_gpu(gpus: tuple[Gpu, ...], config: SiteConfig) -> int:
@@ -111,12 +121,22 @@ def _clients_per_gpu(gpus: tuple[Gpu, ...], config: SiteConfig) -> int:
 
 
 def _thread_percentage(request: JobRequest, config: SiteConfig) -> float:
-    percent = request.thread_percentage
+    percent, share = request.thread_percentage, request.share_percentage
     low, high = config.limits_thread_percentage_min, config.limits_thread_percentage_max
+    if share is not None and share < low:
+        raise RequestError(
+            f"--gres=mps gives it {share:g} % of a GPU: this site allows {low:g} and more", reason="threads"
+        )
     if request.auto_threads:
-        return high
+        return high if share is None else min(high, share)
     if percent is None:
-        return config.limits_thread_percentage_default
+        return config.limits_thread_percentage_default if share is None else min(high, share)
+    if share is not None and percent > share:
+        raise RequestError(
+            f"--mps-threads={percent:g} is more than --gres=mps gives the job of a GPU ({share:g} %)",
+            hint=f"ask for --mps-threads={share:g} or less, or for a larger part",
+            reason="threads",
+        )
     if not low <= percent <= high:
         raise RequestError(f"--mps-threads={percent:g}: this site allows {low:g} to {high:g}", reason="threads")
     return percent
@@ -183,6 +203,13 @@ def _checked_limit(
     return limit
 
 
+def _divides_share(request: JobRequest, config: SiteConfig) -> bool:
+    """Whether a part of a GPU means the same part of its memory, for all processes of the job together."""
+    says = request.memory_limit_bytes is not None or request.memory_by_gpu or request.auto_memory
+    may_have_part = request.share_percentage is not None or config.gpus_shards_per_gpu > 0
+    return config.limits_memory_of_share == "even" and may_have_part and not says
+
+
 def _memory_limit(
     request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float, number: int
 ) -> int | None:
@@ -196,8 +223,24 @@ def _memory_limit(
         return None if high is None else min(high, smallest.memory_bytes // MIB * MIB)
     if request.memory_limit_bytes is not None:
         return _checked_limit(request.memory_limit_bytes, smallest, percent, config, "")
+    if request.share_percentage is not None and _divides_share(request, config):
+        return _memory_of_share(request.share_percentage, smallest, percent, config)
     limit = memory_bytes(config.limits_memory_default)
     return None if limit is None else _checked_limit(limit, smallest, percent, config, "", by_default=True)
+
+
+def _memory_of_share(share: float, gpu: Gpu, percent: float, config: SiteConfig) -> int | None:
+    """What one client may have of a GPU of which its job has a part: all of that part. None for a whole GPU."""
+    if share >= 100:
+        return None
+    limit = int(_for_clients(gpu, config) * share / 100) * MIB
+    refused = _too_little(
+        f"--gres=mps gives it {share:g} % of the memory, {format_memory(limit)}, which", limit, percent, config
+    )
+    if refused:
+        raise RequestError(refused, hint="ask for a larger part", reason="memory")
+    high = memory_bytes(config.limits_memory_max)
+    return limit if high is None else min(high, limit)
 
 
 def _check_gpu_numbers(request: JobRequest, count: int) -> None:
@@ -226,21 +269,32 @@ def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> 
     )
 
 
+def _compute_mode(way: str, config: SiteConfig) -> int | None:
+    """The compute mode that a job's GPUs need: one server to a GPU, or several."""
+    if config.gpus_compute_mode == "unchanged":
+        return None
+    return DEFAULT if way == SEPARATE else EXCLUSIVE_PROCESS
+
+
 def first_actions(request: JobRequest, config: SiteConfig, uuids: tuple[str, ...]) -> tuple[Action, ...]:
     """The actions that need to know no more than which GPUs the job has (in PCI order): make_plan()'s begin with them.
 
     None where the GPUs are not known, or where make_plan() has something to say against so many.
     """
-    if not 0 < len(uuids) <= GPUS_MAX:
+    if not 0 < len(uuids) <= GPUS_MAX or _has_refused_part(request, config):
         return ()
     served = _served(request, uuids)
-    may_share = config.gpus_sharing == "share"
-    mode = EXCLUSIVE_PROCESS if config.gpus_compute_mode == "exclusive_process" and not may_share else None
+    way = SEPARATE if config.gpus_sharing == "separate" else WHOLE
     return (
-        *(HoldGpu(uuid, mode, may_share) for uuid in uuids),
+        *(HoldGpu(uuid, _compute_mode(way, config), way) for uuid in uuids),
         MakeDirectories(tuple(name for name, _ in served)),
         StartDaemons(served),
     )
+
+
+def _has_refused_part(request: JobRequest, config: SiteConfig) -> bool:
+    """Whether Slurm gave the job a part of a GPU where the site gives MPS jobs whole ones."""
+    return request.share_percentage is not None and config.gpus_sharing == "refuse"
 
 
 def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
@@ -256,6 +310,12 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
     numbered = zip(gpus, request.slurm_indices or tuple(gpu.index for gpu in gpus), strict=True)
     gpus, slurm_indices = zip(*sorted(numbered, key=lambda pair: pair[0].index), strict=True)
+    if _has_refused_part(request, config):
+        raise RequestError(
+            f"--gres=mps gives it {request.share_percentage:g} % of a GPU, and this site gives MPS jobs whole ones",
+            hint=f"ask for --gres=gpu:1 --mps-threads={request.share_percentage:g}, or your admin about gpus.sharing",
+            reason="shared_gpu",
+        )
     uuids = tuple(gpu.uuid for gpu in gpus)
     if len(set(uuids)) < len(uuids):
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")

@@ -303,12 +303,15 @@ class Reconciler:
             written, boot_id = state.ledgers.read_as_written(uuid)
             entry = state.ledgers.read(uuid)
             left = entry.holders
-            if (left and left == written.holders) or self._with_their_job.intersection(written.holders):
+            if (left and left == written.holders) or self._with_their_job.intersection(
+                one.job_id for one in written.holders
+            ):
                 return None
             if boot_id != state.boot_id:
                 why = "its ledger is of an earlier boot" if boot_id else "a write of its ledger was cut short"
             else:
-                why = f"held by {_and(job for job in written.holders if job not in left)}, of which there is nothing"
+                gone = _and(one.job_id for one in written.holders if one not in left)
+                why = f"held by {gone}, of which there is nothing"
                 if not left and entry.mode_found is not None:
                     why += f"; compute mode back to {COMPUTE_MODES.get(entry.mode_found, entry.mode_found)}"
             if self._dry_run:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _PREFIX = "SPANK_MPS"
+#: Slurm's own word for how much of a GPU a job of gres/mps has, in percent. Nobody but Slurm can set it for a prolog.
+_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _RUN = frozenset(("SLURM_JOB_UID", "SLURM_JOB_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_GPUS"))
 #: The variable in which slurmd hands over each option's value (spank/submit.c carries it).
 VARIABLES = {
@@ -43,7 +45,8 @@ class JobRequest:
     ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
     normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
     the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
-    ``auto_memory``: each step divides by the ranks that share a GPU.
+    ``auto_memory``: each step divides by the ranks that share a GPU. ``share_percentage``: how much of a GPU Slurm gave
+    the job (gres/mps); None: whole GPUs, or shards, of which Slurm tells the prolog nothing.
     """
 
     job_id: int
@@ -57,6 +60,7 @@ class JobRequest:
     auto_threads: bool = False
     auto_memory: bool = False
     slurm_indices: tuple[int, ...] = ()
+    share_percentage: float | None = None
 
 
 def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -118,8 +122,16 @@ def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tup
 
 
 def asks_for_mps(environment: Mapping[str, str]) -> bool:
-    """Whether the plugin passed on anything of a request."""
-    return any(name.startswith(_PREFIX) for name in environment)
+    """Whether the plugin passed on anything of a request, or Slurm gave the job a part of a GPU with gres/mps."""
+    return _SHARE in environment or any(name.startswith(_PREFIX) for name in environment)
+
+
+def _share(environment: Mapping[str, str]) -> float | None:
+    text = environment.get(_SHARE)
+    try:
+        return None if text is None else parse_thread_percentage(text)
+    except ValueError:
+        raise NodeError(f"slurmd gave the prolog no usable {_SHARE}: {printable(text or '')!r}") from None
 
 
 def run_of_job(environment: Mapping[str, str]) -> str:
@@ -165,4 +177,5 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         auto_threads=environment.get("SPANK_MPS_THREADS") == AUTO,
         auto_memory=environment.get("SPANK_MPS_MEM") == AUTO,
         slurm_indices=_slurm_indices(environment, gpus),
+        share_percentage=_share(environment),
     )

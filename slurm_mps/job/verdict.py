@@ -15,6 +15,9 @@
     visible_devices uuid                                   or ordinal
     client_priority 1                                      where the job asked for one
     auto threads                                           what each step divides: threads, memory
+    share 25                                               how much of a GPU Slurm gave the job (gres/mps)
+    shards_per_gpu 4                                       for jobs of gres/shard: a task is told how many it has
+    share_memory even                                      a part of a GPU is the same part of its memory
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
     gpus none                                              with `refused`: the job has no GPU on this node
     end <checksum>
@@ -88,6 +91,9 @@ class Verdict:
     clients_per_gpu: int = 0
     client_priority: int | None = None
     auto: tuple[str, ...] = ()
+    share_percentage: float | None = None
+    shards_per_gpu: int = 0
+    share_memory: bool = False
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
@@ -125,8 +131,18 @@ class Verdict:
             yield "client_priority", str(self.client_priority)
         for what in self.auto:
             yield "auto", what
+        yield from self._part()
         for gpu in self.gpus:
             yield "gpu", f"{gpu.slurm_index} {gpu.minor} {gpu.uuid} {gpu.mib_for_clients} {gpu.mib}"
+
+    def _part(self) -> Iterable[tuple[str, str]]:
+        """What is known of the part of a GPU that the job has."""
+        if self.share_percentage is not None:
+            yield "share", format_thread_percentage(self.share_percentage)
+        if self.shards_per_gpu:
+            yield "shards_per_gpu", str(self.shards_per_gpu)
+        if self.share_memory:
+            yield "share_memory", "even"
 
 
 def refused(message: str, *, has_no_gpu: bool = False) -> Verdict:
@@ -185,6 +201,9 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         clients_per_gpu=int(known["clients_per_gpu"]),
         client_priority=None if priority is None else int(priority),
         auto=tuple(value for key, value in lines if key == "auto"),
+        share_percentage=parse_thread_percentage(known["share"]) if "share" in known else None,
+        shards_per_gpu=int(known.get("shards_per_gpu", "0")),
+        share_memory="share_memory" in known,
         visible_devices=known["visible_devices"],
         probe=(python, script),
         explain=known["explain"],

@@ -29,7 +29,7 @@ _NOT_SUPPORTED = 3
 
 #: nvmlComputeMode_t
 COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
-EXCLUSIVE_PROCESS = 3
+DEFAULT, EXCLUSIVE_PROCESS = 0, 3
 
 #: The kernel's own list of GPUs: a directory each, named by PCI address, with a file of ``Name: value`` lines (O69).
 _KERNEL_LIST = "/proc/driver/nvidia/gpus"

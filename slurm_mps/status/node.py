@@ -215,7 +215,7 @@ def _roots_job(state: NodeState, journal: Journal, problems: list[str]) -> _Job:
     for uuid in {gpu for place in (verdict.daemons if verdict else ()) for gpu in place.gpus}:
         entry = state.ledgers.read(uuid)
         shares |= len(entry.holders) > 1
-        if entry.mode_found is not None and job_id in entry.holders:
+        if entry.mode_found is not None and any(one.job_id == job_id for one in entry.holders):
             modes[uuid] = entry.mode_found
     return _Job(job_id, journal.uid, stage, verdict, config.paths_control_program, modes, shares)
 

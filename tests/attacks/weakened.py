@@ -239,8 +239,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a ledger is read and written at once": (
         Change(
             ACTIONS,
-            "        others = [job for job in entry.holders if job != job_id]\n",
-            '        __import__("time").sleep(0.3)\n        others = [job for job in entry.holders if job != job_id]\n',
+            "        entry = job.state.ledgers.read(self.gpu)\n",
+            '        entry = job.state.ledgers.read(self.gpu)\n        __import__("time").sleep(0.3)\n',
         ),
         Change(ACTIONS, "while there := job.gpus.processes(self.gpu):", "while there := ():"),
     ),

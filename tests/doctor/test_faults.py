@@ -509,8 +509,10 @@ FAULTS = {
     ),
     # the GPUs
     "no gres/gpu": Fault(line("GresTypes", "craynetwork"), problem("gres-types")),
-    "gres/mps": Fault(append(GRES, "NodeName=n1 Name=mps Count=400 File=/dev/nvidia0"), problem("gres-types")),
-    "gres/mps in slurm.conf": Fault(line("GresTypes", "gpu,mps"), problem("gres-types")),
+    "gres/mps where GPUs are not shared": Fault(
+        line("GresTypes", "gpu,mps"), {**problem("gres-types"), **warning("gres-shared")}
+    ),
+    "shards of an old Slurm": Fault(line("GresTypes", "gpu,shard"), warning("gres-shared")),
     "no gres.conf": Fault(remove(GRES), problem("gres-conf")),
     "a gres.conf for other nodes": Fault(
         write(GRES, "NodeName=n2 Name=gpu File=/dev/nvidia[0-3]\n"), problem("gres-conf")

@@ -18,7 +18,7 @@ from slurm_mps.config.settings import CONFIG_VERSION, DEFAULTS, ConfigError, Sit
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.job.actions import read_undo
 from slurm_mps.job.journal import JOURNAL_VERSION, Journal
-from slurm_mps.job.ledger import LedgerEntry
+from slurm_mps.job.ledger import Holder, LedgerEntry
 from slurm_mps.job.request import JobRequest, read_request
 from slurm_mps.job.state import NodeState
 from slurm_mps.job.verdict import DaemonPlace, Verdict, VerdictGpu, parse_verdict
@@ -125,7 +125,7 @@ def journal(state: NodeState) -> Journal:
         journal.note(line)
     journal.write_config(DEFAULTS)
     journal.write_verdict(READY)
-    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
+    state.ledgers.write(GPU, LedgerEntry((Holder(4711),), 0))
     return journal
 
 
@@ -308,5 +308,5 @@ def test_the_ways_of_spoiling_a_file_spoil_it(state: NodeState, journal: Journal
     """What the tests above write in a file's place is of its kind: unspoilt, it is read."""
     assert decode(checksummed("journal", ["x"]), "journal", JOURNAL_VERSION) == ["x"]
     assert checksummed("ledger", ["x"]) == encode("ledger", 1, ["x"])
-    assert state.ledgers.read(GPU) == LedgerEntry((4711,), 0)
+    assert state.ledgers.read(GPU) == LedgerEntry((Holder(4711),), 0)
     assert journal.read_config() == DEFAULTS

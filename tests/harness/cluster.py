@@ -99,10 +99,10 @@ class Cluster:
     """A running cluster, one to a machine; use it as a context manager.
 
     constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroups on the
-    host). shards_per_node: parts of GPUs that jobs can ask for as gres/shard. extra_slurm_conf: lines put in
-    place of those with the same key, or added. autodetect: gres.conf's AutoDetect; empty for none. plugstack: the
-    whole text of plugstack.conf; empty for no plugin, None for the sample as it is. prolog, epilog: paths inside the
-    machine; None for none.
+    host). shards_per_node, mps_per_node: parts of GPUs that jobs can ask for as gres/shard or gres/mps.
+    extra_slurm_conf: lines put in place of those with the same key, or added. autodetect: gres.conf's AutoDetect;
+    empty for none. plugstack: the whole text of plugstack.conf; empty for no plugin, None for the sample as it is.
+    prolog, epilog: paths inside the machine; None for none.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Cluster:
         nodes: int = 2,
         gpus_per_node: int = 4,
         shards_per_node: int = 0,
+        mps_per_node: int = 0,
         cpus_per_node: int = CPUS_PER_NODE,
         constrain_devices: bool = False,
         extra_slurm_conf: str = "",
@@ -126,7 +127,7 @@ class Cluster:
         self.release = release or chosen()
         self.node_names = tuple(f"{NODE_NAME_PREFIX}{number}" for number in range(1, nodes + 1))
         self._gpus_per_node = gpus_per_node
-        self._shards_per_node = shards_per_node
+        self._parts = {"shard": shards_per_node, "mps": mps_per_node}
         self._cpus_per_node = cpus_per_node
         self._constrain_devices = constrain_devices
         self._extra = dict(_setting(line) for line in extra_slurm_conf.splitlines() if line.strip())
@@ -170,18 +171,22 @@ class Cluster:
             "SlurmdParameters": "config_overrides",
             "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0",
             "KillWait": "5",
-            **({"GresTypes": "gpu,shard"} if self._shards_per_node else {}),
+            "GresTypes": ",".join(["gpu", *self._shared_gres]),
             "PlugStackConfig": "/etc/slurm/plugstack.conf",
             **self._scripts,
             **self._extra,
         }
 
+    @property
+    def _shared_gres(self) -> dict[str, int]:
+        return {name: count for name, count in self._parts.items() if count}
+
     def _machine_lines(self) -> str:
         """The node and partition lines: every node is this host, at a port of its own."""
-        shards = f",shard:{self._shards_per_node}" if self._shards_per_node else ""
+        parts = "".join(f",{name}:{count}" for name, count in self._shared_gres.items())
         lines = [
             f"NodeName={name} NodeHostname={HOSTNAME} NodeAddr={ADDRESS} Port={CONTROLLER_PORT + number}"
-            f" Gres=gpu:{self._gpus_per_node}{shards} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
+            f" Gres=gpu:{self._gpus_per_node}{parts} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
             for number, name in enumerate(self.node_names, start=1)
         ]
         return "\n".join([*lines, "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
@@ -193,8 +198,12 @@ class Cluster:
         write("/etc/slurm/slurm.conf", localise(sample, self.replacements) + self._machine_lines())
         gpus = (SAMPLES / "gres.conf").read_text().replace("gpu[01-02]", ",".join(self.node_names))
         gpus = gpus.replace("nvidia[0-3]", f"nvidia[0-{self._gpus_per_node - 1}]")
-        shards = f"NodeName={','.join(self.node_names)} Name=shard Count={self._shards_per_node}\n"
-        lines = (gpus if self._gpus_per_node else "") + (shards if self._shards_per_node else "")
+        several = " Flags=all_sharing" if self._gpus_per_node > 1 else ""
+        parts = [
+            f"NodeName={','.join(self.node_names)} Name={one[0]} Count={one[1]}{several}\n"
+            for one in self._shared_gres.items()
+        ]
+        lines = (gpus if self._gpus_per_node else "") + "".join(parts)
         write("/etc/slurm/gres.conf", self._autodetect + lines)
         write(
             "/etc/slurm/cgroup.conf",

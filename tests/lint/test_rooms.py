@@ -27,7 +27,7 @@ MAY_IMPORT = {
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py" and "share" not in path.parts
+    if path.name != "__init__.py" and "share" not in path.relative_to(PACKAGE).parts
 }
 
 

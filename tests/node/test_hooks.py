@@ -129,7 +129,6 @@ def test_nothing_of_the_hooks_environment_reaches_the_daemon(own_node: GpuNode) 
         "BASH_ENV": "/tmp/traps/rc",
         "IFS": "/",
         "CDPATH": "/tmp/traps",
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "1",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=1M",
         "CUDA_MPS_PIPE_DIRECTORY": "/tmp/traps",
         **{f"SPANK_VARIABLE_{number}": "x" * 100 for number in range(1000)},

@@ -14,7 +14,7 @@ from tests.harness.site import STATE_DIRECTORY, show_gpus_in_proc
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SHARE = '[gpus]\nsharing = "share"\n'
+SEPARATE = '[gpus]\nsharing = "separate"\n'
 UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
 
 
@@ -45,10 +45,9 @@ def test_each_gpu_gets_back_the_mode_it_was_found_in(gpu_node: GpuNode) -> None:
     gpu_node.set_compute_modes(0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("config", [SHARE, UNCHANGED], ids=["share", "unchanged"])
-def test_the_mode_is_left_alone_where_the_site_says_so(gpu_node: GpuNode, config: str) -> None:
-    """With sharing or an unchanged compute mode, neither prolog nor epilog touches the mode of any GPU."""
-    gpu_node.configure(config)
+def test_the_mode_is_left_alone_where_the_site_says_so(gpu_node: GpuNode) -> None:
+    """With an unchanged compute mode, neither prolog nor epilog touches the mode of any GPU."""
+    gpu_node.configure(UNCHANGED)
     gpu_node.set_compute_modes(0, 2, 3, 0)
     gpu_node.fault("nvml.SetComputeMode=4")  # and it would show even if the same mode were set
     gpu_node.prolog(4711, gpus="0,1,2").check()
@@ -62,31 +61,40 @@ def test_the_mode_is_left_alone_where_the_site_says_so(gpu_node: GpuNode, config
 def test_the_last_of_two_sharing_jobs_leaves_the_gpu_as_the_first_found_it(
     gpu_node: GpuNode, order: tuple[int, int]
 ) -> None:
-    """Two jobs share a GPU, each with a daemon and limits of its own; in either order nothing is left."""
-    gpu_node.configure(SHARE)
-    gpu_node.set_compute_modes(0)
+    """Two jobs share a GPU, each with a daemon and limits of its own; in either order nothing is left.
+
+    One that was exclusive takes no second server: it is DEFAULT as long as one of them holds it.
+    """
+    gpu_node.configure(SEPARATE)
+    gpu_node.set_compute_modes(3)
     gpu_node.prolog(4711, gpus="0", **asked("25")).check()
     gpu_node.prolog(4712, gpus="0", user="bob", **asked("50")).check()
     assert " sms=32 " in gpu_node.client(4711).check().stdout
     assert " sms=66 " in gpu_node.client(4712, user="bob").check().stdout
     gpu_node.epilog(order[0]).check()
     assert len(gpu_node.mps_processes()) == 2
+    assert gpu_node.compute_modes()[0] == 0
     gpu_node.epilog(order[1]).check()
     assert gpu_node.files() == []
-
-
-@pytest.mark.parametrize("order", [(4711, 4712), (4712, 4711)], ids=["first-first", "first-last"])
-def test_the_mode_that_the_first_holder_changed_is_put_back_by_the_last(
-    gpu_node: GpuNode, order: tuple[int, int]
-) -> None:
-    """A job that joins a GPU held exclusively (the site changed its mind) keeps the mode until it, too, has gone."""
-    gpu_node.set_compute_modes(2)
-    gpu_node.prolog(4711, gpus="0").check()
-    gpu_node.configure(SHARE)
-    gpu_node.prolog(4712, gpus="0", user="bob").check()
-    gpu_node.epilog(order[0]).check()
     assert gpu_node.compute_modes()[0] == 3
-    gpu_node.epilog(order[1]).check()
+    gpu_node.set_compute_modes(0)
+
+
+@pytest.mark.parametrize(("first", "then"), [("", SEPARATE), (SEPARATE, "")], ids=["whole", "separate"])
+def test_a_job_does_not_come_beside_one_that_holds_the_gpu_in_another_way(
+    gpu_node: GpuNode, first: str, then: str
+) -> None:
+    """Where the site changed its mind while a job runs, that job keeps its GPU, in the mode that it needs."""
+    gpu_node.set_compute_modes(2)
+    gpu_node.configure(first)
+    gpu_node.prolog(4711, gpus="0").check()
+    mode = gpu_node.compute_modes()[0]
+    gpu_node.configure(then)
+    gpu_node.prolog(4712, gpus="0", user="bob").check()
+    assert "is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
+    gpu_node.epilog(4712).check()
+    assert gpu_node.compute_modes()[0] == mode
+    gpu_node.epilog(4711).check()
     assert gpu_node.compute_modes()[0] == 2
     gpu_node.set_compute_modes(0)
 

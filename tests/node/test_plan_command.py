@@ -55,7 +55,7 @@ def noted(node: GpuNode) -> list[str]:
         ("", 4, {"mps": "per-gpu", "mps-mem": "0:8G,3:4g", "mps-priority": "low"}),
         ("", 2, {"mps-threads": "auto", "mps-mem": "auto"}),
         ('[gpus]\ncompute_mode = "unchanged"\n', 2, {"mps": "per-node"}),
-        ('[gpus]\nsharing = "share"\n[limits.memory]\ndefault = "4G"\n', 2, {"mps": ""}),
+        ('[gpus]\nsharing = "separate"\n[limits.memory]\ndefault = "4G"\n', 2, {"mps": ""}),
     ],
 )
 def test_what_is_planned_is_what_a_prolog_notes(
@@ -92,7 +92,7 @@ def test_the_commands_are_those_that_the_daemon_gets(gpu_node: GpuNode) -> None:
     ("config", "said"),
     [
         ('[gpus]\ncompute_mode = "unchanged"\n', "for the job, compute mode left alone"),
-        ('[gpus]\nsharing = "share"\n', "compute mode left alone, with other jobs"),
+        ('[gpus]\nsharing = "separate"\n', "compute mode DEFAULT, beside other jobs"),
         ('[limits.memory]\ndefault = "4G"\n', "set_default_device_pinned_mem_limit 0 4G"),
         ("[limits.thread_percentage]\ndefault = 12.5\n", "set_default_active_thread_percentage 12.5"),
     ],
@@ -182,7 +182,7 @@ def test_it_changes_nothing(gpu_node: GpuNode) -> None:
     Of the state, which is there, the lock is opened as every reader does, and not taken.
     """
     gpu_node.run_job(JOB, gpus="3")
-    gpu_node.configure('[gpus]\nsharing = "share"\n')
+    gpu_node.configure('[gpus]\nsharing = "separate"\n')
     traced: Result = gpu_node.run(
         "strace", "-f", "-qq", "-e", "trace=file,desc,network,kill,process", *COMMAND, "--gres=gpu:2", "--mps"
     )
@@ -234,7 +234,9 @@ def test_root_is_told_whose_job_holds_a_gpu(gpu_node: GpuNode) -> None:
     assert f"is held by MPS job {JOB}; this site does not share a GPU" in report["problem"]
     gpu_node.epilog(JOB + 1).check()
     assert plan(gpu_node, "--devices=0,2", "--mps")["holders_seen"] is True
-    gpu_node.configure('[gpus]\nsharing = "share"\n')
+    gpu_node.epilog(JOB).check()
+    gpu_node.configure('[gpus]\nsharing = "separate"\n')
+    gpu_node.prolog(JOB, gpus="1").check()
     plan(gpu_node, "--devices=0,1", "--mps")
 
 

@@ -221,13 +221,13 @@ def test_a_gpu_whose_holder_is_gone_gets_back_its_mode(node: MistreatedNode) -> 
     node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
     assert node.repairs() == {uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
     assert (node.files(), node.compute_modes()) == ([], [2, 2, 0, 0])
+    node.configure('[gpus]\nsharing = "separate"\n')
     crash(node)
-    node.configure('[gpus]\nsharing = "share"\n')
     node.prolog(4712, gpus="0").check()
     node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/4711").check()
     node.slurm_says({4712: "RUNNING|N/A|n1"})
     assert node.repairs() == {"job 4712": "kept", uuid(node, 0): "repaired", uuid(node, 1): "repaired"}
-    assert node.compute_modes() == [3, 2, 0, 0]
+    assert node.compute_modes() == [0, 2, 0, 0]
     assert "holder 4711" not in node.machine.read(f"{STATE_DIRECTORY}/gpus/{uuid(node, 0)}")
     node.epilog(4712).check()
     assert node.compute_modes()[0] == 2

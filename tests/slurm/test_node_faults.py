@@ -348,7 +348,7 @@ def somebody_on_a_gpu(node: GpuNode) -> subprocess.Popen[bytes]:
     return other
 
 
-@pytest.mark.parametrize("setting", ['compute_mode = "unchanged"', 'sharing = "share"'])
+@pytest.mark.parametrize("setting", ['compute_mode = "unchanged"', 'sharing = "separate"'])
 def test_who_else_is_on_a_shared_gpu_is_no_fault(gpu_node: GpuNode, setting: str) -> None:
     """Where the compute mode is left alone a server starts beside other programs."""
     gpu_node.configure(f"[gpus]\n{setting}\n")

@@ -1,4 +1,4 @@
-"""Two jobs on one GPU, as Slurm gives it to them with gres/shard: refused, or shared, as the site wants it."""
+"""Several jobs on one GPU, as Slurm gives it to them with gres/mps and gres/shard."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.cluster import waits_for
 from tests.harness.site import Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.harness.cluster import Job
+
+SEPARATE = '[gpus]\nsharing = "separate"\nshards_per_gpu = 4\n'
+#: A rank that says what it has of a GPU.
+LOOK = "simulated-gpus client --hold 0.1"
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["free", "constrained"])
@@ -20,39 +25,50 @@ def sharded(request: pytest.FixtureRequest) -> Iterator[Site]:
         yield site
 
 
-def start(site: Site, threads: int, user: str) -> Job:
-    """A job of one shard, whose client stays for a while."""
-    script = "echo started; simulated-gpus client --hold 2; echo over"
-    return site.cluster.sbatch("-n1", "--gres=shard:1", f"--mps-threads={threads}", script=script, user=user)
+@pytest.fixture(scope="module")
+def parted() -> Iterator[Site]:
+    """Two GPUs, each in a hundred parts."""
+    with Site(nodes=1, gpus_per_node=2, mps_per_node=200, constrain_devices=True) as site:
+        yield site
+
+
+def start(site: Site, *ask: str, user: str = "alice") -> Job:
+    """A job whose client stays until it is let go."""
+    script = f"echo started; {LOOK}; {waits_for()}; echo over"
+    return site.cluster.sbatch("-n1", *ask, script=script, user=user)
 
 
 def outputs(site: Site, *jobs: Job) -> list[str]:
     for job in jobs:
+        site.cluster.let_go(job)
         site.cluster.wait(job)
     return [site.cluster.output(job) for job in jobs]
 
 
-def test_shared_each_job_has_its_own_daemon_and_limits_and_the_mode_is_left_alone(sharded: Site) -> None:
-    sharded.configure('[gpus]\nsharing = "share"\n')
+def test_separate_each_job_has_its_own_daemon_and_limits(sharded: Site) -> None:
+    """A shard is a quarter of the GPU's threads and memory; a GPU that was exclusive is DEFAULT meanwhile."""
+    sharded.configure(SEPARATE)
+    sharded.set_compute_mode("n1", 0, 3)
     before = sharded.snapshot()
-    jobs = [start(sharded, 25, "alice"), start(sharded, 50, "bob")]
+    jobs = [start(sharded, "--gres=shard:1", "--mps"), start(sharded, "--gres=shard:2", "--mps", user="bob")]
     for job in jobs:
         sharded.cluster.until_output(job, "uuid=")
     during = sharded.compute_modes("n1")
     first, second = outputs(sharded, *jobs)
-    assert "sms=32 " in first
-    assert "sms=66 " in second
+    assert "sms=32 free=35" in first
+    assert "sms=66 free=71" in second
     assert first.rpartition("mps=")[2] != second.rpartition("mps=")[2]
     assert during == ["Default"]
     assert sharded.snapshot() == before
+    sharded.set_compute_mode("n1", 0, 0)
 
 
 def test_refused_the_second_job_is_told_who_holds_the_gpu_and_the_first_is_not_disturbed(sharded: Site) -> None:
     sharded.configure("")
     before = sharded.snapshot()
-    holder = start(sharded, 25, "alice")
+    holder = start(sharded, "--gres=shard:1", "--mps-threads=25")
     sharded.cluster.until_output(holder, "uuid=")
-    late = start(sharded, 50, "bob")
+    late = start(sharded, "--gres=shard:1", "--mps", user="bob")
     said = outputs(sharded, late)[0]
     during = sharded.compute_modes("n1")
     held = outputs(sharded, holder)[0]
@@ -63,3 +79,58 @@ def test_refused_the_second_job_is_told_who_holds_the_gpu_and_the_first_is_not_d
     assert "FAILED" not in held
     assert not any(state.drained for state in sharded.cluster.node_states().values())
     assert sharded.snapshot() == before
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize(
+    ("options", "ranks", "sms", "free_mib"),
+    [
+        ((), 1, 32, 35600),  # a quarter of the threads, and of the memory
+        ((), 4, 32, 8700),  # which the job's processes divide
+        (("--mps-threads=10", "--mps-mem=2G"), 1, 12, 1900),
+    ],
+)
+def test_gres_mps_alone_asks_for_that_part_of_a_gpu(
+    parted: Site, options: tuple[str, ...], ranks: int, sms: int, free_mib: int
+) -> None:
+    """No option of ours is needed: Slurm says how much of the GPU a job has, and it has as much of the memory."""
+    parted.configure(SEPARATE)
+    before = parted.snapshot()
+    script = f"srun {LOOK} && srun slurm-mps verify"
+    said = parted.cluster.run_batch(f"-n{ranks}", "--gres=mps:25", *options, script=script)
+    looks = [dict(word.split("=") for word in line.split()) for line in said.splitlines() if line.startswith("uuid=")]
+    assert len(looks) == ranks
+    for look in looks:
+        assert look["mps"] != "none"
+        assert int(look["sms"]) == sms
+        assert free_mib * 0.9 < int(look["free"]) < free_mib * 1.1
+    assert parted.snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "ask", "said"),
+    [
+        (
+            SEPARATE,
+            ("--gres=mps:25", "--mps-threads=50"),
+            "--mps-threads=50 is more than --gres=mps gives the job of a GPU (25 %); ask for --mps-threads=25 or less",
+        ),
+        (SEPARATE, ("--gres=mps:0", "--mps"), "this job has no GPU on this node"),
+        (
+            "",
+            ("--gres=mps:25",),
+            "and this site gives MPS jobs whole ones; ask for --gres=gpu:1 --mps-threads=25, or your admin",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_had_is_refused_with_the_numbers(
+    parted: Site, config: str, ask: tuple[str, ...], said: str
+) -> None:
+    """One message in the job's output; the job fails and the node stays in service."""
+    parted.configure(config)
+    before = parted.snapshot()
+    output = parted.cluster.run_batch("-n1", *ask, script="echo started", state="FAILED")
+    assert said in output
+    assert "started" not in output
+    assert not any(state.drained for state in parted.cluster.node_states().values())
+    assert parted.snapshot() == before

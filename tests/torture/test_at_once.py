@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Longer than 32 hooks take side by side on a busy machine of two cores.
 PATIENT = "[deadlines]\nprolog = 100\nepilog = 100\ndaemon_start = 50\ncommand = 50\nquit = 20\nsignal = 10\n"
-SHARED = f'{PATIENT}[gpus]\nsharing = "share"\n'
+SHARED = f'{PATIENT}[gpus]\nsharing = "separate"\n'
 JOBS = range(101, 133)
 
 

@@ -55,7 +55,7 @@ quit = "soon"
         "/etc/slurm/mps.toml: deadlines.quit: expected a number",
         (
             "/etc/slurm/mps.toml: gpus.colour: unknown; "
-            "expected one of compute_mode, sharing, client_visible_devices, clients_max"
+            "expected one of compute_mode, sharing, shards_per_gpu, client_visible_devices, clients_max"
         ),
         '/etc/slurm/mps.toml: gpus.compute_mode: expected one of "exclusive_process", "unchanged"',
         '/etc/slurm/mps.toml: limits.memory.default: expected a size such as "8G" or "512M" or "none"',

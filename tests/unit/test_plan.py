@@ -1,6 +1,7 @@
 """What a job gets, and what it is told when it cannot have it."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from slurm_mps.job.plan import Plan, make_plan, refusal_of_default
 from slurm_mps.job.request import PER_GPU, JobRequest
 from slurm_mps.job.verdict import VERDICT_VERSION, Verdict
 from slurm_mps.node.control import ControlDaemon, Limits
-from slurm_mps.node.nvml import EXCLUSIVE_PROCESS, Gpu
+from slurm_mps.node.nvml import DEFAULT, EXCLUSIVE_PROCESS, Gpu
 from slurm_mps.record import replace
 from slurm_mps.units import GIB, MIB
 
@@ -53,7 +54,9 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
     VERDICT_VERSION here and in spank/verdict.h.
     """
     request = replace(ask(), daemons=PER_GPU, auto_threads=True, auto_memory=True, client_priority=1)
-    forms = {(key, len(value.split(" "))) for key, value in verdict(make_plan(request, DEFAULTS, GPUS)).settings()}
+    part = SiteConfig(gpus_sharing="separate", gpus_shards_per_gpu=4)
+    plans = make_plan(request, DEFAULTS, GPUS), make_plan(replace(ask(), share_percentage=25.0), part, GPUS)
+    forms = {(key, len(value.split(" "))) for plan in plans for key, value in verdict(plan).settings()}
     assert (VERDICT_VERSION, sorted(forms)) == (
         1,
         [
@@ -67,6 +70,9 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
             ("gpu", 5),
             ("memory_min", 1),
             ("probe", 2),
+            ("shards_per_gpu", 1),
+            ("share", 1),
+            ("share_memory", 1),
             ("status", 1),
             ("thread_percentage", 1),
             ("thread_percentage_min", 1),
@@ -78,8 +84,8 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
 def test_the_actions_in_order() -> None:
     one = (JobDaemon("pipe", ("GPU-0", "GPU-1"), Limits(25.0, 8 * GIB)),)
     assert make_plan(ask(25.0, 8 * GIB), DEFAULTS, GPUS).actions == (
-        HoldGpu("GPU-0", EXCLUSIVE_PROCESS, may_share=False),
-        HoldGpu("GPU-1", EXCLUSIVE_PROCESS, may_share=False),
+        HoldGpu("GPU-0", EXCLUSIVE_PROCESS),
+        HoldGpu("GPU-1", EXCLUSIVE_PROCESS),
         MakeDirectories(("pipe",)),
         StartDaemons((("pipe", ("GPU-0", "GPU-1")),)),
         SetLimits(one),
@@ -145,11 +151,37 @@ def test_slurms_own_indices_go_with_the_gpus_that_it_names_by_uuid() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [SiteConfig(gpus_compute_mode="unchanged"), SiteConfig(gpus_sharing="share")], ids=["unchanged", "share"]
+    ("config", "mode"),
+    [
+        (SiteConfig(gpus_compute_mode="unchanged"), None),
+        (SiteConfig(gpus_compute_mode="unchanged", gpus_sharing="separate"), None),
+        (SiteConfig(gpus_sharing="separate"), DEFAULT),
+        (DEFAULTS, EXCLUSIVE_PROCESS),
+    ],
 )
-def test_the_mode_is_left_alone_where_the_site_says_so(config: SiteConfig) -> None:
+def test_the_compute_mode_is_the_one_that_the_jobs_servers_need(config: SiteConfig, mode: int | None) -> None:
     plan = make_plan(ask(), config, GPUS)
-    assert [action.mode for action in plan.actions if isinstance(action, HoldGpu)] == [None, None]
+    assert [action.mode for action in plan.actions if isinstance(action, HoldGpu)] == [mode, mode]
+
+
+@pytest.mark.parametrize(
+    ("request_", "config", "limits"),
+    [
+        (ask(), {}, Limits(25.0, 35654 * MIB)),
+        (ask(10.0, 2 * GIB), {}, Limits(10.0, 2 * GIB)),
+        (ask(), {"limits_memory_of_share": "default"}, Limits(25.0, None)),
+        (ask(), {"limits_thread_percentage_max": 20.0, "limits_memory_max": "8G"}, Limits(20.0, 8 * GIB)),
+        (replace(ask(), auto_threads=True, auto_memory=True), {}, Limits(25.0, None)),
+        (replace(ask(), share_percentage=100.0), {}, Limits(100.0, None)),
+    ],
+)
+def test_a_part_of_a_gpu_is_that_part_of_its_threads_and_memory(
+    request_: JobRequest, config: dict[str, Any], limits: Limits
+) -> None:
+    """Slurm's word for it (gres/mps) is what a job has that does not say, and the most that it may say of threads."""
+    request = replace(request_, share_percentage=request_.share_percentage or 25.0)
+    plan = make_plan(request, SiteConfig(gpus_sharing="separate", **config), GPUS)
+    assert plan.daemons[0].limits == limits
 
 
 def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
@@ -162,6 +194,17 @@ def test_site_defaults_apply_to_a_job_that_does_not_say() -> None:
     ("request_", "config", "message"),
     [
         (ask(75.0), SiteConfig(limits_thread_percentage_max=50.0), "--mps-threads=75: this site allows 0.1 to 50"),
+        (
+            replace(ask(50.0), share_percentage=25.0),
+            SiteConfig(gpus_sharing="separate"),
+            r"--mps-threads=50 is more than --gres=mps gives the job of a GPU \(25 %\); ask for --mps-threads=25",
+        ),
+        (
+            replace(ask(), share_percentage=1.0),
+            SiteConfig(gpus_sharing="separate", limits_thread_percentage_min=5.0),
+            "--gres=mps gives it 1 % of a GPU: this site allows 5 and more",
+        ),
+        (replace(ask(), share_percentage=25.0), DEFAULTS, "this site gives MPS jobs whole ones"),
         (
             ask(memory=150 * GIB),
             DEFAULTS,

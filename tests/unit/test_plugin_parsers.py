@@ -69,6 +69,9 @@ class CVerdict(ctypes.Structure):
         ("priority", ctypes.c_int),
         ("auto_threads", ctypes.c_bool),
         ("auto_memory", ctypes.c_bool),
+        ("share_tenths", ctypes.c_uint),
+        ("shards_per_gpu", ctypes.c_uint),
+        ("share_memory", ctypes.c_bool),
         ("ordinals", ctypes.c_bool),
         ("per_gpu", ctypes.c_bool),
         ("daemon_count", ctypes.c_uint),
@@ -435,6 +438,9 @@ class CLimits(ctypes.Structure):
         ("threads_tenths", ctypes.c_uint),
         ("divide_threads", ctypes.c_bool),
         ("divide_memory", ctypes.c_bool * 64),
+        ("share_tenths", ctypes.c_uint),
+        ("says_memory", ctypes.c_bool),
+        ("share_divides", ctypes.c_bool),
         ("priority", ctypes.c_int),
         ("ranks", ctypes.c_uint),
         ("mib", ctypes.c_uint64 * 64),
@@ -530,7 +536,14 @@ AUTO = verdict_file(auto=["threads", "memory"], thread_percentage="100", daemon=
 
 
 def divide(
-    plugin: ctypes.CDLL, state: Path, ranks: list[int], visible: str = "2,3", *, job: bytes = AUTO, **given: str
+    plugin: ctypes.CDLL,
+    state: Path,
+    ranks: list[int],
+    visible: str = "2,3",
+    *,
+    job: bytes = AUTO,
+    shards: int = 0,
+    **given: str,
 ) -> tuple[int, list[int]] | str:
     """Tenths of a percent and MiB for each GPU of a task, with so many ranks on the job's GPUs; or the refusal."""
     limits = of_step(plugin, state, job=job, **given)
@@ -538,6 +551,7 @@ def divide(
     verdict, task, message = read(plugin, state, job), CTaskGpus(), ctypes.create_string_buffer(512)
     assert find_gpus(plugin, verdict, visible, task)
     counted = (ctypes.c_uint * 64)(*ranks)
+    plugin.limits_of_share(ctypes.byref(verdict), shards, ctypes.byref(limits))
     plugin.limits_divide.restype = ctypes.c_bool
     arguments = ctypes.byref(verdict), ctypes.byref(task), counted, ctypes.byref(limits), message, 512
     if not plugin.limits_divide(*arguments):
@@ -559,6 +573,36 @@ def test_auto_divides_by_the_ranks_on_the_tasks_own_gpus(
     plugin: ctypes.CDLL, state: Path, ranks: list[int], visible: str, expected: tuple[int, list[int]]
 ) -> None:
     assert divide(plugin, state, ranks, visible) == expected
+
+
+PART = {"share": "12.5", "share_memory": "even"}
+
+
+@pytest.mark.parametrize(
+    ("shards", "lines", "given", "expected"),
+    [
+        (0, PART, {}, (125, [8915, 8915])),
+        (0, PART, {"threads": "auto"}, (62, [8915, 8915])),
+        (0, PART, {"mem": "2G"}, (125, [2048, 2048])),
+        (0, {"share": "12.5"}, {}, (125, [0, 0])),
+        (1, {"shards_per_gpu": "4", "share_memory": "even"}, {}, (125, [8915, 8915])),  # of two GPUs
+        (8, {"shards_per_gpu": "4", "share_memory": "even"}, {}, (1000, [0, 0])),
+        (9, {"shards_per_gpu": "4", "share_memory": "even"}, {}, (1000, [0, 0])),
+        (1, {"share_memory": "even"}, {}, (1000, [0, 0])),
+        (0, {"share": "100", "share_memory": "even"}, {}, (1000, [0, 0])),
+    ],
+)
+def test_a_part_of_a_gpu_is_divided_by_those_that_share_it(
+    plugin: ctypes.CDLL,
+    state: Path,
+    shards: int,
+    lines: dict[str, str],
+    given: dict[str, str],
+    expected: tuple[int, list[int]],
+) -> None:
+    """Two ranks on each GPU: each may have the part of the threads, and half of that part of the memory."""
+    job = verdict_file(thread_percentage="100", daemon=f"{PIPE}/pipe /var/log/x -", **lines)
+    assert divide(plugin, state, [2, 2], job=job, shards=shards, **given) == expected
 
 
 def test_auto_never_gives_more_than_the_job_has(plugin: ctypes.CDLL, state: Path) -> None:

@@ -10,7 +10,7 @@ from slurm_mps.config.settings import DEFAULTS, STATE_DIRECTORY, SiteConfig
 from slurm_mps.errors import NodeError
 from slurm_mps.job.actions import gpu_daemon_name
 from slurm_mps.job.journal import JOURNAL_VERSION, Journal
-from slurm_mps.job.ledger import LedgerEntry
+from slurm_mps.job.ledger import SEPARATE, Holder, LedgerEntry
 from slurm_mps.job.request import ID_MAX
 from slurm_mps.job.state import NodeState
 from slurm_mps.job.verdict import VERDICT_VERSION, refused
@@ -82,7 +82,7 @@ def test_only_the_verdict_can_be_read(state: NodeState, place: Path) -> None:
     journal.write_verdict(refused("no"))
     assert modes(place)["jobs/4711"] == 0o700, "until the user is let in"
     journal.admit_user()
-    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
+    state.ledgers.write(GPU, LedgerEntry((Holder(4711),), 0))
     state.keep_compiled_config("stamp", DEFAULTS, 1)
     assert place.stat().st_mode & 0o7777 == 0o711
     assert modes(place) == {
@@ -208,12 +208,18 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "entry", [LedgerEntry((4711,), 0), LedgerEntry((4711, 4712), 2), LedgerEntry((4711,), None), LedgerEntry((), 3)]
+    "entry",
+    [
+        LedgerEntry((Holder(4711),), 0),
+        LedgerEntry((Holder(4711, SEPARATE), Holder(4712, SEPARATE)), 2),
+        LedgerEntry((Holder(4711),), None),
+        LedgerEntry((), 3),
+    ],
 )
 def test_a_ledger_is_read_back_as_it_was_written(state: NodeState, entry: LedgerEntry) -> None:
     """Holders in their order, and the mode that was found, DEFAULT as well as none."""
-    for job in entry.holders:
-        begin(state, job)
+    for holder in entry.holders:
+        begin(state, holder.job_id)
     state.ledgers.write(GPU, entry)
     assert state.ledgers.read(GPU) == entry
 
@@ -221,7 +227,7 @@ def test_a_ledger_is_read_back_as_it_was_written(state: NodeState, entry: Ledger
 def test_a_ledger_of_nobody_and_nothing_is_no_file(state: NodeState, place: Path) -> None:
     """With the last holder gone and the mode put back there is nothing to remember, nor a killed write's rest."""
     begin(state)
-    state.ledgers.write(GPU, LedgerEntry((4711,), 0))
+    state.ledgers.write(GPU, LedgerEntry((Holder(4711),), 0))
     (place / f"gpus/.{GPU}.new").touch(mode=0o600)
     state.ledgers.write(GPU, LedgerEntry())
     assert list((place / "gpus").iterdir()) == []
@@ -231,8 +237,8 @@ def test_a_ledger_of_nobody_and_nothing_is_no_file(state: NodeState, place: Path
 def test_a_holder_without_a_job_directory_does_not_hold(state: NodeState) -> None:
     """A job whose state is gone cannot let go any more; what it found is remembered all the same."""
     begin(state, 4712)
-    state.ledgers.write(GPU, LedgerEntry((4711, 4712, 4713), 2))
-    assert state.ledgers.read(GPU) == LedgerEntry((4712,), 2)
+    state.ledgers.write(GPU, LedgerEntry((Holder(4711), Holder(4712), Holder(4713)), 2))
+    assert state.ledgers.read(GPU) == LedgerEntry((Holder(4712),), 2)
 
 
 def test_a_ledger_of_another_boot_says_nothing(state: NodeState, place: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import stat
 from typing import TYPE_CHECKING
 
-from ...slurm.host import NotKnownError, count_gpus
+from ...slurm.host import count_gpus
 from ...slurm.hostlist import hosts_of
 from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
 
@@ -44,25 +44,45 @@ def _gpu_files(facts: Facts) -> list[tuple[ConfLine, str]]:
     return [(line, path) for line, files in given for path in hosts_of(files) or [files]]
 
 
+#: What was wrong with gres/mps and gres/shard until a release, by Slurm's own tickets.
+_SHARED_FAULTS = (
+    ((22, 5), "shards taken from several GPUs are lost", 15316),
+    ((22, 5), "variables are wrong", 15247),
+    ((23, 11), "a GPU is given whole and in parts at once", 18590),
+    ((25, 5), "backfill does not see shards", 22235),
+    ((25, 5), "counts are wrong after a request that is refused", 22617),
+)
+
+
 @check(
     "gres-types",
-    "Slurm hands out GPUs, and not by its own gres/mps",
-    why="Without gres/gpu no job has a GPU of its own. gres/mps is another way to share a GPU among jobs; its control "
-    "daemon and that of slurm-mps cannot be on one GPU.",
+    "Slurm hands out GPUs, and parts of them only where MPS jobs may share one",
+    why="Without gres/gpu no job has a GPU of its own. A job of gres/mps has MPS without another option, and is "
+    "refused where gpus.sharing is refuse.",
 )
 def gres_types(facts: Facts) -> Iterator[Finding]:
-    if "gpu" not in facts.words("GresTypes"):
+    types = facts.words("GresTypes")
+    if "gpu" not in types:
         has = facts.value("GresTypes") or "nothing"
         yield problem(f"GresTypes has {has}, and not gpu", f"{facts.where('GresTypes')}: GresTypes=gpu")
-    if "mps" in facts.words("GresTypes"):
-        yield problem(f"{facts.where('GresTypes')}: GresTypes has mps", "GresTypes=gpu")
-    try:
-        lines = facts.other_conf("gres.conf").lines
-    except NotKnownError:
-        return
-    for line in lines:
-        if line.pairs().get("name", "").lower() == "mps":
-            yield problem(f"{line.place}: {line.text}", "take the line out")
+    if "mps" in types and facts.site.gpus_sharing == "refuse":
+        said = f"{facts.where('GresTypes')}: GresTypes has mps, and gpus.sharing refuses its jobs"
+        yield problem(said, 'GresTypes=gpu, or gpus.sharing = "separate" in mps.toml')
+
+
+@check(
+    "gres-shared",
+    "Slurm's release has no known faults in sharing GPUs",
+    why="Until a release that mends them, gres/mps and gres/shard have faults that slurm-mps cannot see: a GPU given "
+    "twice, parts that are lost.",
+)
+def gres_shared(facts: Facts) -> Iterator[Finding]:
+    shared = [name for name in ("mps", "shard") if name in facts.words("GresTypes")]
+    number = tuple(int(word) for word in facts.release.split(".")[:2])
+    faults = [f"{what} (ticket {ticket})" for until, what, ticket in _SHARED_FAULTS if number <= until]
+    if shared and faults:
+        said = f"GresTypes has {' and '.join(shared)}, and Slurm {facts.release} has known faults there"
+        yield warning(f"{said}: {'; '.join(faults)}", "upgrade Slurm, or watch for them")
 
 
 @check(
