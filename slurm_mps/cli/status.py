@@ -194,8 +194,10 @@ def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
             "state": state,
             "style": "red" if state in ("silent", "no server") else "",
         }
+    from slurm_mps.status.daemon import WELL
+
     server = daemon.servers[0]
-    well = server.state == "ACTIVE"
+    well = server.state in WELL
     state = server.state or "silent"
     return {"daemon": daemon.pid or None, "server": server.pid, "state": state, "style": "" if well else "red"}
 

@@ -30,13 +30,17 @@ _LOG_BYTES = 4 * 1024**2
 ACTIVE, FAULT = "ACTIVE", "FAULT"
 #: Our word for a server that its daemon lists no more though it was not told to go; the next client gets another (O31).
 DIED = "DIED"
+#: Our word for a server of a driver that does not report how it is: 535, which has no get_server_status (O83).
+RUNNING = "RUNNING"
+WELL = (ACTIVE, RUNNING)
+_NO_STATUS = 'Unknown command "get_server_status"'
 
 
 @dataclass(frozen=True)
 class Server:
     """An MPS server: its state in the daemon's word, and what percentage of a GPU's threads it gives a client.
 
-    Or the one that was there, with the state DIED and without a percentage.
+    The state is RUNNING where the driver reports none. A server that was there is DIED, without a percentage.
     """
 
     pid: int
@@ -82,7 +86,7 @@ class Memory:
         when, process, then, answer = self._said.get(place.pipe_directory, (0.0, None, None, None))
         if answer is None or answer.problem or process is None or identify(process.pid) != process:
             return None
-        if clients != then or any(server.state != ACTIVE or not identify(server.pid) for server in answer.servers):
+        if clients != then or any(server.state not in WELL or not identify(server.pid) for server in answer.servers):
             return None
         return answer if monotonic() - when < (_ANEW_SECONDS if clients is not None else _BLIND_SECONDS) else None
 
@@ -155,8 +159,9 @@ def _client(words: Sequence[str], gpus: Sequence[str]) -> list[Client]:
 
 def parse_servers(pids: Sequence[int], lines: Sequence[str]) -> tuple[Server, ...]:
     """Read two answers for each server, its state and its percentage; one that went meanwhile has none. Pure."""
-    states = [line.strip() for line in lines if line.strip().isupper()]
-    percentages = [line.strip() for line in lines if _PERCENTAGE.fullmatch(line.strip())]
+    said = [line.strip() for line in lines]
+    states = [RUNNING if line == _NO_STATUS else line for line in said if line.isupper() or line == _NO_STATUS]
+    percentages = [line for line in said if _PERCENTAGE.fullmatch(line)]
     if len(states) != len(pids) or len(percentages) != len(pids):
         return tuple(Server(pid, "", "") for pid in pids)
     return tuple(Server(*one) for one in zip(pids, states, percentages, strict=True))
