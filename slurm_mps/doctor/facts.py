@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import shutil
 import threading
 from functools import cached_property
 from time import monotonic
@@ -18,10 +19,12 @@ from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import MpsError, NodeError
 from ..job.reconcile import Reconciler
 from ..job.watch import Watch
+from ..node import processes
+from ..node.control import ControlDaemon, Limits, Patience, quit_all, set_limits
 from ..node.nvml import Gpus
 from ..node.paths import others_can_write
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
-from ..units import printable
+from ..units import GIB, printable
 from .gpus import Driver, GpuFacts, look_at_gpus
 from .scripts import Script, in_order, read_script
 
@@ -36,6 +39,15 @@ T = TypeVar("T")
 
 DEADLINE_SECONDS = 1.4  # all of doctor takes less than two
 _ENDING_SECONDS = 0.1  # for a program that is killed at the deadline
+_TRIAL_END_SECONDS = 0.4  # for the daemon that doctor tries, before the deadline
+_TRIAL_LOG_BYTES = 65536
+_NO_GPU_STATUS = 100  # O6
+#: Queries and commands that only some drivers know, and what they are for; jobs do without (O83).
+CONTROL_EXTRAS = {
+    "get_server_status": "the state of a server",
+    "device_query": "a list of its GPUs",
+    "sm_partition": "static partitions",
+}
 #: Where the file is silent these are unset, whatever slurmctld still has of an earlier one.
 UNSET_BY_DEFAULT = frozenset(
     {"prolog", "epilog", "prologflags", "grestypes", "prologtimeout", "epilogtimeout", "prologepilogtimeout"}
@@ -96,10 +108,11 @@ class Facts(Host):
     def __init__(self, environment: Mapping[str, str], deadline_seconds: float = DEADLINE_SECONDS) -> None:
         super().__init__(environment)
         self._deadline = monotonic() + deadline_seconds
+        self.trial_directory = f"/run/slurm-mps-doctor-{os.getpid()}"
         self._controller = Later("slurmctld", self.ask_slurmctld, self._deadline)
         self._driver = Later("the NVIDIA driver", look_at_gpus, self._deadline)
         self._stale = Later("squeue", self._rehearse_reconcile, self._deadline)
-        self._control_help = Later("the control program", self._ask_control_program, self._deadline)
+        self._control_unknown = Later("the control program", self._try_control_program, self._deadline)
         self._hook_versions = Later("the hooks' Python", self._ask_hook_versions, self._deadline)
         self._compiler = Later("the hooks' Python", self._ask_compiler, self._deadline)
         self._release = Later("Slurm's commands", self.ask_release, self._deadline)
@@ -118,8 +131,8 @@ class Facts(Host):
     def _questions(self) -> list[Later[Any]]:
         here: list[Later[Any]] = [self._controller, self._release]
         if self.is_compute:
-            here += [self._driver, self._control_help, self._hook_versions, self._compiler]
-            here += [self._stale] if self.is_root else []
+            here += [self._driver, self._hook_versions, self._compiler]
+            here += [self._control_unknown, self._stale] if self.is_root else []
         return here
 
     def seconds_left(self) -> float:
@@ -127,10 +140,13 @@ class Facts(Host):
 
     def run(self, argv: list[str], *files: str) -> Outcome:
         """Root runs nothing that others can write: neither the program nor the files that name it or that it reads."""
-        for path in (argv[0], *files) if self.is_root else ():
+        self._trust(argv[0], *files)
+        return super().run(argv, *files)
+
+    def _trust(self, *files: str) -> None:
+        for path in files if self.is_root else ():
             if others_can_write(path):
                 raise NotKnownError(f"{path} can be written by others than root, and is not run")
-        return super().run(argv, *files)
 
     # --------------------------------------------------------------------------------------------------------- Slurm
 
@@ -319,10 +335,41 @@ class Facts(Host):
         return found
 
     @property
-    def control_help(self) -> str:
-        """What the control program says of its options and commands."""
-        return self._control_help.get()
+    def control_unknown(self) -> tuple[str, ...]:
+        """Those of CONTROL_EXTRAS that a control daemon does not know; that it can do what jobs need was tried, too.
 
-    def _ask_control_program(self) -> str:
-        outcome = self.run([self.site.paths_control_program, "-h"], CONFIG_PATH)
-        return outcome.output if not outcome.status else ""
+        Raises: NodeError when it cannot.
+        """
+        if not self.is_root:
+            raise NotKnownError("only root can try a control daemon", needs_root=True)
+        return self._control_unknown.get()
+
+    def _try_control_program(self) -> tuple[str, ...]:
+        """Start a control daemon as a prolog does, set limits and read them back, and end it.
+
+        It has a pipe directory of its own and no server, and so nothing on a GPU.
+        """
+        program = self.site.paths_control_program
+        self._trust(program, CONFIG_PATH)
+        end = self._deadline - _TRIAL_END_SECONDS
+        os.mkdir(self.trial_directory, 0o700)
+        daemon = ControlDaemon(program, f"{self.trial_directory}/pipe", f"{self.trial_directory}/log")
+        try:
+            os.mkdir(daemon.pipe_directory)
+            os.mkdir(daemon.log_directory)
+            (started,) = processes.wait_all([daemon.start(["0"], _TRIAL_LOG_BYTES)], end - monotonic())
+            if started is None:
+                raise NoAnswerError(f"{program} -d does not answer")
+            if started.status == _NO_GPU_STATUS:
+                raise NotKnownError("no control daemon starts on GPU 0, which cannot be used now")
+            if started.status:
+                raise NodeError(f"{program} -d ended with status {started.status}")
+            set_limits([(daemon, Limits(50.0, GIB, 0), 1)], end - monotonic())
+            answers = daemon.command(list(CONTROL_EXTRAS), end - monotonic())
+            return tuple(extra for extra in CONTROL_EXTRAS if f'Unknown command "{extra}"' in answers)
+        finally:
+            try:
+                share = _TRIAL_END_SECONDS / 4
+                quit_all([daemon], 0, Patience(1, share, share, share))
+            finally:
+                shutil.rmtree(self.trial_directory, ignore_errors=True)

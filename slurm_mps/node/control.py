@@ -38,6 +38,7 @@ _TURNED_AWAY_SECONDS = 0.02
 _STRAY_SECONDS = 1.0
 _SEARCH_BYTES = 4 * 1024 * 1024
 _NAMED_PIDS = 20
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. ")
 
 
@@ -120,6 +121,27 @@ def search(directory: str, timeout_seconds: float) -> list[Stray]:
     return found
 
 
+def server_path(program: str) -> str:
+    """The PATH in which a control program looks for its server program: not beside itself, as it seems to (O83)."""
+    return f"{os.path.dirname(program)}:{_PATH}"
+
+
+def why_not_run(program: str) -> NodeError | None:
+    """What is wrong with a control program that cannot be started: it is not there, or another architecture's."""
+    here = os.uname().machine
+    try:
+        built_for = processes.architecture_of(program)
+    except OSError as error:
+        hint = "install the driver's compute utilities, or set paths.control_program in mps.toml"
+        return NodeError(f"control program {program}: {os.strerror(error.errno or 0)}", hint=hint)
+    if built_for and built_for != here:
+        return NodeError(
+            f"control program {program} is built for {built_for}, and this node is {here}",
+            hint=f"install the driver for {here}",
+        )
+    return None
+
+
 @record
 class ControlDaemon:
     """One control daemon, known by its pipe directory. It may or may not be running."""
@@ -131,7 +153,7 @@ class ControlDaemon:
     @property
     def _environment(self) -> dict[str, str]:
         return {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": server_path(self.program),
             "CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory,
             "CUDA_MPS_LOG_DIRECTORY": self.log_directory,
         }
@@ -147,7 +169,10 @@ class ControlDaemon:
         if len(self.pipe_directory) > PIPE_DIRECTORY_MAX:
             raise NodeError(f"{self.pipe_directory} is too long for the control daemon's sockets")
         environment = {**self._environment, "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
-        return processes.spawn([self.program, "-d"], environment, file_limit_bytes=log_limit_bytes)
+        try:
+            return processes.spawn([self.program, "-d"], environment, file_limit_bytes=log_limit_bytes)
+        except NodeError as error:
+            raise why_not_run(self.program) or error from None
 
     def check_start(self, outcome: Outcome | None, timeout_seconds: float, pipe: Directory) -> None:
         """See that the program that start() gave has started a daemon, and make root's files root's alone.

@@ -32,6 +32,10 @@ COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLU
 DEFAULT, EXCLUSIVE_PROCESS = 0, 3
 
 #: The kernel's own list of GPUs: a directory each, named by PCI address, with a file of ``Name: value`` lines (O69).
+#: The first CUDA whose control daemon limits memory, and the driver that has it (NVIDIA's documentation).
+CUDA_NEEDED = (11, 5)
+NEEDED = "CUDA 11.5 (driver 495) or newer"
+_VERSION_BYTES = 80
 _KERNEL_LIST = "/proc/driver/nvidia/gpus"
 _HEXADECIMAL = frozenset("0123456789abcdef-")
 
@@ -168,7 +172,7 @@ class Gpus:
     def resolve(self, name: str) -> Gpu:
         """Find a GPU by what Slurm calls it: an index, which counts as NVML does, or a UUID.
 
-        Raises: NodeError when the node has no such GPU or NVML fails.
+        Raises: NodeError when the node has no such GPU, its driver is older than CUDA_NEEDED, or NVML fails.
         """
         handle = ctypes.c_void_p()
         if name.isdigit():
@@ -200,7 +204,13 @@ class Gpus:
     def _cuda_version(self) -> tuple[int, int]:
         version = ctypes.c_int()
         self._call("nvmlSystemGetCudaDriverVersion_v2", "this node's NVIDIA driver", ctypes.byref(version))
-        return version.value // 1000, version.value % 1000 // 10
+        found = version.value // 1000, version.value % 1000 // 10
+        if found < CUDA_NEEDED:
+            driver = ctypes.create_string_buffer(_VERSION_BYTES)
+            self._call("nvmlSystemGetDriverVersion", "this node's NVIDIA driver", driver, _VERSION_BYTES)
+            named = f"{driver.value.decode('ascii', 'replace')} (CUDA {found[0]}.{found[1]})"
+            raise NodeError(f"this node's NVIDIA driver {named} is too old: slurm-mps needs {NEEDED}")
+        return found
 
     def compute_mode(self, uuid: str) -> int:
         """The compute mode a GPU is in, a key of COMPUTE_MODES."""

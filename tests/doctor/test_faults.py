@@ -224,6 +224,8 @@ def control_program(lay: str, name: str) -> Plant:
     return together(made, write(MPS, f'[paths]\ncontrol_program = "/usr/local/mps/{name}"\n'))
 
 
+SERVER_PROGRAM = "/usr/bin/nvidia-cuda-mps-server"
+AARCH64 = r"\177ELF\2\1\1\0\0\0\0\0\0\0\0\0\2\0\267\0"
 OLD_PROGRAM = "printf '#!/bin/sh\\necho \"  start_server -uid <user id>\"\\n' >control; chmod 755 control"
 
 
@@ -550,7 +552,10 @@ FAULTS = {
         write(MPS, '[paths]\ncontrol_program = "/usr/local/mps"\n'), problem("control-program")
     ),
     "no server program": Fault(
-        control_program("cp /usr/bin/nvidia-cuda-mps-control .", "nvidia-cuda-mps-control"), problem("control-program")
+        shell(f"mount --bind /dev/null {SERVER_PROGRAM}", f"umount {SERVER_PROGRAM}"), problem("control-program")
+    ),
+    "another architecture's control program": Fault(
+        control_program(f"printf '{AARCH64}' >control; chmod 755 control", "control"), problem("control-program")
     ),
     "an old control program": Fault(
         control_program(f"cp /usr/bin/nvidia-cuda-mps-server .; {OLD_PROGRAM}", "control"), problem("control-program")

@@ -15,7 +15,7 @@ from tests.harness.site import PLUGIN_DIRECTORY
 if TYPE_CHECKING:
     from tests.doctor.conftest import Patient
 
-ROOT_ONLY = {"stale-state", "job-daemon", "other-daemon"}
+ROOT_ONLY = {"control-program", "stale-state", "job-daemon", "other-daemon"}
 
 
 @pytest.mark.alone  # doctor gives all of its questions 1.4 seconds
@@ -78,6 +78,26 @@ def test_one_check_by_its_id(patient: Patient) -> None:
     found = patient.examine("driver", "mig")
     assert [one["check"] for one in found.findings] == ["driver", "mig"]
     assert "driver 580.159.04, CUDA 13.0: 48 clients" in found.findings[0]["what"]
+
+
+@pytest.mark.parametrize("branch", [535, 550])
+def test_an_older_driver_that_works_is_healthy(patient: Patient, branch: int) -> None:
+    """A daemon of its own is asked what it can do; the control program's -h lists nothing before driver 580."""
+    again = "simulated-gpus create 4 --seed n1"
+    patient.shell(f"{again} --driver {branch}", undo=again)
+    found = patient.examine()
+    assert found.faults == {}
+    known = ", and has the state of a server" if branch == 550 else ""
+    assert found.of("fine")["control-program"] == f"a daemon sets and reads back limits and priority{known}"
+    assert patient.site.mps_processes() == []
+    assert patient.shell("ls -d /run/slurm-mps-doctor-* 2>/dev/null || :") == ""
+
+
+def test_a_server_program_in_another_directory_of_roots_path_is_found(patient: Patient) -> None:
+    """As Debian's packages have it."""
+    patient.shell("mkdir -p /usr/local/mps; cp /usr/bin/nvidia-cuda-mps-control /usr/local/mps", "rm -r /usr/local/mps")
+    patient.write("/etc/slurm/mps.toml", '[paths]\ncontrol_program = "/usr/local/mps/nvidia-cuda-mps-control"\n')
+    assert "control-program" not in patient.examine().faults
 
 
 def test_an_unknown_check_is_wrong_usage(patient: Patient) -> None:

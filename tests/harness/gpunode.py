@@ -14,6 +14,7 @@ from .site import STATE_DIRECTORY, gpu_machine, install_hooks, show_gpus_in_proc
 
 if TYPE_CHECKING:
     import subprocess
+    from pathlib import Path
     from types import TracebackType
 
     from .machine import Process, Result
@@ -57,8 +58,9 @@ UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
 class GpuNode:
     """A machine with slurm-mps and simulated GPUs, or the host's own; use it as a context manager."""
 
-    def __init__(self, *, gpus: int = 4, real: bool = False) -> None:
-        self.machine = gpu_machine(real=real)
+    def __init__(self, *, gpus: int = 4, driver: int = 580, programs: Path | None = None, real: bool = False) -> None:
+        self.machine = gpu_machine(real=real, programs=programs)
+        self._driver = driver
         self._real = real
         self._gpu_count = gpus
         self._running: list[int] = []
@@ -69,7 +71,7 @@ class GpuNode:
             if self._real:
                 bundle.settle(self.machine)
             else:
-                self.run("simulated-gpus", "create", str(self._gpu_count)).check()
+                self.have_driver(self._driver)
                 show_gpus_in_proc(self.machine, self.gpus())
             install_hooks(self.machine)
             self.configure("")
@@ -99,6 +101,10 @@ class GpuNode:
         self.run("simulated-gpus", "fault", "--clear").check()
         if settings:
             self.run("simulated-gpus", "fault", *settings).check()
+
+    def have_driver(self, branch: int, *options: str) -> None:
+        """Simulate another driver from now on; what runs already goes on as it was started."""
+        self.run("simulated-gpus", "create", str(self._gpu_count), "--driver", str(branch), *options).check()
 
     @property
     def package(self) -> str:

@@ -170,6 +170,8 @@ def open_problems(name: str, call: ast.Call) -> list[str]:
         return []
     if (name, ast.unparse(call)) == (PROCESSES, "open('/proc/self/oom_score_adj', 'r+b', buffering=0)"):
         return []
+    if (name, ast.unparse(call)) == (PROCESSES, "open(program, 'rb')"):  # to say why root could not run it
+        return []
     return [f"open({ast.unparse(target)}, {mode}) by path"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from shutil import which
 from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_PATH
@@ -12,15 +13,15 @@ from ...job.reconcile import BUSY, KEPT
 from ...job.state import NodeState
 from ...job.told import read_verdict
 from ...job.verdict import JOBS
-from ...node.control import DAEMON_PROGRAM, SERVER_PROGRAM, search
+from ...node.control import DAEMON_PROGRAM, SERVER_PROGRAM, search, server_path, why_not_run
 from ...node.listen import listener
-from ...node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ...node.nvml import COMPUTE_MODES, CUDA_NEEDED, EXCLUSIVE_PROCESS, NEEDED
 from ...node.processes import describe, name_of, parent_of, uid_of
 from ...node.reading import small_number
 from ...slurm.host import NotKnownError
 from ...status.node import READY
 from ...units import printable
-from ..facts import NoAnswerError
+from ..facts import CONTROL_EXTRAS, NoAnswerError
 from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
 
 if TYPE_CHECKING:
@@ -30,16 +31,7 @@ if TYPE_CHECKING:
     from ..facts import Facts
     from ..finding import Finding
 
-_NEEDED = (
-    "start_server",
-    "set_default_active_thread_percentage",
-    "get_default_active_thread_percentage",
-    "set_default_device_pinned_mem_limit",
-    "get_default_device_pinned_mem_limit",
-    "set_default_client_priority",
-)
-_MORE = {"static partitions": "sm_partition", "v3": "protocol"}
-_MEMORY_LIMITS_CUDA, _MANY_CLIENTS_CUDA = (11, 5), (13, 1)
+_MANY_CLIENTS_CUDA = (13, 1)
 _VOLTA = (7, 0)
 _PROCESSES_BRANCH = 510
 _COMM_MAX = 15
@@ -83,9 +75,9 @@ def driver(facts: Facts) -> Iterator[Finding]:
 )
 def driver_version(facts: Facts) -> Iterator[Finding]:
     gpus, found = facts.gpus, facts.driver
-    if found.cuda < _MEMORY_LIMITS_CUDA:
-        what = f"driver {found.version} has CUDA {found.cuda[0]}.{found.cuda[1]}, which has no --mps-mem"
-        yield problem(what, "a driver of CUDA 11.5 or newer")
+    if found.cuda < CUDA_NEEDED:
+        what = f"driver {found.version} (CUDA {found.cuda[0]}.{found.cuda[1]}) is too old for any MPS job"
+        yield problem(what, f"a driver of {NEEDED}")
     if 0 < found.branch < _PROCESSES_BRANCH:
         what = f"driver {found.version} does not say which processes are on a GPU"
         yield warning(what, f"driver r{_PROCESSES_BRANCH} or newer")
@@ -103,26 +95,26 @@ def driver_version(facts: Facts) -> Iterator[Finding]:
 )
 def control_program(facts: Facts) -> Iterator[Finding]:
     path = facts.site.paths_control_program
-    for program in (path, f"{os.path.dirname(path)}/{SERVER_PROGRAM}") if os.path.exists(path) else (path,):
-        if not os.path.exists(program):
-            fix = "install the driver's compute utilities, or set paths.control_program"
-            yield problem(f"{program}: No such file or directory", fix)
-        elif not os.access(program, os.X_OK):
-            yield problem(f"{program} is not executable", f"chmod 755 {program}")
-    if not os.access(path, os.X_OK):
+    wrong = why_not_run(path)
+    if wrong:
+        yield problem(wrong.message, wrong.hint)
         return
+    if not os.access(path, os.X_OK):
+        yield problem(f"{path} is not executable", f"chmod 755 {path}")
+        return
+    if not which(SERVER_PROGRAM, path=server_path(path)):
+        fix = "install the driver's compute utilities"
+        yield problem(f"{SERVER_PROGRAM} is neither beside {path} nor in {server_path('')[1:]}", fix)
     try:
-        usage = facts.control_help
+        unknown = facts.control_unknown
     except NotKnownError:
         raise
     except MpsError as error:
-        yield problem(str(error), f"{path} -h")
-        return
-    unknown = [command for command in _NEEDED if command not in usage]
-    if unknown:
         why = "It answers an unknown command with exit 0. The prolog finds the limit missing, and the job fails."
-        yield problem(f"{path} does not know {', '.join(unknown)}", "a driver of CUDA 11.5 or newer", why)
-    yield fine(", ".join(["limits and priority", *(name for name, word in _MORE.items() if word in usage)]))
+        yield problem(str(error), f"a driver of {NEEDED}", why)
+        return
+    known = [CONTROL_EXTRAS[extra] for extra in CONTROL_EXTRAS if extra not in unknown]
+    yield fine(f"a daemon sets and reads back limits and priority{', and has ' if known else ''}{', '.join(known)}")
 
 
 @check(
@@ -314,7 +306,8 @@ def other_daemon(facts: Facts) -> Iterator[Finding]:
     if not facts.is_root:
         raise NotKnownError("only root sees whose control daemons run", needs_root=True)
     for one in search("", _SEARCH_SECONDS):
-        if one.program == DAEMON_PROGRAM and not one.pipe_directory.startswith(f"{JOBS}/"):
+        ours = (f"{JOBS}/", f"{facts.trial_directory}/")
+        if one.program == DAEMON_PROGRAM and not one.pipe_directory.startswith(ours):
             where = printable(one.pipe_directory or "/tmp/nvidia-mps", 80)  # noqa: S108 - the driver's own default
             pid = one.process.pid
             yield warning(f"control daemon {describe(pid)} in {where} is of no job", f"end it: kill {pid}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from shutil import which
 from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
 from ...job.reconcile import BUSY, KEPT, LEFT
-from ...node.control import SERVER_PROGRAM
+from ...node.control import SERVER_PROGRAM, server_path
 from ...node.paths import closed_to_users, others_can_write, steps
 from ...node.reading import read_text
 from ...slurm.host import EPILOG, PROLOG
@@ -41,7 +42,7 @@ def owner(facts: Facts) -> Iterator[Finding]:
         parts = (*facts.parts[PROLOG], *facts.parts[EPILOG], *facts.our_hooks)
         paths += [path for part in parts for path in (part.path, *part.values.values())]
         program = facts.site.paths_control_program
-        paths += [STATE_DIRECTORY, program, f"{os.path.dirname(program)}/{SERVER_PROGRAM}"]
+        paths += [STATE_DIRECTORY, program, which(SERVER_PROGRAM, path=server_path(program)) or ""]
     for path in dict.fromkeys(others_can_write(path) for path in paths if path and os.path.lexists(path)):
         if path:
             yield problem(f"{path} can be written by others than root", f"chown root: {path}; chmod go-w {path}")
