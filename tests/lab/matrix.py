@@ -49,6 +49,7 @@ TESTS = (
 )
 RESULTS = CACHE / "matrix"
 PAGE = REPOSITORY / "docs/support.md"
+BY_HAND = "\n## Which driver\n"
 FULL_TIMEOUT_SECONDS, SHORT_TIMEOUT_SECONDS = 3600.0, 600.0
 _PRINTING = threading.Lock()
 
@@ -262,8 +263,9 @@ def page_of(outcomes: list[Outcome]) -> str:
 
 
 def write_page(outcomes: list[Outcome]) -> None:
-    """Write docs/support.md."""
-    PAGE.write_text(page_of(outcomes))
+    """Write docs/support.md, but for the part that is written by hand."""
+    by_hand = PAGE.read_text().partition(BY_HAND)[2]
+    PAGE.write_text(page_of(outcomes) + BY_HAND + by_hand)
     print(f"matrix: wrote {PAGE.relative_to(REPOSITORY)}")
 
 
