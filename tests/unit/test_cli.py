@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_reader_that_has_enough_is_no_error(command: list[str]) -> None:
 @pytest.mark.parametrize(("command", "status"), [("config show", 0), ("doctor --list", 0), ("config nonsense", 2)])
 def test_a_stream_that_is_closed_is_not_there_and_no_more(command: str, status: int, closed: str) -> None:
     """The exit status is the answer's, and no file that is opened later gets what is meant for stdout or stderr."""
-    line = f"{sys.executable} -m slurm_mps.cli.main {command}"
+    line = f"{shlex.quote(sys.executable)} -m slurm_mps.cli.main {command}"
     whole = subprocess.run(["sh", "-c", line], capture_output=True, check=False)
     done = subprocess.run(["sh", "-c", f"{line} {closed}"], capture_output=True, check=False)
     assert whole.returncode == done.returncode == status

@@ -30,6 +30,9 @@ ONE = Verdict(
     clients_per_gpu=48,
     auto=("memory",),
     client_priority=1,
+    share_percentage=25.0,
+    shards_per_gpu=4,
+    share_memory=True,
     visible_devices="ordinal",
     probe=("/opt/slurm-mps/bin/python3", "/opt/slurm-mps/probe.py"),
     explain="/opt/slurm-mps/explain.py",
@@ -44,7 +47,9 @@ EACH = replace(
 )
 
 
-@pytest.mark.parametrize("verdict", [ONE, EACH, refused("no GPU"), without("no daemon")], ids=lambda one: one.status)
+@pytest.mark.parametrize(
+    "verdict", [ONE, EACH, refused("no GPU", has_no_gpu=True), without("no daemon")], ids=lambda one: one.status
+)
 def test_it_is_read_as_it_was_written(verdict: Verdict) -> None:
     assert parse_verdict(verdict.encode()) == verdict
 
@@ -52,7 +57,7 @@ def test_it_is_read_as_it_was_written(verdict: Verdict) -> None:
 def test_each_field_is_read_as_it_was_written() -> None:
     """A field that is new, and that the verdicts above do not set, would be forgotten unseen."""
     unset = Verdict("")
-    seen = [ONE, EACH, refused("no GPU")]
+    seen = [ONE, EACH, refused("no GPU", has_no_gpu=True)]
     assert [name for name in vars(unset) if all(getattr(one, name) == getattr(unset, name) for one in seen)] == []
 
 
