@@ -179,9 +179,11 @@ def script_place(host: Host, setting: str, values: Sequence[str] | None = None) 
 def _require_roots_and_open_to_users() -> None:
     """Raises: MpsError unless this Python and this package are root's alone to write, and everybody's to read.
 
-    Root's prolog runs them; so do the plugin as the job's user, and users.
+    Root's prolog runs them; so do the plugin as the job's user, which reads their paths as words, and users.
     """
     for path in (sys.executable, f"{_PACKAGE}/hook.py"):
+        if path.split() != [path]:
+            raise MpsError(f"{path}: the plugin takes no path with a blank", "install slurm-mps in /opt/slurm-mps")
         try:
             require_roots(path)
         except MpsError as error:

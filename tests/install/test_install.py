@@ -288,6 +288,19 @@ def test_a_place_that_others_can_write_is_refused(machine: Machine) -> None:
     assert f"{MOUNT_POINT}/bin can be written by others than root, and root's prolog would run" in refused.stderr
 
 
+def test_a_place_with_a_blank_is_refused(machine: Machine) -> None:
+    """The plugin could not read the verdict of any job."""
+    before = snapshot(machine)
+    there = f"$({MOUNT_POINT}/bin/python3 -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')"
+    make = f"python3 -m venv --without-pip '/opt/a b'; cd '/opt/a b'/lib/*/site-packages; echo {there} >it.pth"
+    machine.run(["sh", "-ec", make]).check()
+    refused = machine.run(["/opt/a b/bin/python3", "-I", "-m", "slurm_mps.cli.main", "install"])
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "/opt/a b/bin/python3: the plugin takes no path with a blank" in refused.stderr
+    machine.run(["rm", "-r", "/opt/a b"]).check()
+    assert snapshot(machine) == before
+
+
 def test_a_place_that_users_cannot_reach_is_refused(machine: Machine) -> None:
     """As pipx and uv make one for root; nothing is written, and no home is opened."""
     before = snapshot(machine)
