@@ -30,15 +30,12 @@ static void unset(const char *prefix, const char *name)
 
 void submit_forget_other_job(void)
 {
-	bool in_a_job = variables_of_a_job();
-	bool allocates = spank_context() == S_CTX_ALLOCATOR;
-
-	if (!allocates && (spank_context() != S_CTX_LOCAL || in_a_job))
+	if (spank_context() != S_CTX_ALLOCATOR && (spank_context() != S_CTX_LOCAL || getenv("SLURM_JOB_ID")))
 		return;
 	for (size_t i = 0; i < sizeof(carried) / sizeof(carried[0]); i++) {
 		unset("SLURM_SPANK_", carried[i].variable);
-		if (in_a_job)
-			unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_", carried[i].option);
+		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_", carried[i].option);
+		unset("_SLURM_SPANK_OPTION_mps_", carried[i].option); /* what salloc starts has both */
 	}
 	variables_forget(NULL);
 }

@@ -105,11 +105,6 @@ void variables_forget(spank_t sp)
 	unset(sp, NODE_FAULT);
 }
 
-bool variables_of_a_job(void)
-{
-	return getenv("SLURM_JOB_ID") || getenv(SET_BY_US);
-}
-
 bool variables_set_node_fault(spank_t sp, const char *message)
 {
 	return spank_setenv(sp, NODE_FAULT, message, 1) == ESPANK_SUCCESS;

@@ -45,9 +45,6 @@ void variable_unset(spank_t sp, enum variable variable);
  */
 void variables_forget(spank_t sp);
 
-/* Whether this process is in a job, or comes from one. */
-bool variables_of_a_job(void);
-
 /* In a task that runs without MPS: why. Programs and `slurm-mps verify` may look. */
 bool variables_set_node_fault(spank_t sp, const char *message);
 

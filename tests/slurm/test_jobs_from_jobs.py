@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -102,3 +103,16 @@ def test_a_users_own_limit_travels_on(site: Site) -> None:
         f"unset ${{!SLURM*}}\nsbatch -wn2 -n1 --gres=gpu:1 --mps -o own.out --wrap '{SHOW}'\n{wait_for(['own'])}"
     )
     assert " sms=8 " in said_by(site, script, "own")["own"]
+
+
+@pytest.mark.parametrize("cleaned", ["", "unset SLURM_JOB_ID; "])
+def test_a_job_from_an_sallocs_shell_has_nothing_of_it(site: Site, cleaned: str) -> None:
+    """That shell is in no task: what tells of the job is the request alone, under two kinds of names (22.05)."""
+    new, client = "-wn2 -n1 --gres=gpu:1", "simulated-gpus client"
+    commands = [f"salloc -Q {new} --mps srun {client}", f"salloc -Q {new} srun {client}"]
+    if cleaned:  # or srun would make a step
+        commands += [f"srun -Q {new} --mps {client}", f"srun -Q {new} {client}"]
+    line = cleaned + "; ".join(commands)
+    found = site.cluster.salloc("-Q", "-wn1", "-n1", "--gres=gpu:1", "--mps-threads=10", "bash", "-c", line).check()
+    clients = re.findall(r"sms=(\d+) .* mps=(\w+)", found.stdout)
+    assert [(sms, mps == "none") for sms, mps in clients] == [("132", n % 2 == 1) for n in range(len(commands))]
