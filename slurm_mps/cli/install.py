@@ -115,7 +115,6 @@ def run_install(options: argparse.Namespace) -> int:
     from slurm_mps.install.plan import Options
     from slurm_mps.slurm.host import NoSlurmError
 
-    os.umask(0o022)
     chosen = Options(options.slurm_conf, options.plugin, options.plugin_dir, options.slurm_include, options.login_node)
     try:
         done = install(chosen, os.environ, dry_run=options.dry_run)
@@ -139,7 +138,6 @@ def run_uninstall(options: argparse.Namespace) -> int:
     from slurm_mps.errors import MpsError
     from slurm_mps.install.actions import uninstall
 
-    os.umask(0o022)
     try:
         done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
     except MpsError as error:

@@ -76,6 +76,7 @@ def _take_libraries_back() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
+    os.umask(0o022)
     _open_missing()
     _take_libraries_back()
     options = parse(build_parser(), sys.argv[1:] if argv is None else argv)

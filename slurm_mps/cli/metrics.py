@@ -36,7 +36,6 @@ def run(options: argparse.Namespace) -> int:
         return NOT_ROOT
     from slurm_mps.errors import MpsError
 
-    os.umask(0o022)
     try:
         status, view = _run(options)
     except ImportError:

@@ -56,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
     from slurm_mps.job.watch import Watch
     from slurm_mps.node.nvml import Gpus
 
-    os.umask(0o022)
     os.chdir("/")
     repairs: list[Repair] = []
 

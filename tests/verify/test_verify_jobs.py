@@ -107,6 +107,12 @@ def test_one_rank_is_fine(site: Site) -> None:
     assert (code, report["problems"], len(report["ranks"])) == (0, [], 1)
 
 
+def test_a_umask_that_closes_everything_is_fine(site: Site) -> None:
+    asked = ("-N1", "-n2", "--gres=gpu:1", *ASKED)
+    result = site.cluster.srun(*asked, "sh", "-c", f"umask 777; exec {VERIFY}")
+    assert result.returncode == 0, result
+
+
 @contextmanager
 def driver_moved_to(site: Site, directory: str) -> Iterator[None]:
     """The CUDA driver of n1 is in `directory` alone; beside it, what keeps a Python of Debian's from starting."""
