@@ -2,7 +2,7 @@
 
 Each release runs the same tests unchanged, all of TESTS, or with ``--short``, as part of ``make test``, those marked
 every_release, and not alone, on the releases that this machine has not itself. Once all have run in full on one commit
-of slurm-mps, in one go or release by release, docs/support.md is written anew from what they said.
+of slurm-mps, in one go or release by release, the table of docs/support.md is written anew from what they said.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import datetime as dt
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,32 +50,9 @@ TESTS = (
 )
 RESULTS = CACHE / "matrix"
 PAGE = REPOSITORY / "docs/support.md"
-BY_HAND = "\n## Which driver\n"
+_WRITTEN = re.compile(r"(?<=<!-- written by make test-matrix -->\n).*(?=<!-- end of what)", re.DOTALL)
 FULL_TIMEOUT_SECONDS, SHORT_TIMEOUT_SECONDS = 3600.0, 600.0
 _PRINTING = threading.Lock()
-
-PAGE_HEAD = """# Which Slurm this runs on
-
-Written by `make test-matrix`: on each release the same tests, with its own slurmctld, slurmd, srun, compiler and
-Python, the plugin built there against its headers, on simulated GPUs. CI runs a part of them on every release.
-
-"""
-PAGE_TAIL = """
-- **The plugin** is loaded by the Slurm of the year and month that it was built for, whatever its patch, and by no
-  other: build it on each upgrade of Slurm (docs/decisions/0010). Prolog and epilog are the same for all.
-- **Releases between these** were never tried; `slurm-mps doctor slurm-version` says so where one runs.
-- **cgroups.** Where devices are confined in these runs, it is through cgroup v1, on 26.05 too. With cgroup v2 slurm-mps
-  ran on real GPUs (docs/hardware), on Slurm 22.05. With 24.11 and 26.05 and cgroup v2 it was not run: Slurm's plugin
-  for v2 refuses a host that has v1 mounted as well, such as the one of these runs ("Hybrid mode is not supported").
-- **An upgrade of Slurm under running jobs** is tested from 24.11 to 26.05, with GPUs by index and with AutoDetect and
-  confined devices; one of slurm-mps on each release.
-- **GPUs** have been real ones with Slurm 22.05 only (docs/hardware).
-- **Packages** are built for the Slurm of the machine that builds them, and were for 22.05 only; `slurm-mps install`,
-  which builds the plugin, is run on each release.
-- **pyslurm**, which `status --cluster` takes where it can be loaded, is in no registry for these releases. Built from
-  its repository, v22.5.3 and v24.11.0 gave what squeue gives on Slurm 22.05.8 and 24.11.5; with 26.05 there is none
-  (docs/decisions/0010). These runs have squeue, and pyslurm where somebody built it.
-"""
 
 
 @dataclass
@@ -244,7 +222,7 @@ def commits_of(outcomes: list[Outcome]) -> str:
 
 
 def page_of(outcomes: list[Outcome]) -> str:
-    """The text of docs/support.md."""
+    """What docs/support.md has between its marks."""
     head = ["Slurm", "Debian", "Python", *SUITES.values(), "CUDA_VISIBLE_DEVICES in the prolog", "run on"]
     rows = [
         [
@@ -259,13 +237,14 @@ def page_of(outcomes: list[Outcome]) -> str:
     skipped = [
         f"- Slurm {one.slurm}, {count} skipped: {why}." for one in outcomes for why, count in sorted(one.skips.items())
     ]
-    return PAGE_HEAD + "\n".join([f"{commits_of(outcomes)}:", "", *lines, "", *failed, *skipped]) + "\n" + PAGE_TAIL
+    return "\n".join(["", f"{commits_of(outcomes)}:", "", *lines, "", *failed, *skipped, "", ""])
 
 
 def write_page(outcomes: list[Outcome]) -> None:
-    """Write docs/support.md, but for the part that is written by hand."""
-    by_hand = PAGE.read_text().partition(BY_HAND)[2]
-    PAGE.write_text(page_of(outcomes) + BY_HAND + by_hand)
+    """Write docs/support.md, between its marks."""
+    page, times = _WRITTEN.subn(lambda _: page_of(outcomes), PAGE.read_text())
+    assert times == 1
+    PAGE.write_text(page)
     print(f"matrix: wrote {PAGE.relative_to(REPOSITORY)}")
 
 
