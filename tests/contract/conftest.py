@@ -110,9 +110,10 @@ def driver(place: Place) -> Iterator[Driver]:
 
 @pytest.fixture
 def two_gpus(driver: Driver) -> tuple[str, str]:
-    """The UUIDs of the first two GPUs."""
+    """The UUIDs of the first two GPUs, which are those of a daemon that is not told which."""
     if len(driver.uuids) < 2:
         pytest.skip("this host has one GPU")
+    driver.gpus_needed = 2
     return driver.uuids[0], driver.uuids[1]
 
 

@@ -20,8 +20,8 @@ MAX_CLIENTS = "cuCtxCreate_v2 808 CUDA_ERROR_MPS_MAX_CLIENTS_REACHED"
 SMS = {"0.1": 8, "1": 8, "3": 8, "10": 12, "12.5": 16, "25": 32, "33": 42, "50": 66, "75": 98, "99": 130, "100": 132}
 CONTEXT_MIB = {132: 514, 32: 145}
 """What a context costs of its limit, by the SMs it has (O15)."""
-CARD_MIB, IDLE_MIB, SERVER_MIB = 143771, 143155, 73
-"""Of a recorded card, by NVML: in total, free, and what a server without a client takes of that (O44)."""
+SERVER_MIB = 73
+"""What a server without a client takes of a recorded card, by NVML (O44)."""
 
 
 def sms_at(card: Device, percentage: str) -> int:
@@ -278,11 +278,12 @@ def test_o43_a_clients_own_limit_needs_no_default(
 def test_o44_nvml_counts_as_free_on_an_idle_card_what_cuda_has_in_total(driver: Driver, card: Device) -> None:
     total, free = driver.nvml_memory(0)
     assert free == card.total
-    assert (total, free) == (CARD_MIB, IDLE_MIB) if card.sms == RECORDED_SMS else total > free
+    assert 0 < total - free < GIB  # the driver's own part: 616 MiB of an H200, 480 of an H100
 
 
-def test_o44_a_server_without_a_client_takes_memory_of_each_gpu(driver: Driver, card: Device) -> None:
-    before = [driver.nvml_memory(gpu)[1] for gpu in range(len(driver.uuids))]
+def test_o44_a_server_without_a_client_takes_memory_of_each_of_its_gpus(driver: Driver, card: Device) -> None:
+    driver.gpus_needed = min(2, len(driver.uuids))
+    before = [driver.nvml_memory(gpu)[1] for gpu in range(driver.gpus_needed)]
     driver.daemon().start_server()
     taken = [free - driver.nvml_memory(gpu)[1] for gpu, free in enumerate(before)]
     assert taken == [SERVER_MIB] * len(before) if card.sms == RECORDED_SMS else all(0 < mib < 200 for mib in taken)
@@ -292,9 +293,9 @@ def test_o44_a_server_without_a_client_takes_memory_of_each_gpu(driver: Driver, 
 def test_o44_clients_with_equal_shares_can_all_fill_them(
     driver: Driver, card: Device, count: int, percentage: str
 ) -> None:
-    """A share being what the card has after one context, divided; to the end, and all at once."""
+    """A share being what the card has left after one context without MPS, divided; to the end, and all at once."""
     daemon = driver.daemon()
-    own = sees(driver.uuids[0]) | threads(percentage) | memory(f"0={(card.total - CONTEXT_MIB[132]) // count}M")
+    own = sees(driver.uuids[0]) | threads(percentage) | memory(f"0={card.free // count}M")
     clients = [daemon.client(own) for _ in range(count)]
     assert [client.ask(f"allocate {client.report.only.free // 2 * 2}") for client in clients] == [0] * count
     assert [client.ask("allocate 2") for client in clients] == [2] * count
