@@ -1,9 +1,13 @@
-"""What the sources can say to a person: the literal text of every message, from Python and from C."""
+"""What the sources can say to a person: the literal text of every message, from Python and from C.
+
+``python3 -m tests.docs.messages 'A MESSAGE, AS IT WAS PRINTED'`` says which lines of the sources it is from.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,22 +86,22 @@ def _parts(text: ast.expr) -> list[str]:
     return [part for part in parts if len(part) >= _SHORTEST and " " in part and part not in OTHERS_WORDS]
 
 
-def python_messages() -> list[tuple[str, str]]:
-    """Where, and every literal part of each text that a message is made from."""
+def python_messages(*, everything: bool = False) -> list[tuple[str, str]]:
+    """Where, and every literal part of each text that a message is made from; with `everything` of any other, too."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(ROOT))
         if name in NOT_SAID:
             continue
-        for line, text in texts(ast.parse(path.read_text()), everything=name in SENTENCES):
+        for line, text in texts(ast.parse(path.read_text()), everything=everything or name in SENTENCES):
             found += [(f"{name}:{line}", part) for part in _parts(text)]
     return found
 
 
-def c_messages() -> list[tuple[str, str]]:
+def c_messages(files: str = "*.c") -> list[tuple[str, str]]:
     """The same of the plugin: every literal of several words, joined as the compiler joins them."""
     found = []
-    for path in sorted((ROOT / "spank").glob("*.c")):
+    for path in sorted((ROOT / "spank").glob(files)):
         text = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), path.read_text(), flags=re.DOTALL)
         for match in re.finditer(r'"(?:[^"\\\n]|\\.)*"(?:\s*(?:"(?:[^"\\\n]|\\.)*"))*', text):
             joined = "".join(re.findall(r'"((?:[^"\\\n]|\\.)*)"', match[0]))
@@ -111,3 +115,15 @@ def c_messages() -> list[tuple[str, str]]:
 def plain(text: str) -> str:
     """Text to compare: without code marks, in one line."""
     return " ".join(text.replace("`", "").split())
+
+
+def lines_of(message: str) -> list[str]:
+    """Where a message is from, with the part of it that stands there; the longest first."""
+    said = plain(message)
+    known = [*python_messages(everything=True), *c_messages("*.[ch]")]
+    found = {(where, plain(part)) for where, part in known if plain(part) in said}
+    return [f"{where}: {part}" for where, part in sorted(found, key=lambda one: -len(one[1]))]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines_of(" ".join(sys.argv[1:]))))

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.docs.messages import ROOT, c_messages, fragments, plain, python_messages, texts
+from tests.docs.messages import ROOT, c_messages, fragments, lines_of, plain, python_messages, texts
 
 DOCUMENTED = plain("".join((ROOT / "docs" / page).read_text() for page in ("messages.md", "doctor.md")))
 
@@ -17,6 +17,14 @@ def test_every_message_has_an_entry(messages: list[tuple[str, str]]) -> None:
     assert len(messages) > 30
     missing = [f"{where}: {text}" for where, text in messages if plain(text) not in DOCUMENTED]
     assert missing == []
+
+
+def test_a_message_leads_to_its_line() -> None:
+    """As it was printed, with values in it and a hint behind it."""
+    said = "sbatch: error: mps: --mps-priority=high: expected normal or low"
+    assert any(line.startswith("spank/options.h:") for line in lines_of(said))
+    said = "job 7: this job has no GPU on this node; ask for one, such as --gres=gpu:1"
+    assert any(line.startswith("slurm_mps/job/plan.py:") for line in lines_of(said))
 
 
 def test_a_message_is_found_in_all_its_forms() -> None:
