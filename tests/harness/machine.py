@@ -45,7 +45,10 @@ UNIFIED = "unified"
 NODE_PRIVATE = ("/run", "/tmp", "/var/log", "/dev/shm")
 NODE_SHARED = ("/run/munge", "/var/log/slurm", "/var/log/munge")
 
-_JOIN_CGROUP = 'echo $$ >"$0" && exec "$@"'
+# A cgroup that slurmd is to manage must have no process from outside of its PID namespace: nsenter's child joins it, by
+# the descriptor that was opened outside, for who is within a cgroup namespace cannot bring anybody into it.
+_OPEN_CGROUP = 'exec 9>"$0" && exec "$@"'
+_JOIN_CGROUP = 'echo 0 >&9 && exec 9>&- && exec /usr/bin/nsenter -t 1 -C -- "$@"'
 _INSIDE = Path(__file__).with_name("inside.py")
 _PYTHON = "/usr/bin/python3"
 _START_TIMEOUT_SECONDS = 20.0
@@ -259,9 +262,13 @@ class Machine:
     ) -> list[str]:
         """The host's command line that runs `argv` inside; for callers that want their own terminal on it."""
         target = self._nodes[node].host_pid if node else self.pid
-        line = ["/usr/bin/nsenter", "-t", str(target), "-a", f"--wdns={cwd}", "--"]
-        if self._unified_cgroup:  # from outside: who is within a cgroup namespace cannot bring anybody into it
-            line = ["/bin/sh", "-c", _JOIN_CGROUP, f"{self._unified_cgroup}/cgroup.procs", *line]
+        enter = ["/usr/bin/nsenter", "-t", str(target), f"--wdns={cwd}"]
+        if self._unified_cgroup:
+            opened = ["/bin/sh", "-c", _OPEN_CGROUP, f"{self._unified_cgroup}/cgroup.procs"]
+            joined = ["-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", _JOIN_CGROUP, "sh"]
+            line = [*opened, *enter, *joined]
+        else:
+            line = [*enter, "-a", "--"]
         if user is not None and user != "root":
             uid = self._uid(user)
             line += ["/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--init-groups", "--"]
