@@ -102,6 +102,8 @@ def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPla
 
     found = [(one, event) for one in logs for event in events_of(one)]
     found.sort(key=lambda pair: pair[1].seconds)
+    if not found:  # a control daemon's first line is that it has started
+        return refuse(options, PROBLEM, f"the logs in {logs[0].directory} say nothing; is the file system full?")
     status = PROBLEM if any(event.kind in TROUBLE for _, event in found) else FINE
     if options.trouble:
         found = [pair for pair in found if pair[1].kind in TROUBLE]
@@ -118,7 +120,7 @@ def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPla
         when = f"{strftime('%Y-%m-%d %H:%M:%S', localtime(event.seconds))}.{int(event.seconds * 1000) % 1000:03}"
         print(f"{when}  {where + ': ' if where else ''}{printable(words, _LINE_MAX)}")
     if not said:
-        complain("nothing went wrong" if options.trouble else "nothing has happened yet")
+        complain("nothing went wrong")
     sys.stdout.flush()
     return status
 

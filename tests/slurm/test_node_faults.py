@@ -459,14 +459,20 @@ def test_what_cannot_be_killed_drains_the_node_with_a_reason(impatient_site: Sit
 
 @pytest.mark.parametrize("room", ["size=4k", "size=4k,nr_inodes=2"], ids=["no space", "no inodes"])
 def test_a_full_log_directory_costs_logs_and_nothing_else(site: Site, room: str) -> None:
-    """The job has its MPS and the node stays in service, be there room for empty files only or not even for those."""
+    """The job has its MPS and the node stays in service, be there room for empty files only or not even for those.
+
+    What the logs lack is not told as if nothing had happened.
+    """
     logs = "/var/log/slurm-mps"
     mount = f"mkdir -p {logs}; mount -t tmpfs -o {room},mode=711 none {logs}"
     site.node("n1", "sh", "-ec", f"{mount}; cat /dev/zero >{logs}/fill 2>/dev/null || true").check()
     result = site.cluster.srun(*ASKED, "simulated-gpus", "client")
     site.cluster.wait_idle()
     state = site.cluster.node_states()["n1"].state
+    (job_id,) = site.machine.run(["squeue", "-h", "-tall", "-o%A"]).stdout.split()[-1:]
+    told = site.node("n1", "slurm-mps", "logs", job_id)
     site.node("n1", "umount", logs).check()
+    assert (told.returncode, told.stdout) in ((1, ""), (3, "")), told
     assert " sms=32 free=8047 " in result.check().stdout
     assert state == "IDLE"
 
