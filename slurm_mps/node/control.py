@@ -34,6 +34,7 @@ LOCK_FILE = "control_lock"
 #: A socket's path may have 107 bytes, and a longer one is refused without a word (O6).
 PIPE_DIRECTORY_MAX = 107 - len("/control_privileged")
 _TURNED_AWAY = "Cannot send command"
+_ALWAYS_ANSWERED = "get_default_active_thread_percentage"
 _TURNED_AWAY_SECONDS = 0.02
 _STRAY_SECONDS = 1.0
 _SEARCH_BYTES = 4 * 1024 * 1024
@@ -227,6 +228,14 @@ class ControlDaemon:
         return process if process and runs_program(process.pid, (DAEMON_PROGRAM,), (0,), variable) else None
 
 
+def _turned_away(outcome: Outcome | None, lines: Sequence[str]) -> bool:
+    """Whether the daemon was talking to somebody else (O40): of drivers 535 and 550 at times without a word (O90)."""
+    if outcome is None:
+        return False
+    silent = not (outcome.output.strip() or outcome.errors.strip())
+    return (outcome.status != 0 and _TURNED_AWAY in outcome.errors) or (silent and _ALWAYS_ANSWERED in lines)
+
+
 def ask_all(
     questions: Sequence[tuple[ControlDaemon, Sequence[str]]],
     timeout_seconds: float,
@@ -253,8 +262,7 @@ def ask_all(
             meanwhile = None
         outcomes = processes.wait_all([child for _, _, child in asked], max(0.0, deadline - monotonic()))
         for (number, daemon, _), outcome in zip(asked, outcomes, strict=True):
-            turned_away = outcome is not None and outcome.status and _TURNED_AWAY in outcome.errors
-            if not turned_away or monotonic() + _TURNED_AWAY_SECONDS >= deadline:
+            if not _turned_away(outcome, questions[number][1]) or monotonic() + _TURNED_AWAY_SECONDS >= deadline:
                 answers[number] = daemon._answer(outcome, timeout_seconds)  # noqa: SLF001 - one class, and its own function
         left = [one for one in left if one[0] not in answers]
         if left:

@@ -10,6 +10,7 @@ import pytest
 from tests.harness import nvidia
 from tests.harness.gpunode import GpuNode, asked
 from tests.harness.runtime import MOUNT_POINT
+from tests.harness.site import PYTHON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +55,27 @@ def test_a_job_has_its_limits_and_leaves_nothing(old_node: tuple[GpuNode, int], 
     assert node.machine.path(f"{os.path.normpath(pipe)}/{PID_FILE}").exists() == (branch >= 550)
     node.epilog(4711).check()
     assert node.snapshot() == before
+
+
+ASK = """
+import sys
+from slurm_mps.node.control import ControlDaemon
+daemon = ControlDaemon("/usr/bin/nvidia-cuda-mps-control", sys.argv[1], "/tmp")
+print([daemon.command(["get_default_active_thread_percentage"], 10) for _ in range(20)])
+"""
+
+
+def test_who_asks_beside_others_gets_its_answer(old_node: tuple[GpuNode, int]) -> None:
+    """A daemon talks to one at a time, and these at times send the other away with success and without a word (O90)."""
+    node, _ = old_node
+    node.prolog(4711, **asked("25")).check()
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": node.pipe_directory(4711)}
+    others = "for i in $(seq 20); do (echo get_server_list; sleep 0.1) | nvidia-cuda-mps-control; done"
+    crowd = node.start("sh", "-c", others, env=environment)
+    said = node.run(PYTHON, "-c", ASK, node.pipe_directory(4711)).check()
+    assert said.stdout == f"{[['25.0']] * 20}\n"
+    crowd.wait(30)
+    node.epilog(4711).check()
 
 
 @pytest.mark.parametrize("branch", [535, 550])
