@@ -193,6 +193,9 @@ write(
     {
         "index.md": INDEX.format(list=LIST),
         "reports.inc": reports(),
+        "commands.inc": "".join(
+            f"`slurm-mps-{name}`(1)\n: {escape(text)}\n\n" for name, (_, text) in COMMAND_PARSERS.items()
+        ),
         "keys.inc": keys(SCHEMA["properties"], SCHEMA.get("$defs", {})),
         **{f"{name}.md": page(name, parser, text) for name, (parser, text) in COMMAND_PARSERS.items()},
     },

@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> tuple[int, NodeView | None]:
         state = None
     view = look(sparing=True)
     if state is None or view is None:
-        complain("slurm-mps has not been used on this node since it was started")
+        complain("slurm-mps has not been used since this node started")
         return NOT_HERE, None
     data = text(count(state, config.paths_logs, keep=not options.print), view)
     if options.print:

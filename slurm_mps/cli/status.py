@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         return refuse(
             options,
             NOT_HERE,
-            "slurm-mps has not been used on this node since it was started; is this a compute node? "
+            "slurm-mps has not been used since this node started; is this a compute node? "
             "Of a job elsewhere: srun --overlap --jobid=JOBID slurm-mps status",
         )
     status = PROBLEM if view.problems else FINE

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     memory = Memory()
     view = look(options.jobs, memory=memory)
     if view is None:
-        complain("slurm-mps has not been used on this node since it was started; is this a compute node?")
+        complain("slurm-mps has not been used since this node started; is this a compute node?")
         return NOT_HERE
     ends = _ends()
     view = _live(view, memory, columns, options, ends)
