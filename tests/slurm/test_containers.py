@@ -34,7 +34,7 @@ exec unshare --user --map-user='"$(id -u)"' --map-group='"$(id -g)"' --root="$in
 def test_a_container_with_the_jobs_directory_has_mps(site: Site, bound: bool) -> None:
     """With it each rank is a client under its limits; without it, verify says so and nobody is taken for one."""
     site.machine.write("/home/alice/container", CONTAINER, mode=0o755, user="alice")
-    bind = "run/slurm-mps/jobs/$SLURM_JOB_ID" if bound else ""
+    bind = "run/slurm-mps/jobs" if bound else ""
     script = f'export BIND="{bind}"; srun ./container slurm-mps verify --timeout 5'
     job = site.cluster.sbatch("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-N1", "-n2", script=script)
     info = site.cluster.wait(job)
