@@ -64,17 +64,17 @@ static const char *trouble_of(const struct step *step, unsigned int gpu, bool an
 		return "its MPS control daemon on this node does not answer";
 	switch (step->health.of[gpu]) {
 	case HEALTH_REFUSES:
-		return "its MPS server on this node takes no programs: one that an earlier step's fault has hit, or that hangs, "
-		       "is still there; end it, or the job";
+		return "its MPS server on this node accepts no programs until one that an earlier GPU fault hit, or that hangs, has "
+		       "ended; end that program, or the job";
 	case HEALTH_UNTRIED:
 		(void)snprintf(untried, sizeof(untried),
-			       "its MPS server on this node was not tried after an earlier step ended badly, for %s -I -S %s "
-			       "does not run; was slurm-mps moved or removed?", step->verdict.python, step->verdict.probe);
+			       "cannot test its MPS server on this node after an earlier step failed: %s -I -S %s does not run; "
+			       "was slurm-mps moved or removed?", step->verdict.python, step->verdict.probe);
 		return untried;
 	case HEALTH_SILENT:
 		(void)snprintf(silent, sizeof(silent),
-			       "how its MPS server on this node is after an earlier step ended badly is not known, for %s -I -S "
-			       "%s gave no answer; start the step again", step->verdict.python, step->verdict.probe);
+			       "cannot tell whether its MPS server on this node recovered after an earlier step failed: %s -I -S %s "
+			       "did not answer; start the step again", step->verdict.python, step->verdict.probe);
 		return silent;
 	case HEALTH_GOOD:
 		break;
@@ -113,8 +113,8 @@ void stepd_judge(spank_t sp, struct step *step)
 	if (step->verdict.status == VERDICT_NONE && job_asked(sp))
 		verdict_read_elsewhere(step->job_id, &step->verdict);
 	if (is_anothers(sp, &step->verdict)) {
-		fail(step, "what the prolog left on this node under this job's id is another user's; tell your admin to run "
-			   "slurm-mps reconcile there, and to see that slurm-mps is in the Prolog");
+		fail(step, "another user's job with this id left its state on this node; tell your admin to run slurm-mps "
+			   "reconcile there, and to see that slurm-mps is in the Prolog");
 		return;
 	}
 	if (step->verdict.has_no_gpu && is_component(sp)) {

@@ -43,7 +43,7 @@ static bool count_ranks(spank_t sp, const struct step *step, const struct task_g
 	if (!task_is_script(sp)) {
 		if (rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks))
 			return true;
-		(void)snprintf(problem, size, "the tasks of this step did not all come as far as to say which GPUs they have");
+		(void)snprintf(problem, size, "some tasks of this step never reported their GPUs");
 		return false;
 	}
 	tasks = tasks_of_job(sp);

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _NOT_WRITTEN:
             raise
-        complain(f"what is to be printed cannot be written: {error.strerror}")
+        complain(f"the output cannot be written: {error.strerror}")
         status = PROBLEM
     else:
         return status

@@ -72,7 +72,7 @@ def read_plugin_for(release: str, path: str, hint: str = "build it where that Sl
     plugin = read_plugin(path)
     if plugin.verdict_version < VERDICT_VERSION:
         raise MpsError(
-            f"the plugin {path} is from before this slurm-mps: it reads verdicts up to version "
+            f"the plugin {path} is older than this slurm-mps: it reads verdicts up to version "
             f"{plugin.verdict_version}, and the prolog writes {VERDICT_VERSION}",
             "build it of the same checkout",
         )

@@ -226,7 +226,7 @@ class Reconciler:
             return False, KEPT if steps else LEFT, why
         over, why = is_over(job, node, time())
         if over and steps and job is None:
-            return False, LEFT, f"{why}, and yet a slurmstepd of it runs here: end that, and run this again"
+            return False, LEFT, f"{why}, but a slurmstepd of it still runs here: end that, and run this again"
         if over and steps and job and not (job.state in _FINAL and _is_long_ago(job.end_seconds, time())):
             return False, KEPT, "a slurmstepd of it runs here"
         return over, KEPT, why
@@ -250,7 +250,7 @@ class Reconciler:
     def _take_down(self, state: NodeState, job_id: int, seen: _Seen, why: str) -> Repair:
         thing = f"job {job_id}"
         if state.stamp(job_id) != seen.stamp:
-            return Repair(thing, KEPT, "it came back, or its epilog ended it, in the meantime")
+            return Repair(thing, KEPT, "it started again, or its epilog ended it, meanwhile")
         if self._dry_run:
             self._with_their_job.add(job_id)
             return Repair(thing, WOULD_REPAIR, why)
@@ -277,7 +277,7 @@ class Reconciler:
         """End the processes of a job that has no journal, and look at what they may have left of their GPUs."""
         thing = f"job {job_id}"
         if state.look_at_journal(job_id):
-            return Repair(thing, KEPT, "it came back in the meantime")
+            return Repair(thing, KEPT, "it started again meanwhile")
         processes = [stray.process for stray in strays]
         if not any(identify(process.pid) == process for process in processes):
             return None
@@ -293,7 +293,9 @@ class Reconciler:
     def _mode_of_lost(self, uuid: str, job_id: int) -> Repair | None:
         if self._gpus.compute_mode(uuid) != EXCLUSIVE_PROCESS:
             return None
-        why = f"EXCLUSIVE_PROCESS since job {job_id}, and what it was before is lost; nvidia-smi -c sets another"
+        why = (
+            f"EXCLUSIVE_PROCESS since job {job_id}; the compute mode before that is unknown; nvidia-smi -c sets another"
+        )
         return Repair(uuid, LEFT, why)
 
     def _ledger(self, state: NodeState, uuid: str) -> Repair | None:
@@ -311,7 +313,7 @@ class Reconciler:
                 why = "its ledger is of an earlier boot" if boot_id else "a write of its ledger was cut short"
             else:
                 gone = _and(one.job_id for one in written.holders if one not in left)
-                why = f"held by {gone}, of which there is nothing"
+                why = f"held by {gone}, which ended without releasing it"
                 if not left and entry.mode_found is not None:
                     why += f"; compute mode back to {COMPUTE_MODES.get(entry.mode_found, entry.mode_found)}"
             if self._dry_run:

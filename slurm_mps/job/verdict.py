@@ -167,7 +167,7 @@ def parse_verdict(data: bytes) -> Verdict:
     try:
         verdict = _parse(dict(lines), lines)
     except (KeyError, ValueError):
-        raise DamagedFileError("a verdict that makes no sense") from None
+        raise DamagedFileError("the verdict is damaged") from None
     return verdict
 
 

@@ -36,7 +36,7 @@ _NAMED_PIDS = 8
 _NOT_READY = 807
 #: What no log says: of a daemon that SIGKILL ended none has a line (O65).
 VANISHED = (
-    "the MPS control daemon on this node is gone, without a word in its log, and its server with it (CUDA error 806)"
+    "the MPS control daemon on this node is gone, and its server with it (CUDA error 806); its log does not say why"
 )
 _ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
 
@@ -186,8 +186,8 @@ def _refusals(seen: Seen, names: _Names) -> list[str]:
     not_ready = [event.pid for event in refused if event.number == _NOT_READY]
     if not_ready:
         words.append(
-            f"{names.who(not_ready)} came before all that a GPU fault had hit were gone, and the MPS server refused it "
-            f"(CUDA error {_NOT_READY})"
+            f"the MPS server refused {names.who(not_ready)} (CUDA error {_NOT_READY}): "
+            "programs that a GPU fault hit had not ended yet"
         )
     words += [
         f"the MPS server refused {names.who([event.pid])} (CUDA error {event.number})"

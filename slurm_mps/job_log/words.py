@@ -21,7 +21,7 @@ TROUBLE = frozenset(
 )
 _NAMED = 16
 _REASONS = {
-    807: "all that a GPU fault had hit were not gone yet",
+    807: "programs that a GPU fault hit had not ended yet",
     808: "it has as many programs as it takes",
 }
 
@@ -87,7 +87,7 @@ _SENTENCES: dict[str, Callable[[Event, Sequence[str], Callable[[int], str]], str
     kinds.DAEMON_ENDED: lambda event, _g, _n: f"control daemon {event.pid} ended (status {event.number})",
     kinds.SERVER_STARTED: lambda event, _g, _n: f"server {event.pid} is started for uid {event.uid}",
     kinds.SERVER_READY: _ready,
-    kinds.SERVER_ENDED: lambda event, _g, _n: f"server {event.pid} ended, as it was told to",
+    kinds.SERVER_ENDED: lambda event, _g, _n: f"server {event.pid} ended, as requested",
     kinds.SERVER_DIED: lambda event, _g, _n: (
         f"server {event.pid} DIED, and its clients lost what they had on the GPU (CUDA error 806)"
     ),

@@ -104,5 +104,5 @@ def decode_totals(data: bytes) -> Totals:
             elif kind == "log" and len(words) == len(LOG_COUNTS) + 2:
                 totals.logs[int(words[0])] = (words[1], tuple(int(word) for word in words[2:]))
     except (ValueError, IndexError):
-        raise DamagedFileError("what was counted makes no sense") from None
+        raise DamagedFileError("the counters are damaged") from None
     return totals

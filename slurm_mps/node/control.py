@@ -189,7 +189,7 @@ class ControlDaemon:
         for name in (PID_FILE, LOCK_FILE):
             pipe.protect(name)
         if self.process() is None:
-            raise NodeError(f"{self.program} -d said yes, but no control daemon runs")
+            raise NodeError(f"{self.program} -d reported success, but no control daemon runs")
 
     def command(self, lines: Sequence[str], timeout_seconds: float) -> list[str]:
         """Send commands in one go and give back the lines of the answer that say something.

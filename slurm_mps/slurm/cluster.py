@@ -117,7 +117,7 @@ def parse_squeue(data: bytes) -> list[SlurmJob]:
             for job in jobs
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise NodeError("squeue --json says something else than jobs") from None
+        raise NodeError("squeue --json did not print a list of jobs") from None
 
 
 def _number(value: Any) -> int:

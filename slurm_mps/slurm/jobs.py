@@ -88,7 +88,7 @@ def _ask(jobs: str, columns: str, environment: Mapping[str, str], timeout_second
 def _read(text: str) -> dict[int, SlurmJob]:
     """Raises: NodeError when it is not whole: a job that is missed here would be taken for one that is over."""
     if len(text) >= processes.OUTPUT_LIMIT_BYTES or (text and not text.endswith("\n")):
-        raise NodeError(f"{_CLIENT} says more than can be read")
+        raise NodeError(f"{_CLIENT} printed an answer that is too long, or cut short")
     found = {}
     for line in text.splitlines():
         job, *rest = line.split("|")

@@ -116,7 +116,9 @@ def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bo
         answers = daemon.command(questions, timeout_seconds)
     except MpsError:
         silent = tuple(Server(server, "", "") for server in pids)
-        return DaemonAnswer(pid, f"its MPS server does not say how it is within {timeout_seconds:g} s", silent, clients)
+        return DaemonAnswer(
+            pid, f"its MPS server did not report its state within {timeout_seconds:g} s", silent, clients
+        )
     return DaemonAnswer(pid, "", parse_servers(pids, answers), clients)
 
 

@@ -386,7 +386,7 @@ def _problems(job: JobView) -> list[str]:
                 limit = describe_memory(daemon.place.memory_bytes or 0)
                 found.append(
                     f"process {', '.join(map(str, lifted[:8]))} may take more than {limit} of {gpu.uuid}: the driver "
-                    "cannot use its CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, and then drops every limit"
+                    "cannot use its CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, and then applies no limit"
                 )
     return found
 

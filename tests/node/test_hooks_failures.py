@@ -97,7 +97,7 @@ def test_the_smallest_limit_that_is_taken_lets_a_client_start(gpu_node: GpuNode)
 
 FAULTS = [
     ("daemon.start=exit:1", "0,1", "nvidia-cuda-mps-control -d ended with status 1"),
-    ("daemon.start=noop", "0,1", "said yes, but no control daemon runs"),
+    ("daemon.start=noop", "0,1", "reported success, but no control daemon runs"),
     ("daemon.after_start=die", "0,1", "control daemon"),
     ("command.set_default_device_pinned_mem_limit=ignore", "0,1", "it reads back '25.0 25.0 No default pinned"),
     ("command.get_default_device_pinned_mem_limit=wrong:1G", "0,1", "it reads back '25.0 25.0 1G 1G' instead of"),

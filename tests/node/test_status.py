@@ -155,7 +155,7 @@ def test_a_daemon_that_is_gone_is_a_problem(gpu_node: GpuNode) -> None:
     ("fault", "shows", "says"),
     [
         ("command.ps=hang", " silent ", "job 5: its control daemon does not answer: "),
-        ("command.get_server_status=hang", " {pid} ", "its MPS server does not say how it is within 0.5 s"),
+        ("command.get_server_status=hang", " {pid} ", "its MPS server did not report its state within 0.5 s"),
         ("nvml.init=hang", " ACTIVE ", "the NVIDIA driver did not answer within 0.5 s"),
     ],
 )
@@ -291,7 +291,7 @@ def test_the_logs_tell_in_words_who_came_and_went_during_the_job_and_after(gpu_n
     assert any("of uid 20001 connected" in word for word in words)
     assert any("has a context on GPU-51" in word for word in words)
     assert words[-2:] == [
-        f"server {server} ended, as it was told to",
+        f"server {server} ended, as requested",
         f"{words[0].rpartition(' ')[0]} ended (status 0)",
     ]
     assert len(during.stdout.splitlines()) == len(words) - 2

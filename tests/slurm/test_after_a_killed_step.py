@@ -63,7 +63,7 @@ def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: 
     assert "ran" not in said.splitlines()
     messages = [line for line in said.splitlines() if "error: mps: " in line]
     assert len(messages) == 1
-    assert "its MPS server on this node takes no programs" in messages[0]
+    assert "its MPS server on this node accepts no programs" in messages[0]
 
 
 def test_only_a_task_that_ended_badly_leaves_a_mark_and_the_next_good_step_takes_it_away(site: Site) -> None:
@@ -144,7 +144,10 @@ def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
     said = after(site, job)
     messages = [line for line in refused.splitlines() if "error: mps: " in line]
     assert len(messages) == 1
-    assert f"was not tried after an earlier step ended badly, for {python} -I -S {probe} does not run" in messages[0]
+    assert (
+        f"cannot test its MPS server on this node after an earlier step failed: {python} -I -S {probe} does not run"
+        in messages[0]
+    )
     assert "uuid=" not in refused
     assert GOOD.search(said), site.cluster.output(job)
     assert "error: mps" not in said
@@ -152,7 +155,7 @@ def test_a_step_whose_server_cannot_be_tried_says_why_and_the_next_one_goes_on(
 
 def test_only_what_the_probe_says_of_the_server_is_said_of_it(site: Site) -> None:
     """Here the probe ends as the script wants. Of a server that takes nobody it says 3."""
-    nobody, untried, unsaid = "takes no programs", "was not tried after", "gave no answer"
+    nobody, untried, unsaid = "accepts no programs", "cannot test", "did not answer"
     endings = {"1": untried, "3": nobody, "2": untried, "-9": unsaid}
     script = f"{waits_for()}; srun false\n" + "".join(
         f"echo 'import os; os.kill(os.getpid(), 9) if {n} < 0 else os._exit({n})' >probe.py; echo next; srun echo ran\n"

@@ -278,7 +278,7 @@ def test_what_another_users_job_left_under_the_same_id_is_not_this_jobs(site: Si
     finally:
         site.machine.write(prolog, text, mode=0o755)
     assert state == "FAILED"
-    assert "what the prolog left on this node under this job's id is another user's" in site.cluster.output(job)
+    assert "another user's job with this id left its state on this node" in site.cluster.output(job)
     site.node("n1", "rm", "-r", f"/var/log/slurm-mps/{job}").check()
 
 

@@ -165,7 +165,7 @@ def test_a_full_disk_is_said() -> None:
     with open("/dev/full", "wb") as full:
         line = [sys.executable, "-m", "slurm_mps.cli.main", "config", "schema"]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, check=False)
-    told = b"slurm-mps: what is to be printed cannot be written: No space left on device\n"
+    told = b"slurm-mps: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, told)
 
 

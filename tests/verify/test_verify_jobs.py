@@ -395,7 +395,7 @@ def test_what_cannot_be_printed_is_a_problem(site: Site) -> None:
     job = site.cluster.sbatch(*ONE_NODE, script=f"srun sh -c '{task}'")
     site.cluster.wait(job)
     assert sorted(site.cluster.output(job).splitlines()) == [
-        "slurm-mps: what is to be printed cannot be written: No space left on device",
+        "slurm-mps: the output cannot be written: No space left on device",
         *["status 0"] * 3,
         "status 1",
     ]
