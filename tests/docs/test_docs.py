@@ -17,6 +17,15 @@ from tests.docs.messages import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+#: Those that are written by hand; an example is part of a command's page.
+PAGES = [
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    if path.parent.name not in ("generated", "examples")
+]
+_CODE_OR_TABLE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$|^[|<][^\n]*", re.DOTALL | re.MULTILINE)
+_PARAGRAPH_ENDS = re.compile(r"\s*\n\s*\n|\n(?=\s*(?:[-:]|\d+\.) )|\n(?=#)")
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,13 +53,24 @@ def test_every_link_leads_to_a_file_that_is_there_without_a_build() -> None:
     """Most read the pages where the repository is shown, not on the site."""
     made = ROOT / "docs/generated"
     broken = []
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for page in PAGES:
         links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-        for link in (link for link in links if not re.match(r"\w+:", link) and made not in page.parents):
+        for link in (link for link in links if not re.match(r"\w+:", link)):
             target = (page.parent / link).resolve()
             if not target.exists() or made in target.parents:
                 broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_read_once(page: Path) -> None:
+    """It opens with a paragraph, none has more than 80 words, and no line but a table's more than 400 characters."""
+    prose = _CODE_OR_TABLE.sub("", page.read_text()).strip()
+    title, first, *others = _PARAGRAPH_ENDS.split(prose)
+    assert title.startswith("# ")
+    assert first[0] not in "#-:" or page.parent.name == "man"  # where a synopsis stands first
+    assert [one for one in (first, *others) if len(one.split()) > 80] == []
+    assert [line for line in prose.splitlines() if len(line) > 400] == []
 
 
 def test_one_place_knows_the_version() -> None:
