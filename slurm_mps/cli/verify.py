@@ -83,12 +83,27 @@ def _first_rank_says_it() -> bool:
     return step is not None and not step.is_first
 
 
+def _is_component_without_gpu(step: Step) -> bool:
+    """Whether this node's part of a heterogeneous job was refused MPS for having no GPU, and runs all the same."""
+    from slurm_mps.errors import NodeError
+    from slurm_mps.job.told import read_verdict
+
+    try:
+        verdicts = [read_verdict(int(job_id)) for job_id in step.job_ids] if len(step.job_ids) > 1 else []
+    except NodeError:  # damaged: the plugin starts no task then
+        return False
+    return any(verdict and verdict.has_no_gpu for verdict in verdicts)
+
+
 def run(options: argparse.Namespace) -> int:
     """Run this rank's part; the first rank of a node prints, and has the exit status."""
     columns = chosen(COLUMNS, options)
     step = _step()
     if step is None:
         return refuse(options, NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
+    if _is_component_without_gpu(step):
+        message = f"{step.node}: this component of the job has no GPU and runs without MPS"
+        return refuse(options, FINE, message) if step.is_first else FINE
     from slurm_mps.verify.look import report_node, report_rank
     from slurm_mps.verify.meeting import MeetingError
 

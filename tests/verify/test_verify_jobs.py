@@ -90,6 +90,16 @@ def test_components_of_a_heterogeneous_job_are_fine(site: Site, step: str) -> No
     assert {(r["multiprocessors"], r["limit_bytes"] >> 20) for one in reports for r in one["ranks"]} == {(32, 8192)}
 
 
+@pytest.mark.parametrize("gpus", [("--gres=gpu:1", "-n2"), ("-n2", "--gres=gpu:1")], ids=["last", "with the script"])
+def test_a_component_without_a_gpu_is_fine(any_site: Site, gpus: tuple[str, str]) -> None:
+    """Its job has all that it can have; the other component is looked at as ever."""
+    first, second = (["-n2", f"-wn{number}", *ASKED, its] for number, its in enumerate(gpus, 1))
+    output = any_site.cluster.run_batch(*first, ":", *second, script="srun --het-group=0,1 slurm-mps verify")
+    with_gpu, without = ("n1", "n2") if gpus[0].startswith("--gres") else ("n2", "n1")
+    assert f"{with_gpu}: 2 ranks, all clients, each GPU's ranks share one server" in output
+    assert output.count(f"slurm-mps: {without}: this component of the job has no GPU and runs without MPS") == 1
+
+
 @pytest.mark.every_release
 def test_two_programs_of_one_srun_are_fine(site: Site) -> None:
     """``srun A : B`` makes a heterogeneous job of its own, and tells its tasks less than sbatch does."""
