@@ -102,8 +102,11 @@ def run(options: argparse.Namespace) -> int:
     if step is None:
         return refuse(options, NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
     if _is_component_without_gpu(step):
-        message = f"{step.node}: this component of the job has no GPU and runs without MPS"
-        return refuse(options, FINE, message) if step.is_first else FINE
+        if step.is_first:
+            complain(f"{step.node}: this component of the job has no GPU and runs without MPS")
+            if options.json:
+                print_json(options, FINE, node=step.node, problems=[], ranks=[], daemons=[])
+        return FINE
     from slurm_mps.verify.look import report_node, report_rank
     from slurm_mps.verify.meeting import MeetingError
 

@@ -94,10 +94,13 @@ def test_components_of_a_heterogeneous_job_are_fine(site: Site, step: str) -> No
 def test_a_component_without_a_gpu_is_fine(any_site: Site, gpus: tuple[str, str]) -> None:
     """Its job has all that it can have; the other component is looked at as ever."""
     first, second = (["-n2", f"-wn{number}", *ASKED, its] for number, its in enumerate(gpus, 1))
-    output = any_site.cluster.run_batch(*first, ":", *second, script="srun --het-group=0,1 slurm-mps verify")
+    job = any_site.cluster.sbatch(*first, ":", *second, script=on_each_node("--het-group=0,1"))
+    code, reports = reports_of(any_site, job)
     with_gpu, without = ("n1", "n2") if gpus[0].startswith("--gres") else ("n2", "n1")
-    assert f"{with_gpu}: 2 ranks, all clients, each GPU's ranks share one server" in output
-    assert output.count(f"slurm-mps: {without}: this component of the job has no GPU and runs without MPS") == 1
+    assert (code, [one["problems"] for one in reports]) == (0, [[], []])
+    assert {one["node"]: len(one["ranks"]) for one in reports} == {with_gpu: 2, without: 0}
+    said = f"slurm-mps: {without}: this component of the job has no GPU and runs without MPS"
+    assert any_site.cluster.output(job).count(said) == 1
 
 
 @pytest.mark.every_release
