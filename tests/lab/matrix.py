@@ -232,7 +232,8 @@ def page_of(outcomes: list[Outcome]) -> str:
         ]
         for one in outcomes
     ]
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in zip(head, *rows, strict=True)]
+    lines.insert(1, "| --- " * (len(rows) + 1) + "|")
     failed = [f"- Slurm {one.slurm} failed `{name}`." for one in outcomes for name in sorted(set(one.failures))]
     skipped = [
         f"- Slurm {one.slurm}, {count} skipped: {why}." for one in outcomes for why, count in sorted(one.skips.items())
