@@ -181,9 +181,19 @@ static uint64_t mib_of_share(const struct verdict_gpu *gpu, const struct limits 
 	return gpu->mib_for_clients * limits->share_tenths / WHOLE_GPU;
 }
 
+/* As many clients as the job may have on a GPU: of a daemon that serves others, too, its part. */
+static unsigned int clients_of_job(const struct verdict *verdict, const struct limits *limits)
+{
+	unsigned int part = verdict->clients_per_gpu * limits->share_tenths / WHOLE_GPU;
+
+	if (!verdict->joined)
+		return verdict->clients_per_gpu;
+	return part ? part : 1;
+}
+
 bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
 {
-	return limits->divide_threads || divides_memory(limits) || tasks > verdict->clients_per_gpu ||
+	return limits->divide_threads || divides_memory(limits) || tasks > clients_of_job(verdict, limits) ||
 	       tasks > CLIENTS_OF_ANY_KIND;
 }
 
@@ -196,9 +206,10 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 	uint64_t context;
 	char least[24];
 
-	if (ranks > verdict->clients_per_gpu) {
+	if (ranks > clients_of_job(verdict, limits)) {
 		(void)snprintf(message, size, "%u tasks of this step share a GPU, and an MPS server takes %u clients there; start "
-					      "fewer on this node, or give the job more GPUs", ranks, verdict->clients_per_gpu);
+					      "fewer on this node, or give the job more GPUs", ranks,
+			       clients_of_job(verdict, limits));
 		return false;
 	}
 	if (limits->divide_threads && tenths < verdict->threads_tenths_min) {
@@ -239,6 +250,8 @@ bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, 
 	}
 	if (limits->divide_threads && limits->share_tenths / limits->ranks < limits->threads_tenths)
 		limits->threads_tenths = limits->share_tenths / limits->ranks;
+	if (!limits->threads_tenths)
+		limits->threads_tenths = 1; /* the least that there is */
 	return true;
 }
 
@@ -347,7 +360,7 @@ static void fill(const struct verdict *verdict, const struct limits *limits, con
 
 		mib[device] = limits->mib[gpu - verdict->gpus];
 		*any |= mib[device] != 0;
-		*other |= mib[device] != verdict_daemon_of(verdict, gpu)->mib;
+		*other |= verdict->joined || mib[device] != verdict_daemon_of(verdict, gpu)->mib;
 	}
 }
 

@@ -149,7 +149,7 @@ static bool set_threads(spank_t sp, const struct step *step)
 	static char own[VALUE_MAX], value[VALUE_MAX], plain[VALUE_MAX];
 	const char *given = variable_get(sp, THREAD_PERCENTAGE, own, sizeof(own));
 
-	if (!given && step->limits.threads_tenths == step->verdict.threads_tenths)
+	if (!given && !step->verdict.joined && step->limits.threads_tenths == step->verdict.threads_tenths)
 		return true;
 	limits_threads_value(&step->limits, given, value, sizeof(value));
 	limits_threads_value(&step->limits, NULL, plain, sizeof(plain));
@@ -174,7 +174,7 @@ static bool set_priority(spank_t sp, const struct step *step)
 	static char own[VALUE_MAX];
 	const char *given = variable_get(sp, CLIENT_PRIORITY, own, sizeof(own));
 
-	if (given ? !strcmp(given, "1") : step->limits.priority == step->verdict.priority)
+	if (given ? !strcmp(given, "1") : !step->verdict.joined && step->limits.priority == step->verdict.priority)
 		return true;
 	return variable_set(sp, CLIENT_PRIORITY, step->limits.priority ? "1" : "0");
 }

@@ -148,6 +148,10 @@ static bool take_line(struct verdict *verdict, char *line)
 		verdict->share_memory = !strcmp(value, "even");
 		return true;
 	}
+	if (!strcmp(line, "joined")) {
+		verdict->joined = !strcmp(value, "yes");
+		return true;
+	}
 	if (!strcmp(line, "client_priority")) {
 		verdict->priority = !strcmp(value, "1");
 		return true;
@@ -202,6 +206,7 @@ static bool parse(struct verdict *verdict, char *text)
 	char *line = strtok_r(text, "\n", &save);
 	unsigned int version = line ? version_of(line) : 0;
 
+	verdict->share_tenths = WHOLE_GPU;
 	if (!version)
 		return false;
 	if (version > VERDICT_VERSION) {
@@ -251,7 +256,6 @@ static void read_verdict(const char *path, struct verdict *verdict)
 
 	memset(verdict, 0, sizeof(*verdict));
 	verdict->uid = UNSAID;
-	verdict->share_tenths = WHOLE_GPU;
 	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
 	if (fd < 0) {
 		if (errno != ENOENT && errno != ENOTDIR)

@@ -62,6 +62,7 @@ struct verdict {
 	unsigned int share_tenths;       /* how much of a GPU Slurm gave the job, as the prolog knows it; 1000: all */
 	unsigned int shards_per_gpu;     /* 0: shards say nothing of it */
 	bool share_memory;               /* a part of a GPU is the same part of its memory */
+	bool joined;                     /* the daemon serves other jobs, too: all limits are the clients' own */
 	bool ordinals;                   /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
 	bool per_gpu;                    /* each GPU has a daemon of its own, in the same order; else one serves all */
 	unsigned int daemon_count;

@@ -14,7 +14,7 @@ from ..node.control import ControlDaemon, Limits, Patience, limit_commands
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import describe
-from ..node.wordfile import DamagedFileError, fields, with_fields
+from ..node.wordfile import with_fields
 from ..record import record, replace
 from . import logs
 from .ledger import WHOLE, Holder
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         def apply(self, job: JobOnNode) -> None: ...
 
 
-_LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
+LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
 _SEARCH_SECONDS = 2.0
 _LEAVING_SECONDS, _LEAVING_POLL_SECONDS = 0.5, 0.05
 
@@ -143,8 +143,11 @@ class HoldGpu:
         entry = job.state.ledgers.read(self.gpu)
         others = [one for one in entry.holders if one.job_id != job_id]
         self.refuse_beside(others)
+        if entry.daemon is not None:
+            held = f"{self.gpu}: the control daemon that jobs before this one had is still there"
+            raise RequestError(held, hint="submit the job again", reason="busy_gpu")
         if not others and self.mode == EXCLUSIVE_PROCESS:
-            self._see_it_free(job)
+            see_it_free(self.gpu, job.gpus)
         found = entry.mode_found
         if found is None and self.mode is not None:
             found = job.gpus.compute_mode(self.gpu)
@@ -152,16 +155,30 @@ class HoldGpu:
         if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
             job.gpus.set_compute_mode(self.gpu, self.mode)
 
-    def _see_it_free(self, job: JobOnNode) -> None:
-        end = monotonic() + _LEAVING_SECONDS
-        while there := job.gpus.processes(self.gpu):
-            if monotonic() > end:
-                raise NodeError(
-                    f"{self.gpu}: in use by process {', '.join(map(describe, there[:4]))}, though Slurm has just given "
-                    "it to this job",
-                    hint="end what was left there",
-                )
-            sleep(_LEAVING_POLL_SECONDS)
+
+def see_it_free(gpu: str, gpus: Gpus) -> None:
+    """Raises: NodeError when a process stays on a GPU that nobody holds."""
+    end = monotonic() + _LEAVING_SECONDS
+    while there := gpus.processes(gpu):
+        if monotonic() > end:
+            raise NodeError(
+                f"{gpu}: in use by process {', '.join(map(describe, there[:4]))}, though Slurm has just given it to "
+                "this job",
+                hint="end what was left there",
+            )
+        sleep(_LEAVING_POLL_SECONDS)
+
+
+def patience(config: SiteConfig, seconds: Callable[[float], float]) -> Patience:
+    """How long to wait for the end of daemons, where `seconds` says how much of what is wanted there is."""
+    wanted = config.deadlines_quit + 2 * config.deadlines_signal + 2 * _SEARCH_SECONDS
+    share = seconds(wanted) / wanted
+    return Patience(
+        force_after_seconds=2,
+        quit_seconds=share * config.deadlines_quit,
+        signal_seconds=share * config.deadlines_signal,
+        search_seconds=share * _SEARCH_SECONDS,
+    )
 
 
 @record
@@ -257,7 +274,7 @@ class StartDaemons:
 
     def begin(self, job: JobOnNode) -> list[processes.Child]:
         """Start them all, and do not wait. Raises: NodeError; then none is left that was started here."""
-        log_limit_bytes = _LOG_GROWS_TO * job.config.logs_max_kib * 1024
+        log_limit_bytes = LOG_GROWS_TO * job.config.logs_max_kib * 1024
         children: list[processes.Child] = []
         try:
             for name, gpus in self.served:
@@ -313,16 +330,9 @@ class QuitDaemons:
         return all(job.daemon(name).process() for name in self.names)
 
     def run(self, job: JobOnNode) -> None:
-        wanted = job.config.deadlines_quit + 2 * job.config.deadlines_signal + 2 * _SEARCH_SECONDS
-        share = job.seconds(wanted) / wanted
-        patience = Patience(
-            force_after_seconds=2,
-            quit_seconds=share * job.config.deadlines_quit,
-            signal_seconds=share * job.config.deadlines_signal,
-            search_seconds=share * _SEARCH_SECONDS,
-        )
         daemons = [job.daemon(name) for name in self.names]
-        control.quit_all(daemons, job.journal.uid, patience, job.meanwhile, asked=job.asked)
+        how_long = patience(job.config, job.seconds)
+        control.quit_all(daemons, job.journal.uid, how_long, job.meanwhile, asked=job.asked)
 
 
 @record
@@ -394,18 +404,3 @@ class StartServers:
             except NodeError as error:
                 tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
         return children
-
-
-def read_undo(line: str) -> Undo:
-    """Read an undo back from its journal line.
-
-    Raises: DamagedFileError when it is none.
-    """
-    kind, *words = line.split(" ")
-    if kind == "release_gpu" and (found := fields(words)).keys() == {"gpu"}:
-        return ReleaseGpu(found["gpu"])
-    if kind == "remove_directories" and not words:
-        return RemoveDirectories()
-    if kind == "quit_daemons" and (found := fields(words)).keys() == {"names"}:
-        return QuitDaemons(tuple(found["names"].split(",")))
-    raise DamagedFileError(f"the journal has an unknown undo {kind[:40]!r}")

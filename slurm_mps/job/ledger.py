@@ -3,12 +3,14 @@
 slurm-mps ledger 1
 boot <boot id>
 mode_found 0
-holder 4711 way=separate
+daemon starter=4711 stage=open uid=20001 closer=0 pid=812 start=90210        where jobs are joined (job/joined.py)
+holder 4711 way=joined uid=20001 mib=35654
 """
 
 from __future__ import annotations
 
 from ..node.files import whole_name
+from ..node.processes import ProcessIdentity
 from ..node.wordfile import DamagedFileError, decode, encode, fields, with_fields
 from ..record import record, replace
 
@@ -20,24 +22,44 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _LOCK = 0  # of all ledgers, and of the compiled configuration
-#: How a job holds a GPU: no other MPS job beside it, or others that each have a daemon of their own.
-WHOLE, SEPARATE = "whole", "separate"
+#: How a job holds a GPU: no other MPS job beside it, others that each have a daemon of their own, or one for all.
+WHOLE, SEPARATE, JOINED = "whole", "separate", "joined"
+STARTING, OPEN, CLOSING = "starting", "open", "closing"
 
 
 @record
 class Holder:
-    """A job that holds a GPU, and how."""
+    """A job that holds a GPU, and how. Of a joined one its user, and the MiB for its clients (0: not known)."""
 
     job_id: int
     way: str = WHOLE
+    uid: int = 0
+    mib: int = 0
+
+
+@record
+class SharedDaemon:
+    """The control daemon of joined jobs: the job that started it, what becomes of it, and which process it is.
+
+    `closer` is the job whose undo ends it.
+    """
+
+    starter: int
+    stage: str
+    uid: int = 0
+    closer: int = 0
+    process: ProcessIdentity | None = None
 
 
 @record
 class LedgerEntry:
-    """Who holds a GPU, and the compute mode that was found when slurm-mps changed it (None: it did not)."""
+    """Who holds a GPU, the compute mode that was found when slurm-mps changed it (None: it did not), and the daemon of
+    joined jobs.
+    """
 
     holders: tuple[Holder, ...] = ()
     mode_found: int | None = None
+    daemon: SharedDaemon | None = None
 
 
 class Ledgers:
@@ -89,25 +111,52 @@ class Ledgers:
         mode = known.get("mode_found")
         try:
             holders = tuple(_holder(line) for line in lines if line.startswith("holder "))
-            return LedgerEntry(holders, None if mode is None else int(mode)), known.get("boot", "")
+            daemon = _daemon(known["daemon"]) if "daemon" in known else None
+            return LedgerEntry(holders, None if mode is None else int(mode), daemon), known.get("boot", "")
         except (KeyError, ValueError):
             raise DamagedFileError(f"the ledger of {uuid} does not name its holders") from None
 
     def write(self, uuid: str, entry: LedgerEntry) -> None:
         """Put a GPU's ledger on disk; without holders and nothing to put back there is none."""
-        if not entry.holders and entry.mode_found is None:
+        if entry == LedgerEntry():
             self._directory.unlink(uuid)
             return
         mode = [] if entry.mode_found is None else [f"mode_found {entry.mode_found}"]
-        lines = [f"boot {self._boot_id}", *mode, *map(_holder_line, entry.holders)]
+        daemon = [] if entry.daemon is None else [_daemon_line(entry.daemon)]
+        lines = [f"boot {self._boot_id}", *mode, *daemon, *map(_holder_line, entry.holders)]
         self._directory.write(uuid, encode("ledger", _VERSION, lines))
 
 
 def _holder(line: str) -> Holder:
     """Raises: KeyError, ValueError. A line without more than the job is from before there were several ways."""
     _, job_id, *words = line.split(" ")
-    return Holder(int(job_id), fields(words)["way"] if words else WHOLE)
+    if not words:
+        return Holder(int(job_id))
+    found = fields(words)
+    return Holder(int(job_id), found["way"], int(found.get("uid", "0")), int(found.get("mib", "0")))
 
 
 def _holder_line(holder: Holder) -> str:
-    return with_fields(f"holder {holder.job_id}", {"way": holder.way})
+    joined = {"uid": str(holder.uid), "mib": str(holder.mib)} if holder.way == JOINED else {}
+    return with_fields(f"holder {holder.job_id}", {"way": holder.way, **joined})
+
+
+def _daemon(words: str) -> SharedDaemon:
+    """Raises: KeyError, ValueError."""
+    found = fields(words.split(" "))
+    process = ProcessIdentity(int(found["pid"]), int(found["start"])) if "pid" in found else None
+    if found["stage"] not in (STARTING, OPEN, CLOSING):
+        raise ValueError(found["stage"])
+    return SharedDaemon(int(found["starter"]), found["stage"], int(found["uid"]), int(found["closer"]), process)
+
+
+def _daemon_line(daemon: SharedDaemon) -> str:
+    numbers = {"uid": daemon.uid, "closer": daemon.closer}
+    if daemon.process:
+        numbers |= {"pid": daemon.process.pid, "start": daemon.process.start_ticks}
+    words = {
+        "starter": str(daemon.starter),
+        "stage": daemon.stage,
+        **{key: str(value) for key, value in numbers.items()},
+    }
+    return with_fields("daemon", words)

@@ -14,8 +14,10 @@ from ..node.messages import tell_admin
 from ..node.nvml import expected_uuids
 from ..record import replace
 from . import logs
-from .actions import MakeDirectories, QuitDaemons, ReleaseGpu, StartDaemons, StartServers, read_undo
+from .actions import MakeDirectories, QuitDaemons, ReleaseGpu, StartDaemons, StartServers
+from .joined import LeaveGpu
 from .plan import first_actions, make_plan
+from .undo import read_undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
             elif not (begun and isinstance(action, MakeDirectories)):
                 action.apply(job)
         job.seconds(0)  # a watch that has given up says something else to the job's tasks
-        job.journal.write_verdict(plan.verdict([job.daemon(one.name) for one in plan.daemons]))
+        job.journal.write_verdict(plan.verdict(plan.running(job)))
         job.journal.ready = True
         job.journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
@@ -77,7 +79,7 @@ def _note(actions: Iterable[Action], job: JobOnNode) -> None:
     """
     undos = [undo for action in actions if (undo := action.undo()) is not None]
     for undo in undos:
-        if isinstance(undo, ReleaseGpu):
+        if isinstance(undo, (ReleaseGpu, LeaveGpu)):
             job.state.ledgers.read(undo.gpu)
     new = [line for undo in undos if (line := undo.line()) not in job.journal.undo]
     if new:
@@ -120,7 +122,7 @@ def undo_all(job: JobOnNode, *, claims: bool = True) -> list[str]:
     for line in reversed(job.journal.undo):
         try:
             undo = read_undo(line)
-            if claims or not isinstance(undo, ReleaseGpu):
+            if claims or not isinstance(undo, (ReleaseGpu, LeaveGpu)):
                 undo.run(job)
             else:
                 left.insert(0, line)
@@ -153,5 +155,5 @@ def is_up(job: JobOnNode, run: str) -> bool:
     journal = job.journal
     if not (journal.ready and journal.run == run and journal.boot_id == job.state.boot_id):
         return False
-    daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, QuitDaemons)]
+    daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, (QuitDaemons, LeaveGpu))]
     return bool(daemons) and all(undo.all_run(job) for undo in daemons)

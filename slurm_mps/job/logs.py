@@ -25,30 +25,35 @@ _SLACK = 16
 _VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin knows this one (spank/verdict.c)
 
 
-def _attempt(job_id: int, what: str, work: Callable[[], None]) -> bool:
-    """Do something with a job's logs; when it fails the admin is told, and that is all."""
+def _attempt(whose: int | str, what: str, work: Callable[[], None]) -> bool:
+    """Do something with the logs of a job, or of a GPU; when it fails the admin is told, and that is all."""
+    who = f"job {whose}" if isinstance(whose, int) else whose
     try:
         work()
         return True
     except NodeError as error:
-        tell_admin(f"job {job_id}: its logs are not {what}: {error}")
+        tell_admin(f"{who}: its logs are not {what}: {error}")
     except OSError as error:
-        tell_admin(f"job {job_id}: its logs are not {what}: {os.strerror(error.errno or 0)}")
+        tell_admin(f"{who}: its logs are not {what}: {os.strerror(error.errno or 0)}")
     return False
 
 
-def make(job_id: int, uid: int, parts: Sequence[str], config: SiteConfig) -> bool:
-    """Make a job's log directory with its parts, empty, and let its user read it; False when there can be none."""
+def make(whose: int | str, uid: int, parts: Sequence[str], config: SiteConfig, *, anew: bool = True) -> bool:
+    """Make the log directory of a job, or of a GPU whose jobs are joined, with its parts, and let its user read it.
+
+    Returns: False when there can be none. Without `anew` what is there stays.
+    """
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
-            logs.remove_tree(str(job_id))
-            with logs.make(str(job_id), 0o700) as own:
+            if anew:
+                logs.remove_tree(str(whose))
+            with logs.make(str(whose), 0o700) as own:
                 for part in parts:
                     own.make(part, 0o755).close()
                 own.grant_user(uid)
 
-    return _attempt(job_id, f"written below {config.paths_logs}", work)
+    return _attempt(whose, f"written below {config.paths_logs}", work)
 
 
 def leave_verdict(job_id: int, verdict: bytes, config: SiteConfig, jobs: Collection[int]) -> None:
@@ -127,14 +132,30 @@ def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
         )
 
 
-def forget(job_id: int, config: SiteConfig) -> None:
+def keep_part(job_id: int, uid: int, gpu: str, part: str, config: SiteConfig) -> None:
+    """Give a job that leaves a GPU's daemon what the logs say that the jobs on it have, all of them its user's."""
+
+    def work() -> None:
+        with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
+            if config.logs_keep == "never" or not logs.exists(gpu):
+                return
+            with logs.subdirectory(gpu) as shared, logs.make(str(job_id), 0o700) as own, own.make(part, 0o755) as ours:
+                for name in _LOGS:
+                    if shared.exists(name):
+                        ours.write(name, shared.read_tail(name, config.logs_max_kib * 1024), mode=0o644)
+                own.grant_user(uid)
+
+    _attempt(job_id, "kept", work)
+
+
+def forget(whose: int | str, config: SiteConfig) -> None:
     """Remove the logs of a job that was refused: they say nothing, and would have an older job's removed."""
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
-            logs.remove_tree(str(job_id))
+            logs.remove_tree(str(whose))
 
-    _attempt(job_id, "removed", work)
+    _attempt(whose, "removed", work)
 
 
 def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:

@@ -7,7 +7,7 @@ import sys
 
 from ..config.settings import SiteConfig, memory_bytes
 from ..errors import NodeError, RequestError
-from ..node.control import Limits
+from ..node.control import ControlDaemon, Limits
 from ..node.nvml import DEFAULT, EXCLUSIVE_PROCESS, Gpu
 from ..record import record
 from ..units import GPUS_MAX, MIB, describe_memory, format_memory
@@ -22,7 +22,8 @@ from .actions import (
     StartServers,
     gpu_daemon_name,
 )
-from .ledger import SEPARATE, WHOLE
+from .joined import JoinGpu, link_name, log_path
+from .ledger import JOINED, SEPARATE, WHOLE
 from .request import PER_GPU
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
 
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeVar
 
-    from ..node.control import ControlDaemon
-    from .actions import Action
+    from .actions import Action, JobOnNode
     from .request import JobRequest
 
     T = TypeVar("T")
@@ -63,6 +63,16 @@ class Plan:
     config: SiteConfig
     actions: tuple[Action, ...]
 
+    def running(self, job: JobOnNode) -> list[ControlDaemon]:
+        """The plan's daemons, as the job's tasks reach them."""
+        if self.config.gpus_sharing != JOINED:
+            return [job.daemon(one.name) for one in self.daemons]
+        here, config = job.journal.directory.path, job.config
+        return [
+            ControlDaemon(config.paths_control_program, f"{here}/{one.name}", log_path(one.gpus[0], config))
+            for one in self.daemons
+        ]
+
     def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
         """What the plugin reads in the job's tasks; `running` are the plan's daemons.
 
@@ -78,7 +88,8 @@ class Plan:
                 VerdictGpu(index, gpu.minor, gpu.uuid, _for_clients(gpu, self.config), gpu.memory_bytes // MIB)
                 for index, gpu in zip(self.slurm_indices, self.gpus, strict=True)
             ),
-            per_gpu=self.request.daemons == PER_GPU,
+            per_gpu=self.request.daemons == PER_GPU or self.config.gpus_sharing == JOINED,
+            joined=self.config.gpus_sharing == JOINED,
             thread_percentage=limits.thread_percentage,
             thread_percentage_min=self.config.limits_thread_percentage_min,
             memory_min=self.config.limits_memory_min,
@@ -96,7 +107,7 @@ class Plan:
 
 
 def _place(daemon: ControlDaemon, planned: JobDaemon) -> DaemonPlace:
-    name = "" if planned.name == WHOLE_JOB else planned.name
+    name = "" if planned.name == WHOLE_JOB else planned.name.replace("joined-", "gpu-")
     directories = daemon.pipe_directory, daemon.log_directory
     return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus)
 
@@ -250,8 +261,10 @@ def _check_gpu_numbers(request: JobRequest, count: int) -> None:
         raise RequestError(f"--mps-mem has a limit for GPU {beyond[0]}, but this job has {has}", reason="memory")
 
 
-def _served(request: JobRequest, gpus: tuple[T, ...]) -> tuple[tuple[str, tuple[T, ...]], ...]:
+def _served(request: JobRequest, config: SiteConfig, gpus: tuple[T, ...]) -> tuple[tuple[str, tuple[T, ...]], ...]:
     """The job's control daemons by name, and which of its GPUs each serves."""
+    if config.gpus_sharing == JOINED:
+        return tuple((link_name(number), (gpu,)) for number, gpu in enumerate(gpus))
     if request.daemons == PER_GPU:
         return tuple((gpu_daemon_name(number), (gpu,)) for number, gpu in enumerate(gpus))
     return ((WHOLE_JOB, gpus),)
@@ -265,7 +278,7 @@ def _daemons(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> 
             gpus=tuple(gpu.uuid for gpu in its),
             limits=Limits(percent, _memory_limit(request, config, its, percent, number), request.client_priority),
         )
-        for number, (name, its) in enumerate(_served(request, gpus))
+        for number, (name, its) in enumerate(_served(request, config, gpus))
     )
 
 
@@ -281,9 +294,9 @@ def first_actions(request: JobRequest, config: SiteConfig, uuids: tuple[str, ...
 
     None where the GPUs are not known, or where make_plan() has something to say against so many.
     """
-    if not 0 < len(uuids) <= GPUS_MAX or _has_refused_part(request, config):
+    if not 0 < len(uuids) <= GPUS_MAX or config.gpus_sharing == JOINED or _has_refused_part(request, config):
         return ()
-    served = _served(request, uuids)
+    served = _served(request, config, uuids)
     way = SEPARATE if config.gpus_sharing == "separate" else WHOLE
     return (
         *(HoldGpu(uuid, _compute_mode(way, config), way) for uuid in uuids),
@@ -320,6 +333,12 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     if len(set(uuids)) < len(uuids):
         raise NodeError(f"Slurm names the same GPU twice: {', '.join(request.gpus)}")
     _check_gpu_numbers(request, len(gpus))
+    if config.gpus_sharing == JOINED and len(gpus) > 1 and request.daemons != PER_GPU:
+        raise RequestError(
+            f"its {len(gpus)} GPUs on this node have a control daemon each, which other jobs have, too",
+            hint="ask for --mps=per-gpu, and bind each task to one GPU (--gpus-per-task=1)",
+            reason="per_node",
+        )
     daemons = _daemons(request, config, gpus)
     return Plan(
         gpus=gpus,
@@ -328,10 +347,36 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         clients_per_gpu=_clients_per_gpu(gpus, config),
         request=request,
         config=config,
-        actions=(
+        actions=_joining(request, config, gpus, daemons)
+        if config.gpus_sharing == JOINED
+        else (
             *first_actions(request, config, uuids),
             SetLimits(daemons),
             AdmitUser(request.uid),
             StartServers(request.uid, tuple(daemon.name for daemon in daemons)),
         ),
     )
+
+
+def _joining(
+    request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], daemons: tuple[JobDaemon, ...]
+) -> tuple[Action, ...]:
+    """The actions of a job that joins others. The daemon has the site's limits; the job's are its clients' own."""
+    high = memory_bytes(config.limits_memory_max)
+    mode = _compute_mode(JOINED, config)
+    actions: list[Action] = []
+    for number, (gpu, daemon) in enumerate(zip(gpus, daemons, strict=True)):
+        most = None if high is None else min(high, gpu.memory_bytes // MIB * MIB)
+        limits = Limits(config.limits_thread_percentage_max, most)
+        mib = _promised_mib(request, config, gpu, daemon)
+        actions.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config)))
+    return (*actions, AdmitUser(request.uid))
+
+
+def _promised_mib(request: JobRequest, config: SiteConfig, gpu: Gpu, daemon: JobDaemon) -> int:
+    """How much of a GPU's memory the job's processes may have together; 0 where that is not known."""
+    share = request.share_percentage
+    if share is not None and (request.auto_memory or _divides_share(request, config)):
+        return int(_for_clients(gpu, config) * share / 100)
+    limit = daemon.limits.memory_bytes
+    return 0 if limit is None or request.auto_memory else limit // MIB * max(1, request.tasks)

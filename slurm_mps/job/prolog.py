@@ -7,10 +7,12 @@ from time import monotonic
 
 from ..config.load import load_config
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
-from ..errors import MpsError, NodeError
+from ..errors import MpsError, NodeError, RequestError
 from ..record import replace
 from . import logs
 from .actions import JobOnNode
+from .joined import unconfined
+from .ledger import JOINED
 from .lifecycle import bring_up, is_up, take_down, undo_all
 from .request import asks_for_mps, read_request, run_of_job, slurm_number
 from .script import Script
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..config.settings import SiteConfig
-    from ..errors import RequestError
     from .journal import Journal
     from .verdict import Verdict
 
@@ -58,8 +59,16 @@ class Prolog(Script):
         node = self.environment.get("SLURMD_NODENAME", "")
         self._journal = journal = state.begin_journal(job_id, uid, run, node)
         request = read_request(self.environment)
+        if self.config.gpus_sharing == JOINED:
+            self._see_devices_confined()
         journal.write_config(self.config)
         bring_up(request, self._on_node(state, journal, self.config))
+
+    def _see_devices_confined(self) -> None:
+        """Raises: RequestError. A setting of the site's is wrong, on all nodes: draining them cures nothing."""
+        why = unconfined(self.environment.get("SLURM_CONF", ""))
+        if why:
+            raise RequestError(f"this site joins jobs on a GPU, and {why}", hint="tell your admin", reason="site")
 
     def _open_state(self) -> NodeState:
         """Open the state directory and read the configuration, which says what comes of a fault of either."""

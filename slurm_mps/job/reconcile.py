@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from time import time
+from time import monotonic, time
 
 from ..config.load import load_config
 from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
@@ -21,7 +21,7 @@ from ..node.processes import SIGKILL, SIGTERM, identify
 from ..record import record
 from ..slurm import jobs as slurm
 from ..slurm.hostlist import expand_hosts
-from . import logs
+from . import joined, logs
 from .actions import JobOnNode, let_go
 from .lifecycle import take_down
 from .request import ID_MAX
@@ -181,6 +181,8 @@ class Reconciler:
                 self._locked(state, job_id, partial(self._end_strays, state, job_id, strays[job_id], why))
         for uuid in state.ledgers.names():
             self._guarded(uuid, partial(self._ledger, state, uuid))
+            self._guarded(uuid, partial(self._shared, state, uuid, config))
+        self._guarded(joined.DIRECTORY, partial(self._lost_daemons, state, config))
         for path in state.strangers():
             self._report(Repair(path, LEFT, "slurm-mps did not put it there"))
         for job_id in self._untidy_logs(config, [*jobs, *lost]):
@@ -305,8 +307,10 @@ class Reconciler:
             written, boot_id = state.ledgers.read_as_written(uuid)
             entry = state.ledgers.read(uuid)
             left = entry.holders
-            if (left and left == written.holders) or self._with_their_job.intersection(
-                one.job_id for one in written.holders
+            if (
+                entry.daemon is not None
+                or (left and left == written.holders)
+                or self._with_their_job.intersection(one.job_id for one in written.holders)
             ):
                 return None
             if boot_id != state.boot_id:
@@ -323,6 +327,42 @@ class Reconciler:
             return Repair(uuid, REPAIRED, why)
         finally:
             state.ledgers.unlock()
+
+    def _shared(self, state: NodeState, uuid: str, config: SiteConfig) -> Repair | None:
+        """Take those who are gone out of the ledger of joined jobs, and end a daemon that nobody is going to end."""
+        written, _ = state.ledgers.read_as_written(uuid)
+        entry = state.ledgers.read(uuid)
+        if entry.daemon is None or self._with_their_job.intersection(one.job_id for one in written.holders):
+            return None
+        why = joined.what_is_left(entry, written)
+        if not why:
+            return None
+        if self._dry_run:
+            return Repair(uuid, WOULD_REPAIR, why)
+        self._watch.restart(DEFAULTS.deadlines_epilog)
+        end = self._watch.at(UNDO_SHARE)
+        joined.settle(uuid, state, self._gpus, config, lambda wanted: min(wanted, max(0.0, end - monotonic())))
+        return Repair(uuid, REPAIRED, why)
+
+    def _lost_daemons(self, state: NodeState, config: SiteConfig) -> Repair | None:
+        """End the daemons of joined jobs that no ledger names, and remove what they had."""
+        known = [
+            joined.daemon_name(uuid, one) for uuid in state.ledgers.names() if (one := state.ledgers.read(uuid).daemon)
+        ]
+        names = [name for name in joined.names(state) if name not in known]
+        if not names:
+            return None
+        why = f"{', '.join(names)}: of a GPU that nobody holds"
+        if self._dry_run:
+            return Repair(joined.DIRECTORY, WOULD_REPAIR, why)
+        self._watch.restart(DEFAULTS.deadlines_epilog)
+        for name in names:
+            found = [one.process for one in search(f"{joined.DIRECTORY}/{name}", _SEARCH_SECONDS)]
+            for number in (SIGTERM, SIGKILL):
+                kill_all(found, number, DEFAULTS.deadlines_signal)
+            state.daemons().remove_tree(name)
+            logs.forget(name.rpartition(".")[0], config)
+        return Repair(joined.DIRECTORY, REPAIRED, why)
 
     # --------------------------------------------------------------------------------------------------- the logs
 

@@ -46,7 +46,8 @@ class JobRequest:
     normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
     the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
     ``auto_memory``: each step divides by the ranks that share a GPU. ``share_percentage``: how much of a GPU Slurm gave
-    the job (gres/mps); None: whole GPUs, or shards, of which Slurm tells the prolog nothing.
+    the job (gres/mps); None: whole GPUs, or shards, of which Slurm tells the prolog nothing. ``tasks``: how many the
+    job has on this node, 0 where that is not known.
     """
 
     job_id: int
@@ -61,6 +62,7 @@ class JobRequest:
     auto_memory: bool = False
     slurm_indices: tuple[int, ...] = ()
     share_percentage: float | None = None
+    tasks: int = 0
 
 
 def slurm_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -178,4 +180,5 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         auto_memory=environment.get("SPANK_MPS_MEM") == AUTO,
         slurm_indices=_slurm_indices(environment, gpus),
         share_percentage=_share(environment),
+        tasks=slurm_number(environment, "SLURM_JOB_NTASKS", 0) if environment.get("SLURM_JOB_NUM_NODES") == "1" else 0,
     )

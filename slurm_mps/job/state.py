@@ -14,6 +14,7 @@
         told                 0600  the job's user has been told why a step ended badly, at that time (plugin's)
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
+      daemons/<uuid>.<job>/  root 0700 + ACL: the control daemon of joined jobs, by the job that started it (joined.py)
 
 Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
 back is on disk before it is changed; only root can read or write anything but the verdict. A job that began under an
@@ -30,7 +31,12 @@ from ..node.wordfile import DamagedFileError, decode, encode
 from .journal import Journal, read_journal
 from .ledger import Ledgers
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..node.files import Directory
+
 _SKELETON = ("jobs", "gpus", "lock")
+DAEMONS = "daemons"
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
 _EVENTS_LIMIT_BYTES = 1024**2
 _METRICS_LOCK = 1 << 40  # beyond all job ids
@@ -48,6 +54,7 @@ class NodeState:
             raise NodeError(f"{path} is not whole; the next job, or reconcile, makes what is missing")
         self._jobs = self.root.make("jobs", 0o711) if make else self.root.subdirectory("jobs")
         gpus = self.root.make("gpus", 0o700) if make else self.root.subdirectory("gpus")
+        self._daemons: Directory | None = None
         self._locks = LockFile(self.root)
         self.boot_id = processes.boot_id()
         self.ledgers = Ledgers(gpus, self._locks, self.boot_id, self.job_ids)
@@ -63,13 +70,19 @@ class NodeState:
     def unlock_job(self, job_id: int) -> None:
         self._locks.release(job_id)
 
+    def daemons(self) -> Directory:
+        """The directory of joined jobs' control daemons, made when it is not there yet."""
+        if self._daemons is None:
+            self._daemons = self.root.make(DAEMONS, 0o711)
+        return self._daemons
+
     def job_ids(self) -> list[int]:
         """Jobs that something is kept of."""
         return sorted(int(name) for name in self._jobs.names() if name.isdigit())
 
     def strangers(self) -> list[str]:
         """The paths of what no slurm-mps of this version puts where they are."""
-        ours = (*_SKELETON, "config", "last-fault", EVENTS, EVENTS_TAKEN, METRICS)
+        ours = (*_SKELETON, DAEMONS, "config", "last-fault", EVENTS, EVENTS_TAKEN, METRICS)
         root = [name for name in self.root.names() if whole_name(name) not in ours]
         jobs = [name for name in self._jobs.names() if not name.isdigit()]
         return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
@@ -136,6 +149,7 @@ class NodeState:
         strangers = [name for name in journal.directory.names() if name != "journal"]
         if strangers:
             raise NodeError(f"{journal.directory.path} holds {strangers[0]!r}, which slurm-mps did not put there")
+        journal.directory.unlink("journal")  # whole until it is gone: remove_tree() empties files first
         self._jobs.remove_tree(str(journal.job_id))
         journal.directory.close()
 

@@ -18,6 +18,7 @@
     share 25                                               how much of a GPU Slurm gave the job (gres/mps)
     shards_per_gpu 4                                       for jobs of gres/shard: a task is told how many it has
     share_memory even                                      a part of a GPU is the same part of its memory
+    joined yes                                             the daemon serves others, too: limits are the clients' own
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
     gpus none                                              with `refused`: the job has no GPU on this node
     end <checksum>
@@ -94,6 +95,7 @@ class Verdict:
     share_percentage: float | None = None
     shards_per_gpu: int = 0
     share_memory: bool = False
+    joined: bool = False
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
@@ -143,6 +145,8 @@ class Verdict:
             yield "shards_per_gpu", str(self.shards_per_gpu)
         if self.share_memory:
             yield "share_memory", "even"
+        if self.joined:
+            yield "joined", "yes"
 
 
 def refused(message: str, *, has_no_gpu: bool = False) -> Verdict:
@@ -204,6 +208,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         share_percentage=parse_thread_percentage(known["share"]) if "share" in known else None,
         shards_per_gpu=int(known.get("shards_per_gpu", "0")),
         share_memory="share_memory" in known,
+        joined="joined" in known,
         visible_devices=known["visible_devices"],
         probe=(python, script),
         explain=known["explain"],
@@ -217,6 +222,6 @@ def _gpu(words: str) -> VerdictGpu:
 
 def _daemon(words: str, gpus: tuple[str, ...]) -> DaemonPlace:
     pipe, log, limit = words.split(" ")
-    name = os.path.basename(pipe)
+    name = os.path.basename(pipe).replace("joined-", "gpu-")
     memory = None if limit == "-" else parse_memory(limit)
     return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus)

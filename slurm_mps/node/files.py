@@ -259,6 +259,21 @@ class Directory:
         except OSError as error:
             raise self._fault(name, error) from None
 
+    def link_socket(self, name: str, directory: Directory) -> None:
+        """Give a socket of root's the same name in another directory, too, in place of what has it there.
+
+        Raises: NodeError.
+        """
+        try:
+            directory.unlink(name)
+            os.link(_check_name(name), name, src_dir_fd=self.fd, dst_dir_fd=directory.fd, follow_symlinks=False)
+            there = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+        except OSError as error:
+            raise directory._fault(name, error) from None
+        if not stat.S_ISSOCK(there.st_mode) or there.st_uid != 0:
+            directory.unlink(name)
+            raise NodeError(f"{self.path}/{name} is no socket of root's")
+
     def rename(self, name: str, new_name: str) -> bool:
         """Give a file another name, over one that has it; False when there is none."""
         try:

@@ -388,6 +388,11 @@ def _only(ids: Sequence[str]) -> int | None:
     return int(ids[0]) if len(set(ids)) == 1 else None
 
 
+def is_in_cgroup(pid: int, name: str) -> bool:
+    """Whether a process is in a cgroup of this name, or below one, by the kernel's word; only root can change that."""
+    return any(name in line.split("/") for line in _proc_bytes(pid, "cgroup").decode("utf-8", "replace").splitlines())
+
+
 def parent_of(pid: int) -> int | None:
     """The pid of a process's parent; None when the process is gone."""
     parent = _status(pid, "PPid")

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from slurm_mps.config.file import parse_config
 from slurm_mps.config.settings import CONFIG_VERSION, DEFAULTS, ConfigError, SiteConfig, from_lines, to_lines
 from slurm_mps.errors import NodeError, RequestError
-from slurm_mps.job.actions import read_undo
 from slurm_mps.job.journal import JOURNAL_VERSION, Journal
 from slurm_mps.job.ledger import Holder, LedgerEntry
 from slurm_mps.job.request import JobRequest, read_request
 from slurm_mps.job.state import NodeState
+from slurm_mps.job.undo import read_undo
 from slurm_mps.job.verdict import DaemonPlace, Verdict, VerdictGpu, parse_verdict
 from slurm_mps.node.wordfile import DamagedFileError, decode, encode, quote, unquote
 from slurm_mps.units import MIB

@@ -38,6 +38,7 @@ ALLOWED = {
         "unlink",
         "rmdir",
         "rename",
+        "link",
         "setxattr",
         "fchmod",
         "ftruncate",
@@ -68,6 +69,7 @@ BY_DIRECTORY = {
     "rmdir": {"dir_fd"},
     "stat": {"dir_fd"},
     "rename": {"src_dir_fd", "dst_dir_fd"},
+    "link": {"src_dir_fd", "dst_dir_fd"},
 }
 BUILTINS = {"eval", "exec", "compile", "__import__", "getattr", "setattr", "input", "breakpoint"}
 #: Where a name of ours, a C function's or a field's, is looked up by its text.

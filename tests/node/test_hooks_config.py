@@ -37,7 +37,7 @@ def test_a_broken_configuration_is_said_whole_and_costs_only_mps_jobs(gpu_node: 
     result = gpu_node.prolog(4711)
     assert result.returncode == 1
     for problem in (
-        'gpus.sharing: expected one of "refuse", "separate"',
+        'gpus.sharing: expected one of "refuse", "separate", "joined"',
         "limits.thread_percentage.max: 150 is greater than 100",
         'limits.memory.default: expected a size such as "8G" or "512M" or "none"',
         "deadline: unknown; expected one of ",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.harness.cluster import Job
 
 SEPARATE = '[gpus]\nsharing = "separate"\nshards_per_gpu = 4\n'
+JOINED = '[gpus]\nsharing = "joined"\nshards_per_gpu = 4\n'
 #: A rank that says what it has of a GPU.
 LOOK = "simulated-gpus client --hold 0.1"
 
@@ -134,3 +135,33 @@ def test_a_part_that_cannot_be_had_is_refused_with_the_numbers(
     assert "started" not in output
     assert not any(state.drained for state in parted.cluster.node_states().values())
     assert parted.snapshot() == before
+
+
+def test_joined_jobs_have_one_server_and_limits_of_their_own(parted: Site) -> None:
+    """Each job looks as if it were alone: its part, its clients in status, its logs; the GPU stays exclusive."""
+    parted.configure(JOINED)
+    before = parted.snapshot()
+    first = start(parted, "--gres=mps:25")
+    parted.cluster.until_output(first, "uuid=")
+    during = parted.compute_modes("n1")
+    look = f"srun {LOOK}; srun slurm-mps verify; srun --overlap slurm-mps status; echo looked; {waits_for()}"
+    second = parted.cluster.sbatch("-n2", "--gres=mps:50", script=look, until="looked")
+    other = start(parted, "--gres=mps:25", user="bob")
+    told = outputs(parted, other)[0]
+    parted.cluster.let_go(first)
+    parted.cluster.wait(first)
+    parted.cluster.let_go(second)
+    parted.cluster.wait(second)
+    one, two = parted.cluster.output(first), parted.cluster.output(second)
+    assert "sms=32 free=35" in one
+    assert two.count("sms=66 free=35") == 2
+    assert {line.rpartition("mps=")[2] for line in (one + two).splitlines() if "mps=" in line} != {"none"}
+    assert len({line.rpartition("mps=")[2] for line in (one + two).splitlines() if line.startswith("uuid=")}) == 1
+    assert "2 ranks, all clients, each GPU's ranks share one server" in two
+    assert "is held by an MPS job of another user; this site joins jobs of one user only" in told
+    assert during[0] == "Exclusive_Process"
+    assert not any(state.drained for state in parted.cluster.node_states().values())
+    assert parted.snapshot() == before
+    logs = parted.node("n1", "slurm-mps", "logs", str(second), user="alice")
+    assert logs.returncode == 0, logs.stderr
+    print(two, logs.stdout)

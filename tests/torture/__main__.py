@@ -24,7 +24,7 @@ from tests.lab.progress import Progress
 from tests.torture.life import Life
 
 from . import exploits, random_kills
-from .strike import CAN_DIE, CAN_FAIL, FAULTS, Scenario, StruckNode, build_library, scenarios, strike
+from .strike import CAN_DIE, CAN_FAIL, FAULTS, Scenario, StruckNode, build_library, joined_scenarios, scenarios, strike
 
 #: Of the time: the matrix takes what it needs, up to this; then the kills; the orders have the rest.
 MATRIX_SHARE, KILLS_SHARE = 0.6, 0.5
@@ -55,7 +55,7 @@ def matrix(node: StruckNode, chance: random.Random, end: float, progress: Progre
     """Every point of every scenario; where the time does not suffice, as many as it does, chosen evenly."""
     count = Count()
     points: list[tuple[Scenario, str, int]] = []
-    for scenario in scenarios():
+    for scenario in (*scenarios(), *joined_scenarios()):
         progress.at(f"looking for stop points: {len(points)} so far")
         for on in (CAN_DIE, CAN_FAIL):
             calls = scenario.calls(node, on)

@@ -102,6 +102,7 @@ static int is_file(int fd)
 
 IN_FRONT(int, mkdirat, (int dir, const char *path, mode_t mode), (dir, path, mode), !is_there(dir, path), -1)
 IN_FRONT(int, unlinkat, (int dir, const char *path, int flags), (dir, path, flags), is_there(dir, path), -1)
+IN_FRONT(int, linkat, (int from, const char *old, int to, const char *new, int flags), (from, old, to, new, flags), 1, -1)
 IN_FRONT(int, renameat, (int from, const char *old, int to, const char *new), (from, old, to, new), 1, -1)
 IN_FRONT(int, fsetxattr, (int fd, const char *name, const void *value, size_t size, int flags),
 	 (fd, name, value, size, flags), 1, -1)

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 #: As the command that users type starts it; that one takes LD_PRELOAD, and the library, away.
 RECONCILE = (PYTHON, "-I", "-c", "import sys; from slurm_mps.cli.main import main; sys.exit(main())", "reconcile")
+LOGS = "/var/log/slurm-mps"
 LIBRARY, LOG = "/run/strike.so", "/run/strike.log"
-CAN_FAIL = "mkdirat unlinkat renameat fsetxattr fchmod ftruncate futimens fsync write posix_spawn fork openat"
+CAN_FAIL = "mkdirat unlinkat linkat renameat fsetxattr fchmod ftruncate futimens fsync write posix_spawn fork openat"
 CHANGES = f"{CAN_FAIL} killpg pidfd_send_signal"
 CAN_DIE = f"{CHANGES} poll"  # in the first wait for a child, too: started, and not done
 FAULTS = {"SIGKILL": 0, **{name: getattr(errno, name) for name in ("ENOSPC", "EIO", "EMFILE", "EACCES")}}
 JOB, ANOTHER, A_THIRD = 4711, 4712, 4713
 KINDS = ("per-node", "per-gpu")
+PATIENCE = "[deadlines]\nquit = 0.5\nsignal = 0.5\n"
+JOINED = f'{PATIENCE}[gpus]\nsharing = "joined"\n'
 
 
 def build_library(directory: Path) -> Path:
@@ -53,7 +56,8 @@ class StruckNode(MistreatedNode):
     def prepare(self) -> None:
         shutil.copy(self._library, self.machine.path(LIBRARY))
         self.set_compute_modes(2)
-        self.configure("[deadlines]\nquit = 0.5\nsignal = 0.5\n")
+        self.configure(PATIENCE)
+        self.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
         self.slurm_says({})
         self.prolog(1).check()  # makes the state directory and compiles the configuration
         self.epilog(1).check()
@@ -73,14 +77,16 @@ class StruckNode(MistreatedNode):
     def left(self) -> str:
         """What is not as before, once a program that commanded a daemon has seen it go; empty when all is as before."""
         now = self.settled(self.before)
-        ours = {"config", "gpus", "jobs", "last-fault", "lock"}
+        ours = {"config", "daemons", "gpus", "jobs", "last-fault", "lock"}
         root = set(self.run("ls", "-A", STATE_DIRECTORY).stdout.split()) - ours
+        root |= set(self.run("ls", "-A", f"{STATE_DIRECTORY}/daemons").stdout.split())
         return "" if now == self.before and not root else f"{now} {sorted(root)}"
 
     def reset(self) -> None:
         """Make it as before by force, so that one failure is not the next one's."""
         self.kill(*self.mps_processes())
-        self.run("sh", "-c", f"rm -rf {STATE_DIRECTORY}/jobs/* {STATE_DIRECTORY}/gpus/* {STATE_DIRECTORY}/.*.new")
+        places = " ".join(f"{STATE_DIRECTORY}/{name}" for name in ("jobs/*", "gpus/*", "daemons/*", ".*.new"))
+        self.run("sh", "-c", f"rm -rf {places} {LOGS}/GPU-*")
         self.set_compute_modes(2, 0, 0, 0)
 
 
@@ -100,6 +106,7 @@ class Scenario:
         node.struck(self.argv, self.environment, on).check()
         found = node.noted()
         repair(node, "epilog", self)
+        end_quietly(node)
         assert not node.left(), self.name
         assert found, f"{self.name}: the library in front of libc saw nothing"
         return found
@@ -114,17 +121,20 @@ def scenarios() -> Iterator[Scenario]:
     for kind in KINDS:
         environment = environment_of(JOB, kind)
 
-        def nothing(_node: StruckNode) -> None:
-            pass
+        def nothing(node: StruckNode) -> None:
+            _configure(node, PATIENCE)
 
         def new_configuration(node: StruckNode) -> None:
+            _configure(node, PATIENCE)
             node.configure(node.machine.read("/etc/slurm/mps.toml"))  # compiled again
 
         def a_job(node: StruckNode, environment: dict[str, str] = environment) -> None:
+            _configure(node, PATIENCE)
             node.run(PROLOG, env=environment).check()
 
         def wreckage(node: StruckNode, kind: str = kind) -> None:
             """A whole job, a ledger without a job, processes without a journal, a log that is too long."""
+            _configure(node, PATIENCE)
             for job, gpus in ((JOB, "0,1"), (ANOTHER, "2"), (A_THIRD, "3")):
                 node.run(PROLOG, env=environment_of(job, kind, gpus)).check()
             of_another = [p for p in node.mps_processes() if f"/{ANOTHER}/" in node.environment_of(p)]
@@ -139,6 +149,79 @@ def scenarios() -> Iterator[Scenario]:
             yield Scenario(first, new_configuration, (PROLOG,), environment, ("reconcile", "prolog"))
         yield Scenario(f"epilog {kind}", a_job, (EPILOG,), environment, ("epilog", "reconcile", "prolog"))
         yield Scenario(f"reconcile {kind}", wreckage, RECONCILE, {}, ("reconcile",))
+
+
+def joined_scenarios() -> Iterator[Scenario]:
+    """The same of jobs of one user that have a daemon in common: the first of them, one beside others, the last."""
+    environment = environment_of(JOB, "per-gpu")
+
+    def alone(node: StruckNode) -> None:
+        _configure(node, JOINED)
+
+    def beside(node: StruckNode) -> None:
+        _configure(node, JOINED)
+        node.run(PROLOG, env=environment_of(ANOTHER, "per-node", "1")).check()
+
+    def dead(node: StruckNode) -> None:
+        """Its daemon has died, and a third job's is well."""
+        beside(node)
+        node.kill(*node.mps_processes())
+        node.run(PROLOG, env=environment_of(A_THIRD, "per-node", "2")).check()
+
+    def last(node: StruckNode) -> None:
+        _configure(node, JOINED)
+        node.run(PROLOG, env=environment).check()
+
+    def not_last(node: StruckNode) -> None:
+        beside(node)
+        node.run(PROLOG, env=environment).check()
+
+    def wreckage(node: StruckNode) -> None:
+        """Two jobs on a GPU, one of them without a journal; a ledger without a job; a daemon without a ledger."""
+        not_last(node)
+        node.run(PROLOG, env=environment_of(A_THIRD, "per-node", "2")).check()
+        uuids = node.uuids
+        node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/{ANOTHER}", f"{STATE_DIRECTORY}/jobs/{A_THIRD}").check()
+        node.run("rm", f"{STATE_DIRECTORY}/gpus/{uuids[2]}").check()
+        node.set_compute_modes(3, 3, 0)  # what a lost ledger knew is lost
+
+    every = ("epilog", "reconcile", "prolog")
+    yield Scenario("prolog joined, first", alone, (PROLOG,), environment, every)
+    yield Scenario("prolog joined, beside", beside, (PROLOG,), environment, every)
+    yield Scenario("prolog joined, dead", dead, (PROLOG,), environment, ("epilog", "reconcile"))  # a prolog says it
+    yield Scenario("epilog joined, last", last, (EPILOG,), environment, every)
+    yield Scenario("epilog joined, not last", not_last, (EPILOG,), environment, every)
+    yield Scenario("reconcile joined", wreckage, RECONCILE, {}, ("reconcile",))
+
+
+def _configure(node: StruckNode, text: str) -> None:
+    if node.machine.read("/etc/slurm/mps.toml") != text:
+        node.configure(text)
+        node.run(PROLOG, env=environment_of(1, "per-gpu", "3")).check()  # compiles it
+        node.run(EPILOG, env=environment_of(1, "per-gpu", "3")).check()
+
+
+def end_others(node: StruckNode) -> list[str]:
+    """The jobs beside the one that was struck: their programs work, and their epilogs too. Returns what was wrong."""
+    wrong = []
+    for job in (ANOTHER, A_THIRD):
+        if not node.machine.path(f"{STATE_DIRECTORY}/jobs/{job}").exists():
+            continue
+        place = f"{STATE_DIRECTORY}/jobs/{job}/joined-0"
+        said = node.client(None, CUDA_MPS_PIPE_DIRECTORY=place).stdout
+        if "mps=" not in said or "mps=none" in said:
+            wrong.append(f"drained job {job} of its server: {said}")
+        result = node.run(EPILOG, env=job_environment(job))
+        if result.returncode or result.stderr:
+            wrong.append(f"drained by epilog of job {job}: {result.returncode} {result.stderr}")
+    return wrong
+
+
+def end_quietly(node: StruckNode) -> list[str]:
+    """End the jobs beside the one that was struck, whose daemon may be gone."""
+    for job in (ANOTHER, A_THIRD):
+        node.run(EPILOG, env=job_environment(job)).check()
+    return []
 
 
 def repair(node: StruckNode, how: str, scenario: Scenario) -> list[str]:
@@ -175,6 +258,8 @@ def strike(node: StruckNode, scenario: Scenario, fault: str, at: int, how: str) 
     if result.returncode == 0 and PROLOG in scenario.argv and node.verdict(JOB).get("status") != "ready":
         wrong.append(f"exit 0, and the verdict {node.verdict(JOB)}")
     wrong += repair(node, how, scenario)
+    if "joined" in scenario.name:
+        wrong += end_others(node) if "dead" not in scenario.name else end_quietly(node)
     if left := node.left():
         wrong.append(f"left: {left}")
     if wrong:

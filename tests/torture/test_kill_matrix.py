@@ -12,7 +12,19 @@ import pytest
 from tests.harness.gpunode import EPILOG, PROLOG
 from tests.harness.site import PYTHON, STATE_DIRECTORY
 
-from .strike import CAN_DIE, CAN_FAIL, CHANGES, FAULTS, LIBRARY, LOG, Scenario, StruckNode, scenarios, strike
+from .strike import (
+    CAN_DIE,
+    CAN_FAIL,
+    CHANGES,
+    FAULTS,
+    LIBRARY,
+    LOG,
+    Scenario,
+    StruckNode,
+    joined_scenarios,
+    scenarios,
+    strike,
+)
 from .strike import build_library as build
 from .trace import changes
 
@@ -21,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TRACE = "/run/trace"
-SCENARIOS = {scenario.name: scenario for scenario in scenarios()}
+SCENARIOS = {scenario.name: scenario for scenario in (*scenarios(), *joined_scenarios())}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +46,13 @@ def struck_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StruckNode
 
 #: One of so many points; `make torture` strikes at all of them.
 EVERY = {"prolog per-gpu": 14, "epilog per-gpu": 8, "reconcile per-gpu": 20, "prolog after a change of mps.toml": 60}
+EVERY |= {
+    "prolog joined, first": 16,
+    "prolog joined, beside": 12,
+    "epilog joined, not last": 8,
+    "epilog joined, last": 12,
+}
+EVERY |= {"prolog joined, dead": 24, "reconcile joined": 24}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -81,11 +100,12 @@ def test_a_prolog_that_cannot_start_processes_leaves_nothing(struck_node: Struck
     assert came_to == [1, 1, 0], "daemon; limits; a server that is not started ahead is no fault"
 
 
-@pytest.mark.parametrize("name", ["prolog per-gpu", "epilog per-gpu", "reconcile per-gpu"])
+@pytest.mark.parametrize("name", ["prolog per-gpu", "epilog per-gpu", "reconcile per-gpu", "epilog joined, last"])
 def test_no_change_bypasses_the_library(struck_node: StruckNode, name: str) -> None:
     """By strace's word, each system call by which a hook changes something is one that can be struck at."""
     scenario = SCENARIOS[name]
     if name.startswith("prolog"):
+        scenario.prepare(struck_node)  # the configuration is compiled
         struck_node.run("rm", "-r", STATE_DIRECTORY).check()  # the first one makes more
     scenario.prepare(struck_node)
     struck_node.machine.path(LOG).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ sched_getaffinity sched_yield set_robust_list set_tid_address socket stat statfs
 """
 #: What changes nothing but the process itself, and says nothing to anybody; a lock goes with the process.
 HARMLESS = frozenset(_HARMLESS.split())
-_FILES = ("mkdirat", "unlinkat", "renameat", "fsetxattr", "fchmod", "ftruncate", "fsync", "write", "openat")
+_FILES = ("mkdirat", "unlinkat", "linkat", "renameat", "fsetxattr", "fchmod", "ftruncate", "fsync", "write", "openat")
 #: What the library counts, by the system call that it comes to.
 COUNTED = {**{name: name for name in _FILES}, "clone3": "posix_spawn", "vfork": "posix_spawn", "kill": "killpg"} | {
     "pidfd_send_signal": "pidfd_send_signal",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slurm_mps.job.actions import read_undo
+from slurm_mps.job.undo import read_undo
 from slurm_mps.node.wordfile import DamagedFileError
 
 

@@ -54,8 +54,8 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
     VERDICT_VERSION here and in spank/verdict.h.
     """
     request = replace(ask(), daemons=PER_GPU, auto_threads=True, auto_memory=True, client_priority=1)
-    part = SiteConfig(gpus_sharing="separate", gpus_shards_per_gpu=4)
-    plans = make_plan(request, DEFAULTS, GPUS), make_plan(replace(ask(), share_percentage=25.0), part, GPUS)
+    part = SiteConfig(gpus_sharing="joined", gpus_shards_per_gpu=4)
+    plans = make_plan(request, DEFAULTS, GPUS), make_plan(replace(ask(), share_percentage=25.0), part, GPUS[:1])
     # A clone's path may have blanks.
     short = {"probe": ("/opt/python3", "/opt/probe.py"), "explain": "/opt/explain.py"}
     verdicts = [replace(verdict(plan), **short) for plan in plans]
@@ -71,6 +71,7 @@ def test_the_form_of_a_verdict_moves_with_its_number() -> None:
             ("daemons", 1),
             ("explain", 1),
             ("gpu", 5),
+            ("joined", 1),
             ("memory_min", 1),
             ("probe", 2),
             ("shards_per_gpu", 1),

@@ -72,6 +72,7 @@ class CVerdict(ctypes.Structure):
         ("share_tenths", ctypes.c_uint),
         ("shards_per_gpu", ctypes.c_uint),
         ("share_memory", ctypes.c_bool),
+        ("joined", ctypes.c_bool),
         ("ordinals", ctypes.c_bool),
         ("per_gpu", ctypes.c_bool),
         ("daemon_count", ctypes.c_uint),

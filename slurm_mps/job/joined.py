@@ -1,0 +1,431 @@
+"""One control daemon for all jobs on a GPU: the first starts it, each job has a link to its socket, the last ends it.
+
+    /run/slurm-mps/daemons/<GPU>.<job that started it>/    the daemon's pipe directory: root 0700 + its user's ACL
+    /run/slurm-mps/jobs/<job id>/joined-<n>/control        a hard link to its socket: the job's gate to it
+    /run/slurm-mps/gpus/<GPU>                              the ledger: who holds it, and what becomes of the daemon
+
+Promises (docs/decisions/0021):
+ - Joining and leaving need no answer from the daemon: its ledger, its process and its socket say all.
+ - Under the GPU's lock no daemon is waited for. It is started and ended outside of it, by what the ledger says:
+   STARTING, OPEN, CLOSING. Whoever finds one that is CLOSING may end it; a second time does no harm.
+ - A job's undo ends only what is in the job's own cgroup, and the daemon only when the last has left.
+"""
+
+from __future__ import annotations
+
+from time import monotonic, sleep
+
+from ..config.settings import STATE_DIRECTORY
+from ..errors import NodeError, RequestError
+from ..node import control, processes
+from ..node.control import ControlDaemon, Limits, limit_commands
+from ..node.listen import BUSY, listener
+from ..node.messages import tell_admin
+from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.wordfile import DamagedFileError, fields, with_fields
+from ..record import record, replace
+from ..units import MIB, describe_memory
+from . import logs
+from .actions import LOG_GROWS_TO, patience, see_it_free
+from .ledger import CLOSING, JOINED, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
+from .state import DAEMONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ..config.settings import SiteConfig
+    from ..node.files import Directory
+    from ..node.nvml import Gpus
+    from .actions import JobOnNode
+    from .journal import Journal
+    from .state import NodeState
+
+_POLL_SECONDS = 0.05
+_MARGIN_SECONDS = 0.3  # of the time to bring a job up, for what comes after waiting
+_CLIENTS_END_SECONDS = 1.0
+_SOCKET = "control"
+LEAVE_GPU = "leave_gpu"
+
+
+DIRECTORY = f"{STATE_DIRECTORY}/{DAEMONS}"
+
+
+def link_name(number: int) -> str:
+    """The directory with a job's link, by the job's own count of its GPUs. No script takes it for a daemon's own."""
+    return f"joined-{number}"
+
+
+def daemon_name(gpu: str, daemon: SharedDaemon) -> str:
+    return f"{gpu}.{daemon.starter}"
+
+
+def daemon_path(gpu: str, daemon: SharedDaemon) -> str:
+    return f"{DIRECTORY}/{daemon_name(gpu, daemon)}"
+
+
+def log_path(gpu: str, config: SiteConfig) -> str:
+    return f"{config.paths_logs}/{gpu}"
+
+
+def _control(gpu: str, daemon: SharedDaemon, config: SiteConfig) -> ControlDaemon:
+    return ControlDaemon(config.paths_control_program, daemon_path(gpu, daemon), log_path(gpu, config))
+
+
+def is_alive(daemon: SharedDaemon) -> bool:
+    """Whether the process is there that the ledger names. It is not asked: one silent client makes it deaf (O50)."""
+    return daemon.process is not None and processes.identify(daemon.process.pid) == daemon.process
+
+
+@record
+class JoinGpu:
+    """Hold a GPU together with other jobs of the same user, and have a link to the daemon that serves them all.
+
+    `limits` are the daemon's own, the most that the site allows; the job's are its clients' variables. `mib` is how
+    much of the GPU's memory the job's clients may have together, where that is known, of `mib_in_all`.
+    """
+
+    gpu: str
+    number: int
+    uid: int
+    mode: int | None
+    limits: Limits
+    mib: int
+    mib_in_all: int
+
+    def describe(self) -> str:
+        mode = "compute mode left alone" if self.mode is None else f"compute mode {COMPUTE_MODES[self.mode]}"
+        commands = ", ".join(limit_commands(self.limits, 1))
+        return (
+            f"hold {self.gpu} for the job, {mode}, with other jobs of uid {self.uid}; link {link_name(self.number)} to "
+            f"its control daemon, or start that one and tell it: {commands}, start_server -uid {self.uid}"
+        )
+
+    def undo(self) -> LeaveGpu:
+        return LeaveGpu(self.gpu, self.number)
+
+    def apply(self, job: JobOnNode) -> None:
+        """Raises: RequestError where the job cannot be beside the others, or would have to wait for them too long."""
+        ours = Holder(job.journal.job_id, JOINED, self.uid, self.mib)
+        end = job.deadline - _MARGIN_SECONDS
+        job.journal.claims = True
+        while True:
+            daemon = _locked(job, lambda: self._enter(ours, job))
+            if daemon.stage == OPEN and self._is_linked(daemon, job):
+                return
+            if daemon.stage == STARTING and daemon.starter == ours.job_id:
+                self._start(daemon, job)
+                return
+            if monotonic() > end:
+                who = f"job {daemon.starter} starts" if daemon.stage == STARTING else "jobs before this one had"
+                held = f"{self.gpu}: the control daemon that {who} is not ready for another job"
+                raise RequestError(held, hint="submit the job again", reason="busy_gpu")
+            if daemon.stage == CLOSING:
+                self._close(daemon, job, end)
+            else:
+                sleep(_POLL_SECONDS)
+
+    def _enter(self, ours: Holder, job: JobOnNode) -> SharedDaemon:
+        """Under the lock: become a holder where a daemon is open, or where there is none and this job is to start it.
+
+        Returns: the daemon as the ledger has it now.
+        """
+        entry = job.state.ledgers.read(self.gpu)
+        others = tuple(one for one in entry.holders if one.job_id != ours.job_id)
+        self.refuse_beside(others)
+        daemon = entry.daemon
+        if daemon is None:
+            if not others and self.mode == EXCLUSIVE_PROCESS:
+                see_it_free(self.gpu, job.gpus)
+            found = entry.mode_found
+            if found is None and self.mode is not None:
+                found = job.gpus.compute_mode(self.gpu)
+            daemon = SharedDaemon(ours.job_id, STARTING, self.uid)
+            job.state.ledgers.write(self.gpu, LedgerEntry((*others, ours), found, daemon))
+            if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
+                job.gpus.set_compute_mode(self.gpu, self.mode)
+            return daemon
+        if daemon.stage == OPEN and is_alive(daemon):
+            job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, ours)))
+            link(self.gpu, daemon, job.journal.directory, self.number, job.state)
+            return daemon
+        starts = daemon.stage == STARTING and daemon.starter in (one.job_id for one in others)
+        if daemon.stage != CLOSING and not starts:
+            daemon = replace(daemon, stage=CLOSING, closer=ours.job_id)
+            job.state.ledgers.write(self.gpu, replace(entry, daemon=daemon))
+            tell_admin(f"job {ours.job_id}: {self.gpu}: its control daemon is gone and is started again")
+        return daemon
+
+    def refuse_beside(self, others: Sequence[Holder]) -> None:
+        """Raises: RequestError where another job that holds the GPU cannot be beside this one, or leaves too little."""
+        for other in others:
+            if other.way != JOINED:
+                raise RequestError(
+                    f"{self.gpu} is held by MPS job {other.job_id}", hint="it is not joined", reason="shared_gpu"
+                )
+            if other.uid != self.uid:
+                held = f"{self.gpu} is held by an MPS job of another user"
+                raise RequestError(held, hint="this site joins jobs of one user only", reason="shared_gpu")
+        taken = sum(other.mib for other in others)
+        if self.mib and taken + self.mib > self.mib_in_all:
+            jobs = ", ".join(str(other.job_id) for other in others) or "none"
+            asked, has = describe_memory(self.mib * MIB), describe_memory(self.mib_in_all * MIB)
+            raise RequestError(
+                f"this job's processes may have {asked} of {self.gpu} together, which has {has} for clients, "
+                f"{describe_memory(taken * MIB)} of them for jobs {jobs}",
+                hint="ask for less with --mps-mem, or for a part of a GPU",
+                reason="memory",
+            )
+
+    def _is_linked(self, daemon: SharedDaemon, job: JobOnNode) -> bool:
+        """Whether root's daemon of the ledger listens behind the job's link; BUSY is one whose queue is full."""
+        pid = daemon.process.pid if daemon.process else None
+        return listener(f"{job.journal.directory.path}/{link_name(self.number)}") in (pid, BUSY)
+
+    def _close(self, daemon: SharedDaemon, job: JobOnNode, end: float) -> None:
+        try:
+            close(self.gpu, daemon, job.state, job.gpus, job.config, lambda wanted: min(wanted, end - monotonic()))
+        except NodeError as error:
+            tell_admin(f"job {job.journal.job_id}: {error}")
+            sleep(_POLL_SECONDS)
+
+    def _start(self, daemon: SharedDaemon, job: JobOnNode) -> None:
+        """Start the daemon outside the lock, and open it to all holders. Raises: NodeError."""
+        shared = _control(self.gpu, daemon, job.config)
+        with job.state.daemons().make(daemon_name(self.gpu, daemon), 0o700) as pipe:
+            pipe.grant_user(self.uid)
+            if not logs.make(self.gpu, self.uid, (), job.config, anew=False):
+                pipe.make("log", 0o755).close()
+                shared = replace(shared, log_directory=f"{shared.pipe_directory}/log")
+            seconds = job.seconds(job.config.deadlines_daemon_start)
+            child = shared.start((self.gpu,), LOG_GROWS_TO * job.config.logs_max_kib * 1024)
+            (outcome,) = processes.wait_all([child], seconds)
+            shared.check_start(outcome, seconds, pipe)
+        control.set_limits([(shared, self.limits, 1)], job.seconds(job.config.deadlines_command))
+        process = shared.process()
+        if process is None:
+            raise NodeError(f"{self.gpu}: its control daemon has ended again")
+        opened = replace(daemon, stage=OPEN, process=process)
+        _locked(job, lambda: _open(self.gpu, opened, job))
+        if not self._is_linked(opened, job):
+            raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
+        try:
+            asked = shared.ask([f"start_server -uid {self.uid}"])
+            processes.wait_all([asked], job.seconds(job.config.deadlines_command))
+        except NodeError as error:
+            tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
+
+
+def _locked(job: JobOnNode, work: Callable[[], SharedDaemon]) -> SharedDaemon:
+    job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
+    try:
+        return work()
+    finally:
+        job.state.ledgers.unlock()
+
+
+def _open(gpu: str, daemon: SharedDaemon, job: JobOnNode) -> SharedDaemon:
+    """Under the lock: open a daemon that runs, and give all holders their links: they may have had one to another."""
+    entry = job.state.ledgers.read(gpu)
+    if entry.daemon != replace(daemon, stage=STARTING, process=None):
+        raise NodeError(f"{gpu}: another job has taken its control daemon over")
+    job.state.ledgers.write(gpu, replace(entry, daemon=daemon))
+    for holder in entry.holders:
+        if holder.job_id == job.journal.job_id:
+            _link_all(gpu, daemon, job.journal, job.state)
+            continue
+        try:
+            journal = job.state.look_at_journal(holder.job_id)
+            if journal:
+                with journal.directory:
+                    _link_all(gpu, daemon, journal, job.state)
+        except NodeError as error:  # that job's steps say that no daemon answers
+            tell_admin(f"job {holder.job_id}: no link to the control daemon that was started again: {error}")
+    return daemon
+
+
+def _link_all(gpu: str, daemon: SharedDaemon, journal: Journal, state: NodeState) -> None:
+    for kind, *words in (line.split(" ") for line in journal.undo):
+        undo = read_leave_gpu(fields(words)) if kind == LEAVE_GPU else None
+        if undo and undo.gpu == gpu:
+            link(gpu, daemon, journal.directory, undo.number, state)
+
+
+def link(gpu: str, daemon: SharedDaemon, directory: Directory, number: int, state: NodeState) -> None:
+    """Put a hard link to the daemon's socket into a job's directory, in place of one that is there."""
+    with (
+        state.daemons().subdirectory(daemon_name(gpu, daemon)) as pipe,
+        directory.make(link_name(number), 0o755) as here,
+    ):
+        pipe.link_socket(_SOCKET, here)
+
+
+@record
+class LeaveGpu:
+    """Leave a GPU's daemon: the link goes, the job's clients that are left are ended, the last job ends the daemon."""
+
+    gpu: str
+    number: int
+
+    def line(self) -> str:
+        return with_fields(LEAVE_GPU, {"gpu": self.gpu, "number": str(self.number)})
+
+    def describe(self) -> str:
+        return f"leave {self.gpu}: remove the link, end the job's own processes; the last one ends the daemon"
+
+    def all_run(self, job: JobOnNode) -> bool:
+        """Whether the job holds the GPU, and its link leads to the daemon that runs."""
+        entry = job.state.ledgers.read(self.gpu)
+        holds = any(one.job_id == job.journal.job_id for one in entry.holders)
+        if not holds or entry.daemon is None or entry.daemon.stage != OPEN or not is_alive(entry.daemon):
+            return False
+        ours = listener(f"{job.journal.directory.path}/{link_name(self.number)}")
+        return entry.daemon.process is not None and ours in (entry.daemon.process.pid, BUSY)
+
+    def run(self, job: JobOnNode) -> None:
+        job_id = job.journal.job_id
+        job.journal.directory.remove_tree(link_name(self.number))
+        end_clients(job_id, job.journal.uid)
+        logs.keep_part(job_id, job.journal.uid, self.gpu, f"gpu-{self.number}", job.config)
+        daemon = leave(self.gpu, (job_id,), job.state, job.gpus, job.config, job.seconds)
+        if daemon is not None:
+            close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds, job.meanwhile)
+        logs.keep(job_id, job.config, job.state.job_ids())
+
+
+def read_leave_gpu(found: dict[str, str]) -> LeaveGpu:
+    """Raises: DamagedFileError when these are not its words."""
+    if found.keys() != {"gpu", "number"} or not found["number"].isdigit():
+        raise DamagedFileError(f"the journal has an undo {LEAVE_GPU} without a GPU and its number")
+    return LeaveGpu(found["gpu"], int(found["number"]))
+
+
+def end_clients(job_id: int, uid: int) -> None:
+    """End what is left of a job: its user's processes in its cgroup, by the kernel's word, and nobody else's."""
+    ours = [
+        pid for pid in processes.pids() if processes.is_in_cgroup(pid, f"job_{job_id}") and processes.uid_of(pid) == uid
+    ]
+    found = [process for pid in ours if (process := processes.identify(pid))]
+    if not found:
+        return
+    control.kill_all(found, processes.SIGKILL, _CLIENTS_END_SECONDS)
+    names = ", ".join(str(process.pid) for process in found[:4])
+    tell_admin(f"job {job_id}: its processes {names} were still there when it had ended, and were killed")
+
+
+def leave(
+    gpu: str,
+    jobs: Sequence[int],
+    state: NodeState,
+    gpus: Gpus,
+    config: SiteConfig,
+    seconds: Callable[[float], float],
+) -> SharedDaemon | None:
+    """Take jobs out of a GPU's ledger, and who has no journal any more; put back the compute mode where that is all.
+
+    Returns: the daemon, where they are to end it: a job that was refused need not, whose neighbours do.
+    """
+    state.ledgers.lock(seconds(config.deadlines_command))
+    try:
+        entry = state.ledgers.read(gpu)
+        left = tuple(one for one in entry.holders if one.job_id not in jobs)
+        daemon = entry.daemon
+        abandoned = daemon is not None and (not left or (daemon.stage == STARTING and _is_gone(daemon, left)))
+        if daemon is not None and daemon.stage != CLOSING and abandoned:
+            daemon = replace(daemon, stage=CLOSING, closer=jobs[0] if jobs else 0)
+        entry = replace(entry, holders=left, daemon=daemon)
+        state.ledgers.write(gpu, entry if left or daemon else _given_up(gpu, entry, gpus, config))
+        ours = daemon is not None and daemon.stage == CLOSING and (not jobs or daemon.closer in jobs)
+        return daemon if ours else None
+    finally:
+        state.ledgers.unlock()
+
+
+def _given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> LedgerEntry:
+    """The entry of a GPU that nobody holds any more: it is in the compute mode that was found, and has no logs."""
+    logs.forget(gpu, config)
+    if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
+        gpus.set_compute_mode(gpu, entry.mode_found)
+    return replace(entry, mode_found=None)
+
+
+def _is_gone(daemon: SharedDaemon, holders: Sequence[Holder]) -> bool:
+    return daemon.starter not in (one.job_id for one in holders)
+
+
+def close(
+    gpu: str,
+    daemon: SharedDaemon,
+    state: NodeState,
+    gpus: Gpus,
+    config: SiteConfig,
+    seconds: Callable[[float], float],
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
+    """End a daemon that is CLOSING, outside the lock; then forget it, and without holders put the compute mode back.
+
+    Raises: NodeError with what could not be ended.
+    """
+    control.quit_all([_control(gpu, daemon, config)], daemon.uid, patience(config, seconds), meanwhile)
+    state.ledgers.lock(seconds(config.deadlines_command))
+    try:
+        entry = state.ledgers.read(gpu)
+        if entry.daemon is None or entry.daemon.starter != daemon.starter or entry.daemon.stage != CLOSING:
+            return  # somebody else was faster
+        state.daemons().remove_tree(daemon_name(gpu, daemon))
+        entry = replace(entry, daemon=None)
+        if not entry.holders:
+            entry = _given_up(gpu, entry, gpus, config)
+        state.ledgers.write(gpu, entry)
+    finally:
+        state.ledgers.unlock()
+
+
+def names(state: NodeState) -> list[str]:
+    """The daemons that there are directories of."""
+    return state.daemons().names() if state.root.exists(DAEMONS) else []
+
+
+def what_is_left(entry: LedgerEntry, written: LedgerEntry) -> str:
+    """What killed hooks left of a GPU's daemon, by what its ledger says and who of them is there; empty for nothing."""
+    gone = [str(one.job_id) for one in written.holders if one not in entry.holders]
+    daemon = entry.daemon
+    if daemon is not None and not entry.holders:
+        return f"the control daemon that job {daemon.starter} started has no job any more"
+    if daemon is not None and daemon.stage == STARTING and _is_gone(daemon, entry.holders):
+        return f"the control daemon that job {daemon.starter} was to start has no starter any more"
+    return f"held by job {', '.join(gone)}, of which there is nothing" if gone else ""
+
+
+def settle(gpu: str, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]) -> None:
+    """Put right what_is_left(). Raises: NodeError."""
+    daemon = leave(gpu, (), state, gpus, config, seconds)
+    if daemon is not None:
+        close(gpu, daemon, state, gpus, config, seconds)
+
+
+def unconfined(slurm_conf: str) -> str:
+    """Why jobs cannot be joined on this node; empty where cgroup.conf, beside slurm.conf, confines them to their GPUs.
+
+    A link to a socket cannot be taken back from who kept a handle on it; without its GPU's device node that is worth
+    nothing (O88).
+    """
+    import os
+
+    from ..node.files import open_trusted
+
+    directory = os.path.realpath(os.path.dirname(slurm_conf or "/etc/slurm/slurm.conf"))
+    try:
+        with open_trusted(directory) as here:
+            text = here.read("cgroup.conf").decode("utf-8", "replace")
+    except (OSError, NodeError) as error:
+        return f"{directory}/cgroup.conf cannot be read: {error}"
+    for line in text.splitlines():
+        key, _, value = line.partition("#")[0].partition("=")
+        if key.strip().lower() == "constraindevices":
+            return (
+                ""
+                if value.strip().lower() in ("yes", "true", "on", "1")
+                else f"{directory}/cgroup.conf has {line.strip()}"
+            )
+    return f"{directory}/cgroup.conf has no ConstrainDevices=yes"

@@ -1,0 +1,178 @@
+"""Several jobs on one control daemon: the first starts it, each has a link to it, the last ends it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
+from tests.harness.site import STATE_DIRECTORY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.machine import Result
+
+JOINED = '[gpus]\nsharing = "joined"\n'
+PART = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+
+
+@pytest.fixture
+def node(gpu_node: GpuNode) -> Iterator[GpuNode]:
+    """A node whose jobs are joined; its GPUs were in modes of their own."""
+    gpu_node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    gpu_node.configure(JOINED)
+    gpu_node.set_compute_modes(0, 2)
+    yield gpu_node
+    gpu_node.end_jobs()
+    assert gpu_node.files() == []
+    gpu_node.run("rmdir", f"{STATE_DIRECTORY}/daemons")
+    assert gpu_node.run("ls", "-d", f"{STATE_DIRECTORY}/daemons").stdout == ""
+    assert gpu_node.compute_modes() == [0, 2, 0, 0]
+    gpu_node.set_compute_modes(0, 0)
+
+
+def start(node: GpuNode, job_id: int, percent: int = 25, **more: Any) -> Result:
+    """The prolog of a job of gres/mps."""
+    return node.prolog(job_id, **{"gpus": "0", PART: str(percent), **more})
+
+
+def client(node: GpuNode, job_id: int, *options: str, number: int = 0) -> str:
+    """What a program of the job says, with the variables that the plugin would give it."""
+    place = f"{STATE_DIRECTORY}/jobs/{job_id}/joined-{number}"
+    return node.client(None, *options, CUDA_MPS_PIPE_DIRECTORY=place).stdout
+
+
+def server_of(said: str) -> str:
+    return said.rpartition("mps=")[2].split()[0]
+
+
+def daemons(node: GpuNode) -> list[int]:
+    return [
+        process.pid for process in node.mps_processes() if process.comm == "nvidia-cuda-mps"[:15] and process.uid == 0
+    ]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 1, 3)], ids=["first-first", "first-last", "between"])
+def test_jobs_of_one_user_share_a_server_and_the_last_ends_it(node: GpuNode, order: tuple[int, ...]) -> None:
+    """Whoever leaves first: the others' programs go on, new ones come in, and the GPU stays exclusive till the end."""
+    for job in (1, 2, 3):
+        start(node, job, gpus="1").check()
+        assert node.verdict(job)["status"] == "ready"
+    servers = {server_of(client(node, job)) for job in (1, 2, 3)}
+    assert len(servers) == 1
+    assert "none" not in servers
+    assert len(daemons(node)) == 1
+    for left in range(3):
+        assert node.compute_modes()[1] == 3
+        node.epilog(order[left]).check()
+        for job in order[left + 1 :]:
+            assert server_of(client(node, job)) in servers
+    assert node.mps_processes() == []
+
+
+def test_a_job_reaches_the_daemon_through_its_link_alone(node: GpuNode) -> None:
+    """The job's directory has one name, and no other user gets in; when the job is over the name is gone."""
+    start(node, 1).check()
+    start(node, 2).check()
+    assert node.run("ls", f"{STATE_DIRECTORY}/jobs/2/joined-0").stdout.split() == ["control"]
+    assert node.run("ls", f"{STATE_DIRECTORY}/jobs/2", user="bob").returncode
+    assert node.run("ls", f"{STATE_DIRECTORY}/daemons", user="alice").returncode
+    node.epilog(2).check()
+    assert "mps=" not in client(node, 2) or server_of(client(node, 2)) == "none"
+    assert server_of(client(node, 1)) != "none"
+
+
+def test_another_users_job_waits_for_nobody_and_is_refused(node: GpuNode) -> None:
+    """It is not told whose job it is."""
+    start(node, 1).check()
+    start(node, 2, user="bob").check()
+    message = node.verdict(2)["message"]
+    assert message.endswith("is held by an MPS job of another user; this site joins jobs of one user only")
+    assert server_of(client(node, 1)) != "none"
+
+
+def test_memory_that_is_promised_twice_is_refused_with_the_numbers(node: GpuNode) -> None:
+    """Parts of 50 and 25 %, and a third job that wants 40 GiB for each of its two tasks."""
+    start(node, 1, 50).check()
+    start(node, 2, 25).check()
+    two = {"SLURM_JOB_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    start(node, 3, 25, SPANK_MPS_MEM="40G", **two).check()
+    assert "may have 80 GiB of GPU-" in node.verdict(3)["message"]
+    assert "139.3 GiB for clients, 104.5 GiB of them for jobs 1, 2" in node.verdict(3)["message"]
+    node.epilog(3).check()
+    start(node, 3, 25).check()
+    assert node.verdict(3)["status"] == "ready"
+
+
+def test_a_job_on_several_gpus_has_a_daemon_on_each_and_binds_its_tasks(node: GpuNode) -> None:
+    node.prolog(1, gpus="0,1", **asked()).check()
+    assert "ask for --mps=per-gpu, and bind each task to one GPU" in node.verdict(1)["message"]
+    node.epilog(1).check()
+    node.prolog(1, gpus="0,1", SPANK_MPS="per-gpu").check()
+    start(node, 2, gpus="1").check()
+    assert server_of(client(node, 1, number=1)) == server_of(client(node, 2))
+    assert server_of(client(node, 1)) != server_of(client(node, 2))
+
+
+@pytest.mark.parametrize("conf", ["", "ConstrainDevices=no\n", "# ConstrainDevices=yes\n"])
+def test_devices_that_are_not_confined_are_no_place_for_joined_jobs(node: GpuNode, conf: str) -> None:
+    """Who kept a handle on the socket could come back (O88): refused, and no node is drained for it."""
+    node.machine.write("/etc/slurm/cgroup.conf", conf)
+    assert start(node, 1).check().stderr == ""
+    assert "this site joins jobs on a GPU, and /etc/slurm/cgroup.conf has" in node.verdict(1)["message"]
+    assert node.mps_processes() == []
+
+
+def test_a_daemon_that_died_under_its_jobs_is_started_again_by_the_next(node: GpuNode) -> None:
+    """With the links of all of them, and said once; until then their steps do not start."""
+    for job in (1, 2):
+        start(node, job).check()
+    for process in node.mps_processes():
+        node.run("kill", "-9", str(process.pid))
+    result = start(node, 3).check()
+    assert result.stderr.count("its control daemon is gone and is started again") == 1
+    assert len({server_of(client(node, job)) for job in (1, 2, 3)}) == 1
+    assert "none" not in server_of(client(node, 1))
+    node.epilog(3).check()
+    assert server_of(client(node, 1)) == server_of(client(node, 2))
+
+
+def test_jobs_that_come_at_once_start_one_daemon(node: GpuNode) -> None:
+    """Eight prologs race for a GPU that nobody holds, eight epilogs for who is last."""
+    jobs = range(1, 9)
+    environments = [{**job_environment(job, gpus="0"), PART: "10"} for job in jobs]
+    for hook in (PROLOG, EPILOG):
+        running = [node.start(hook, env=environment) for environment in environments]
+        assert [process.wait(60) for process in running] == [0] * len(running)
+        if hook == PROLOG:
+            assert [node.verdict(job)["status"] for job in jobs] == ["ready"] * len(running)
+            assert len(daemons(node)) == 1
+    assert node.mps_processes() == []
+
+
+def test_a_silent_connection_keeps_nobody_from_joining_and_leaving(node: GpuNode) -> None:
+    """Ledger and link say all: the daemon is not asked."""
+    start(node, 1).check()
+    node.fault("command.*=hang")
+    began = time.monotonic()
+    start(node, 2).check()
+    node.epilog(2).check()
+    assert time.monotonic() - began < 3
+    assert server_of(client(node, 1)) != "none"
+
+
+def test_a_prolog_that_is_done_is_not_done_again(node: GpuNode) -> None:
+    start(node, 1).check()
+    before = node.machine.read(f"{STATE_DIRECTORY}/jobs/1/journal")
+    start(node, 1).check()
+    assert node.machine.read(f"{STATE_DIRECTORY}/jobs/1/journal") == before
+
+
+def test_plan_shows_how_a_job_joins(node: GpuNode) -> None:
+    shown = node.run("slurm-mps", "plan", "--json", "--gres=gpu:1", "--mps").check().stdout
+    actions = [one["action"] for one in json.loads(shown)["actions"]]
+    assert "link joined-0 to its control daemon, or start that one" in actions[0]
