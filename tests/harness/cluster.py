@@ -309,7 +309,7 @@ class Cluster:
             if daemon is not None and self._daemons[daemon].poll() is not None:
                 raise SlurmError(f"{daemon} ended while waiting for: {what}\n{self.logs()}")
             if time.monotonic() > deadline:
-                raise SlurmError(f"not within {timeout} s: {what}\n{self.logs()}")
+                raise SlurmError(f"not within {timeout} s: {what}\nnodes: {self.node_states()}\n{self.logs()}")
             time.sleep(_POLL_SECONDS)
 
     def wait(self, job: Job, timeout: float = 60, *, states: frozenset[str] = TERMINAL_STATES) -> JobInfo:
