@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
     parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
-    parser.add_argument("--mps", nargs="?", const="", metavar="per-node|per-gpu", help="as for sbatch")
+    parser.add_argument("--mps", nargs="?", const="", metavar="per-node|per-gpu|off", help="as for sbatch")
     parser.add_argument("--mps-threads", metavar="PCT|auto", help="as for sbatch")
     parser.add_argument("--mps-mem", metavar="SIZE|auto", help="as for sbatch")
     parser.add_argument("--mps-priority", metavar="normal|low", help="as for sbatch")
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
         return refuse(options, USAGE, f"--user={options.user}: there is no such user")
     if not _asked(options):
         return refuse(options, USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
+    if options.mps == "off":
+        return refuse(options, USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")
     from slurm_mps.job.watch import Watch
 
     def give_up(message: str) -> int:

@@ -63,7 +63,7 @@ def _environment_of(wish: Wish, uid: int) -> dict[str, str]:
     given = {VARIABLES[option]: value for option, value in wish.asked.items()}
     mps = wish.asked.get("--mps")
     if mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
-        raise RequestError(f"--mps=1: expected {PER_NODE} or {PER_GPU}")
+        raise RequestError(f"--mps=1: expected {PER_NODE}, {PER_GPU} or off")
     given["SPANK_MPS"] = mps if mps and mps != "(null)" else "1"
     names = wish.devices
     if names is None:

@@ -90,7 +90,7 @@ def _option(environment: Mapping[str, str], option: str, parse: Callable[[str], 
 
 def _daemons(text: str) -> str:
     if text not in _DAEMONS:
-        raise ValueError(f"expected {PER_NODE} or {PER_GPU}")
+        raise ValueError(f"expected {PER_NODE}, {PER_GPU} or off")  # off, the plugin never passes on
     return _DAEMONS[text]
 
 

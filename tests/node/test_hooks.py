@@ -135,7 +135,7 @@ def test_nothing_of_the_hooks_environment_reaches_the_daemon(own_node: GpuNode) 
     }
     environment = {**job_environment(4711, **asked("25", "8G")), **hostile}
     assert own_node.run(PROLOG, env=environment).check().stderr == ""
-    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    path = "/usr/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     assert environ(own_node, daemon_pid(own_node)) == {
         "PATH": path,
         "CUDA_MPS_PIPE_DIRECTORY": "/run/slurm-mps/jobs/4711/pipe",

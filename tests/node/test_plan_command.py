@@ -146,7 +146,7 @@ def test_a_mistake_is_told_in_the_words_of_the_job(gpu_node: GpuNode, gpus: str,
 
 
 VALUES = {
-    "mps": ["per-node", "per-gpu", "1", "per-job", "PER-GPU"],
+    "mps": ["per-node", "per-gpu", "off", "1", "per-job", "PER-GPU"],
     "mps-threads": ["25", "12.5", "0", "100.1", "025", "auto", "", "25%", "1e1"],
     "mps-mem": ["8G", "8g", "8", "0G", "8.0G", "auto", "", "8GB", "1T"],
     "mps-priority": ["low", "normal", "high", ""],

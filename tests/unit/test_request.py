@@ -23,7 +23,7 @@ def test_how_many_daemons(text: str, daemons: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "per-rank", "per-gpu\n"])
 def test_any_other_number_of_daemons_is_the_users_mistake(text: str) -> None:
-    with pytest.raises(RequestError, match=r"--mps=.*expected per-node or per-gpu"):
+    with pytest.raises(RequestError, match=r"--mps=.*expected per-node, per-gpu or off"):
         read_request({**SLURM, "SPANK_MPS": text})
 
 
