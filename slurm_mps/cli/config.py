@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check = parts.add_parser(
         "check",
         help="report every problem of the file",
-        description="Says all that is wrong with the file, a line for each. Exit status: 0 fine, 1 a problem was "
+        description="Prints each problem of the file on a line of its own. Exit status: 0 fine, 1 a problem was "
         "found, 2 usage, 4 only others may read the file.",
     )
     check.set_defaults(run=_check)

@@ -38,10 +38,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "install",
         help="as root: put plugin, prolog, epilog and sample configuration into this node's Slurm",
-        description="Builds the plugin for the Slurm that is on this node and refuses any other; puts it, a file with "
-        "its line for plugstack.conf, prolog, epilog and a sample mps.toml where this site has such things; says "
-        "what is left to do by hand. Files of the site are read and never changed. What is written is noted first in "
-        f"/var/lib/slurm-mps, for slurm-mps uninstall; run again, it finishes or upgrades. {_STATUSES}",
+        description="Installs slurm-mps into this node's Slurm: the plugin, built for this Slurm, a file with the "
+        "plugin's line for plugstack.conf, prolog, epilog, and a sample mps.toml. The site's own files are read and "
+        "never changed; the command prints what is left to do by hand. Each file is noted in /var/lib/slurm-mps before "
+        f"it is written, for slurm-mps uninstall. A second run finishes or upgrades the installation. {_STATUSES}",
     )
     parser.add_argument("--dry-run", action="store_true", help="show every file and line, and change nothing")
     parser.add_argument(
@@ -63,8 +63,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "uninstall",
         help="as root: remove what slurm-mps install put into this node's Slurm",
-        description="Removes what slurm-mps install noted, newest first. What was changed since stays, and is named. "
-        "Refuses while a job has MPS on this node, or while slurm.conf or plugstack.conf still needs what would go. "
+        description="Removes the files that slurm-mps install noted, newest first. A file that was changed since "
+        "stays, and is named. The command refuses while a job has MPS on this node, and while slurm.conf or "
+        "plugstack.conf still needs one of these files. "
         "Exit status: 0 fine, 1 a problem was found, 2 usage, 4 not root.",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and change nothing")

@@ -28,9 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "logs",
         help="what happened to a job's MPS: who connected, who faulted, who was refused",
-        description="Tells what the logs of a job's control daemons and servers on this node say, of a job that runs "
-        "or of one that is over; of your own jobs, or as root of any. Exit status: 0 nothing went wrong, 1 something "
-        "did, or the logs cannot be read, 2 usage, 3 no logs of this job here, 4 of another user's job.",
+        description="Shows what happened to a job's control daemons and servers on this node, from their logs, while "
+        "the job runs and after it. Users see their own jobs, root sees all. Exit status: 0 nothing went wrong, "
+        "1 something did, or the logs cannot be read, 2 usage, 3 no logs of this job here, 4 another user's job.",
     )
     parser.add_argument("job", type=job_name, nargs="?", metavar="JOBID", help="which job: slurm-mps status lists them")
     parser.add_argument("-t", "--trouble", action="store_true", help="only what went wrong")

@@ -21,9 +21,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "metrics",
         help="on a compute node, as root: write metrics for Prometheus",
-        description="Counts what happened on this node, looks at what is there, and writes both to metrics.textfile of "
-        "mps.toml for node_exporter. Exit status: 0 fine, 1 it could not be written, 2 usage, 3 metrics are off, or "
-        "their library is not there, or slurm-mps has not been used here, 4 not root.",
+        description="Writes metrics of this node's jobs for node_exporter, to the file that metrics.textfile of "
+        "mps.toml names. Exit status: 0 fine, 1 the file cannot be written, 2 usage, 3 metrics are off, or the "
+        "Prometheus library is missing, or slurm-mps has not been used here, 4 not root.",
     )
     parser.add_argument("--print", action="store_true", help="print what would be written, and change nothing")
     parser.set_defaults(run=run)

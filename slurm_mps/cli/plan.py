@@ -34,8 +34,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "plan",
         help="on a compute node: what the prolog would do for a job, changing nothing",
-        description="Takes sbatch's options and prints the steps that the prolog would take for such a job on this "
-        "node, in order, each with the line that undoes it. Changes nothing and asks no daemon. Only root sees "
+        description="Prints the steps that the prolog would take on this node for a job with these options of sbatch, "
+        "in order, each with the line that undoes it. The command changes nothing and asks no daemon. Only root sees "
         "that another job holds a GPU. Exit status: 0 the job would have MPS, 1 it would not, 2 usage, 3 this is no "
         "GPU node, 4 only others may read the site's configuration.",
     )

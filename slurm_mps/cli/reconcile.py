@@ -38,8 +38,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "reconcile",
         help="on a compute node, as root: repair what jobs that are over left",
-        description="Takes down what is left of jobs that are over, of an earlier boot or by what Slurm says; safe at "
-        "any time. Exit status: 0 fine or repaired, 1 a problem is left, 2 usage, 3 no slurm-mps here, 4 not root.",
+        description="Takes down what jobs left that are over: jobs of an earlier boot, and those that Slurm reports as "
+        "over. It is safe at any time. Exit status: 0 fine or repaired, 1 a problem is left, 2 usage, 3 no slurm-mps "
+        "here, 4 not root.",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and change nothing")
     add_table_options(parser, COLUMNS, "reconcile/1")
