@@ -394,7 +394,7 @@ def what_is_left(entry: LedgerEntry, written: LedgerEntry) -> str:
         return f"the control daemon that job {daemon.starter} started has no job any more"
     if daemon is not None and daemon.stage == STARTING and _is_gone(daemon, entry.holders):
         return f"the control daemon that job {daemon.starter} was to start has no starter any more"
-    return f"held by job {', '.join(gone)}, of which there is nothing" if gone else ""
+    return f"held by job {', '.join(gone)}, which ended without releasing it" if gone else ""
 
 
 def settle(gpu: str, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]) -> None:
