@@ -105,7 +105,7 @@ def write(directory: Path, texts: dict[str, str]) -> None:
 COMMAND_PARSERS = subcommands(build_parser())
 INDEX = """# Commands
 
-Each of them is a man page, too: slurm-mps-install(1) and so on.
+Each command has a man page, too: slurm-mps-install(1) and so on.
 
 {list}
 ```{{toctree}}
