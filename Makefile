@@ -112,6 +112,9 @@ bench-gpu: $(GPU_TOOLS) ## the benchmarks on real GPUs
 worth: $(GPU_TOOLS) ## what MPS gains a program, on real GPUs
 	@$(GPU_PYTHON) -m tests.lab.hardware.worth $(WORTH)
 
+sharing: $(GPU_TOOLS) ## several jobs on one real GPU, in each way, in three minutes
+	@$(GPU_PYTHON) -m tests.lab.hardware.sharing $(SHARING)
+
 # The figures of docs/benchmarks, from the newest data beside them.
 plots: dev
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
@@ -148,4 +151,4 @@ clean: ## remove build; the tools and roots in .cache stay
 
 SHELL = /bin/bash
 .PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix check-clones torture bench scale bundle test-gpu \
-	hardware bench-gpu worth plots install install-hooks docs man deb rpm clean
+	hardware bench-gpu worth sharing plots install install-hooks docs man deb rpm clean

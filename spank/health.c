@@ -15,53 +15,71 @@
 #define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
 
-static void mark_name(char *name, size_t size, unsigned int gpu)
+static const char *shared_of(const struct verdict *verdict, unsigned int gpu)
 {
-	(void)snprintf(name, size, MARK "-%u", gpu);
+	return verdict_daemon_of(verdict, &verdict->gpus[gpu])->shared;
 }
 
-static bool read_mark(int directory, unsigned int gpu, struct timespec *when)
+/* Beside a daemon that serves other jobs, too, all of them have one name for it. */
+static void mark_name(char *name, size_t size, const struct verdict *verdict, unsigned int gpu)
 {
-	char name[MARK_SIZE];
+	(void)snprintf(name, size, MARK "-%u", *shared_of(verdict, gpu) ? 0 : gpu);
+}
 
-	mark_name(name, sizeof(name), gpu);
-	return jobdir_read_mark(directory, name, when);
+/* Where a GPU's mark is: beside a daemon that serves other jobs, too, or in the job's directory. */
+static int open_marks(uint32_t job_id, const struct verdict *verdict, unsigned int gpu)
+{
+	const char *shared = shared_of(verdict, gpu);
+
+	return *shared ? open(shared, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : jobdir_open(job_id);
+}
+
+static bool read_mark(uint32_t job_id, const struct verdict *verdict, unsigned int gpu, struct timespec *when)
+{
+	int directory = open_marks(job_id, verdict, gpu);
+	char name[MARK_SIZE];
+	bool marked;
+
+	if (directory < 0)
+		return false;
+	mark_name(name, sizeof(name), verdict, gpu);
+	marked = jobdir_read_mark(directory, name, when);
+	(void)close(directory);
+	return marked;
 }
 
 void health_mark(uint32_t job_id, const struct verdict *verdict)
 {
-	int directory = jobdir_open(job_id);
 	char name[MARK_SIZE];
 
-	if (directory < 0)
-		return; /* the epilog was faster */
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		if (!device_may_open(&verdict->gpus[gpu]))
-			continue;
-		mark_name(name, sizeof(name), gpu);
+		int directory = device_may_open(&verdict->gpus[gpu]) ? open_marks(job_id, verdict, gpu) : -1;
+
+		if (directory < 0)
+			continue; /* another's GPU, or the epilog was faster */
+		mark_name(name, sizeof(name), verdict, gpu);
 		jobdir_write_mark(directory, name);
+		(void)close(directory);
 	}
-	(void)close(directory);
 }
 
 void health_clear(uint32_t job_id, const struct verdict *verdict, const struct health *health)
 {
-	int directory = jobdir_open(job_id);
 	struct timespec now;
 	char name[MARK_SIZE];
 
-	if (directory < 0)
-		return;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
 		const struct timespec *then = &health->since[gpu];
+		bool good = health->probed[gpu] && health->of[gpu] == HEALTH_GOOD;
+		int directory = good ? open_marks(job_id, verdict, gpu) : -1;
 
-		if (!health->probed[gpu] || health->of[gpu] != HEALTH_GOOD || !read_mark(directory, gpu, &now) ||
-		    now.tv_sec != then->tv_sec || now.tv_nsec != then->tv_nsec)
+		if (directory < 0)
 			continue;
-		mark_name(name, sizeof(name), gpu);
-		(void)unlinkat(directory, name, 0);
+		mark_name(name, sizeof(name), verdict, gpu);
+		if (jobdir_read_mark(directory, name, &now) && now.tv_sec == then->tv_sec && now.tv_nsec == then->tv_nsec)
+			(void)unlinkat(directory, name, 0);
+		(void)close(directory);
 	}
-	(void)close(directory);
 }
 
 /* Start the probe of one control daemon's GPUs. */
@@ -126,18 +144,14 @@ static void probe(const struct verdict *verdict, struct health *health)
 
 void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health)
 {
-	int directory = jobdir_open(job_id);
 	bool any = false;
 
 	memset(health, 0, sizeof(*health));
-	if (directory < 0)
-		return;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		health->probed[gpu] = read_mark(directory, gpu, &health->since[gpu]) &&
+		health->probed[gpu] = read_mark(job_id, verdict, gpu, &health->since[gpu]) &&
 				      device_may_open(&verdict->gpus[gpu]);
 		any |= health->probed[gpu];
 	}
-	(void)close(directory);
 	if (any)
 		probe(verdict, health);
 }

@@ -57,6 +57,18 @@ static bool take_daemon(struct verdict *verdict, char *value)
 	       (daemon->mib || !strcmp(limit, "-"));
 }
 
+/* Of the first daemon that has none yet. */
+static bool take_shared(struct verdict *verdict, const char *value)
+{
+	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
+		struct verdict_daemon *daemon = &verdict->daemons[i];
+
+		if (!daemon->shared[0])
+			return verdict->joined = take(daemon->shared, sizeof(daemon->shared), value);
+	}
+	return false;
+}
+
 /* "<slurm index> <minor> <uuid> <MiB for clients> <MiB in all>" */
 static bool take_gpu(struct verdict *verdict, const char *value)
 {
@@ -148,10 +160,8 @@ static bool take_line(struct verdict *verdict, char *line)
 		verdict->share_memory = !strcmp(value, "even");
 		return true;
 	}
-	if (!strcmp(line, "joined")) {
-		verdict->joined = !strcmp(value, "yes");
-		return true;
-	}
+	if (!strcmp(line, "joined"))
+		return take_shared(verdict, value);
 	if (!strcmp(line, "client_priority")) {
 		verdict->priority = !strcmp(value, "1");
 		return true;

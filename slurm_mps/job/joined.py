@@ -302,9 +302,7 @@ def read_leave_gpu(found: dict[str, str]) -> LeaveGpu:
 
 def end_clients(job_id: int, uid: int) -> None:
     """End what is left of a job: its user's processes in its cgroup, by the kernel's word, and nobody else's."""
-    ours = [
-        pid for pid in processes.pids() if processes.is_in_cgroup(pid, f"job_{job_id}") and processes.uid_of(pid) == uid
-    ]
+    ours = [pid for pid in processes.pids() if processes.job_of(pid) == job_id and processes.uid_of(pid) == uid]
     found = [process for pid in ours if (process := processes.identify(pid))]
     if not found:
         return

@@ -22,7 +22,7 @@ from .actions import (
     StartServers,
     gpu_daemon_name,
 )
-from .joined import JoinGpu, link_name, log_path
+from .joined import JoinGpu, daemon_path, link_name, log_path
 from .ledger import JOINED, SEPARATE, WHOLE
 from .request import PER_GPU
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
@@ -73,8 +73,15 @@ class Plan:
             for one in self.daemons
         ]
 
-    def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
-        """What the plugin reads in the job's tasks; `running` are the plan's daemons.
+    def shared(self, job: JobOnNode) -> list[str]:
+        """The directories of the plan's daemons, where other jobs have them, too; else none."""
+        if self.config.gpus_sharing != JOINED:
+            return []
+        found = ((one.gpus[0], job.state.ledgers.read(one.gpus[0]).daemon) for one in self.daemons)
+        return [daemon_path(gpu, daemon) for gpu, daemon in found if daemon]
+
+    def verdict(self, running: Sequence[ControlDaemon], shared: Sequence[str] = ()) -> Verdict:
+        """What the plugin reads in the job's tasks; `running` are the plan's daemons, `shared` the joined jobs' places.
 
         GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
         serves the first GPU and so on.
@@ -83,13 +90,14 @@ class Plan:
         limits = self.daemons[0].limits
         return Verdict(
             READY,
-            daemons=tuple(_place(daemon, planned) for daemon, planned in zip(running, self.daemons, strict=True)),
+            daemons=tuple(
+                _place(*one) for one in zip(running, self.daemons, shared or [""] * len(running), strict=True)
+            ),
             gpus=tuple(
                 VerdictGpu(index, gpu.minor, gpu.uuid, _for_clients(gpu, self.config), gpu.memory_bytes // MIB)
                 for index, gpu in zip(self.slurm_indices, self.gpus, strict=True)
             ),
             per_gpu=self.request.daemons == PER_GPU or self.config.gpus_sharing == JOINED,
-            joined=self.config.gpus_sharing == JOINED,
             thread_percentage=limits.thread_percentage,
             thread_percentage_min=self.config.limits_thread_percentage_min,
             memory_min=self.config.limits_memory_min,
@@ -106,10 +114,10 @@ class Plan:
         )
 
 
-def _place(daemon: ControlDaemon, planned: JobDaemon) -> DaemonPlace:
+def _place(daemon: ControlDaemon, planned: JobDaemon, shared: str) -> DaemonPlace:
     name = "" if planned.name == WHOLE_JOB else planned.name.replace("joined-", "gpu-")
     directories = daemon.pipe_directory, daemon.log_directory
-    return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus)
+    return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus, shared)
 
 
 def _for_clients(gpu: Gpu, config: SiteConfig) -> int:

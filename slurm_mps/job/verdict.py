@@ -18,7 +18,7 @@
     share 25                                               how much of a GPU Slurm gave the job (gres/mps)
     shards_per_gpu 4                                       for jobs of gres/shard: a task is told how many it has
     share_memory even                                      a part of a GPU is the same part of its memory
-    joined yes                                             the daemon serves others, too: limits are the clients' own
+    joined <directory>                                     for each daemon that serves other jobs, too: it lies there
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
     gpus none                                              with `refused`: the job has no GPU on this node
     end <checksum>
@@ -61,7 +61,8 @@ class VerdictGpu:
 class DaemonPlace:
     """Where a control daemon is, which GPUs (UUIDs, in its own order) it serves, and what it gives each client.
 
-    ``name`` is that of its pipe directory where each GPU has a daemon, and empty for the only one.
+    ``name`` is that of its pipe directory where each GPU has a daemon, and empty for the only one. ``shared``: the
+    directory of one that serves other jobs, too (job/joined.py); limits are its clients' own then.
     """
 
     name: str
@@ -69,6 +70,7 @@ class DaemonPlace:
     log_directory: str
     memory_bytes: int | None
     gpus: tuple[str, ...]
+    shared: str = ""
 
 
 @record
@@ -95,7 +97,6 @@ class Verdict:
     share_percentage: float | None = None
     shards_per_gpu: int = 0
     share_memory: bool = False
-    joined: bool = False
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
@@ -145,8 +146,9 @@ class Verdict:
             yield "shards_per_gpu", str(self.shards_per_gpu)
         if self.share_memory:
             yield "share_memory", "even"
-        if self.joined:
-            yield "joined", "yes"
+        for daemon in self.daemons:
+            if daemon.shared:
+                yield "joined", daemon.shared
 
 
 def refused(message: str, *, has_no_gpu: bool = False) -> Verdict:
@@ -185,6 +187,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         raise ValueError(status)
     gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")
     daemons = [value for key, value in lines if key == "daemon"]
+    shared = [value for key, value in lines if key == "joined"] or [""] * len(daemons)
     per_gpu = known.get("daemons") == PER_GPU
     uuids = tuple(gpu.uuid for gpu in gpus)
     served = tuple((uuid,) for uuid in uuids) if per_gpu else (uuids,)
@@ -195,7 +198,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
     return Verdict(
         status,
         uid=uid,
-        daemons=tuple(_daemon(words, its) for words, its in zip(daemons, served, strict=True)),
+        daemons=tuple(_daemon(*words) for words in zip(daemons, served, shared, strict=True)),
         gpus=gpus,
         per_gpu=per_gpu,
         thread_percentage=parse_thread_percentage(known["thread_percentage"]),
@@ -208,7 +211,6 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         share_percentage=parse_thread_percentage(known["share"]) if "share" in known else None,
         shards_per_gpu=int(known.get("shards_per_gpu", "0")),
         share_memory="share_memory" in known,
-        joined="joined" in known,
         visible_devices=known["visible_devices"],
         probe=(python, script),
         explain=known["explain"],
@@ -220,8 +222,8 @@ def _gpu(words: str) -> VerdictGpu:
     return VerdictGpu(int(index), int(minor), uuid, int(for_clients), int(mib))
 
 
-def _daemon(words: str, gpus: tuple[str, ...]) -> DaemonPlace:
+def _daemon(words: str, gpus: tuple[str, ...], shared: str) -> DaemonPlace:
     pipe, log, limit = words.split(" ")
     name = os.path.basename(pipe).replace("joined-", "gpu-")
     memory = None if limit == "-" else parse_memory(limit)
-    return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus)
+    return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus, shared)

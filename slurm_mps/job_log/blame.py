@@ -25,7 +25,7 @@ from .events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 AUTO = "auto"
 #: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).
@@ -65,10 +65,17 @@ class Seen:
     events: Sequence[Event]
     gone: bool  #: nobody listens any more
     ended: Event | None  #: the daemon's end, by its own word
+    shared: bool = False  #: other jobs of this user are on it, too
 
 
 def seen_since(
-    since_seconds: float, gpus: tuple[str, ...], *, gone: bool, events: Sequence[Event], told: bool = False
+    since_seconds: float,
+    gpus: tuple[str, ...],
+    *,
+    gone: bool,
+    events: Sequence[Event],
+    told: bool = False,
+    shared: bool = False,
 ) -> Seen:
     """What a step that began then is to be told of a daemon; `events` are all that its logs have.
 
@@ -78,7 +85,7 @@ def seen_since(
     lives = [event for event in events if event.kind in (DAEMON_STARTED, DAEMON_ENDED)]
     ended = lives[-1] if lives and lives[-1].kind == DAEMON_ENDED else None
     news = [event for event in events if event.seconds >= since_seconds]
-    return Seen(gpus, news, gone and bool(news or not told), ended)
+    return Seen(gpus, news, gone and bool(news or not told), ended, shared)
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,11 @@ class Step:
 
 
 class _Names:
-    """What the step's processes are called."""
+    """What the step's processes are called, and those of other jobs: `jobs` has the job of a pid, where it is known."""
 
-    def __init__(self, step: Step, seen: Iterable[Seen]) -> None:
+    def __init__(self, step: Step, seen: Sequence[Seen], jobs: Mapping[int, int]) -> None:
+        self._jobs = jobs
+        self._shared = any(one.shared for one in seen)
         self._ranks = {task.pid: task.rank for task in step.tasks}
         self._script = step.script
         clients = {event.pid for one in seen for event in one.events if event.kind in (CONNECTED, CONTEXT)}
@@ -109,19 +118,25 @@ class _Names:
         ranks = sorted(self._ranks[pid] for pid in pids if pid in self._ranks and not self._script)
         others = [pid for pid in pids if pid not in self._ranks or self._script]
         words = [f"{'rank' if len(ranks) == 1 else 'ranks'} {join_numbers(ranks)}"] if ranks else []
+        anothers = sorted({self._jobs[pid] for pid in others if pid in self._jobs})
+        if anothers:
+            others = [pid for pid in others if pid not in self._jobs]
+            jobs = f"job{'' if len(anothers) == 1 else 's'} {', '.join(map(str, anothers))}"
+            words.append(f"programs of another job of yours ({jobs})")
         if others:
             more = f" and {len(others) - _NAMED_PIDS} more" if len(others) > _NAMED_PIDS else ""
             listed = ", ".join(map(str, others[:_NAMED_PIDS]))
-            words.append(f"{'process' if len(others) == 1 else 'processes'} {listed}{more}")
+            whose = ", perhaps another job's of yours," if self._shared and not self._script else ""
+            words.append(f"{'process' if len(others) == 1 else 'processes'} {listed}{more}{whose}")
         return " and ".join(words)
 
 
-def explain(step: Step, seen: Sequence[Seen]) -> list[str]:
+def explain(step: Step, seen: Sequence[Seen], jobs: Mapping[int, int] | None = None) -> list[str]:
     """A sentence for each thing that MPS did to the step, the causes first; none where nothing explains it.
 
     All but VANISHED are from the logs.
     """
-    names = _Names(step, seen)
+    names = _Names(step, seen, jobs or {})
     found: list[str] = []
     for one in seen:
         found += _faults(one, names)
@@ -205,7 +220,7 @@ def suspect_limit(step: Step, seen: Sequence[Seen]) -> str:
 
     The server does not say who hits it (O64), so nobody is to be sent to its logs.
     """
-    names = _Names(step, seen)
+    names = _Names(step, seen, {})
     clients = {event.pid for one in seen for event in one.events if event.kind == CONTEXT}
     failed = [task.pid for task in step.tasks if task.failed and (task.pid in clients or names.any_may_be_ours)]
     if step.memory == "-" or not failed or not clients:

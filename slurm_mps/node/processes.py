@@ -388,9 +388,11 @@ def _only(ids: Sequence[str]) -> int | None:
     return int(ids[0]) if len(set(ids)) == 1 else None
 
 
-def is_in_cgroup(pid: int, name: str) -> bool:
-    """Whether a process is in a cgroup of this name, or below one, by the kernel's word; only root can change that."""
-    return any(name in line.split("/") for line in _proc_bytes(pid, "cgroup").decode("utf-8", "replace").splitlines())
+def job_of(pid: int) -> int | None:
+    """The Slurm job whose cgroup a process is in, by the kernel's word; None for none, or where it is gone."""
+    words = _proc_bytes(pid, "cgroup").decode("utf-8", "replace").replace("\n", "/").split("/")
+    found = [word[4:] for word in words if word.startswith("job_") and word[4:].isdigit()]
+    return int(found[0]) if found else None
 
 
 def parent_of(pid: int) -> int | None:

@@ -22,6 +22,7 @@ def main() -> int:
     from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.node.listen import listener
+    from slurm_mps.node.processes import job_of
 
     job_id, since, kind, memory, listed, *more = sys.argv[1:]
     tasks = tuple(
@@ -38,11 +39,14 @@ def main() -> int:
             gone=listener(place.pipe_directory) is None,  # before its last words are read
             events=events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES),
             told="told" in more,
+            shared=bool(place.shared),
         )
         for place in verdict.daemons
     ]
     step = Step(tasks, kind == "script", memory)
-    found = explain(step, seen)
+    pids = {pid for one in seen if one.shared for event in one.events for pid in event.pids}
+    jobs = {pid: job for pid in pids if (job := job_of(pid)) and job != int(job_id)}
+    found = explain(step, seen, jobs)
     hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
     words = "; ".join(found) or suspect_limit(step, seen)
     if words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -176,3 +177,34 @@ def test_plan_shows_how_a_job_joins(node: GpuNode) -> None:
     shown = node.run("slurm-mps", "plan", "--json", "--gres=gpu:1", "--mps").check().stdout
     actions = [one["action"] for one in json.loads(shown)["actions"]]
     assert "link joined-0 to its control daemon, or start that one" in actions[0]
+
+
+def test_what_is_left_of_a_job_on_the_server_is_ended_and_nobody_else(node: GpuNode) -> None:
+    """By the cgroup that Slurm put it into: not what another job has there, nor what says that it is of this one."""
+    start(node, 1).check()
+    start(node, 2).check()
+    place = (
+        "/sys/fs/cgroup/freezer"
+        if node.run("test", "-d", "/sys/fs/cgroup/freezer").returncode == 0
+        else "/sys/fs/cgroup"
+    )
+    programs = {}
+    for job, cgroup in ((1, "job_1/step_0"), (2, "job_2/step_0"), (3, "job_11/step_0")):
+        pipe = f"{STATE_DIRECTORY}/jobs/{2 if job == 3 else job}/joined-0"
+        env = {"CUDA_MPS_PIPE_DIRECTORY": pipe, "SLURM_JOB_ID": "1"}
+        programs[job] = node.start("simulated-gpus", "client", "--hold", "30", user="alice", env=env)
+        pid = node.machine.host_pid(programs[job])
+        directory = Path(f"{place}/slurm-mps-test/{cgroup}")
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "cgroup.procs").write_text(str(pid))
+    result = node.epilog(1).check()
+    assert "were still there when it had ended, and were killed" in result.stderr
+    assert programs[1].wait(5) == -9
+    assert [programs[job].poll() for job in (2, 3)] == [None, None]
+    for job in (2, 3):
+        node.machine.signal(programs[job], 9)
+        programs[job].wait(5)
+    for directory in sorted(Path(f"{place}/slurm-mps-test").rglob("*/"), key=lambda one: -len(one.parts)):
+        if directory.is_dir():
+            directory.rmdir()
+    Path(f"{place}/slurm-mps-test").rmdir()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.cluster import waits_for
-from tests.harness.site import Site
+from tests.harness.site import STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,4 +165,25 @@ def test_joined_jobs_have_one_server_and_limits_of_their_own(parted: Site) -> No
     assert parted.snapshot() == before
     logs = parted.node("n1", "slurm-mps", "logs", str(second), user="alice")
     assert logs.returncode == 0, logs.stderr
-    print(two, logs.stdout)
+
+
+def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_the_server(parted: Site) -> None:
+    """Who did nothing wrong reads that another job may have; a job that comes later finds a server that works."""
+    parted.configure(JOINED)
+    before = parted.snapshot()
+    victim = parted.cluster.sbatch("-n1", "--gres=mps:25", script="srun simulated-gpus client --work 20; echo over")
+    parted.cluster.until_output(victim, "uuid=")
+    culprit = parted.cluster.sbatch("-n1", "--gres=mps:25", script=f"srun simulated-gpus client --fault; {waits_for()}")
+    parted.cluster.until_output(culprit, "FAILED")
+    said = parted.cluster.until_output(victim, "over")
+    assert re.search(
+        r"process \d+, perhaps another job's of yours, hit a GPU fault on GPU-\S+ and took rank 0 along", said
+    )
+    marks = parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout.split()
+    next_one = parted.cluster.sbatch("-n1", "--gres=mps:25", script=f"srun {LOOK}")
+    parted.cluster.wait(next_one)
+    assert len(marks) == 1
+    assert "sms=32 " in parted.cluster.output(next_one)
+    assert not parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout
+    outputs(parted, culprit)
+    assert parted.snapshot() == before

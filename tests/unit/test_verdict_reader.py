@@ -49,9 +49,15 @@ EACH = replace(
 
 JOINED = replace(
     EACH,
-    joined=True,
     daemons=tuple(
-        DaemonPlace(f"gpu-{number}", f"{PIPE}/joined-{number}", f"/var/log/slurm-mps/{uuid}", 8 << 30, (uuid,))
+        DaemonPlace(
+            f"gpu-{number}",
+            f"{PIPE}/joined-{number}",
+            f"/var/log/slurm-mps/{uuid}",
+            8 << 30,
+            (uuid,),
+            f"/run/d/{uuid}.7",
+        )
         for number, uuid in enumerate(UUIDS)
     ),
 )

@@ -1,0 +1,149 @@
+"""``python3 -m tests.lab.hardware.sharing``: several jobs on one real GPU, in each way that there is.
+
+- *throughput*: four jobs of ``--gres=mps:25`` that share a daemon (joined), four with a daemon each (separate), one job
+  of four ranks with the same thread limit, four ranks without MPS. All do the same within the same window.
+- *fault*: one of two jobs has an illegal access; does the other's program go on?
+
+About three minutes. Rows that did not work say why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.harness.cluster import SlurmError, waits_for
+from tests.harness.gpunode import UNCHANGED
+from tests.harness.site import Site
+
+from .site import PLACE, RealSite, data_file, measured_on, reports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.harness.cluster import Job
+
+Row = dict[str, Any]
+
+JOBS = 4
+PART = 100 // JOBS
+FLOODS = {"small": "flood:16:4000:64", "medium": "flood:132:10000:32"}
+#: gpus.sharing; how many jobs; what each asks for
+WAYS = {
+    "joined": ("joined", JOBS, [f"--gres=mps:{PART}", "-n1"]),
+    "separate": ("separate", JOBS, [f"--gres=mps:{PART}", "-n1"]),
+    "one job": ("refuse", 1, ["--gres=gpu:1", f"-n{JOBS}", f"--mps-threads={PART}"]),
+    "without MPS": ("refuse", 1, ["--gres=gpu:1", f"-n{JOBS}"]),
+}
+_JOB_SECONDS = 90.0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class SharedSite(RealSite):
+    """The first GPU of this machine alone, in a hundred parts."""
+
+    def __init__(self) -> None:
+        Site.__init__(
+            self, real=True, nodes=1, gpus_per_node=1, mps_per_node=100, config=UNCHANGED, constrain_devices=True
+        )
+        self._meetings = 0
+
+    def share(self, way: str) -> None:
+        self.configure(f'{UNCHANGED}sharing = "{way}"\n')
+
+    def ended(self, *jobs: Job) -> list[str]:
+        """What these jobs said; those that do not end are cancelled. Raises: SlurmError."""
+        try:
+            for job in jobs:
+                self.cluster.wait(job, _JOB_SECONDS)
+        except SlurmError:
+            for job in jobs:
+                self.cluster.scancel(job)
+            raise
+        return [self.cluster.output(job) for job in jobs]
+
+
+def throughput(site: SharedSite, seconds: float, rounds: int) -> Iterator[Row]:
+    """Kernels a second over all ranks, by kernel; the ways take turns."""
+    for number in range(rounds):
+        ways = list(WAYS)
+        for name in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            way, count, ask = WAYS[name]
+            site.share(way)
+            load = f"{PLACE}/load.py {JOBS} {site.meeting()} {seconds} {' '.join(FLOODS.values())}"
+            jobs = [site.cluster.sbatch(*ask, script=f"srun /usr/bin/python3 {load}") for _ in range(count)]
+            row: Row = {"way": name, "round": number}
+            try:
+                row |= _figures(site.ended(*jobs), seconds)
+            except (SlurmError, KeyError, ValueError) as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:1500]
+            site.cluster.wait_idle()
+            say(f"{name}: {row}")
+            yield row
+
+
+def _figures(texts: list[str], seconds: float) -> Row:
+    """What the ranks of all jobs said. Raises: ValueError, KeyError."""
+    said = [one for text in texts for one in reports(text)]
+    if len(said) != JOBS or any("error" in one for one in said):
+        raise ValueError(" | ".join(text[-300:] for text in texts))
+    row: Row = {"sms": sorted({one["sms"] for one in said})}
+    for at, kernel in enumerate(FLOODS):
+        shares = sorted(round(one["phases"][at]["kernels"] / seconds) for one in said)
+        row[kernel] = {"kernels_per_second": sum(shares), "shares": shares}
+    return row
+
+
+def faults(site: SharedSite) -> Iterator[Row]:
+    """Whether a job's program goes on when another job's has an illegal access, and what its user is told."""
+    client = f"/usr/bin/python3 {PLACE}/cuda_client.py 1"
+    for way in ("joined", "separate"):
+        site.share(way)
+        row: Row = {"way": way}
+        script = f"srun sh -c '{{ {waits_for()}; echo synchronize; }} | {client}'"
+        try:
+            victim = site.cluster.sbatch("-n1", f"--gres=mps:{PART}", script=script)
+            site.cluster.until_output(victim, '"pid"')
+            culprit = site.cluster.sbatch("-n1", f"--gres=mps:{PART}", script=f"srun sh -c 'echo fault | {client}'")
+            row["culprit"] = site.ended(culprit)[0][-500:]
+            site.cluster.let_go(victim)
+            said = site.ended(victim)[0]
+            row |= {"goes_on": said.splitlines()[1:2] == ["0"], "victim": said[-700:]}
+        except (SlurmError, KeyError, ValueError) as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:1500]
+            site.machine.run(["scancel", "--user=alice"])
+        site.cluster.wait_idle()
+        say(f"fault, {way}: {row}")
+        yield row
+
+
+def main() -> int:
+    """Measure and write; 1 when a row did not work."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.lab.hardware.sharing", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each kernel's window")
+    options = parser.parse_args()
+    target: Path = options.json or data_file("sharing")
+    kept: dict[str, Any] = {"measured_on": measured_on(), "seconds": options.seconds, "throughput": [], "fault": []}
+    with SharedSite() as site:
+        for row in throughput(site, options.seconds, options.rounds):  # no row is lost with the machine
+            kept["throughput"].append(row)
+            target.write_text(json.dumps(kept, indent=1) + "\n")
+        for row in faults(site):
+            kept["fault"].append(row)
+            target.write_text(json.dumps(kept, indent=1) + "\n")
+        site.end_meetings()
+    return int(any("failed" in row for row in [*kept["throughput"], *kept["fault"]]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
