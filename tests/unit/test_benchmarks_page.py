@@ -78,20 +78,30 @@ def test_the_real_program(ranks: int) -> None:
     assert words in program
 
 
-@pytest.mark.parametrize("script", ["prolog", "epilog"])
-def test_what_the_scripts_cost(script: str) -> None:
-    samples = newest("scripts")["samples_ms"]
-    pairs = zip(samples[f"ours {script}"], samples[f"by hand {script}"], strict=True)
-    ratio = f"{median(ours / theirs for ours, theirs in pairs):.2f}"
-    line = next(line for line in PAGE.splitlines() if f"{median(samples[f'ours {script}']):.0f} ms" in line)
-    assert line.endswith(f"| {ratio} |")
+def paired(samples: dict[str, list[float]], ours: str, theirs: str) -> str:
+    """The median of both, and that of the ratios of the rounds, as a table has them."""
+    ratio = median(one / other for one, other in zip(samples[ours], samples[theirs], strict=True))
+    return f"{median(samples[ours]):.0f} | {median(samples[theirs]):.0f} | {ratio:.2f}"
 
 
-def test_the_first_context() -> None:
-    samples = newest("start")["samples_ms"]
-    ours, theirs = (samples[f"{name} from the program's start"] for name in ("mps", "without"))
-    ratio = f"{median(one / other for one, other in zip(ours, theirs, strict=True)):.2f}"
-    assert f"a median of {median(ours):.0f} ms with MPS and of {median(theirs):.0f} ms without: {ratio} " in PAGE
+def costs() -> list[str]:
+    """The rows of what slurm-mps costs: of each run, whose file says when, and on how many GPUs."""
+    pairs = {
+        "scripts": [("ours prolog", "by hand prolog"), ("ours epilog", "by hand epilog")],
+        "start": [(f"mps from {start}", f"without from {start}") for start in ("the program's start", "srun")],
+    }
+    lines = []
+    for kind, names in pairs.items():
+        for path in sorted((BENCHMARKS / "data").glob(f"*-{kind}.json")):
+            date, gpus = path.name[:10], path.name[11:].removesuffix(f"-{kind}.json").replace("x", " x ")
+            samples = json.loads(path.read_text())["samples_ms"]
+            lines.append(f"| {gpus} | {date} | " + " | ".join(paired(samples, *pair) for pair in names) + " |")
+    return lines
+
+
+@pytest.mark.parametrize("line", costs())
+def test_what_it_costs(line: str) -> None:
+    assert line in PAGE.splitlines()
 
 
 def test_the_advice_and_the_readme_quote_the_same_figures() -> None:

@@ -38,9 +38,10 @@ def cards() -> list[str]:
 
 
 def data_file(kind: str) -> Path:
-    """Where docs/benchmarks has what is measured on these GPUs today: ``2026-11-23-h200-worth.json``."""
-    card = cards()[0].partition(",")[0].split()[-1].lower()
-    return REPOSITORY / "docs/benchmarks/data" / f"{time.strftime('%Y-%m-%d')}-{card}-{kind}.json"
+    """Where docs/benchmarks has what is measured on these GPUs today: ``2026-11-23-1xH200-worth.json``."""
+    words = cards()[0].partition(",")[0].split()
+    card = next((word for word in words if word[-1].isdigit()), words[-1])  # of NVIDIA H100 80GB HBM3
+    return REPOSITORY / "docs/benchmarks/data" / f"{time.strftime('%Y-%m-%d')}-{len(cards())}x{card}-{kind}.json"
 
 
 def host_traces() -> set[str]:
