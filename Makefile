@@ -115,6 +115,9 @@ worth: $(GPU_TOOLS) ## what MPS gains a program, on real GPUs
 sharing: $(GPU_TOOLS) ## several jobs on one real GPU, in each way, in three minutes
 	@$(GPU_PYTHON) -m tests.lab.hardware.sharing $(SHARING)
 
+monitors: $(GPU_TOOLS) ## what NVIDIA's monitors say of MPS programs, on a real GPU (half a minute)
+	@$(GPU_PYTHON) -m tests.lab.hardware.monitors
+
 # The figures of docs/benchmarks, from the newest data beside them.
 plots: dev
 	@$(DEV_PYTHON) -m pip install --quiet --disable-pip-version-check matplotlib
@@ -151,4 +154,4 @@ clean: ## remove build; the tools and roots in .cache stay
 
 SHELL = /bin/bash
 .PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix check-clones torture bench scale bundle test-gpu \
-	hardware bench-gpu worth sharing plots install install-hooks docs man deb rpm clean
+	hardware bench-gpu worth sharing monitors plots install install-hooks docs man deb rpm clean
