@@ -346,10 +346,16 @@ class Reconciler:
 
     def _lost_daemons(self, state: NodeState, config: SiteConfig) -> Repair | None:
         """End the daemons of joined jobs that no ledger names, and remove what they had."""
-        known = [
-            joined.daemon_name(uuid, one) for uuid in state.ledgers.names() if (one := state.ledgers.read(uuid).daemon)
-        ]
-        names = [name for name in joined.names(state) if name not in known]
+
+        def is_lost(name: str) -> bool:
+            gpu = name.rpartition(".")[0]
+            try:
+                daemon = state.ledgers.read(gpu).daemon
+            except MpsError:
+                return False  # a ledger that cannot be read may name it, and has been reported
+            return daemon is None or joined.daemon_name(gpu, daemon) != name
+
+        names = list(filter(is_lost, joined.names(state)))
         if not names:
             return None
         why = f"{', '.join(names)}: of a GPU that nobody holds"

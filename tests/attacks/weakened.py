@@ -242,7 +242,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "        entry = job.state.ledgers.read(self.gpu)\n",
             '        entry = job.state.ledgers.read(self.gpu)\n        __import__("time").sleep(0.3)\n',
         ),
-        Change(ACTIONS, "while there := job.gpus.processes(self.gpu):", "while there := ():"),
+        Change(ACTIONS, "while there := gpus.processes(gpu):", "while there := ():"),
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
     # ------------------------------------------------------------------------------------------------------ verify

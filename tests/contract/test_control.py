@@ -189,4 +189,4 @@ def test_o83_a_daemon_without_a_pid_file_is_driver_535s(driver: Driver) -> None:
     daemon = driver.daemon()
     assert daemon.listed_files() == driver.files_of_a_daemon
     daemon.ask("quit")
-    assert daemon.listed_files() == ["control", "control_lock", "control_privileged"]
+    wait_until(lambda: daemon.listed_files() == ["control", "control_lock", "control_privileged"])
