@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
+from uuid import uuid4
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,8 +47,9 @@ NODE_PRIVATE = ("/run", "/tmp", "/var/log", "/dev/shm")
 NODE_SHARED = ("/run/munge", "/var/log/slurm", "/var/log/munge")
 
 # A cgroup that slurmd is to manage must have no process from outside of its PID namespace: nsenter's child joins it, by
-# the descriptor that was opened outside, for who is within a cgroup namespace cannot bring anybody into it.
-_OPEN_CGROUP = 'exec 9>"$0" && exec "$@"'
+# the descriptor that was opened outside, for who is within a cgroup namespace cannot bring anybody into it. slurmd from
+# 24.11 on manages its own cgroup, in which nobody else can be.
+_OPEN_CGROUP = 'mkdir -p "$0" && exec 9>"$0/cgroup.procs" && exec "$@"'
 _JOIN_CGROUP = 'echo 0 >&9 && exec 9>&- && exec /usr/bin/nsenter -t 1 -C -- "$@"'
 _INSIDE = Path(__file__).with_name("inside.py")
 _PYTHON = "/usr/bin/python3"
@@ -264,7 +266,8 @@ class Machine:
         target = self._nodes[node].host_pid if node else self.pid
         enter = ["/usr/bin/nsenter", "-t", str(target), f"--wdns={cwd}"]
         if self._unified_cgroup:
-            opened = ["/bin/sh", "-c", _OPEN_CGROUP, f"{self._unified_cgroup}/cgroup.procs"]
+            slurmd = f".slurmd-{uuid4().hex}" if Path(argv[0]).name == "slurmd" else ""
+            opened = ["/bin/sh", "-c", _OPEN_CGROUP, self._unified_cgroup + slurmd]
             joined = ["-m", "-u", "-i", "-n", "-p", "--", "/bin/sh", "-c", _JOIN_CGROUP, "sh"]
             line = [*opened, *enter, *joined]
         else:
