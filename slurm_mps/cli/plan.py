@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
     uid = _uid(options.user)
     if uid is None:
         return refuse(options, USAGE, f"--user={options.user}: there is no such user")
-    if not _asked(options):
+    from slurm_mps.job.preview import part_of_gres
+
+    if not _asked(options) and not part_of_gres(options.gres or ""):
         return refuse(options, USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
     if options.mps == "off":
         return refuse(options, USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")

@@ -10,8 +10,9 @@ from ..errors import NodeError, RequestError
 from ..record import record
 from ..units import printable
 from .actions import HoldGpu
+from .joined import JoinGpu
 from .plan import make_plan
-from .request import PER_GPU, PER_NODE, VARIABLES, read_request
+from .request import PER_GPU, PER_NODE, SHARE, VARIABLES, read_request
 from .state import NodeState
 
 TYPE_CHECKING = False
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 _GRES = re.compile(r"gres/gpu|gpu")
+_PARTS = re.compile(r"(?:gres/)?(?:mps|shard)")
+_MPS = re.compile(r"(?:^|,)(?:gres/)?mps:([0-9]{1,3})(?:,|$)")
 _COMPILE_SECONDS = 10.0
 _COUNT_MAX = 4  # digits
 
@@ -40,7 +43,8 @@ class Wish:
 
 
 def gpus_of_gres(gres: str) -> int:
-    """How many GPUs a value of --gres asks for: ``gpu``, ``gpu:2``, ``gpu:h200:2``, among others with commas.
+    """How many GPUs a value of --gres asks for: ``gpu``, ``gpu:2``, ``gpu:h200:2``, a part of one such as ``mps:25``,
+    among others with commas.
 
     Raises: RequestError when it is no such list.
     """
@@ -50,8 +54,14 @@ def gpus_of_gres(gres: str) -> int:
         number = rest[-1] if rest and rest[-1].isdigit() else "1"
         if not name or len(rest) > 2 or len(number) > _COUNT_MAX:
             raise RequestError(f"--gres={printable(gres)}: expected a list such as gpu:2 or gpu:h200:2")
-        count += int(number) if _GRES.fullmatch(name) else 0
+        count += int(number) if _GRES.fullmatch(name) else bool(_PARTS.fullmatch(name) and number != "0")
     return count
+
+
+def part_of_gres(gres: str) -> dict[str, str]:
+    """What Slurm gives the prolog of a job of gres/mps, where each GPU has a hundred parts."""
+    found = _MPS.search(gres)
+    return {SHARE: found[1]} if found and found[1].strip("0") else {}
 
 
 class NoGpuError(RequestError):
@@ -68,7 +78,8 @@ def _environment_of(wish: Wish, uid: int) -> dict[str, str]:
     names = wish.devices
     if names is None:
         names = ",".join(map(str, range(gpus_of_gres(wish.gres) if wish.gres else 0)))
-    return {"SLURM_JOB_ID": "0", "SLURM_JOB_UID": str(uid), **({"SLURM_JOB_GPUS": names} if names else {}), **given}
+    given |= {**({"SLURM_JOB_GPUS": names} if names else {}), **part_of_gres(wish.gres or "")}
+    return {"SLURM_JOB_ID": "0", "SLURM_JOB_UID": str(uid), **given}
 
 
 def rehearse(wish: Wish, uid: int, gpus: Gpus) -> Plan:
@@ -105,6 +116,6 @@ def _refuse_beside_others(plan: Plan) -> None:
     except FileNotFoundError:
         return  # no job had MPS here since the boot
     for action in plan.actions:
-        if isinstance(action, HoldGpu):
+        if isinstance(action, (HoldGpu, JoinGpu)):
             action.refuse_beside(state.ledgers.read(action.gpu).holders)
     state.close()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "SPANK_MPS"
 #: Slurm's own word for how much of a GPU a job of gres/mps has, in percent. Nobody but Slurm can set it for a prolog.
-_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _RUN = frozenset(("SLURM_JOB_UID", "SLURM_JOB_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_GPUS"))
 #: The variable in which slurmd hands over each option's value (spank/submit.c carries it).
 VARIABLES = {
@@ -125,15 +125,15 @@ def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tup
 
 def asks_for_mps(environment: Mapping[str, str]) -> bool:
     """Whether the plugin passed on anything of a request, or Slurm gave the job a part of a GPU with gres/mps."""
-    return _SHARE in environment or any(name.startswith(_PREFIX) for name in environment)
+    return SHARE in environment or any(name.startswith(_PREFIX) for name in environment)
 
 
 def _share(environment: Mapping[str, str]) -> float | None:
-    text = environment.get(_SHARE)
+    text = environment.get(SHARE)
     try:
         return None if text is None else parse_thread_percentage(text)
     except ValueError:
-        raise NodeError(f"slurmd gave the prolog no usable {_SHARE}: {printable(text or '')!r}") from None
+        raise NodeError(f"slurmd gave the prolog no usable {SHARE}: {printable(text or '')!r}") from None
 
 
 def run_of_job(environment: Mapping[str, str]) -> str:

@@ -303,6 +303,9 @@ FAULTS = {
     "no PrologFlags": Fault(line("PrologFlags", ""), problem("prolog-flags")),
     "PrologFlags without Alloc": Fault(line("PrologFlags", "Serial"), problem("prolog-flags")),
     "processes tracked by group": Fault(line("ProctrackType", "proctrack/pgid"), warning("proctrack")),
+    "jobs joined where devices are not confined": Fault(
+        write(MPS, '[gpus]\nsharing = "joined"\n'), problem("cgroup-conf")
+    ),
     "devices confined by nobody": Fault(
         edit(CGROUP, "ConstrainDevices=no", "ConstrainDevices=yes"), problem("cgroup-conf")
     ),

@@ -174,9 +174,12 @@ def test_a_prolog_that_is_done_is_not_done_again(node: GpuNode) -> None:
 
 
 def test_plan_shows_how_a_job_joins(node: GpuNode) -> None:
-    shown = node.run("slurm-mps", "plan", "--json", "--gres=gpu:1", "--mps").check().stdout
+    shown = node.run("slurm-mps", "plan", "--json", "--gres=mps:25").check().stdout
     actions = [one["action"] for one in json.loads(shown)["actions"]]
     assert "link joined-0 to its control daemon, or start that one" in actions[0]
+    start(node, 1, user="bob").check()
+    refused = node.run("slurm-mps", "plan", "--gres=mps:25", "--user=alice")
+    assert "is held by an MPS job of another user" in refused.stderr
 
 
 def test_what_is_left_of_a_job_on_the_server_is_ended_and_nobody_else(node: GpuNode) -> None:

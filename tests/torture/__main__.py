@@ -21,10 +21,23 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.lab.progress import Progress
+from tests.torture.joined_life import JoinedLife
 from tests.torture.life import Life
 
 from . import exploits, random_kills
-from .strike import CAN_DIE, CAN_FAIL, FAULTS, Scenario, StruckNode, build_library, joined_scenarios, scenarios, strike
+from .strike import (
+    CAN_DIE,
+    CAN_FAIL,
+    FAULTS,
+    PATIENCE,
+    Scenario,
+    StruckNode,
+    build_library,
+    configure,
+    joined_scenarios,
+    scenarios,
+    strike,
+)
 
 #: Of the time: the matrix takes what it needs, up to this; then the kills; the orders have the rest.
 MATRIX_SHARE, KILLS_SHARE = 0.6, 0.5
@@ -83,7 +96,7 @@ def orders(node: StruckNode, number: int, end: float, progress: Progress) -> Cou
     """New orders until the time is over; one that goes wrong is printed step by step."""
     count = Count()
     node.reset()
-    Life.node = node
+    Life.node = JoinedLife.node = node
     few = settings(
         max_examples=5,
         stateful_step_count=STEPS_OF_AN_ORDER,
@@ -93,15 +106,17 @@ def orders(node: StruckNode, number: int, end: float, progress: Progress) -> Cou
         suppress_health_check=list(HealthCheck),
     )
     while time.monotonic() < end:
-        Life.orders = 0
+        Life.orders = JoinedLife.orders = 0
         number += 1
         try:
+            configure(node, PATIENCE)
             run_state_machine_as_test(seed(number)(Life), settings=few)
+            run_state_machine_as_test(seed(number)(JoinedLife), settings=few)
             wrong = []
         except Exception:
             wrong = [f"order of seed {number}: {traceback.format_exc()}"]
         count.add(wrong)
-        count.found += Life.orders
+        count.found += Life.orders + JoinedLife.orders
         progress.at(f"{count.found} orders tried")
     return count
 

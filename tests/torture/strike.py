@@ -122,19 +122,19 @@ def scenarios() -> Iterator[Scenario]:
         environment = environment_of(JOB, kind)
 
         def nothing(node: StruckNode) -> None:
-            _configure(node, PATIENCE)
+            configure(node, PATIENCE)
 
         def new_configuration(node: StruckNode) -> None:
-            _configure(node, PATIENCE)
+            configure(node, PATIENCE)
             node.configure(node.machine.read("/etc/slurm/mps.toml"))  # compiled again
 
         def a_job(node: StruckNode, environment: dict[str, str] = environment) -> None:
-            _configure(node, PATIENCE)
+            configure(node, PATIENCE)
             node.run(PROLOG, env=environment).check()
 
         def wreckage(node: StruckNode, kind: str = kind) -> None:
             """A whole job, a ledger without a job, processes without a journal, a log that is too long."""
-            _configure(node, PATIENCE)
+            configure(node, PATIENCE)
             for job, gpus in ((JOB, "0,1"), (ANOTHER, "2"), (A_THIRD, "3")):
                 node.run(PROLOG, env=environment_of(job, kind, gpus)).check()
             of_another = [p for p in node.mps_processes() if f"/{ANOTHER}/" in node.environment_of(p)]
@@ -156,10 +156,10 @@ def joined_scenarios() -> Iterator[Scenario]:
     environment = environment_of(JOB, "per-gpu")
 
     def alone(node: StruckNode) -> None:
-        _configure(node, JOINED)
+        configure(node, JOINED)
 
     def beside(node: StruckNode) -> None:
-        _configure(node, JOINED)
+        configure(node, JOINED)
         node.run(PROLOG, env=environment_of(ANOTHER, "per-node", "1")).check()
 
     def dead(node: StruckNode) -> None:
@@ -169,7 +169,7 @@ def joined_scenarios() -> Iterator[Scenario]:
         node.run(PROLOG, env=environment_of(A_THIRD, "per-node", "2")).check()
 
     def last(node: StruckNode) -> None:
-        _configure(node, JOINED)
+        configure(node, JOINED)
         node.run(PROLOG, env=environment).check()
 
     def not_last(node: StruckNode) -> None:
@@ -194,7 +194,7 @@ def joined_scenarios() -> Iterator[Scenario]:
     yield Scenario("reconcile joined", wreckage, RECONCILE, {}, ("reconcile",))
 
 
-def _configure(node: StruckNode, text: str) -> None:
+def configure(node: StruckNode, text: str) -> None:
     if node.machine.read("/etc/slurm/mps.toml") != text:
         node.configure(text)
         node.run(PROLOG, env=environment_of(1, "per-gpu", "3")).check()  # compiles it

@@ -9,6 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.torture.strike import StruckNode, build_library
 
+from .joined_life import JoinedLife
 from .life import Life
 
 if TYPE_CHECKING:
@@ -34,3 +35,12 @@ def test_in_any_order_the_node_is_as_the_model_says(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(Life, "node", node, raising=False)
         run_state_machine_as_test(Life, settings=SHORT)
         assert Life.orders >= 4
+
+
+def test_joined_jobs_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise of jobs that share a daemon."""
+    with StruckNode(build_library(tmp_path)) as node:
+        node.prepare()
+        monkeypatch.setattr(JoinedLife, "node", node, raising=False)
+        run_state_machine_as_test(JoinedLife, settings=SHORT)
+        assert JoinedLife.orders >= 4

@@ -288,6 +288,10 @@ def cgroup_conf(facts: Facts) -> Iterator[Finding]:
     if confined and "cgroup" not in _plugins(facts, "TaskPlugin"):
         fix = f"{facts.where('TaskPlugin')}: TaskPlugin=task/affinity,task/cgroup"
         yield problem(f"{file} has ConstrainDevices=yes, and TaskPlugin has no task/cgroup", fix)
+    if not confined and facts.site.gpus_sharing == "joined":
+        yield problem(
+            f"{file}: ConstrainDevices=no, and gpus.sharing joins jobs: each is refused", "ConstrainDevices=yes"
+        )
     plugin = facts.cgroup.get("cgroupplugin", "autodetect").lower()
     mount = facts.cgroup.get("cgroupmountpoint", "/sys/fs/cgroup")
     unified = os.path.exists(f"{mount}/cgroup.controllers")
