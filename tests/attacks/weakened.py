@@ -50,6 +50,7 @@ LIMITS, HEALTH, VERDICT = "spank/limits.c", "spank/health.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
 PROLOG_SCRIPT, MEETING = "prolog/10-slurm-mps.sh", "slurm_mps/verify/meeting.py"
 EVENTS = "slurm_mps/job_log/events.py"
+JOINED = "slurm_mps/job/joined.py"
 
 WALLS: dict[str, tuple[Change, ...]] = {
     # ------------------------------------------------------------------------------------------------------- files
@@ -245,6 +246,25 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(ACTIONS, "while there := gpus.processes(gpu):", "while there := ():"),
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
+    # ------------------------------------------------------------------------------------------------ jobs that share
+    "joined jobs are one user's": (Change(JOINED, "if other.uid != self.uid:", "if False:"),),
+    "no script takes a link for a daemon's own": (
+        Change(JOINED, 'return f"joined-{number}"', 'return f"gpu-{number}"'),
+    ),
+    "a shared daemon is known by its process": (
+        Change(
+            JOINED,
+            "        if daemon.stage == OPEN and is_alive(daemon):",
+            "        if daemon.stage == OPEN and _control(self.gpu, daemon, job.config).process():",
+        ),
+    ),
+    "joining needs devices that are confined": (
+        Change(
+            JOINED,
+            "def unconfined(slurm_conf: str) -> str:\n",
+            'def unconfined(slurm_conf: str) -> str:\n    return ""\n',
+        ),
+    ),
     # ------------------------------------------------------------------------------------------------------ verify
     "ranks meet in their own user's directory": (
         Change(MEETING, "if (status.st_uid, status.st_dev) == (os.getuid(), place.st_dev) and not", "if not"),
