@@ -45,7 +45,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--before", type=int, default=1000, metavar="JOBS", help="jobs to run before the last part; 0 skips it (1000)"
     )
-    parser.add_argument("--real-gpu", action="store_true", help="on this machine's first two GPUs; implies --before 0")
+    parser.add_argument("--real-gpu", action="store_true", help="on all GPUs of this machine; implies --before 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything, each sample included")
     options = parser.parse_args(argv)
     if options.real_gpu:
@@ -86,7 +86,7 @@ def _commands(node: GpuNode) -> tuple[str, str]:
 
 
 def _spec(node: GpuNode, options: argparse.Namespace) -> Spec:
-    listed = node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()[:_GPUS]
+    listed = node.run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader").check().stdout.split()
     numbers = ",".join(map(str, range(len(listed))))
     in_prolog, in_epilog = _commands(node)
     code = "import os, slurm_mps; print(os.path.dirname(slurm_mps.__path__[0]))"
@@ -130,7 +130,7 @@ def _measured_on(node: GpuNode, real: bool) -> dict[str, str | int | float]:
 def _cards(node: GpuNode) -> list[str]:
     """The GPUs that are used, and their driver."""
     listed = node.run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").check().stdout
-    return [line.replace(", ", " with driver ") for line in listed.splitlines()[:_GPUS]]
+    return [line.replace(", ", " with driver ") for line in listed.splitlines()]
 
 
 def _measure(node: GpuNode, spec: Spec) -> Samples | None:

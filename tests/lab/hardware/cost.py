@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tests.harness.cluster import SAMPLES, SlurmError
 
-from .site import PLACE, RealSite, data_file, failed, measured_on, reports
+from .site import PLACE, RealSite, cards, data_file, failed, measured_on, reports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +36,10 @@ def _add(samples: Samples, name: str, seconds: float) -> None:
 
 
 def start(site: RealSite, rounds: int) -> Samples:
-    """Milliseconds to the first context; the first round warms up and is not kept."""
+    """Milliseconds to the first context of a job with all GPUs; the first round warms up and is not kept."""
     samples: Samples = {}
-    asks = {"without": ["--gres=gpu:1"], "mps": ["--gres=gpu:1", "--mps"]}
+    every = f"--gres=gpu:{len(cards())}"
+    asks = {"without": [every], "mps": [every, "--mps"]}
     for number in range(rounds + 1):
         for name in list(asks) if number % 2 else list(asks)[::-1]:
             site.cluster.wait_idle()  # one job's epilog is not to be paid by the next
