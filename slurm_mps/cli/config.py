@@ -21,6 +21,8 @@ from slurm_mps.cli.output import (
 if TYPE_CHECKING:
     import argparse
 
+    from slurm_mps.config.file import Setting
+
 COLUMNS = (
     Column("setting", "SETTING"),
     Column("value", "VALUE"),
@@ -47,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "2 usage, 4 only others may read it.",
     )
     show.set_defaults(run=_show)
+    show.add_argument("--partition", default="", metavar="NAME", help="for jobs in this partition of Slurm")
     add_table_options(show, COLUMNS, "config/1")
     for parser in (check, show):
         parser.add_argument("file", nargs="?", help="default: the one that the prolog reads")
@@ -69,16 +72,21 @@ def _read(path: str) -> bytes | None:
 
 def _problems(path: str) -> tuple[bool, list[str]]:
     """Whether there is a file, and everything that is wrong with it. Raises: OSError."""
-    from slurm_mps.config.file import parse_config
+    from slurm_mps.config.file import parse_site
     from slurm_mps.config.settings import ConfigError
     from slurm_mps.job.plan import refusal_of_default
 
     text = _read(path)
     try:
-        refused = refusal_of_default(parse_config(text, path)) if text is not None else ""
+        site = parse_site(text or b"", path)
     except ConfigError as error:
         return True, error.problems
-    return text is not None, [f"{path}: every job without --mps-mem is refused: {refused}"] if refused else []
+    refusals = {name: refused for name, config in site.items() if (refused := refusal_of_default(config))}
+    return text is not None, [
+        f"{path}: every job {f'in partition {name} ' if name else ''}without --mps-mem is refused: {refused}"
+        for name, refused in refusals.items()
+        if not name or "" not in refusals
+    ]
 
 
 def _path(options: argparse.Namespace) -> str:
@@ -121,13 +129,13 @@ def _show(options: argparse.Namespace) -> int:
     columns = chosen(COLUMNS, options)
     path = _path(options)
     try:
-        settings = effective(_read(path) or b"", path)
+        settings = effective(_read(path) or b"", path, options.partition)
     except OSError as error:
         return _unreadable(options, path, error)
     except ConfigError as error:
         return refuse(options, PROBLEM, *error.problems)
     rows = [
-        {"setting": one.name, "value": one.value, "from": path if one.given else "default", "default": one.default}
+        {"setting": one.name, "value": one.value, "from": _source(one, path), "default": one.default}
         for one in settings
     ]
     if options.json:
@@ -135,6 +143,13 @@ def _show(options: argparse.Namespace) -> int:
     else:
         print_table(rows, columns, noheader=options.noheader)
     return FINE
+
+
+def _source(setting: Setting, path: str) -> str:
+    """Where a setting comes from."""
+    if setting.table is None:
+        return "default"
+    return f"{path} [{setting.table}]" if setting.table else path
 
 
 def _schema(_options: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--gres", help="such as gpu:2; the node's first GPUs stand for those that Slurm gives")
     parser.add_argument("--devices", metavar="LIST", help="these GPUs instead, by index or UUID, with commas")
+    parser.add_argument("--partition", default="", metavar="NAME", help="the partition of Slurm that the job runs in")
     parser.add_argument("--mps", nargs="?", const="", metavar="per-node|per-gpu|off", help="as for sbatch")
     parser.add_argument("--mps-threads", metavar="PCT|auto", help="as for sbatch")
     parser.add_argument("--mps-mem", metavar="SIZE|auto", help="as for sbatch")
@@ -86,7 +87,7 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
     from slurm_mps.job.preview import NoGpuError, Wish, rehearse, sees_holders
     from slurm_mps.node.nvml import Gpus
 
-    wish = Wish(_asked(options), options.gres, options.devices)
+    wish = Wish(_asked(options), options.gres, options.devices, options.partition)
     wrong = _wrong_device(options.devices or "")
     if wrong:
         return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
@@ -104,8 +105,19 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         return _refuse(str(error), "a fault of this node", options)
     if not sees_holders():
         complain("only root sees whether another job holds these GPUs now")
-    _print(plan, options)
+    _print(plan, options, _partition_settings(options.partition))
     return FINE
+
+
+def _partition_settings(partition: str) -> dict[str, object]:
+    """What mps.toml's table of a partition sets for its jobs."""
+    from slurm_mps.config.file import effective
+    from slurm_mps.config.settings import CONFIG_PATH
+
+    if not partition or not os.path.exists(CONFIG_PATH):
+        return {}
+    with open(CONFIG_PATH, "rb") as file:
+        return {one.name: one.value for one in effective(file.read(), CONFIG_PATH, partition) if one.table}
 
 
 def _is_closed(path: str) -> bool:
@@ -143,7 +155,7 @@ def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
     return PROBLEM
 
 
-def _print(plan: Plan, options: argparse.Namespace) -> None:
+def _print(plan: Plan, options: argparse.Namespace, of_partition: dict[str, object]) -> None:
     from slurm_mps.job.preview import sees_holders
 
     actions = []
@@ -159,7 +171,13 @@ def _print(plan: Plan, options: argparse.Namespace) -> None:
     if options.json:
         gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
         print_json(
-            options, FINE, gpus=gpus, clients_per_gpu=plan.clients_per_gpu, holders_seen=sees_holders(), actions=actions
+            options,
+            FINE,
+            partition_settings=of_partition,
+            gpus=gpus,
+            clients_per_gpu=plan.clients_per_gpu,
+            holders_seen=sees_holders(),
+            actions=actions,
         )
         return
     for number, one in enumerate(actions, start=1):
@@ -168,3 +186,6 @@ def _print(plan: Plan, options: argparse.Namespace) -> None:
             print(f"    undo, noted first: {one['undo']}")
             print(f"                       {one['undo_means']}")
     print(f"{len(actions) + 1:2}. tell the job's tasks: ready, {plan.clients_per_gpu} clients on each GPU")
+    if options.partition:
+        settings = ", ".join(f"{name} {value}" for name, value in of_partition.items())
+        print(f"from [partition.{printable(options.partition)}] of mps.toml: {settings or 'nothing'}")

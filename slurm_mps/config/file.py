@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jsonschema import Draft202012Validator
 
-from .settings import ConfigError, SiteConfig, from_settings, memory_bytes, to_lines
+from ..units import printable
+from .settings import ConfigError, SiteConfig, compile_site, from_settings, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,8 @@ def schema() -> dict[str, Any]:
 def _allowed(error: ValidationError) -> str:
     """Say what would have been right, in words a reader of the file understands."""
     rule, wanted = error.validator, cast("Any", error.validator_value)
+    if "propertyNames" in error.absolute_schema_path:
+        return f"{printable(str(error.instance), 40)} is no name of a partition"
     if rule == "enum":
         return "expected one of " + ", ".join(f'"{value}"' for value in wanted)
     if rule == "type":
@@ -101,7 +104,15 @@ def _is_nowhere(value: object) -> bool:
 
 
 def parse_config(text: bytes, path: str) -> SiteConfig:
-    """Read a configuration file's text.
+    """Read a configuration file's text: what holds where no partition says otherwise.
+
+    Raises: ConfigError, as parse_site() does.
+    """
+    return parse_site(text, path)[""]
+
+
+def parse_site(text: bytes, path: str) -> dict[str, SiteConfig]:
+    """Read a configuration file's text: what holds in each partition that it names, and as "" elsewhere.
 
     Raises: ConfigError with every problem, each as ``path: setting: what is wrong``.
     """
@@ -113,22 +124,32 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
         raise ConfigError([f"{path}: holds what no configuration needs"]) from None
     problems = [f"{name}: {value} is no number" for name, value in _settings(document) if _is_nowhere(value)]
     problems += _schema_problems(document)
+    site: dict[str, SiteConfig] = {}
     if not problems:
-        config = from_settings(dict(_settings(document)))
-        problems = list(_order_problems(config))
+        partitions: dict[str, Any] = document.pop("partition", {})
+        everywhere = dict(_settings(document))
+        site[""] = from_settings(everywhere)
+        problems = general = list(_order_problems(site[""]))
+        for name, own in partitions.items():
+            site[name] = from_settings({**everywhere, **dict(_settings(own))})
+            problems = problems + [
+                f"partition.{name}.{wrong}" for wrong in _order_problems(site[name]) if wrong not in general
+            ]
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
-    return config
+    return site
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its name as in the file, what holds, the default, and whether the file gives it."""
+    """One setting: its name as in the file, what holds, the default, and which table gives it: "" that of all jobs,
+    ``partition.NAME`` that of a partition, None no table.
+    """
 
     name: str
     value: object
     default: object
-    given: bool
+    table: str | None
 
 
 def _defaults(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -136,24 +157,28 @@ def _defaults(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, obj
         yield from [(prefix + key, inner["default"])] if "default" in inner else _defaults(inner, f"{prefix}{key}.")
 
 
-def effective(text: bytes, path: str) -> list[Setting]:
-    """What holds with a configuration file of this text, in the schema's order.
+def effective(text: bytes, path: str, partition: str = "") -> list[Setting]:
+    """What holds with a configuration file of this text, for jobs in a partition, in the schema's order.
 
     Raises: ConfigError.
     """
-    parse_config(text, path)
-    given = dict(_settings(tomllib.loads(text.decode("utf-8"))))
-    return [Setting(name, given.get(name, default), default, name in given) for name, default in _defaults(schema())]
+    parse_site(text, path)
+    document = tomllib.loads(text.decode("utf-8"))
+    own = document.pop("partition", {}).get(partition, {})
+    given = {name: (value, "") for name, value in _settings(document)}
+    given |= {name: (value, f"partition.{partition}") for name, value in _settings(own)}
+    found = ((name, default, *given.get(name, (default, None))) for name, default in _defaults(schema()))
+    return [Setting(name, value, default, table) for name, default, value, table in found]
 
 
 def main() -> int:
     """Compile the file on standard input; ``argv[1]`` is its name for messages."""
     try:
-        config = parse_config(sys.stdin.buffer.read(), sys.argv[1])
+        site = parse_site(sys.stdin.buffer.read(), sys.argv[1])
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 1
-    print("\n".join(to_lines(config)))
+    print("\n".join(compile_site(site)))
     return 0
 
 

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     class Cache(Protocol):
         """Where the compiled form is kept between jobs."""
 
-        def read_compiled_config(self, stamp: str = "") -> SiteConfig | None: ...
-        def keep_compiled_config(self, stamp: str, config: SiteConfig, timeout_seconds: float) -> None: ...
+        def read_compiled_config(self, stamp: str = "", partition: str = "") -> SiteConfig | None: ...
+        def keep_compiled_config(self, stamp: str, lines: list[str], timeout_seconds: float) -> None: ...
 
 
-def load_config(cache: Cache | None, timeout_seconds: float) -> SiteConfig:
+def load_config(cache: Cache | None, timeout_seconds: float, partition: str = "") -> SiteConfig:
     """The site configuration: defaults without a file, else the compiled form, made anew when the file has changed.
 
-    The directory may be a link, as sites like to have it: what root's links in root's directories lead to is checked.
+    `partition` is the job's; "" has what holds where no partition says otherwise. The directory may be a link, as
+    sites like to have it: what root's links in root's directories lead to is checked.
     Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
     """
     try:
@@ -34,17 +35,18 @@ def load_config(cache: Cache | None, timeout_seconds: float) -> SiteConfig:
             status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
             place = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
             stamp = f"{__version__}:{place}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-            config = cache.read_compiled_config(stamp) if cache else None
+            config = cache.read_compiled_config(stamp, partition) if cache else None
             if config is None:
-                config = _compile(directory.read(CONFIG_NAME), timeout_seconds)
+                lines = _compile(directory.read(CONFIG_NAME), timeout_seconds)
                 if cache:
-                    cache.keep_compiled_config(stamp, config, timeout_seconds)
+                    cache.keep_compiled_config(stamp, lines, timeout_seconds)
+                config = from_lines(lines, partition)
             return config
     except FileNotFoundError:
         return DEFAULTS
 
 
-def _compile(text: bytes, timeout_seconds: float) -> SiteConfig:
+def _compile(text: bytes, timeout_seconds: float) -> list[str]:
     """Check and compile the file in a process of its own: here neither jsonschema nor site-packages may come in."""
     outcome = processes.run(
         [sys.executable, "-I", "-m", "slurm_mps.config.file", CONFIG_PATH],
@@ -54,4 +56,4 @@ def _compile(text: bytes, timeout_seconds: float) -> SiteConfig:
     )
     if outcome.status:
         raise ConfigError(outcome.errors.splitlines() or [f"{CONFIG_PATH}: cannot be checked"])
-    return from_lines(outcome.output.splitlines())
+    return outcome.output.splitlines()

@@ -84,14 +84,24 @@ def to_lines(config: SiteConfig) -> list[str]:
     return [f"{field}={value}" for field, value in vars(config).items()]
 
 
-def from_lines(lines: Iterable[str]) -> SiteConfig:
-    """Read the compiled form back, also one that another version wrote for a job that still runs.
+def compile_site(site: Mapping[str, SiteConfig]) -> list[str]:
+    """The compiled form of a whole file: what holds in no partition of its own, which is named "", then what is
+    different in each partition, as ``partition:field=value``.
+    """
+    lines = to_lines(site[""])
+    return lines + [
+        f"{name}:{line}" for name, config in site.items() if name for line in to_lines(config) if line not in lines
+    ]
+
+
+def from_lines(lines: Iterable[str], partition: str = "") -> SiteConfig:
+    """Read the compiled form back, for a job in a partition, also one that another version wrote for a job that runs.
 
     What that version did not know has its default; what this one does not know is left out.
     Raises: NodeError when a setting is of another kind.
     """
     known = vars(DEFAULTS)
-    pairs = (line.partition("=")[::2] for line in lines)
+    pairs = (line.removeprefix(f"{partition}:").partition("=")[::2] for line in lines)
     try:
         return SiteConfig(**{field: type(known[field])(text) for field, text in pairs if field in known})
     except ValueError as error:

@@ -291,21 +291,29 @@ class Facts(Host):
     def site(self) -> SiteConfig:
         """The site configuration; the defaults where there is none or it is wrong, which is another finding."""
         try:
-            return self._site[0]
+            return self._site[0][""]
         except NotKnownError:
             return DEFAULTS
 
+    @property
+    def sites(self) -> dict[str, SiteConfig]:
+        """The same, and as each partition of mps.toml has it; the first is named ""."""
+        try:
+            return self._site[0]
+        except NotKnownError:
+            return {"": DEFAULTS}
+
     @cached_property
-    def _site(self) -> tuple[SiteConfig, list[str]]:
-        from ..config.file import parse_config  # with jsonschema: completion, which lists the checks, does without
+    def _site(self) -> tuple[dict[str, SiteConfig], list[str]]:
+        from ..config.file import parse_site  # with jsonschema: completion, which lists the checks, does without
 
         try:
             with open(CONFIG_PATH, "rb") as file:
-                return parse_config(file.read(), CONFIG_PATH), []
+                return parse_site(file.read(), CONFIG_PATH), []
         except FileNotFoundError:
-            return DEFAULTS, []
+            return {"": DEFAULTS}, []
         except ConfigError as error:
-            return DEFAULTS, error.problems
+            return {"": DEFAULTS}, error.problems
         except OSError as error:
             needs_root = error.errno == errno.EACCES
             raise NotKnownError(f"{CONFIG_PATH}: {error.strerror}", needs_root=needs_root) from None

@@ -40,6 +40,7 @@ class Wish:
     asked: Mapping[str, str]
     gres: str | None = None
     devices: str | None = None
+    partition: str = ""
 
 
 def gpus_of_gres(gres: str) -> int:
@@ -89,7 +90,7 @@ def rehearse(wish: Wish, uid: int, gpus: Gpus) -> Plan:
     sees_holders(); NoGpuError; NodeError, ConfigError with what the admin would read.
     """
     gpus.resolve("0")  # raises what is wrong with the driver, before anything is said of one GPU
-    config = load_config(None, _COMPILE_SECONDS)
+    config = load_config(None, _COMPILE_SECONDS, wish.partition)
     request = read_request(_environment_of(wish, uid))
     plan = make_plan(request, config, tuple(_resolve(name, wish, gpus) for name in request.gpus))
     if sees_holders():

@@ -81,10 +81,11 @@ class Prolog(Script):
         return self.state
 
     def _configure(self) -> None:
+        partition = self.environment.get("SLURM_JOB_PARTITION", "")
         try:
-            self.config = load_config(self.state, self.watch.left)
+            self.config = load_config(self.state, self.watch.left, partition)
         except NodeError:
-            self.config = (self.state and self.state.read_compiled_config()) or DEFAULTS
+            self.config = (self.state and self.state.read_compiled_config(partition=partition)) or DEFAULTS
             raise
         self.watch.set(self.config.deadlines_prolog)
 

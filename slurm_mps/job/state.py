@@ -23,7 +23,7 @@ older slurm-mps ends under this one; what a newer one wrote is left as it is (do
 
 from __future__ import annotations
 
-from ..config.settings import CONFIG_VERSION, STATE_DIRECTORY, SiteConfig, from_lines, to_lines
+from ..config.settings import CONFIG_VERSION, STATE_DIRECTORY, SiteConfig, from_lines
 from ..errors import NodeError
 from ..node import processes
 from ..node.files import LockFile, make_trusted, open_trusted, whole_name
@@ -153,22 +153,24 @@ class NodeState:
         self._jobs.remove_tree(str(journal.job_id))
         journal.directory.close()
 
-    def read_compiled_config(self, stamp: str = "") -> SiteConfig | None:
-        """The compiled site configuration, if it was made of the file that `stamp` describes; without one, the last."""
+    def read_compiled_config(self, stamp: str = "", partition: str = "") -> SiteConfig | None:
+        """The compiled site configuration for jobs in a partition, if it was made of the file that `stamp` describes;
+        without one, the last.
+        """
         try:
             first, *lines = decode(self.root.read("config"), "config", CONFIG_VERSION)
-            return from_lines(lines) if stamp in ("", first) else None
+            return from_lines(lines, partition) if stamp in ("", first) else None
         except (FileNotFoundError, NodeError, ValueError):
             return None  # made anew from the file, which is what counts
 
-    def keep_compiled_config(self, stamp: str, config: SiteConfig, timeout_seconds: float) -> None:
+    def keep_compiled_config(self, stamp: str, lines: list[str], timeout_seconds: float) -> None:
         """Keep the compiled form for the jobs to come. Takes the lock of all jobs, since jobs that start together write
         the same file. Failing to keep it is no fault: it is compiled again.
         """
         try:
             self.ledgers.lock(timeout_seconds)
             try:
-                self.root.write("config", encode("config", CONFIG_VERSION, [stamp, *to_lines(config)]))
+                self.root.write("config", encode("config", CONFIG_VERSION, [stamp, *lines]))
             finally:
                 self.ledgers.unlock()
         except NodeError:

@@ -478,6 +478,12 @@ FAULTS = {
     },
     # the site
     "a mistake in mps.toml": Fault(write(MPS, "[gpus]\nclients = 3\n"), problem("site-config")),
+    "a partition in mps.toml that Slurm has not": Fault(
+        write(MPS, "[partition.gpus.policy]\n"), warning("site-config")
+    ),
+    "a default of a partition that no job can have": Fault(
+        write(MPS, '[partition.gpu.limits.memory]\ndefault = "400M"\n'), problem("memory-default")
+    ),
     "an mps.toml that all can write": Fault(chmod(MPS, 0o666), problem("owner")),
     "an mps.toml that is a link": Fault(
         shell(f"mv {MPS} /etc/mps.toml; ln -s /etc/mps.toml {MPS}", f"rm {MPS}; mv /etc/mps.toml {MPS}", MPS),

@@ -158,6 +158,32 @@ def test_defaults_of_the_site_reach_the_daemon(gpu_node: GpuNode) -> None:
         assert message in gpu_node.verdict(4711)["message"]
 
 
+def test_a_job_has_the_defaults_of_its_partition(gpu_node: GpuNode) -> None:
+    """Prologs of two partitions use one compiled file; a partition without a table has what all jobs have."""
+    gpu_node.configure(
+        "[limits.thread_percentage]\ndefault = 50\n[partition.shared.limits]\nthread_percentage = { default = 25 }\n"
+    )
+    for partition, threads in (("shared", "25"), ("gpu", "50"), ("shared", "25")):
+        gpu_node.prolog(4711, **asked(), SLURM_JOB_PARTITION=partition).check()
+        assert gpu_node.verdict(4711)["thread_percentage"] == threads
+        gpu_node.epilog(4711).check()
+    plan = ["slurm-mps", "plan", "--gres=gpu:1", "--mps"]
+    shared, other = (gpu_node.run(*plan, f"--partition={name}").check().stdout for name in ("shared", "gpu"))
+    assert "set_default_active_thread_percentage 25" in shared
+    assert shared.endswith("from [partition.shared] of mps.toml: limits.thread_percentage.default 25\n")
+    assert "set_default_active_thread_percentage 50" in other
+    assert other.endswith("from [partition.gpu] of mps.toml: nothing\n")
+
+
+def test_a_node_fault_ends_as_the_partition_wants(gpu_node: GpuNode) -> None:
+    """The policy of the job's partition holds, not that of all jobs."""
+    gpu_node.configure(
+        '[paths]\ncontrol_program = "/usr/bin/none"\n[partition.shared.policy]\nnode_fault = "fail_job"\n'
+    )
+    assert gpu_node.prolog(4711, **asked(), SLURM_JOB_PARTITION="gpu").returncode == 1
+    assert gpu_node.prolog(4712, **asked(), SLURM_JOB_PARTITION="shared").returncode == 0
+
+
 def test_without_a_file_all_defaults_hold(gpu_node: GpuNode) -> None:
     """The configuration file is optional."""
     gpu_node.machine.path(CONFIG).unlink()

@@ -123,3 +123,14 @@ def test_a_good_request_past_the_plugin_is_as_good_as_any(site: Site) -> None:
     """The way in does not matter: the test above refuses for the values, not for the plugin."""
     state, output = _submit_past_the_plugin(site, {"MPS": "1", "MPS_THREADS": "25"})
     assert (state, output) == ("COMPLETED", "it ran\n")
+
+
+@pytest.mark.every_release
+def test_a_job_has_the_limits_of_the_partition_that_slurm_gave_it(site: Site) -> None:
+    """slurmd tells the prolog the partition, of which the job's options say nothing."""
+    site.configure("[partition.gpu.limits]\nthread_percentage = { default = 25 }\n")
+    shown = site.cluster.run_batch(
+        "--gres=gpu:1", "--mps", script="srun cat /run/slurm-mps/jobs/$SLURM_JOB_ID/verdict\n"
+    )
+    site.configure("")
+    assert "\nthread_percentage 25\n" in shown

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm_mps.config.file import parse_config, schema
-from slurm_mps.config.settings import DEFAULTS, ConfigError, from_lines, to_lines
+from slurm_mps.config.file import effective, parse_config, parse_site, schema
+from slurm_mps.config.settings import DEFAULTS, ConfigError, compile_site, from_lines, to_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,15 @@ quit = "soon"
         (b'[paths]\nlogs = "relative"', "paths.logs: expected an absolute path"),
         (b"gpus = 1", "gpus: expected a table"),
         (b"[logs]\nmax_jobs = true", "logs.max_jobs: expected an integer"),
+        (b"[partition.gpu.logs]\nmax_jobs = 1", "partition.gpu.logs: unknown; expected one of limits, policy"),
+        (b'[partition."a b".policy]', "partition: a b is no name of a partition"),
+        (b"partition = 1", "partition: expected a table"),
+        (b"[partition.gpu]\nlimits = 1", "partition.gpu.limits: expected a table"),
+        (b"[partition.gpu.limits.memory]\nmin = 1", "partition.gpu.limits.memory.min: expected a string"),
+        (
+            b"[partition.gpu.limits.thread_percentage]\nmax = 50",
+            "partition.gpu.limits.thread_percentage: default 100 is not between min 0.1 and max 50",
+        ),
     ],
 )
 def test_one_problem(text: bytes, problem: str) -> None:
@@ -85,6 +94,46 @@ def test_the_compiled_form_is_the_same_configuration() -> None:
     config = parse_config(b'[deadlines]\nquit = 2.5\n[logs]\nmax_jobs = 7\n[limits.memory]\nmax = "8G"', "x")
     assert from_lines(to_lines(config)) == config
     assert config != DEFAULTS
+
+
+PARTITIONS = b"""
+[limits.thread_percentage]
+default = 50
+[partition.shared.limits]
+memory = { default = "8G" }
+thread_percentage = { default = 25 }
+[partition.whole.policy]
+node_fault = "fail_job"
+"""
+
+
+def test_a_partition_has_its_own_settings_over_those_for_all_jobs() -> None:
+    site = parse_site(PARTITIONS, "x")
+    lines = compile_site(site)
+    seen = {name: from_lines(lines, name) for name in ("", "shared", "whole", "another")}
+    assert seen == {**site, "another": site[""]}
+    threads = [one.limits_thread_percentage_default for one in seen.values()]
+    assert (threads, seen["shared"].limits_memory_default) == ([50, 25, 50, 50], "8G")
+    assert [one.policy_node_fault for one in seen.values()] == ["drain", "drain", "fail_job", "drain"]
+
+
+def test_a_setting_is_shown_with_the_table_that_gives_it() -> None:
+    shown = {one.name: (one.value, one.table) for one in effective(PARTITIONS, "x", "shared")}
+    assert shown["limits.thread_percentage.default"] == (25, "partition.shared")
+    assert shown["limits.thread_percentage.max"] == (100, None)
+    assert {one.table for one in effective(PARTITIONS, "x", "whole")} == {"", "partition.whole", None}
+
+
+def test_a_mistake_of_all_jobs_is_told_once() -> None:
+    text = (
+        b"[limits.thread_percentage]\nmax = 50\n[partition.a.policy]\n[partition.b.limits.memory]\nmin='9G'\nmax='8G'"
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "x")
+    assert caught.value.problems == [
+        "x: limits.thread_percentage: default 100 is not between min 0.1 and max 50",
+        "x: partition.b.limits.memory: default none is not between min 9G and max 8G",
+    ]
 
 
 def test_a_compiled_form_of_another_version_is_read_as_far_as_both_know() -> None:

@@ -124,12 +124,15 @@ def control_program(facts: Facts) -> Iterator[Finding]:
     where=GPU_NODE,
 )
 def memory_default(facts: Facts) -> Iterator[Finding]:
-    refusal = refusal_of_default(facts.site)
-    if not refusal:
-        smallest = min((gpu for gpu in facts.gpus if gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes, default=None)
-        refusal = refusal_of_default(facts.site, smallest.uuid, smallest.memory_bytes) if smallest else ""
-    if refusal:
-        yield problem(refusal, f"{CONFIG_PATH}: another limits.memory.default, or none")
+    smallest = min((gpu for gpu in facts.gpus if gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes, default=None)
+    for name, site in facts.sites.items():
+        refusal = refusal_of_default(site)
+        if not refusal and smallest:
+            refusal = refusal_of_default(site, smallest.uuid, smallest.memory_bytes)
+        if refusal:
+            where = f"partition.{name}." if name else ""
+            yield problem(refusal, f"{CONFIG_PATH}: another {where}limits.memory.default, or none")
+            return
 
 
 # ------------------------------------------------------------------------------------------------------ the GPUs

@@ -66,6 +66,11 @@ def site_config(facts: Facts) -> Iterator[Finding]:
         yield problem(what, f"cp -p {name} {name}.new && mv {name}.new {name}")
     for wrong in facts.site_problems:
         yield problem(wrong, f"correct the line; slurm-mps config check {CONFIG_PATH}")
+    partitions = facts.all("PartitionName")
+    for partition in facts.sites:
+        if partition and partitions and partition not in partitions:
+            what = f"{CONFIG_PATH} has a table [partition.{partition}], and slurm.conf no such partition"
+            yield warning(what, f"one of {', '.join(name for name in partitions if name != 'DEFAULT')}")
     yield fine(CONFIG_PATH if os.path.exists(CONFIG_PATH) else f"there is no {CONFIG_PATH}; the defaults hold")
 
 
