@@ -69,6 +69,10 @@ test: build-tests ## all tests, in ten minutes; TESTS=tests/unit for some, JOBS=
 
 SUITE = $(DEV_PYTHON) -m tests.harness.suite $(if $(JOBS),--jobs $(JOBS))
 
+test-accounting: build-tests ## what slurmdbd keeps of MPS jobs; installs slurmdbd and MariaDB (200 MB) for it
+	@tests/harness/prepare.sh slurmdbd mariadb-server
+	@$(SUITE) tests/slurm/test_accounting.py
+
 test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
@@ -153,5 +157,5 @@ clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: plugin simulator help dev build build-tests demo shell check test test-matrix check-clones torture bench scale bundle test-gpu \
+.PHONY: plugin simulator help dev build build-tests demo shell check test test-accounting test-matrix check-clones torture bench scale bundle test-gpu \
 	hardware bench-gpu worth sharing monitors plots install install-hooks docs man deb rpm clean
