@@ -187,3 +187,16 @@ def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_
     assert not parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout
     outputs(parted, culprit)
     assert parted.snapshot() == before
+
+
+def test_an_array_of_small_jobs_over_shared_gpus(parted: Site) -> None:
+    """Thirty jobs come and go on two GPUs: each has its part, no node drains, nothing is left."""
+    parted.configure(JOINED)
+    before = parted.snapshot()
+    parted.cluster.sbatch("-n1", "--array=1-30", "--gres=mps:25", "-o", "array-%a.out", script=LOOK)
+    parted.cluster.wait_idle(120)
+    said = parted.machine.run(["sh", "-c", "cat /home/alice/array-*.out"]).check().stdout.splitlines()
+    assert [line for line in said if "sms=32 free=35" not in line or "mps=none" in line] == []
+    assert len(said) == 30
+    assert not any(state.drained for state in parted.cluster.node_states().values())
+    assert parted.snapshot() == before
