@@ -63,6 +63,7 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
         job.journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
         if begun and isinstance(error, RequestError):
+            processes.wait_all(children, _CHILD_ENDS_SECONDS)  # a daemon that is still starting would make them again
             logs.forget(job.journal.job_id, job.config)  # they say nothing, and would have an older job's removed
         problems = _undo(children, job)
         if problems:
