@@ -1,4 +1,4 @@
-"""What the prolog would do for a job on this node: the very plan, with the undo of each step; nothing is changed."""
+"""What the prolog would do for a job on this node: the very plan, with the undo of each action; nothing is changed."""
 
 from __future__ import annotations
 
