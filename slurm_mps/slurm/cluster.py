@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
         name: str
 
-        def jobs(self, timeout_seconds: float) -> list[SlurmJob]: ...
+        def jobs(self, timeout_seconds: float) -> list[ListedJob]: ...
 
 
 _MARK = re.compile(r"mps(?::([\w.:+=,-]{1,300}))?(?:;|$)")
@@ -38,7 +38,7 @@ _FIELDS = ("threads", "mem", "priority")
 
 
 @dataclass(frozen=True)
-class SlurmJob:
+class ListedJob:
     """A job as Slurm tells of it; nodes: a host list, empty while it waits; name: the id that squeue shows."""
 
     job_id: int
@@ -74,7 +74,7 @@ class Squeue:
     def __init__(self, program: str | None = None) -> None:
         self._program = program or find_program("squeue", os.environ.get("PATH", ""))
 
-    def jobs(self, timeout_seconds: float) -> list[SlurmJob]:
+    def jobs(self, timeout_seconds: float) -> list[ListedJob]:
         if not self._program:
             raise NodeError("squeue is not in PATH")
         argv = [self._program, "--json"]
@@ -91,7 +91,7 @@ class Squeue:
         return parse_squeue(done.stdout)
 
 
-def parse_squeue(data: bytes) -> list[SlurmJob]:
+def parse_squeue(data: bytes) -> list[ListedJob]:
     """Read squeue's JSON, of any release: a state has become a list, and a number may be an object. Pure.
 
     Raises: NodeError when it is none.
@@ -99,7 +99,7 @@ def parse_squeue(data: bytes) -> list[SlurmJob]:
     try:
         jobs = json.loads(data)["jobs"]
         return [
-            SlurmJob(
+            ListedJob(
                 job_id=_number(job["job_id"]),
                 user=str(job.get("user_name") or job.get("user_id") or ""),
                 state=_state(job["job_state"]),
@@ -149,13 +149,13 @@ class Pyslurm:
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def jobs(self, timeout_seconds: float) -> list[SlurmJob]:
+    def jobs(self, timeout_seconds: float) -> list[ListedJob]:
         """Bounded by Slurm's own MessageTimeout, not by `timeout_seconds`."""
         del timeout_seconds
         try:
             found = self._module.Jobs.load()
             return [
-                SlurmJob(
+                ListedJob(
                     job_id=int(job.id),
                     user=str(job.user_name or job.user_id),
                     state=str(job.state),
@@ -188,7 +188,7 @@ def open_source() -> Source:
 # ---------------------------------------------------------------------------------------------------------- who asked
 
 
-def mps_jobs(jobs: Iterable[SlurmJob], nodes: Collection[str] = ()) -> list[MpsJob]:
+def mps_jobs(jobs: Iterable[ListedJob], nodes: Collection[str] = ()) -> list[MpsJob]:
     """Jobs that are marked and not over; on these nodes alone, if any are given. Pure."""
     found = []
     for job in jobs:

@@ -14,7 +14,7 @@ from slurm_mps.errors import NodeError
 from slurm_mps.job.verdict import VERDICT_VERSION, DaemonPlace, Verdict, parse_verdict
 from slurm_mps.metrics.totals import KIND, VERSION, Totals, decode_totals
 from slurm_mps.node.wordfile import encode
-from slurm_mps.slurm.cluster import SlurmJob, mps_jobs, parse_squeue
+from slurm_mps.slurm.cluster import ListedJob, mps_jobs, parse_squeue
 from slurm_mps.status import node
 from slurm_mps.status.daemon import Client, DaemonAnswer, Server, parse_clients, parse_servers
 from slurm_mps.status.gpus import GpuState
@@ -122,7 +122,7 @@ def test_any_answer_of_squeue_is_jobs_or_an_error(data: bytes) -> None:
 @given(comment=TEXTS.map(lambda text: f"mps:{text}") | TEXTS, nodes=TEXTS)
 @settings(max_examples=examples(100), deadline=None)
 def test_any_admin_comment_is_read(comment: str, nodes: str) -> None:
-    for job in mps_jobs([SlurmJob(7, "alice", "RUNNING", nodes, comment, "7")]):
+    for job in mps_jobs([ListedJob(7, "alice", "RUNNING", nodes, comment, "7")]):
         assert set(job.request) <= {"threads", "mem", "priority"}
 
 

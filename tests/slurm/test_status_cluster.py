@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from slurm_mps.errors import NodeError
-from slurm_mps.slurm.cluster import Pyslurm, SlurmJob, Squeue, by_node, mps_jobs, parse_squeue
+from slurm_mps.slurm.cluster import ListedJob, Pyslurm, Squeue, by_node, mps_jobs, parse_squeue
 from tests.harness import pyslurm
 from tests.harness.release import RELEASES, chosen
 from tests.harness.reports import report as checked
@@ -131,8 +131,8 @@ def test_a_slurm_that_does_not_answer_is_a_problem(site: Site) -> None:
 # ------------------------------------------------------------------------------------- what the adapters have in common
 
 EXPECTED = [
-    SlurmJob(7, "alice", "RUNNING", "n[1-2]", "mps:per-gpu,threads=25", "7"),
-    SlurmJob(8, "bob", "PENDING", "", "", "8"),
+    ListedJob(7, "alice", "RUNNING", "n[1-2]", "mps:per-gpu,threads=25", "7"),
+    ListedJob(8, "bob", "PENDING", "", "", "8"),
 ]
 
 
@@ -197,7 +197,7 @@ def test_pyslurm_gives_what_squeue_gave_of_the_same_jobs(release: str) -> None:
     """By a record from a Slurm of that release."""
     record = record_of(release)
     runs, waits = Pyslurm(recorded_pyslurm(record["jobs"])).jobs(1)
-    assert [runs, waits] == [SlurmJob(*[*one[:5], str(one[0])]) for one in record["by_squeue"]]
+    assert [runs, waits] == [ListedJob(*[*one[:5], str(one[0])]) for one in record["by_squeue"]]
     assert (runs.state, runs.nodes, runs.admin_comment) == ("RUNNING", "n[1-2]", "mps:per-gpu,threads=25")
     assert (waits.state, waits.nodes, waits.admin_comment) == ("PENDING", "", "")
 
@@ -258,6 +258,6 @@ def test_a_squeue_that_hangs_or_fails_or_is_not_there_is_an_error(tmp_path: Path
 def test_a_mark_is_read_and_nothing_else_is_taken_for_one(
     comment: str, state: str, asks: dict[str, str] | None
 ) -> None:
-    found = mps_jobs([SlurmJob(7, "alice", state, "n[1-2]", comment, "7")])
+    found = mps_jobs([ListedJob(7, "alice", state, "n[1-2]", comment, "7")])
     assert [dict(job.request) for job in found] == ([] if asks is None else [asks])
     assert by_node(found) == ({} if asks is None else {"n1": [7], "n2": [7]})
