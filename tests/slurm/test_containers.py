@@ -1,11 +1,13 @@
-"""A process in a container is a client like any other, if the container has what docs/admins.md says.
+"""A process in a container is a client like any other, if the container has what docs/containers.md says.
 
-The container is one in kind: what Apptainer and enroot do without privileges, a user namespace, a mount namespace and
-another root, in which of /run there is what is bound there.
+Charliecloud is run where the system has it (apt-get install charliecloud-runtime). Its image is a directory of mount
+points, on which the system's own programs are bound. NAMESPACES acts what Apptainer and enroot do without privileges.
+container_spank.c acts what pyxis does.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +15,20 @@ import pytest
 if TYPE_CHECKING:
     from tests.harness.site import Site
 
-#: Runs "$@" in it, as the same user. BIND: what is seen there beside the system's directories and the driver.
-CONTAINER = """#!/bin/sh
+STATE_DIRECTORY = "/run/slurm-mps"
+
+#: Makes ~/image.
+IMAGE = """#!/bin/sh
+set -eu
+mkdir -p ~/image
+cd ~/image
+mkdir -p usr etc opt dev proc sys tmp home root mnt run/simulated-gpus run/slurm-mps
+touch etc/resolv.conf etc/hosts etc/passwd etc/group run/.containerenv
+for one in bin sbin lib lib64; do ln -sfn "usr/$one" "$one"; done
+"""
+
+#: Runs "$@" in a user namespace, a mount namespace and another root, as the same user. BIND: what of /run it has.
+NAMESPACES = """#!/bin/sh
 set -eu
 export inside=/mnt
 exec unshare --user --map-root-user --mount sh -c '
@@ -23,27 +37,83 @@ for one in usr etc opt dev proc home run/simulated-gpus $BIND; do
 	mkdir -p "$inside/$one"
 	mount --rbind "/$one" "$inside/$one"
 done
+[ -z "$BIND" ] || mount -o remount,bind,ro "$inside$BIND"
 mkdir -p "$inside/tmp" "$inside/run"
 for one in bin sbin lib lib64; do ln -s "usr/$one" "$inside/$one"; done
 exec unshare --user --map-user='"$(id -u)"' --map-group='"$(id -g)"' --root="$inside" --wd=/ -- "$@"
 ' sh "$@"
 """
 
+CHARLIECLOUD = """#!/bin/sh
+exec ch-run -b /usr -b /opt -b /etc -b /run/simulated-gpus ${BIND:+-b $BIND} ~/image -- "$@"
+"""
 
-@pytest.mark.parametrize("bound", [True, False])
-def test_a_container_with_the_jobs_directory_has_mps(site: Site, bound: bool) -> None:
-    """With it each rank is a client under its limits; without it, verify says so and nobody is taken for one."""
-    site.machine.write("/home/alice/container", CONTAINER, mode=0o755, user="alice")
-    bind = "run/slurm-mps/jobs" if bound else ""
-    script = f'export BIND="{bind}"; srun ./container slurm-mps verify --timeout 5'
+ENGINES = {"unshare": NAMESPACES, "ch-run": CHARLIECLOUD}
+
+
+@pytest.fixture(params=ENGINES)
+def _engine(request: pytest.FixtureRequest, site: Site) -> None:
+    """~/container runs "$@" in a container, which has BIND beside what each has."""
+    name: str = request.param
+    if site.machine.run(["sh", "-c", f"command -v {name}"]).returncode != 0:
+        pytest.skip(f"this system has no {name}")
+    site.machine.write("/home/alice/container", ENGINES[name], mode=0o755, user="alice")
+    site.machine.write("/home/alice/image.sh", IMAGE, mode=0o755, user="alice")
+
+
+@pytest.mark.usefixtures("_engine")
+def test_a_rank_in_a_container_is_a_client_beside_one_outside(site: Site) -> None:
+    """What the container must see is the state directory, and read-only is enough to connect to the daemon."""
+    rank = 'if [ "$SLURM_PROCID" = 2 ]; then exec "$@"; else BIND=/run/slurm-mps exec ./container "$@"; fi'
+    script = f"./image.sh; srun sh -c '{rank}' sh slurm-mps verify --timeout 5"
+    job = site.cluster.sbatch("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-N1", "-n3", script=script)
+    info = site.cluster.wait(job)
+    output = site.cluster.output(job)
+    assert (info.state, output.count("32/132")) == ("COMPLETED", 3), output
+    assert "3 ranks, all clients, each GPU's ranks share one server" in output
+
+
+@pytest.mark.usefixtures("_engine")
+def test_a_container_without_the_directory_fails_and_is_explained(site: Site) -> None:
+    script = "./image.sh; srun ./container slurm-mps verify --timeout 5"
     job = site.cluster.sbatch("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-N1", "-n2", script=script)
     info = site.cluster.wait(job)
     output = site.cluster.output(job)
-    if bound:
+    assert info.state == "FAILED", output
+    assert "ranks, all clients" not in output
+    assert f"ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/run/slurm-mps/jobs/{job}/pipe does not" in output
+    assert "CUDA_ERROR_DEVICE_UNAVAILABLE" in output  # EXCLUSIVE_PROCESS: nothing runs without, unnoticed
+
+
+# ------------------------------------------------------------------------------ a container that a SPANK plugin enters
+
+PLUGSTACK, CONTAINER = "/etc/slurm/plugstack.conf", "/etc/slurm/container.so"
+SEEN = ("/usr", "/etc", "/opt", "/dev", "/proc", "/home", "/tmp", "/run/simulated-gpus")
+
+
+@pytest.mark.parametrize("user", ["user", "root"])
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+def test_a_plugin_that_enters_a_container(site: Site, first: bool, user: str) -> None:
+    """Called after it, in the container, ours needs no file there and its variables win over the image's.
+
+    Called before it, the image's variable wins, and no program runs without MPS unnoticed.
+    """
+    ours, source = site.machine.read(PLUGSTACK), Path(__file__).with_name("container_spank.c")
+    sees = ", ".join(f'"{path}"' for path in (*SEEN, STATE_DIRECTORY))
+    site.machine.run(["cc", "-shared", "-fPIC", f"-DSEES={sees}", "-o", CONTAINER, source]).check()
+    theirs = f"required {CONTAINER}\n"
+    site.machine.write(PLUGSTACK, theirs + ours if first else ours + theirs)
+    try:
+        script = f"CONTAINER_AS={user} srun --gpus-per-task=1 slurm-mps verify --timeout 5"
+        job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", "-N1", "-n2", "-wn1", script=script)
+        info = site.cluster.wait(job)
+    finally:
+        site.machine.write(PLUGSTACK, ours)
+        site.machine.path(CONTAINER).unlink()
+    output = site.cluster.output(job)
+    if first:
         assert (info.state, output.count("32/132")) == ("COMPLETED", 2), output
-        assert "2 ranks, all clients, each GPU's ranks share one server" in output
+        assert "2 ranks, all clients" in output
     else:
         assert info.state == "FAILED", output
-        assert "ranks, all clients" not in output
-        assert f"ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/run/slurm-mps/jobs/{job}/pipe does not" in output
-        assert "CUDA_ERROR_DEVICE_UNAVAILABLE" in output  # EXCLUSIVE_PROCESS: nothing runs without, unnoticed
+        assert "ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/tmp/nvidia-mps does not exist" in output
