@@ -71,7 +71,7 @@ class JoinedLife(RuleBasedStateMachine):
         assert result.returncode == 0, result.stderr
         status = self.node.verdict(job_id)["status"]
         others = [one for one in self._holders(job.gpu, "up", "unsure") if one is not job]
-        if all(one.user == job.user for one in others):
+        if all(one.user == job.user and one.state == "up" for one in others):  # else one may have died while it started
             assert status == "ready", self.node.verdict(job_id)
         elif any(one.state == "up" and one.user != job.user for one in others):
             assert status == "refused", self.node.verdict(job_id)
