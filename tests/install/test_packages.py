@@ -16,7 +16,7 @@ from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
-from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR
+from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR, STATE_DIRECTORY
 from tests.install.packages import package
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PLUGIN = f"{PLUGIN_DIRECTORY}/spank_mps.so"
+LOGS = "/var/log/slurm-mps"
 pytestmark = pytest.mark.skipif(bool(chosen().no_packages), reason=chosen().no_packages)
 RELEASE = ".".join(read_plugin(REPOSITORY / "build/spank/spank_mps.so").slurm_release.split(".")[:2])
 
@@ -100,10 +101,11 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         cluster.wait_idle()
         machine.write("/etc/slurm/slurm.conf", conf)
         machine.run(["scontrol", "reconfigure"]).check()
-        machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1", timeout=60).check()
+        machine.run(["dpkg", "--no-triggers", "-P", "slurm-mps"], node="n1", timeout=60).check()
         assert files(machine) == before
-        for path in (PLUGIN, "/opt/slurm-mps", "/usr/bin/slurm-mps", "/var/lib/slurm-mps"):
-            assert not machine.path(path).exists(), path
+        ours = (PLUGIN, "/opt/slurm-mps", "/usr/bin/slurm-mps", "/var/lib/slurm-mps", STATE_DIRECTORY, LOGS)
+        for path in ours:
+            assert not machine.path(path, node="n1").exists(), path
         cluster.srun("-N1", "true").check()
 
 
