@@ -76,6 +76,10 @@ test-accounting: build-tests ## what slurmdbd keeps of MPS jobs; installs slurmd
 test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
+test-vm: build-tests ## the .deb in virtual machines with systemd: restarts, power cut, purge; VM=24.11 for one
+	@tests/harness/prepare.sh qemu-system-x86 e2fsprogs
+	@$(DEV_PYTHON) -m tests.lab.vm $(VM)
+
 check-clones: build-tests ## the demo on bare Debian systems, from clones in many places (ten minutes)
 	@$(DEV_PYTHON) -m tests.lab.clones $(CLONES)
 
@@ -157,5 +161,5 @@ clean: ## remove build; the tools and roots in .cache stay
 	rm -rf build
 
 SHELL = /bin/bash
-.PHONY: plugin simulator help dev build build-tests demo shell check test test-accounting test-matrix check-clones torture bench scale bundle test-gpu \
+.PHONY: plugin simulator help dev build build-tests demo shell check test test-accounting test-matrix test-vm check-clones torture bench scale bundle test-gpu \
 	hardware bench-gpu worth sharing monitors plots install install-hooks docs man deb rpm clean
