@@ -82,7 +82,7 @@ def throughput(site: SharedSite, seconds: float, rounds: int) -> Iterator[Row]:
             try:
                 row |= _figures(site.ended(*jobs), seconds)
             except (SlurmError, KeyError, ValueError) as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:1500]
+                row["failed"] = f"{type(error).__name__}: {error}"[-3000:]
             site.cluster.wait_idle()
             say(f"{name}: {row}")
             yield row
@@ -116,7 +116,7 @@ def faults(site: SharedSite) -> Iterator[Row]:
             said = site.ended(victim)[0]
             row |= {"goes_on": said.splitlines()[1:2] == ["0"], "victim": said[-700:]}
         except (SlurmError, KeyError, ValueError) as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:1500]
+            row["failed"] = f"{type(error).__name__}: {error}"[-3000:]
             site.machine.run(["scancel", "--user=alice"])
         site.cluster.wait_idle()
         say(f"fault, {way}: {row}")
