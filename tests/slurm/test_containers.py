@@ -94,7 +94,7 @@ SEEN = ("/usr", "/etc", "/opt", "/dev", "/proc", "/home", "/tmp", "/run/simulate
 @pytest.mark.parametrize("user", ["user", "root"])
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
 def test_a_plugin_that_enters_a_container(site: Site, first: bool, user: str) -> None:
-    """Called after it, in the container, ours needs no file there and its variables win over the image's.
+    """Called after it, in the container, ours has its verdict from before, and its variables win over the image's.
 
     Called before it, the image's variable wins, and no program runs without MPS unnoticed.
     """
