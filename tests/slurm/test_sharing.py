@@ -191,7 +191,7 @@ def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_
 
 def test_an_array_of_small_jobs_over_shared_gpus(parted: Site) -> None:
     """Thirty jobs come and go on two GPUs: each has its part, no node drains, nothing is left."""
-    parted.configure(JOINED)
+    parted.configure(f"{JOINED}[deadlines]\nprolog = 30\n")  # a job that waits longer than 4.5 s is refused
     before = parted.snapshot()
     parted.cluster.sbatch("-n1", "--array=1-30", "--gres=mps:25", "-o", "array-%a.out", script=LOOK)
     parted.cluster.wait_idle(120)

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
@@ -35,10 +36,10 @@ def _add(samples: Samples, name: str, seconds: float) -> None:
     samples.setdefault(name, []).append(round(seconds * 1000, 2))
 
 
-def start(site: RealSite, rounds: int) -> Samples:
-    """Milliseconds to the first context of a job with all GPUs; the first round warms up and is not kept."""
+def start(site: RealSite, rounds: int, gpus: int = 1) -> Samples:
+    """Milliseconds to the first context of a job with so many GPUs; the first round warms up and is not kept."""
     samples: Samples = {}
-    every = f"--gres=gpu:{len(cards())}"
+    every = f"--gres=gpu:{gpus}"
     asks = {"without": [every], "mps": [every, "--mps"]}
     for number in range(rounds + 1):
         for name in list(asks) if number % 2 else list(asks)[::-1]:
@@ -117,7 +118,7 @@ def main() -> int:
     target: Path = options.json or data_file("start")
     samples: Samples = {}
     with RealSite() as site:
-        for part in (start, launch):
+        for part in (partial(start, gpus=len(cards())), launch):
             samples |= part(site, options.rounds)
             kept = {"measured_on": measured_on(), "rounds": options.rounds, "samples_ms": samples}
             target.write_text(json.dumps(kept, indent=1) + "\n")
