@@ -132,6 +132,12 @@ def test_the_queries_of_the_page_answer(accounted: AccountedSite) -> None:
     for job in jobs:
         accounted.kept(job)
     accounted.kept(refused, "FAILED")
+    listed = ["sacct", "-a", "-X", "-n", "-P", "-S", "now-7days", "-E", "now", "-o", "JobID"]
+    accounted.cluster.until(
+        "all jobs among those of the last week",
+        lambda: {*map(str, (*jobs, refused))} <= {*accounted.machine.run(listed).stdout.split()} or None,
+        _SECONDS,
+    )
     hours, failed, asked = (accounted.machine.run(["sh", "-c", query]).check().stdout for query in _queries())
     assert re.search(r"^carol\t\d+\.\d GPU hours\t100 % with MPS$", hours, re.MULTILINE)
     assert re.search(r"^bob\t\d+\.\d GPU hours\t0 % with MPS$", hours, re.MULTILINE)
