@@ -129,7 +129,7 @@ def test_a_client_that_cannot_be_read_holds_up_no_status(node: GpuNode, unreadab
         node.machine.write("/home/alice/now", "")
         until("its memory is locked", lambda: locked.exists() or None)
         line = ["/opt/slurm-mps/bin/python3", "-c", COMMAND, node.package, "status"]
-        status = node.run("timeout", "-s", "KILL", "3", *line)
+        status = node.run("timeout", "-s", "KILL", "10", *line)
     for name in ("unreadable", "now"):
         node.run("rm", f"/home/alice/{name}").check()
     node.epilog(4711).check()
