@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
 from tests.harness.machine import USERS
 from tests.harness.site import PYTHON, STATE_DIRECTORY
+from tests.lab.measured import write
 
 from .inside import LATENCY, Samples, Spec
 from .report import make_rows, print_table
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> int:
             "rows": [{**asdict(row), "ok": row.ok} for row in rows],
             "samples_ms": samples,
         }
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write(options.json, written)
     return 0
 
 

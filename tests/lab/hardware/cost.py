@@ -10,7 +10,6 @@ What prolog and epilog cost is ``python3 -m tests.lab.bench --real-gpu``. Prints
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 from tests.harness.cluster import SAMPLES, SlurmError
+from tests.lab.measured import write
 
 from .site import PLACE, RealSite, cards, data_file, failed, measured_on, reports
 
@@ -121,7 +121,7 @@ def main() -> int:
         for part in (partial(start, gpus=len(cards())), launch):
             samples |= part(site, options.rounds)
             kept = {"measured_on": measured_on(), "rounds": options.rounds, "samples_ms": samples}
-            target.write_text(json.dumps(kept, indent=1) + "\n")
+            write(target, kept)
     show(samples)
     return 0
 

@@ -41,6 +41,7 @@ def _style() -> None:
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.alpha": 0.3,
+            "svg.fonttype": "none",  # the reader's own font, not a path for each letter
             "svg.hashsalt": "slurm-mps",  # the same data make the same file
         }
     )

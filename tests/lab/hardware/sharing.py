@@ -10,7 +10,6 @@ About three minutes. Rows that did not work say why.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tests.harness.cluster import SlurmError, waits_for
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
+from tests.lab.measured import write
 
 from .site import PLACE, RealSite, data_file, measured_on, reports
 
@@ -137,10 +137,10 @@ def main() -> int:
     with SharedSite() as site:
         for row in throughput(site, options.seconds, options.rounds):  # no row is lost with the machine
             kept["throughput"].append(row)
-            target.write_text(json.dumps(kept, indent=1) + "\n")
+            write(target, kept)
         for row in faults(site):
             kept["fault"].append(row)
-            target.write_text(json.dumps(kept, indent=1) + "\n")
+            write(target, kept)
         site.end_meetings()
     return int(any("failed" in row for row in [*kept["throughput"], *kept["fault"]]))
 

@@ -19,6 +19,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import SlurmError
+from tests.lab.measured import write
 
 from .site import PLACE, RealSite, data_file, failed, measured_on, reports, torch_python
 
@@ -196,7 +197,7 @@ def main() -> int:
             kept[part] = {**on, "rows": rows}
             for row in run(site, seconds, options.rounds):  # time on such a machine is short: no row is lost with it
                 rows.append(row)
-                target.write_text(json.dumps(kept, indent=1) + "\n")
+                write(target, kept)
         site.end_meetings()
     return int(any("failed" in row for part in parts for row in kept[part]["rows"]))
 
