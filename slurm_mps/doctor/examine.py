@@ -10,8 +10,8 @@ from ..errors import MpsError
 from ..node.reading import read_text
 from ..slurm.host import NotKnownError
 from .checks import gpus, gres, hooks, installed, plugin, site, slurm
-from .facts import Facts
-from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding
+from .facts import Facts, NoAnswerError
+from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding, warning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,6 +67,10 @@ def _run(one: Check, facts: Facts) -> list[Finding]:
     try:
         left_out = _why_left_out(one, facts)
         found += [Finding(NOT_CHECKED, left_out)] if left_out else one.body(facts)
+    except NoAnswerError as error:
+        why = "It hangs, or this node is slow."
+        warns = error.check == one.id
+        found.append(warning(error.message, error.hint, why) if warns else Finding(NOT_CHECKED, error.message))
     except NotKnownError as error:
         found.append(Finding(NOT_CHECKED, str(error), needs_root=error.needs_root))
     except MpsError as error:

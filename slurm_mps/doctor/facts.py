@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
-from ..errors import MpsError, NodeError
+from ..errors import DeadlineError, MpsError, NodeError
 from ..job.reconcile import Reconciler
 from ..job.watch import Watch
 from ..node import processes
@@ -56,14 +56,25 @@ UNSET_BY_DEFAULT = frozenset(
 
 
 class NoAnswerError(NotKnownError):
-    """What was asked has not answered in time."""
+    """What was asked did not answer in time, which does not prove a fault. `check`: the id of the check that warns."""
+
+    def __init__(self, message: str, hint: str, check: str) -> None:
+        super().__init__(message, hint)
+        self.check = check
 
 
 class Later(Generic[T]):
-    """An answer that is asked for in a thread, and waited for until a deadline that all answers share."""
+    """An answer that is asked for in a thread, and waited for until a deadline that all answers share.
 
-    def __init__(self, what: str, ask: Callable[[], T], deadline: float) -> None:
-        self._what = what
+    `check` is the id of the check that warns when `what` does not answer in time, and `look` what its reader can do.
+    """
+
+    def __init__(self, check: str, what: str, ask: Callable[[], T], deadline: float, look: str = "") -> None:
+        self._silent = NoAnswerError(
+            f"{what} did not answer within {deadline - monotonic():.1f} s",
+            look or f"look what keeps this node busy, then: slurm-mps doctor {check}",
+            check,
+        )
         self._ask = ask
         self._deadline = deadline
         self._thread: threading.Thread | None = None
@@ -85,11 +96,9 @@ class Later(Generic[T]):
     def get(self) -> T:
         """Raises: what the question raised; NoAnswerError when there is no answer in time."""
         self.begin().join(max(0.0, self._deadline - monotonic()))
-        if self._error:
-            raise self._error
-        if not self._answer:
-            raise NoAnswerError(f"{self._what} does not answer in time")
-        return self._answer[0]
+        if self._answer:
+            return self._answer[0]
+        raise self._silent if self._error is None or isinstance(self._error, DeadlineError) else self._error
 
 
 class _NoWatch(Watch):
@@ -109,13 +118,14 @@ class Facts(Host):
         super().__init__(environment)
         self._deadline = monotonic() + deadline_seconds
         self.trial_directory = f"/run/slurm-mps-doctor-{os.getpid()}"
-        self._controller = Later("slurmctld", self.ask_slurmctld, self._deadline)
-        self._driver = Later("the NVIDIA driver", look_at_gpus, self._deadline)
-        self._stale = Later("squeue", self._rehearse_reconcile, self._deadline)
-        self._control_unknown = Later("the control program", self._try_control_program, self._deadline)
-        self._hook_versions = Later("the hooks' Python", self._ask_hook_versions, self._deadline)
-        self._compiler = Later("the hooks' Python", self._ask_compiler, self._deadline)
-        self._release = Later("Slurm's commands", self.ask_release, self._deadline)
+        end, look_at_slurmctld = self._deadline, "on the controller: systemctl status slurmctld"
+        self._controller = Later("slurmctld", "slurmctld", self.ask_slurmctld, end, look_at_slurmctld)
+        self._driver = Later("driver", "the NVIDIA driver", look_at_gpus, end, "nvidia-smi; dmesg | grep -i nvrm")
+        self._stale = Later("stale-state", "squeue", self._rehearse_reconcile, end)
+        self._control_unknown = Later("control-program", "the control program", self._try_control_program, end)
+        self._hook_versions = Later("hooks-python", "the hooks' Python", self._ask_hook_versions, end)
+        self._compiler = Later("hooks-python", "the hooks' Python", self._ask_compiler, end)
+        self._release = Later("slurm-version", "Slurm's commands", self.ask_release, end)
 
     def begin(self) -> None:
         """Ask everything at once: a question that waits for another's answer would have no time left for its own."""
@@ -367,7 +377,7 @@ class Facts(Host):
             os.mkdir(daemon.log_directory)
             (started,) = processes.wait_all([daemon.start(["0"], _TRIAL_LOG_BYTES)], end - monotonic())
             if started is None:
-                raise NoAnswerError(f"{program} -d does not answer")
+                raise DeadlineError(program)
             if started.status == _NO_GPU_STATUS:
                 raise NotKnownError("no control daemon starts on GPU 0, which cannot be used now")
             if started.status:
@@ -379,5 +389,7 @@ class Facts(Host):
             try:
                 share = _TRIAL_END_SECONDS / 4
                 quit_all([daemon], 0, Patience(1, share, share, share))
+            except NodeError as error:
+                raise DeadlineError(str(error)) from None  # SIGKILL was its last word
             finally:
                 shutil.rmtree(self.trial_directory, ignore_errors=True)

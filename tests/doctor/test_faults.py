@@ -226,6 +226,7 @@ def control_program(lay: str, name: str) -> Plant:
 
 SERVER_PROGRAM = "/usr/bin/nvidia-cuda-mps-server"
 AARCH64 = r"\177ELF\2\1\1\0\0\0\0\0\0\0\0\0\2\0\267\0"
+SLOW_PYTHON = "/usr/local/slow/python3"
 OLD_PROGRAM = "printf '#!/bin/sh\\necho \"  start_server -uid <user id>\"\\n' >control; chmod 755 control"
 
 
@@ -450,6 +451,10 @@ FAULTS = {
         together(chmod("/etc/slurm/prolog.d", 0o775), HOOK, "Prolog"), problem("owner")
     ),
     "no Python for the hooks": Fault(hook("python", "/opt/gone/bin/python3"), problem("hooks-python")),
+    "a Python of the hooks that does not answer": Fault(
+        together(write(SLOW_PYTHON, "#!/bin/sh\nexec sleep 60\n", 0o755), hook("python", SLOW_PYTHON)),
+        warning("hooks-python"),
+    ),
     "no package for the hooks": Fault(hook("package", "/opt/gone/slurm_mps"), problem("hooks-python")),
     "a Python that does not run": Fault(
         together(
@@ -552,7 +557,10 @@ FAULTS = {
         alone=True,
     ),
     "a driver of another version": Fault(driver("nvml.init=18"), problem("driver")),
-    "a driver that hangs": Fault(driver("nvml.init=hang"), problem("driver")),
+    "a driver that does not answer": Fault(driver("nvml.init=hang"), warning("driver")),
+    "a control program that does not answer": Fault(
+        driver("command.get_default_active_thread_percentage=hang"), warning("control-program")
+    ),
     "a lost GPU": Fault(driver("gpu.2=lost"), problem("driver")),
     "a CUDA without memory limits": Fault(gpus_again("--cuda-version 11.4"), problem("driver-version")),
     "a driver that names no processes": Fault(driver("driver.version=470.57.02"), warning("driver-version")),

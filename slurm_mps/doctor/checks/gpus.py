@@ -7,7 +7,7 @@ from shutil import which
 from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_PATH
-from ...errors import MpsError
+from ...errors import MpsError, NodeError
 from ...job.plan import refusal_of_default
 from ...job.reconcile import BUSY, KEPT
 from ...job.state import NodeState
@@ -21,7 +21,7 @@ from ...node.reading import small_number
 from ...slurm.host import NotKnownError
 from ...status.node import READY
 from ...units import printable
-from ..facts import CONTROL_EXTRAS, NoAnswerError
+from ..facts import CONTROL_EXTRAS
 from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
 
 if TYPE_CHECKING:
@@ -49,15 +49,12 @@ _SEARCH_SECONDS = 5.0
     where=GPU_NODE,
 )
 def driver(facts: Facts) -> Iterator[Finding]:
-    look = "nvidia-smi; dmesg | grep -i nvrm"
     try:
         found = facts.driver
-    except NoAnswerError as error:
-        yield problem(f"{error}: it may hang", look)
-        return
-    except MpsError as error:
+    except NodeError as error:
         is_missing = not os.path.exists("/proc/driver/nvidia/version") and "Shared Library" in str(error)
-        yield problem(f"NVML: {error}", "install the NVIDIA driver" if is_missing else look)
+        fix = "install the NVIDIA driver" if is_missing else "nvidia-smi; dmesg | grep -i nvrm"
+        yield problem(f"NVML: {error}", fix)
         return
     for gpu in found.gpus:
         if gpu.error:
@@ -90,7 +87,7 @@ def driver_version(facts: Facts) -> Iterator[Finding]:
 @check(
     "control-program",
     "control program and server program are there, and know what slurm-mps asks of them",
-    why="The prolog cannot start a control daemon, or the daemon no server for its first client.",
+    why="The prolog cannot start a control daemon or set its limits, or the daemon no server for its first client.",
     where=GPU_NODE,
 )
 def control_program(facts: Facts) -> Iterator[Finding]:
@@ -107,11 +104,8 @@ def control_program(facts: Facts) -> Iterator[Finding]:
         yield problem(f"{SERVER_PROGRAM} is neither beside {path} nor in {server_path('')[1:]}", fix)
     try:
         unknown = facts.control_unknown
-    except NotKnownError:
-        raise
-    except MpsError as error:
-        why = "It answers an unknown command with exit 0. The prolog finds the limit missing, and the job fails."
-        yield problem(str(error), f"a driver of {NEEDED}", why)
+    except NodeError as error:
+        yield problem(str(error), f"a driver of {NEEDED}")
         return
     known = [CONTROL_EXTRAS[extra] for extra in CONTROL_EXTRAS if extra not in unknown]
     yield fine(f"a daemon sets and reads back limits and priority{', and has ' if known else ''}{', '.join(known)}")

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ... import __version__
-from ...errors import MpsError
+from ...errors import NodeError
 from ...node.paths import hidden_from_users, way_in
 from ...slurm.host import EPILOG, PROLOG, NotKnownError
 from ..finding import COMPUTE, check, fine, problem, warning
@@ -169,9 +169,7 @@ def hooks_python(facts: Facts) -> Iterator[Finding]:
                 return
     try:
         version, _ = facts.hook_versions
-    except NotKnownError:
-        raise
-    except MpsError as error:
+    except NodeError as error:
         yield problem(f"{facts.hook_values()['python']}: {error}", "install Python 3.11 or newer and slurm-mps again")
         return
     if version != __version__:

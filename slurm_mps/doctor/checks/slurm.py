@@ -7,14 +7,14 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from ...errors import MpsError
+from ...errors import MpsError, NodeError
 from ...node.paths import hidden_from_users
 from ...node.processes import uid_of
 from ...node.reading import read_text
 from ...slurm.host import NotKnownError, RefusedError, TwoReleasesError
 from ...slurm.timeouts import check_deadlines
 from ...units import printable
-from ..facts import UNSET_BY_DEFAULT, NoAnswerError
+from ..facts import UNSET_BY_DEFAULT
 from ..finding import COMPUTE, check, fine, problem, warning
 
 if TYPE_CHECKING:
@@ -130,11 +130,7 @@ def slurmctld(facts: Facts) -> Iterator[Finding]:
         yield fine(f"slurmctld of Slurm {facts.controller.value('SLURM_VERSION')} answers")
     except RefusedError:
         raise NotKnownError("Slurm's commands refuse slurm.conf") from None
-    except NoAnswerError as error:
-        yield warning(str(error), "on the controller: systemctl status slurmctld")
-    except NotKnownError:
-        raise
-    except MpsError as error:
+    except NodeError as error:
         yield warning(f"slurmctld does not answer: {error}", "on the controller: systemctl status slurmctld")
 
 
