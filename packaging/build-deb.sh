@@ -57,7 +57,7 @@ END
 install -m 644 "../../$here/copyright" root/usr/share/doc/slurm-mps/
 install -D -m 644 "../../$here/lintian-overrides" root/usr/share/lintian/overrides/slurm-mps
 for script in postinst prerm postrm; do
-	install -m 755 "../../$here/deb/$script" root/DEBIAN/
+	install -m 755 "../../$here/scripts/$script" root/DEBIAN/
 done
 (cd root && find . -path ./DEBIAN -prune -o -type f -print0 | LC_ALL=C sort -z | xargs -0 md5sum | sed 's|\./||' >DEBIAN/md5sums)
 package=slurm-mps_$version-1+slurm${release}_$architecture.deb

@@ -144,6 +144,9 @@ def test_the_rpm_is_built_for_this_slurm_and_has_what_the_deb_has(deb: Path) -> 
     in_rpm = set(output_of("rpm", "-qpl", rpm).splitlines())
     debians = {"doc/slurm-mps/changelog.Debian.gz", "doc/slurm-mps/copyright", "lintian/overrides/slurm-mps"}
     assert in_deb - in_rpm == {f"/usr/share/{name}" for name in debians}
+    scripts = output_of("rpm", "-qp", "--scripts", rpm)
+    for script in ("postinst", "prerm"):  # they switch slurm-mps off, and disable its units
+        assert (REPOSITORY / "packaging/scripts" / script).read_text() in scripts
 
 
 def test_lintian_and_rpmlint_find_nothing(deb: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ LINTERS = {
     "mypy": [sys.executable, "-m", "mypy"],
     "ruff": [sys.executable, "-m", "ruff", "check", "--no-cache", "."],
     "format": [sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "."],
-    "shellcheck": ["shellcheck", *git_files("*.sh", "packaging/deb/*", "slurm_mps/cli/slurm-mps")],
+    "shellcheck": ["shellcheck", *git_files("*.sh", "packaging/scripts/*", "slurm_mps/cli/slurm-mps")],
 }
 
 
