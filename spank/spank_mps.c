@@ -15,7 +15,6 @@
  */
 #include <stdbool.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <unistd.h>
 
 #include <slurm/spank.h>
@@ -109,7 +108,7 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 		return ESPANK_SUCCESS;
 	if (!step.failed && rollcall_first(step.rollcall))
 		slurm_error("mps: this task cannot start%s: %s", stepd_on_node(), problem);
-	_exit(EXIT_FAILURE);
+	_exit(step.verdict.exit_status ? step.verdict.exit_status : EXIT_REFUSED);
 }
 
 /* In slurmstepd, as root, when the tasks are forked: a server that was found good the next step need not try again. */

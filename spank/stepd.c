@@ -117,7 +117,7 @@ void stepd_judge(spank_t sp, struct step *step)
 			   "reconcile there, and to see that slurm-mps is in the Prolog");
 		return;
 	}
-	if (step->verdict.has_no_gpu && is_component(sp)) {
+	if (step->verdict.exit_status == EXIT_NO_GPU && is_component(sp)) {
 		step->verdict.status = VERDICT_NONE;
 		return;
 	}

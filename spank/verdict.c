@@ -170,8 +170,9 @@ static bool take_line(struct verdict *verdict, char *line)
 		verdict->ordinals = !strcmp(value, "ordinal");
 		return true;
 	}
-	if (!strcmp(line, "gpus"))
-		return (verdict->has_no_gpu = !strcmp(value, "none"));
+	if (!strcmp(line, "exit"))
+		return sscanf(value, "%3d", &verdict->exit_status) == 1 && verdict->exit_status > 0 &&
+		       verdict->exit_status < 128;
 	if (!strcmp(line, "gpu"))
 		return take_gpu(verdict, value);
 	return true;

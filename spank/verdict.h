@@ -22,6 +22,10 @@
 #define VERDICT_PATH_MAX 104 /* a pipe directory whose socket fits sun_path */
 #define VERDICT_PROGRAM_MAX 256
 
+/* How the tasks of a job that is refused end; the prolog gives other statuses for other reasons (job/verdict.py). */
+#define EXIT_REFUSED 80
+#define EXIT_NO_GPU 81 /* the job has no GPU on this node */
+
 #define UNSAID UINT32_MAX
 
 enum verdict_status {
@@ -70,7 +74,7 @@ struct verdict {
 	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */
 	struct verdict_daemon daemons[GPUS_MAX];
 	struct verdict_gpu gpus[GPUS_MAX];
-	bool has_no_gpu; /* why it is refused: the job has no GPU on this node */
+	int exit_status; /* of the tasks of a job that is refused; 0: not said */
 	uint32_t uid; /* whose job it is; UNSAID where the prolog did not know */
 };
 

@@ -87,12 +87,13 @@ def _is_component_without_gpu(step: Step) -> bool:
     """Whether this node's part of a heterogeneous job was refused MPS for having no GPU, and runs all the same."""
     from slurm_mps.errors import NodeError
     from slurm_mps.job.told import read_verdict
+    from slurm_mps.job.verdict import NO_GPU
 
     try:
         verdicts = [read_verdict(int(job_id)) for job_id in step.job_ids] if len(step.job_ids) > 1 else []
     except NodeError:  # damaged: the plugin starts no task then
         return False
-    return any(verdict and verdict.has_no_gpu for verdict in verdicts)
+    return any(verdict and verdict.exit_status == NO_GPU for verdict in verdicts)
 
 
 def run(options: argparse.Namespace) -> int:

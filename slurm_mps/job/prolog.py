@@ -99,7 +99,7 @@ class Prolog(Script):
         if self._journal is None:
             return self.node_fault(str(error))
         try:
-            self._tell_tasks(refused(str(error), has_no_gpu=error.reason == "no_gpu"))
+            self._tell_tasks(refused(str(error), error.reason))
         except NodeError as fault:
             return self.node_fault(f"{error}; and the verdict cannot be written: {fault}")
         self.note("refused", error.reason)
@@ -120,7 +120,8 @@ class Prolog(Script):
             if policy != "drain" and self.job_id is not None:
                 # What could not be undone is in the way of a job that runs: a wrong compute mode, a daemon on its GPU.
                 runs = policy == "run_without_mps" and not (self._journal and self._journal.undo)
-                self._tell_tasks((without if runs else refused)(f"this node cannot give it MPS: {message}"))
+                why = f"this node cannot give it MPS: {message}"
+                self._tell_tasks(without(why) if runs else refused(why, "node_fault"))
                 return 0
             if self.state and self._journal and not self._journal.undo:
                 self.state.remove_journal(self._journal)  # the job goes elsewhere, its epilog may never come here

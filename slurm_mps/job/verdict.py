@@ -20,7 +20,7 @@
     share_memory even                                      a part of a GPU is the same part of its memory
     joined <directory>                                     for each daemon that serves other jobs, too: it lies there
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
-    gpus none                                              with `refused`: the job has no GPU on this node
+    exit 81                                                with `refused`: the exit status of the job's tasks
     end <checksum>
 
 It lies in /run/slurm-mps/jobs/<job id>/verdict or, where nothing of the job can be kept there, in
@@ -44,6 +44,17 @@ VERDICT_VERSION = 1  # spank/verdict.h reads the same, and doctor compares
 READY, REFUSED, WITHOUT = "ready", "refused", "without"
 JOBS = f"{STATE_DIRECTORY}/jobs"
 PER_GPU = "per-gpu"
+#: Why a job was refused, as the exit status of its tasks: Slurm itself takes it to its database (docs/decisions/0023).
+_EXIT_REFUSED, NO_GPU = 80, 81  # spank/verdict.h has both
+_EXIT_STATUSES = {
+    "no_gpu": NO_GPU,
+    "threads": 82,
+    "memory": 83,
+    "shared_gpu": 84,
+    "busy_gpu": 85,
+    "mig": 86,
+    "node_fault": 87,
+}
 
 
 @record
@@ -77,8 +88,9 @@ class DaemonPlace:
 class Verdict:
     """``ready``: the job has MPS. ``refused``: its tasks fail with the message. ``without``: they run without MPS.
 
-    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``. ``has_no_gpu``: that
-    is why it is refused; a component of a heterogeneous job, which only the plugin knows for one, runs all the same.
+    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``. ``exit_status``: of
+    a refused job's tasks, 0 for others. With NO_GPU a component of a heterogeneous job, which only the plugin knows for
+    one, runs all the same.
     """
 
     status: str
@@ -100,7 +112,7 @@ class Verdict:
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
-    has_no_gpu: bool = False
+    exit_status: int = 0
 
     def encode(self) -> bytes:
         """The file that the plugin reads."""
@@ -114,8 +126,8 @@ class Verdict:
         yield "status", self.status
         if self.status != READY:
             yield "message", self.message
-            if self.has_no_gpu:
-                yield "gpus", "none"
+            if self.exit_status:
+                yield "exit", str(self.exit_status)
             return
         for daemon in self.daemons:
             limit = "-" if daemon.memory_bytes is None else format_memory(daemon.memory_bytes)
@@ -151,8 +163,9 @@ class Verdict:
                 yield "joined", daemon.shared
 
 
-def refused(message: str, *, has_no_gpu: bool = False) -> Verdict:
-    return Verdict(REFUSED, message, has_no_gpu=has_no_gpu)
+def refused(message: str, reason: str = "") -> Verdict:
+    """`reason`: RequestError's, or ``node_fault``."""
+    return Verdict(REFUSED, message, exit_status=_EXIT_STATUSES.get(reason, _EXIT_REFUSED))
 
 
 def without(message: str) -> Verdict:
@@ -182,7 +195,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
     status = known["status"]
     uid = int(known["uid"]) if "uid" in known else None
     if status in (REFUSED, WITHOUT) and known["message"]:
-        return Verdict(status, known["message"], uid, has_no_gpu="gpus" in known)
+        return Verdict(status, known["message"], uid, exit_status=int(known.get("exit", "0")))
     if status != READY:
         raise ValueError(status)
     gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cluster import REPOSITORY
+from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import MarkedSite
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def accounted() -> Iterator[AccountedSite]:
 def _queries() -> list[str]:
     """The commands of docs/accounting.md."""
     text = (REPOSITORY / "docs/accounting.md").read_text()
-    return re.findall(r"```sh\n(sacct .*?)```", text, re.DOTALL)
+    return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
 
 
 def test_sacct_shows_what_each_job_asked(accounted: AccountedSite) -> None:
@@ -122,24 +123,32 @@ def test_a_database_that_is_down_keeps_no_job_waiting(accounted: AccountedSite) 
 
 
 def test_the_queries_of_the_page_answer(accounted: AccountedSite) -> None:
-    """Each as it stands there, on jobs of two users, one of which cannot be met."""
-    run = accounted.cluster.sbatch
+    """Each as it stands there, on jobs of which one has a fault that crosses ranks and three are refused."""
+    run, machine = accounted.cluster.sbatch, accounted.machine
     jobs = [
         run("--gres=gpu:2", "--mps-threads=25", script="sleep 2", user="carol"),
         run("--gres=gpu:1", script="sleep 2", user="bob"),
     ]
+    rank_1_faults = "[ $SLURM_PROCID = 1 ] && echo --hold 1 --fault || echo --hold 2"
+    faulty = f"srun sh -c 'simulated-gpus client $({rank_1_faults})' || true"
+    jobs.append(run("-wn1", "-n2", "--gres=gpu:1", "--mps", script=faulty, user="carol"))
     refused = run("--gres=gpu:1", "--mps-mem=500G", script="true", user="carol")
     for job in jobs:
         accounted.kept(job)
     accounted.kept(refused, "FAILED")
-    listed = ["sacct", "-a", "-X", "-n", "-P", "-S", "now-7days", "-E", "now", "-o", "JobID"]
-    accounted.cluster.until(
-        "all jobs among those of the last week",
-        lambda: {*map(str, (*jobs, refused))} <= {*accounted.machine.run(listed).stdout.split()} or None,
-        _SECONDS,
-    )
-    hours, failed, asked = (accounted.machine.run(["sh", "-c", query]).check().stdout for query in _queries())
+    assert machine.run(["srun", "--gres=gpu:1", "--mps-mem=500G", "true"], user="carol").returncode == 83
+    assert machine.run(["salloc", "--mps", "srun", "true"], user="carol").returncode == 81
+    hours, why, asked, crossed = _queries()
+
+    def in_a_weeks_list() -> str | None:
+        said = machine.run(["sh", "-c", why]).check().stdout
+        return said if len(said.split()) == 4 and said.startswith("2") else None
+
+    said = accounted.cluster.until("all that was refused in the week's list", in_a_weeks_list, _SECONDS)
+    assert said.splitlines() == ["2 memory", "1 no_gpu"]
+    hours, asked = (machine.run(["sh", "-c", query]).check().stdout for query in (hours, asked))
     assert re.search(r"^carol\t\d+\.\d GPU hours\t100 % with MPS$", hours, re.MULTILINE)
     assert re.search(r"^bob\t\d+\.\d GPU hours\t0 % with MPS$", hours, re.MULTILINE)
-    assert failed.splitlines() == [f"{refused}|carol|1:0|mps:mem=500G"]
     assert re.search(r"^ *1 mps:threads=25$", asked, re.MULTILINE)
+    (fault,) = accounted.node("n1", "sh", "-c", f"PATH=$PATH:{MOUNT_POINT}/bin; {crossed}").check().stdout.splitlines()
+    assert re.match(rf"job {jobs[2]}: .* GPU FAULT on .* by client \d+ and took client \d+ along", fault)

@@ -202,7 +202,7 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
     lines = decode((place / "jobs/4711/verdict").read_bytes(), "verdict", VERDICT_VERSION)
     assert lines[:2] == ["uid 20001", "status refused"]
     assert lines[2].startswith("message no?status ready??[2J?xxx")
-    assert (len(lines), len(lines[2])) == (3, len("message ") + 480)
+    assert (len(lines), len(lines[2])) == (4, len("message ") + 480)
 
 
 # --------------------------------------------------------------------------------------------------------- the ledger

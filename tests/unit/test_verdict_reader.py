@@ -64,7 +64,7 @@ JOINED = replace(
 
 
 @pytest.mark.parametrize(
-    "verdict", [ONE, EACH, JOINED, refused("no GPU", has_no_gpu=True), without("no daemon")], ids=lambda one: one.status
+    "verdict", [ONE, EACH, JOINED, refused("no GPU", "no_gpu"), without("no daemon")], ids=lambda one: one.status
 )
 def test_it_is_read_as_it_was_written(verdict: Verdict) -> None:
     assert parse_verdict(verdict.encode()) == verdict
@@ -73,7 +73,7 @@ def test_it_is_read_as_it_was_written(verdict: Verdict) -> None:
 def test_each_field_is_read_as_it_was_written() -> None:
     """A field that is new, and that the verdicts above do not set, would be forgotten unseen."""
     unset = Verdict("")
-    seen = [ONE, EACH, JOINED, refused("no GPU", has_no_gpu=True)]
+    seen = [ONE, EACH, JOINED, refused("no GPU", "no_gpu")]
     assert [name for name in vars(unset) if all(getattr(one, name) == getattr(unset, name) for one in seen)] == []
 
 
