@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from slurm_mps.cli.output import FINE, USAGE, refuse
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 

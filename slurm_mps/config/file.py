@@ -9,20 +9,15 @@ import json
 import math
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
 
 from ..units import printable
 from .settings import ConfigError, SiteConfig, compile_site, from_settings, memory_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from jsonschema.exceptions import ValidationError
-
 
 _TYPE_WORDS = {"object": "a table", "integer": "an integer", "number": "a number", "string": "a string"}
 

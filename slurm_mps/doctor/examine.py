@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..errors import MpsError
 from ..node.reading import read_text
 from ..slurm.host import NotKnownError
 from .checks import gpus, gres, hooks, installed, plugin, site, slurm
 from .facts import Facts, NoAnswerError
-from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Finding, warning
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from .finding import Check
-
+from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Check, Finding, warning
 
 #: The modules whose checks register themselves, in the order in which findings are shown.
 _MODULES = (installed, slurm, plugin, hooks, site, gres, gpus)

@@ -11,29 +11,25 @@ import glob
 import os
 import shutil
 import threading
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError, SiteConfig
 from ..errors import DeadlineError, MpsError, NodeError
-from ..job.reconcile import Reconciler
+from ..job.reconcile import Reconciler, Repair
 from ..job.watch import Watch
 from ..node import processes
 from ..node.control import ControlDaemon, Limits, Patience, quit_all, set_limits
 from ..node.nvml import Gpus
 from ..node.paths import others_can_write
+from ..node.processes import Outcome
+from ..slurm.conf import Conf
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, NotKnownError
 from ..units import GIB, printable
 from .gpus import Driver, GpuFacts, look_at_gpus
 from .scripts import Script, in_order, read_script
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from ..job.reconcile import Repair
-    from ..node.processes import Outcome
-    from ..slurm.conf import Conf
 
 T = TypeVar("T")
 

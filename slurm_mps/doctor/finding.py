@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from .facts import Facts
 
-    from .facts import Facts
-
-    Body = Callable[[Facts], Iterator["Finding"]]
+Body = Callable[[Facts], Iterator["Finding"]]
 
 PROBLEM, WARNING, FINE, NOT_CHECKED = "problem", "warning", "fine", "not checked"
 ANYWHERE, COMPUTE, GPU_NODE = "anywhere", "on a compute node", "on a node with GPUs"

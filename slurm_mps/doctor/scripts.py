@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 from ..node.reading import read_text
 from ..slurm.host import without_comments
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 _HOOK_VALUE = re.compile(r"^(python|package)=(\S+)$", re.MULTILINE)
 _PATH = re.compile(r"[\w./+@=-]+")

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError
 from ..slurm.host import PLUGIN, Host
 from . import changes
-from .by_hand import jobs_with_mps, left_to_do, still_in_force, still_needed
-from .plan import make_plan, stack_lines, stack_lines_of_others
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .by_hand import Todo
-    from .changes import Comparison, Manifest, Undone
-    from .plan import Options
+from .by_hand import Todo, jobs_with_mps, left_to_do, still_in_force, still_needed
+from .changes import Comparison, Manifest, Undone
+from .plan import Options, make_plan, stack_lines, stack_lines_of_others
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from .. import __version__
 from ..errors import MpsError
@@ -13,9 +13,6 @@ from ..node import processes
 from ..slurm.host import PLUGIN
 from ..slurm.plugin_file import read_plugin
 from ..slurm.programs import find_program
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _BUILD_SECONDS = 120.0
 _NEEDS = (

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import MpsError
 from ..job.verdict import JOBS
 from ..node.reading import read_text
-from ..slurm.host import EPILOG, PLUGIN, PROLOG, without_comments
-from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, script_place, stack_lines_of_others
-
-if TYPE_CHECKING:
-    from collections.abc import Container
-
-    from ..slurm.host import Controller, Host
-    from .changes import Manifest
-    from .plan import Options, Plan, ScriptPlace
+from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, without_comments
+from .changes import Manifest
+from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, Options, Plan, ScriptPlace, script_place, stack_lines_of_others
 
 
 @dataclass(frozen=True)

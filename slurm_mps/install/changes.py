@@ -14,14 +14,11 @@ import json
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 from ..errors import MpsError, NodeError
 from ..node.files import Directory, LockFile, open_trusted
 from ..node.paths import others_can_write
-
-if TYPE_CHECKING:
-    from typing import Self
 
 MANIFEST_DIRECTORY = "/var/lib/slurm-mps"
 _MANIFEST = "installed.json"

@@ -12,23 +12,17 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
 from ..job.verdict import VERDICT_VERSION
 from ..node.paths import hidden_from_users, way_in
-from ..slurm.host import EPILOG, PLUGIN, PROLOG, has_slurms_plugins
+from ..slurm.host import EPILOG, PLUGIN, PROLOG, Host, has_slurms_plugins
 from ..slurm.plugin_file import read_plugin
 from .build import build_plugin, read_plugin_for, share_directory
-from .changes import Change, require_roots
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..slurm.host import Host
-    from .changes import Manifest
+from .changes import Change, Manifest, require_roots
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = {PROLOG: "10-slurm-mps.sh", EPILOG: "95-slurm-mps.sh"}

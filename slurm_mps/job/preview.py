@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 from ..config.load import load_config
 from ..errors import NodeError, RequestError
+from ..node.nvml import Gpu, Gpus
 from ..record import record
 from ..units import printable
 from .actions import HoldGpu
 from .joined import JoinGpu
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .request import PER_GPU, PER_NODE, SHARE, VARIABLES, read_request
 from .state import NodeState
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ..node.nvml import Gpu, Gpus
-    from .plan import Plan
 
 _GRES = re.compile(r"gres/gpu|gpu")
 _PARTS = re.compile(r"(?:gres/)?(?:mps|shard)")

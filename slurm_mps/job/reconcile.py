@@ -9,33 +9,26 @@ Promises (docs/decisions/0005):
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from time import monotonic, time
 
 from ..config.load import load_config
-from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
+from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY, SiteConfig
 from ..errors import DeadlineError, MpsError, NodeError
 from ..node.control import Stray, kill_all, search
-from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS, Gpus
 from ..node.processes import SIGKILL, SIGTERM, identify
 from ..record import record
 from ..slurm import jobs as slurm
 from ..slurm.hostlist import expand_hosts
+from ..slurm.jobs import SlurmJob
 from . import joined, logs
 from .actions import JobOnNode, let_go
 from .lifecycle import take_down
 from .request import ID_MAX
 from .state import NodeState
-from .watch import UNDO_SHARE
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-
-    from ..config.settings import SiteConfig
-    from ..node.nvml import Gpus
-    from ..slurm.jobs import SlurmJob
-    from .watch import Watch
+from .watch import UNDO_SHARE, Watch
 
 #: How a repair ended. LEFT is a problem; BUSY is in a hook's hands; KEPT belongs to a job that is not over.
 REPAIRED, WOULD_REPAIR, LEFT, BUSY, KEPT = "repaired", "would repair", "left", "busy", "kept"

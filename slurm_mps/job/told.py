@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from ..node.reading import read_plain
-from .verdict import JOBS, parse_verdict
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from .verdict import Verdict
+from .verdict import JOBS, Verdict, parse_verdict
 
 _LIMIT_BYTES = 32768
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
 
 from ..slurm.hostlist import join_numbers
 from ..units import MIB, describe_memory
@@ -23,9 +23,6 @@ from .events import (
     TERMINATED,
     Event,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
 
 AUTO = "auto"
 #: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).

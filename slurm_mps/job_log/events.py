@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import merge
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from .lines import Line
+from .lines import Line
 
 #: Kinds of events.
 DAEMON_STARTED, DAEMON_ENDED = "daemon started", "daemon ended"

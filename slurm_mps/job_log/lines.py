@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from time import mktime
-from typing import TYPE_CHECKING
 
 from ..node.reading import small_number
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _TEXT_MAX = 400
 _MINUTE = len("[2026-11-23 02:13")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from ..units import describe_memory
 from . import events as kinds
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from .events import Event
+from .events import Event
 
 #: Kinds that are told when only what went wrong is wanted.
 TROUBLE = frozenset(

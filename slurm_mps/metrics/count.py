@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Iterable
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from ..errors import NodeError
 from ..job.state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
@@ -12,9 +12,6 @@ from ..job_log import events as kinds
 from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_logs
 from ..node.wordfile import DamagedFileError
 from .totals import LOG_COUNTS, Totals, decode_totals
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
 
 _EVENTS_LIMIT_BYTES = 2 * 1024**2
 _TOTALS_LIMIT_BYTES = 1024**2

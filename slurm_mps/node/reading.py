@@ -5,15 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from ..errors import NodeError
 from . import processes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _SIZE_MAX = 16 * 2**20
 _ENVIRONMENT_SECONDS = 0.5

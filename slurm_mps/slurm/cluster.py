@@ -10,24 +10,22 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ..errors import NodeError
 from ..units import printable
 from .hostlist import expand_hosts
 from .programs import find_program
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
-    from typing import Any, Protocol
 
-    class Source(Protocol):
-        """What can be asked. Raises: NodeError."""
+class Source(Protocol):
+    """What can be asked. Raises: NodeError."""
 
-        name: str
+    name: str
 
-        def jobs(self, timeout_seconds: float) -> list[ListedJob]: ...
+    def jobs(self, timeout_seconds: float) -> list[ListedJob]: ...
 
 
 _MARK = re.compile(r"mps(?::([\w.:+=,-]{1,300}))?(?:;|$)")

@@ -8,13 +8,10 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..node.reading import read_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _PAIR = re.compile(r'([A-Za-z][\w.-]*)\s*\+?=\s*("[^"]*"|\S+)')
 _INCLUDE = re.compile(r"^include\s+(\S.*)$", re.IGNORECASE)

@@ -16,23 +16,18 @@ import re
 import socket
 import stat
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from ..errors import MpsError, NodeError
 from ..node import processes
 from ..node.paths import others_can_write
 from ..node.reading import read_text
 from ..units import printable
-from .conf import Conf, read_conf
+from .conf import Conf, ConfLine, read_conf
 from .hostlist import hosts_of
 from .programs import find_program
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from .conf import ConfLine
 
 PROLOG, EPILOG = "Prolog", "Epilog"
 PLUGIN = "spank_mps.so"

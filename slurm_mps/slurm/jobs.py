@@ -5,15 +5,13 @@ Prolog and epilog never ask (docs/decisions/0005).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from ..errors import NodeError
 from ..node import processes
 from ..record import record
 from ..units import printable
 from .programs import find_program
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 _CLIENT = "squeue"
 _FORMAT = "%A|%T|%e|%N"

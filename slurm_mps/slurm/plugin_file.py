@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from os import PathLike
 
 from ..errors import MpsError
-
-if TYPE_CHECKING:
-    from os import PathLike
 
 _SIZE_MAX = 16 * 2**20
 #: slurm_mps_plugin of spank_mps.c: version, newest verdict that it reads, SLURM_VERSION_NUMBER of Slurm's headers.

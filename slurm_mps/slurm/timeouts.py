@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _UNLIMITED = 65534  # how Slurm shows a timeout that is not set (INFINITE16)
 _START_SECONDS = 1.0  # between Slurm's clock and ours: fork, sh, Python

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from ..errors import MpsError
+from ..job.verdict import DaemonPlace
 from ..job_log.events import SERVER_DIED, SERVER_READY
 from ..job_log.read import DaemonLogs, events_of
 from ..node.control import ControlDaemon
 from ..node.listen import listener
-from ..node.processes import identify
+from ..node.processes import ProcessIdentity, identify
 from ..node.reading import small_number
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..job.verdict import DaemonPlace
-    from ..node.processes import ProcessIdentity
 
 #: Told between answers that may be empty, since the control program puts nothing between them (O7).
 _MARK = "get_default_active_thread_percentage"

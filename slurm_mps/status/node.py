@@ -7,13 +7,14 @@ client's own environment says (its rank, a lower limit of its own) is its user's
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from shutil import which
-from typing import TYPE_CHECKING
 
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError
+from ..job.journal import Journal
 from ..job.state import NodeState
 from ..job.told import read_verdict
 from ..job.verdict import JOBS, DaemonPlace, Verdict
@@ -27,12 +28,7 @@ from ..verify.judge import variable_limit
 from .daemon import DIED, FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from ..job.journal import Journal
-
-    Environments = Mapping[int, Mapping[str, str]]
+Environments = Mapping[int, Mapping[str, str]]
 
 #: How a job stands on this node.
 BEGINNING, READY, REFUSED, WITHOUT, ENDING, UNKNOWN = "beginning", "ready", "refused", "without", "ending", "unknown"

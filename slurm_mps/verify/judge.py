@@ -6,15 +6,11 @@ Facts go before intentions: a rank is a client if the control daemon lists it, a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 from ..slurm.hostlist import join_numbers
 from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from .report import DaemonReport, Evidence, RankReport
+from .report import DaemonReport, Evidence, RankReport
 
 #: The smallest part of an H200 that a percentage comes down to: 1 % and 3 % are 8 SMs (O10).
 SMALLEST_PART = 8

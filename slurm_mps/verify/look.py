@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from ..errors import MpsError
 from ..job.verdict import JOBS
@@ -20,14 +20,9 @@ from ..node.cuda import Cuda, CudaError
 from ..node.processes import run
 from ..slurm.hostlist import expand_numbers, join_numbers
 from . import card
-from .meeting import find_meeting, open_meeting
+from .meeting import Meeting, find_meeting, open_meeting
 from .report import QUERY, DaemonReport, Evidence, RankReport, parse_daemon_answer
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from .meeting import Meeting
-    from .step import Step
+from .step import Step
 
 DEFAULT_PIPE_DIRECTORY = "/tmp/nvidia-mps"  # noqa: S108 (the driver's own, for a process without the variable)
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"

@@ -10,19 +10,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from glob import glob
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
 
 from ..errors import NodeError
 from ..node.reading import read_plain
 from .report import RankReport, parse_report
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    from .step import Step
+from .step import Step
 
 #: All tasks of a step on a node share these, also with job_container/tmpfs, which makes them the job's own.
 PLACES = ("/dev/shm", "/tmp")  # noqa: S108 - only directories of unpredictable names, or the user's own, are used

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..units import MIB
 from .judge import memory_limit, priority, thread_limit
-
-if TYPE_CHECKING:
-    from typing import Any
-
-    from .report import Evidence, RankReport
+from .report import Evidence, RankReport
 
 _SHORT_GPU = 17
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from shutil import which
-from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_PATH
 from ...errors import MpsError, NodeError
+from ...job.journal import Journal
 from ...job.plan import refusal_of_default
 from ...job.reconcile import BUSY, KEPT
 from ...job.state import NodeState
@@ -21,15 +22,8 @@ from ...node.reading import small_number
 from ...slurm.host import NotKnownError
 from ...status.node import READY
 from ...units import printable
-from ..facts import CONTROL_EXTRAS
-from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ...job.journal import Journal
-    from ..facts import Facts
-    from ..finding import Finding
+from ..facts import CONTROL_EXTRAS, Facts
+from ..finding import COMPUTE, GPU_NODE, Finding, check, fine, problem, warning
 
 _MANY_CLIENTS_CUDA = (13, 1)
 _VOLTA = (7, 0)

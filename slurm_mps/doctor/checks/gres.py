@@ -6,18 +6,13 @@ import glob
 import os
 import re
 import stat
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from ...slurm.conf import ConfLine
 from ...slurm.host import count_gpus
 from ...slurm.hostlist import hosts_of
-from ..finding import COMPUTE, GPU_NODE, check, fine, problem, warning
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ...slurm.conf import ConfLine
-    from ..facts import Facts
-    from ..finding import Finding
+from ..facts import Facts
+from ..finding import COMPUTE, GPU_NODE, Finding, check, fine, problem, warning
 
 _FINDS_NVIDIA = ("nvml", "nvidia")  # the latter from Slurm 24.05 on
 _NO_GPU = 'srun --gres=gpu:1 finds no such node ("Requested node configuration is not available").'

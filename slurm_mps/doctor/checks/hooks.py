@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from ... import __version__
 from ...errors import NodeError
 from ...node.paths import hidden_from_users, way_in
 from ...slurm.host import EPILOG, PROLOG, NotKnownError
-from ..finding import COMPUTE, check, fine, problem, warning
+from ..facts import Facts
+from ..finding import COMPUTE, Finding, check, fine, problem, warning
 from ..scripts import Script, read_script
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..facts import Facts
-    from ..finding import Finding
 
 _KILLS = re.compile(
     r"(?<![\w-])(kill|pkill|killall|skill|fuser)\s+(?!-0\b|-l\b|\])|nvidia-smi\b[^\n|;]*(\s-r\b|--gpu-reset)"

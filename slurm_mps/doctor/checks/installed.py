@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from ...slurm.host import NotKnownError
-from ..finding import check, problem
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..facts import Facts
-    from ..finding import Finding
+from ..facts import Facts
+from ..finding import Finding, check, problem
 
 
 def install_command(facts: Facts) -> str:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from ...errors import MpsError
 from ...slurm.host import NotKnownError
 from ...slurm.plugin_file import read_plugin
-from ..finding import check, fine, problem
+from ..facts import Facts
+from ..finding import Finding, check, fine, problem
 from .installed import install_command
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..facts import Facts
-    from ..finding import Finding
 
 
 @check(

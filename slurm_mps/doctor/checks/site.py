@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from shutil import which
-from typing import TYPE_CHECKING
 
 from ...config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
-from ...job.reconcile import BUSY, KEPT, LEFT
+from ...job.reconcile import BUSY, KEPT, LEFT, Repair
 from ...node.control import SERVER_PROGRAM, server_path
 from ...node.paths import closed_to_users, others_can_write, steps
 from ...node.reading import read_text
 from ...slurm.host import EPILOG, PROLOG
 from ...units import printable
-from ..finding import COMPUTE, check, fine, problem, warning
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ...job.reconcile import Repair
-    from ..facts import Facts
-    from ..finding import Finding
+from ..facts import Facts
+from ..finding import COMPUTE, Finding, check, fine, problem, warning
 
 _LITTLE_BYTES, _LITTLE_FILES = 16 * 2**20, 1000
 _NO_BYTES, _NO_FILES = 2**20, 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from ...errors import MpsError, NodeError
 from ...node.paths import hidden_from_users
@@ -14,14 +14,8 @@ from ...node.reading import read_text
 from ...slurm.host import NotKnownError, RefusedError, TwoReleasesError
 from ...slurm.timeouts import check_deadlines
 from ...units import printable
-from ..facts import UNSET_BY_DEFAULT
-from ..finding import COMPUTE, check, fine, problem, warning
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ..facts import Facts
-    from ..finding import Finding
+from ..facts import UNSET_BY_DEFAULT, Facts
+from ..finding import COMPUTE, Finding, check, fine, problem, warning
 
 #: The releases of Slurm that slurm-mps was run with, oldest first (docs/support.md).
 TRIED = ((22, 5), (24, 11), (26, 5))
