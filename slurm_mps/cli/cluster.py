@@ -5,24 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    PROBLEM,
-    USAGE,
-    Column,
-    chosen,
-    complain,
-    print_json,
-    print_table,
-    refuse,
-)
-from slurm_mps.units import printable
+from ..units import printable
+from .output import Column, Exit, chosen, complain, print_json, print_table, refuse
 
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.slurm.cluster import MpsJob
+    from ..slurm.cluster import MpsJob
 
 COLUMNS = (
     Column("job", "JOB", right=True),
@@ -39,22 +28,22 @@ _SLURM_SECONDS = 15.0
 
 def run(options: argparse.Namespace) -> int:
     """Print what Slurm says. Returns the exit status."""
-    from slurm_mps.errors import NodeError
-    from slurm_mps.slurm.cluster import by_node, marks_jobs, mps_jobs, open_source, unknown_nodes
-    from slurm_mps.slurm.hostlist import expand_hosts
+    from ..errors import NodeError
+    from ..slurm.cluster import by_node, marks_jobs, mps_jobs, open_source, unknown_nodes
+    from ..slurm.hostlist import expand_hosts
 
     options.report = "cluster/1"
     columns = chosen(COLUMNS, options)
     try:
         nodes = expand_hosts(options.nodelist) if options.nodelist else []
     except ValueError as error:
-        return refuse(options, USAGE, f"-w: {error}")
+        return refuse(options, Exit.USAGE, f"-w: {error}")
     where = " on these nodes" if nodes else ""
     source = open_source()
     try:
         jobs = mps_jobs(source.jobs(_SLURM_SECONDS), nodes)
     except NodeError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, Exit.PROBLEM, str(error))
     if options.jobs:
         jobs = [job for job in jobs if any(_is_named(job, name) for name in options.jobs)]
     missing = [name for name in options.jobs if not any(_is_named(job, name) for job in jobs)]
@@ -62,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
     without = [node for node in nodes if node not in by_node(jobs)]
     unknown = unknown_nodes(without, _SLURM_SECONDS) if without else []
     problems += [f"-w: {printable(node)}: Slurm shows you no such node" for node in unknown]
-    status = PROBLEM if problems else FINE
+    status = Exit.PROBLEM if problems else Exit.FINE
     if not jobs and not marks_jobs(_SLURM_SECONDS):
         return refuse(
             options,
-            NOT_HERE,
+            Exit.NOT_HERE,
             "Slurm does not show what jobs ask of plugins, and no job_submit script marks them here; "
             "install etc/job_submit.lua of slurm-mps on the controller (JobSubmitPlugins=lua)",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from slurm_mps.cli.output import FINE, USAGE, refuse
+from .output import Exit, refuse
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 
@@ -26,10 +26,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], wh
 def run(options: argparse.Namespace) -> int:
     """Print the script. Returns the exit status."""
     if options.shell is None:
-        return refuse(options, USAGE, f"which shell? slurm-mps completion {', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
+        return refuse(
+            options, Exit.USAGE, f"which shell? slurm-mps completion {', '.join(SHELLS[:-1])} or {SHELLS[-1]}"
+        )
     import shtab
 
-    from slurm_mps.doctor.examine import all_checks
+    from ..doctor.examine import all_checks
 
     parser = options.whole
     _tell_values(parser, {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}, {"CHECK": list(all_checks())})
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if options.shell == "zsh":  # shtab 1.7 has one value only completed where there may be several; `*:` is zsh's word
         script = script.replace('"(*)::', '"*:')
     print(script)
-    return FINE
+    return Exit.FINE
 
 
 def _tell_values(parser: argparse.ArgumentParser, kinds: Mapping[str, object], words: Mapping[str, list[str]]) -> None:

@@ -5,23 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_ROOT,
-    PROBLEM,
-    Column,
-    add_json_option,
-    add_table_options,
-    chosen,
-    print_json,
-    print_table,
-    refuse,
-)
+from .output import Column, Exit, add_json_option, add_table_options, chosen, print_json, print_table, refuse
 
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.config.file import Setting
+    from ..config.file import Setting
 
 COLUMNS = (
     Column("setting", "SETTING"),
@@ -72,9 +61,9 @@ def _read(path: str) -> bytes | None:
 
 def _problems(path: str) -> tuple[bool, list[str]]:
     """Whether there is a file, and everything that is wrong with it. Raises: OSError."""
-    from slurm_mps.config.file import parse_site
-    from slurm_mps.config.settings import ConfigError
-    from slurm_mps.job.plan import refusal_of_default
+    from ..config.file import parse_site
+    from ..config.settings import ConfigError
+    from ..job.plan import refusal_of_default
 
     text = _read(path)
     try:
@@ -90,7 +79,7 @@ def _problems(path: str) -> tuple[bool, list[str]]:
 
 
 def _path(options: argparse.Namespace) -> str:
-    from slurm_mps.config.settings import CONFIG_PATH
+    from ..config.settings import CONFIG_PATH
 
     path: str = options.file or CONFIG_PATH
     return path
@@ -98,7 +87,7 @@ def _path(options: argparse.Namespace) -> str:
 
 def _unreadable(options: argparse.Namespace, path: str, error: OSError) -> int:
     """Say why. Returns the exit status."""
-    status = NOT_ROOT if isinstance(error, PermissionError) else PROBLEM
+    status = Exit.NOT_ROOT if isinstance(error, PermissionError) else Exit.PROBLEM
     return refuse(options, status, f"{path}: {error.strerror}")
 
 
@@ -111,7 +100,7 @@ def _check(options: argparse.Namespace) -> int:
         return _unreadable(options, path, error)
     if options.file and not there:
         problems = [f"{path}: no such file"]
-    status = PROBLEM if problems else FINE
+    status = Exit.PROBLEM if problems else Exit.FINE
     if options.json:
         print_json(options, status, file=path, exists=there, problems=problems)
     elif problems:
@@ -123,8 +112,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     """Print every setting with its value and where that comes from."""
-    from slurm_mps.config.file import effective
-    from slurm_mps.config.settings import ConfigError
+    from ..config.file import effective
+    from ..config.settings import ConfigError
 
     columns = chosen(COLUMNS, options)
     path = _path(options)
@@ -133,16 +122,16 @@ def _show(options: argparse.Namespace) -> int:
     except OSError as error:
         return _unreadable(options, path, error)
     except ConfigError as error:
-        return refuse(options, PROBLEM, *error.problems)
+        return refuse(options, Exit.PROBLEM, *error.problems)
     rows = [
         {"setting": one.name, "value": one.value, "from": _source(one, path), "default": one.default}
         for one in settings
     ]
     if options.json:
-        print_json(options, FINE, file=path, settings=rows)
+        print_json(options, Exit.FINE, file=path, settings=rows)
     else:
         print_table(rows, columns, noheader=options.noheader)
-    return FINE
+    return Exit.FINE
 
 
 def _source(setting: Setting, path: str) -> str:
@@ -153,7 +142,7 @@ def _source(setting: Setting, path: str) -> str:
 
 
 def _schema(_options: argparse.Namespace) -> int:
-    from slurm_mps.config.file import schema
+    from ..config.file import schema
 
     print(json.dumps(schema(), indent=2))
-    return FINE
+    return Exit.FINE

@@ -7,28 +7,14 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    NOT_ROOT,
-    PROBLEM,
-    USAGE,
-    Column,
-    add_table_options,
-    chosen,
-    complain,
-    console,
-    print_json,
-    print_table,
-    refuse,
-)
-from slurm_mps.units import printable
+from ..units import printable
+from .output import Column, Exit, add_table_options, chosen, complain, console, print_json, print_table, refuse
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
-    from slurm_mps.doctor.finding import Check, Finding
+    from ..doctor.finding import Check, Finding
 
 _TEXT_MAX = 600
 _MANY = 5  # checks that were left out for one reason, which may be a mistake
@@ -70,19 +56,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Examine this host and print what was found. Returns the exit status."""
-    from slurm_mps.doctor.examine import all_checks, examine, explain
+    from ..doctor.examine import all_checks, examine, explain
 
     checks = all_checks()
     if options.list:
         return _print_checks(checks, options)
     unknown = [check for check in options.checks if check not in checks]
     if unknown:
-        return refuse(options, USAGE, f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
+        return refuse(options, Exit.USAGE, f"there is no check {printable(unknown[0])!r}; see slurm-mps doctor --list")
     if options.explain:
         if not options.checks or options.json:
-            return refuse(options, USAGE, "--explain takes the name of a check, and no --json")
+            return refuse(options, Exit.USAGE, "--explain takes the name of a check, and no --json")
         print("\n\n".join(map(explain, options.checks)))
-        return FINE
+        return Exit.FINE
     columns = chosen(COLUMNS, options)
     findings = examine(os.environ, options.checks)
     status = _status(findings, strict=options.strict)
@@ -100,11 +86,11 @@ def run(options: argparse.Namespace) -> int:
 def _status(findings: Sequence[Finding], *, strict: bool) -> int:
     bad = {"problem", "warning"} if strict else {"problem"}
     if any(one.severity in bad for one in findings):
-        return PROBLEM
+        return Exit.PROBLEM
     no_slurm = any(one.check == "slurm-conf" and one.severity == "not checked" for one in findings)
     if no_slurm or all(one.severity == "not checked" for one in findings):
-        return NOT_ROOT if any(one.needs_root for one in findings) else NOT_HERE
-    return FINE
+        return Exit.NOT_ROOT if any(one.needs_root for one in findings) else Exit.NOT_HERE
+    return Exit.FINE
 
 
 def _print_checks(checks: Mapping[str, Check], options: argparse.Namespace) -> int:
@@ -112,10 +98,10 @@ def _print_checks(checks: Mapping[str, Check], options: argparse.Namespace) -> i
     columns = chosen(LIST_COLUMNS, options)
     rows = [{"check": one.id, "question": one.question, "where": one.where} for one in checks.values()]
     if options.json:
-        print_json(options, FINE, checks=rows)
+        print_json(options, Exit.FINE, checks=rows)
     else:
         print_table(rows, columns, noheader=options.noheader)
-    return FINE
+    return Exit.FINE
 
 
 def _shown(findings: Sequence[Finding], *, verbose: bool) -> list[Finding]:

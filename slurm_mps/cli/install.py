@@ -9,24 +9,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    NOT_ROOT,
-    PROBLEM,
-    Column,
-    add_json_option,
-    complain,
-    print_json,
-    print_table,
-    refuse,
-)
-from slurm_mps.units import printable
+from ..units import printable
+from .output import Column, Exit, add_json_option, complain, print_json, print_table, refuse
 
 if TYPE_CHECKING:
-    from slurm_mps.install.actions import Installed, Uninstalled
-    from slurm_mps.install.by_hand import Todo
-    from slurm_mps.install.changes import Comparison
+    from ..install.actions import Installed, Uninstalled
+    from ..install.by_hand import Todo
+    from ..install.changes import Comparison
 
 _DOCTOR_SECONDS = 30
 _COLUMNS = (Column("what", "WHAT"), Column("path", "PATH"))
@@ -104,53 +93,53 @@ def _headers(text: str) -> str:
 
 
 def _not_root(command: str, options: argparse.Namespace) -> int:
-    return refuse(options, NOT_ROOT, f"{command} reads and changes what belongs to root; run it as root")
+    return refuse(options, Exit.NOT_ROOT, f"{command} reads and changes what belongs to root; run it as root")
 
 
 def run_install(options: argparse.Namespace) -> int:
     """Install, or show what would be done. Returns the exit status."""
     if os.geteuid() != 0:
         return _not_root("install", options)
-    from slurm_mps.errors import MpsError
-    from slurm_mps.install.actions import install
-    from slurm_mps.install.plan import Options
-    from slurm_mps.slurm.host import NoSlurmError
+    from ..errors import MpsError
+    from ..install.actions import install
+    from ..install.plan import Options
+    from ..slurm.host import NoSlurmError
 
     chosen = Options(options.slurm_conf, options.plugin, options.plugin_dir, options.slurm_include, options.login_node)
     try:
         done = install(chosen, os.environ, dry_run=options.dry_run)
     except NoSlurmError as error:
-        return refuse(options, NOT_HERE, str(error))
+        return refuse(options, Exit.NOT_HERE, str(error))
     except MpsError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, Exit.PROBLEM, str(error))
     if options.json:
         _report_install(done, options)
     else:
         _print_install(done)
     if not (options.dry_run or options.json or options.no_doctor):
         _doctor()
-    return PROBLEM if done.problems else FINE
+    return Exit.PROBLEM if done.problems else Exit.FINE
 
 
 def run_uninstall(options: argparse.Namespace) -> int:
     """Uninstall, or say what would be done. Returns the exit status."""
     if os.geteuid() != 0:
         return _not_root("uninstall", options)
-    from slurm_mps.errors import MpsError
-    from slurm_mps.install.actions import uninstall
+    from ..errors import MpsError
+    from ..install.actions import uninstall
 
     try:
         done = uninstall(options.slurm_conf, os.environ, force=options.force, dry_run=options.dry_run)
     except MpsError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, Exit.PROBLEM, str(error))
     if options.json:
         changes = [{"path": one.path, "what": one.what, "kept": one.kept} for one in done.undone]
-        status = PROBLEM if done.problems else FINE
+        status = Exit.PROBLEM if done.problems else Exit.FINE
         problems = done.problems + done.remarks
         print_json(options, status, dry_run=options.dry_run, changes=changes, problems=problems)
     else:
         _print_uninstall(done, dry_run=options.dry_run)
-    return PROBLEM if done.problems else FINE
+    return Exit.PROBLEM if done.problems else Exit.FINE
 
 
 # ------------------------------------------------------------------------------------------------------- printing
@@ -168,7 +157,7 @@ def _what(one: Comparison, *, dry_run: bool) -> str:
 def _report_install(done: Installed, options: argparse.Namespace) -> None:
     print_json(
         options,
-        PROBLEM if done.problems else FINE,
+        Exit.PROBLEM if done.problems else Exit.FINE,
         dry_run=done.dry_run,
         slurm_release=done.release,
         changes=[
@@ -250,9 +239,9 @@ def _doctor() -> None:
             timeout=_DOCTOR_SECONDS,
             check=False,
         ).returncode
-        if status == PROBLEM:
+        if status == Exit.PROBLEM:
             complain("installed, but jobs with --mps will fail until the problems above are fixed")
-        if status not in range(NOT_ROOT + 1):
+        if status not in range(Exit.NOT_ROOT + 1):
             complain(f"doctor did not run to its end (exit {status})")
     except subprocess.TimeoutExpired:
         complain(f"doctor did not end within {_DOCTOR_SECONDS} s")

@@ -6,18 +6,18 @@ import sys
 from time import localtime, strftime
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, USAGE, add_json_option, complain, print_json, refuse
-from slurm_mps.cli.status import job_name, job_numbers
-from slurm_mps.units import printable
+from ..units import printable
+from .output import Exit, add_json_option, complain, print_json, refuse
+from .status import job_name, job_numbers
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
     from typing import Any
 
-    from slurm_mps.job.verdict import DaemonPlace
-    from slurm_mps.job_log.events import Event
-    from slurm_mps.job_log.read import DaemonLogs
+    from ..job.verdict import DaemonPlace
+    from ..job_log.events import Event
+    from ..job_log.read import DaemonLogs
 
 _EVENTS_MAX = 20_000
 _LINE_MAX = 1000
@@ -41,29 +41,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Print what the logs of a job say. Returns the exit status."""
-    from slurm_mps.errors import NodeError
+    from ..errors import NodeError
 
     if options.job is None:
-        return refuse(options, USAGE, "which job? slurm-mps logs JOBID; slurm-mps status lists the jobs of this node")
+        return refuse(
+            options, Exit.USAGE, "which job? slurm-mps logs JOBID; slurm-mps status lists the jobs of this node"
+        )
     if options.raw and (options.trouble or options.json):
-        return refuse(options, USAGE, "--raw prints the logs themselves; leave out --trouble and --json")
+        return refuse(options, Exit.USAGE, "--raw prints the logs themselves; leave out --trouble and --json")
     try:
         (job_id,) = job_numbers([options.job])
         places, logs = _find(job_id)
         if not logs:
             message = f"there are no logs of job {options.job} on this node; ask on a node that it ran on"
-            return refuse(options, NOT_HERE, message)
+            return refuse(options, Exit.NOT_HERE, message)
         return _print_raw(logs) if options.raw else _print(options, job_id, places, logs)
     except PermissionError:
-        return refuse(options, NOT_ROOT, f"the logs of job {options.job} are for its user and for root")
+        return refuse(options, Exit.NOT_ROOT, f"the logs of job {options.job} are for its user and for root")
     except NodeError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, Exit.PROBLEM, str(error))
 
 
 def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
     """The job's daemons, by name, where it still runs; and where the logs of each lie."""
-    from slurm_mps.job.told import read_verdict
-    from slurm_mps.job_log.read import DaemonLogs, find_logs
+    from ..job.told import read_verdict
+    from ..job_log.read import DaemonLogs, find_logs
 
     verdict = read_verdict(job_id)
     if verdict and verdict.daemons:
@@ -74,8 +76,8 @@ def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
 
 def _log_root() -> str:
     """Where the site keeps logs; the default where its configuration cannot be read."""
-    from slurm_mps.config.file import parse_config
-    from slurm_mps.config.settings import CONFIG_PATH, DEFAULTS, ConfigError
+    from ..config.file import parse_config
+    from ..config.settings import CONFIG_PATH, DEFAULTS, ConfigError
 
     try:
         with open(CONFIG_PATH, "rb") as file:
@@ -85,7 +87,7 @@ def _log_root() -> str:
 
 
 def _print_raw(logs: list[DaemonLogs]) -> int:
-    from slurm_mps.job_log.read import CONTROL_LOG, SERVER_LOG, read_log
+    from ..job_log.read import CONTROL_LOG, SERVER_LOG, read_log
 
     for one in logs:
         for name in (CONTROL_LOG, SERVER_LOG):
@@ -93,18 +95,18 @@ def _print_raw(logs: list[DaemonLogs]) -> int:
             for line in read_log(one.directory, name).decode("utf-8", "replace").splitlines():
                 print(printable(line, _LINE_MAX))
     sys.stdout.flush()
-    return FINE
+    return Exit.FINE
 
 
 def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPlace], logs: list[DaemonLogs]) -> int:
-    from slurm_mps.job_log.read import events_of
-    from slurm_mps.job_log.words import TROUBLE, describe
+    from ..job_log.read import events_of
+    from ..job_log.words import TROUBLE, describe
 
     found = [(one, event) for one in logs for event in events_of(one)]
     found.sort(key=lambda pair: pair[1].seconds)
     if not found:  # a control daemon's first line is that it has started
-        return refuse(options, PROBLEM, f"the logs in {logs[0].directory} say nothing; is the file system full?")
-    status = PROBLEM if any(event.kind in TROUBLE for _, event in found) else FINE
+        return refuse(options, Exit.PROBLEM, f"the logs in {logs[0].directory} say nothing; is the file system full?")
+    status = Exit.PROBLEM if any(event.kind in TROUBLE for _, event in found) else Exit.FINE
     if options.trouble:
         found = [pair for pair in found if pair[1].kind in TROUBLE]
     if len(found) > _EVENTS_MAX:
@@ -127,7 +129,7 @@ def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPla
 
 def _namer(*, running: bool) -> Callable[[int], str]:
     """What a client is called: while its job runs also by its rank, as far as its environment tells."""
-    from slurm_mps.node.reading import environments_of
+    from ..node.reading import environments_of
 
     known: dict[int, str] = {}
 

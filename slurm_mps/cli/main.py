@@ -11,21 +11,9 @@ import errno
 import os
 import sys
 
-from slurm_mps import __version__
-from slurm_mps.cli import (
-    completion,
-    config,
-    doctor,
-    install,
-    logs,
-    metrics,
-    plan,
-    reconcile,
-    status,
-    top,
-    verify,
-)
-from slurm_mps.cli.output import PROBLEM, Parser, complain, parse
+from .. import __version__
+from . import completion, config, doctor, install, logs, metrics, plan, reconcile, status, top, verify
+from .output import Exit, Parser, complain, parse
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -35,24 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slurm-mps", description="CUDA MPS as an option of Slurm.")
     parser.add_argument("--version", action="version", version=f"slurm-mps {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    config.add_parser(commands)
-    verify.add_parser(commands)
-    reconcile.add_parser(commands)
-    status.add_parser(commands)
-    top.add_parser(commands)
-    logs.add_parser(commands)
-    metrics.add_parser(commands)
-    doctor.add_parser(commands)
-    plan.add_parser(commands)
-    install.add_parser(commands)
+    for command in (config, verify, reconcile, status, top, logs, metrics, doctor, plan, install):
+        command.add_parser(commands)
     completion.add_parser(commands, parser)
     return parser
-
-
-def command_names(parser: argparse.ArgumentParser) -> list[str]:
-    """The names of a parser's commands; none where it has options only."""
-    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001
-    return [*next(found, ())]
 
 
 def _open_missing() -> None:
@@ -84,12 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it has enough
-        status = PROBLEM
+        status = Exit.PROBLEM
     except OSError as error:
         if error.errno not in _NOT_WRITTEN:
             raise
         complain(f"the output cannot be written: {error.strerror}")
-        status = PROBLEM
+        status = Exit.PROBLEM
     else:
         return status
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter, too, flushes at its end

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import FINE, NOT_HERE, NOT_ROOT, PROBLEM, complain, leave
-
-if TYPE_CHECKING:
-    import argparse
-
-    from slurm_mps.status.node import NodeView
+from .output import Exit, leave, refuse
 
 _CONFIG_SECONDS = 30.0
 
@@ -32,49 +27,44 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Count, look, write. Returns the exit status."""
     if os.geteuid() != 0:
-        complain("metrics reads what belongs to root; run it as root")
-        return NOT_ROOT
-    from slurm_mps.errors import MpsError
+        return refuse(options, Exit.NOT_ROOT, "metrics reads what belongs to root; run it as root")
+    from ..errors import MpsError
 
     try:
-        status, view = _run(options)
+        return _run(options)
     except ImportError:
-        complain(f"the Prometheus client library is missing: {sys.executable} -m pip install prometheus-client")
-        return NOT_HERE
+        missing = f"the Prometheus client library is missing: {sys.executable} -m pip install prometheus-client"
+        return refuse(options, Exit.NOT_HERE, missing)
     except MpsError as error:
-        complain(str(error))
-        return PROBLEM
-    if view and view.stuck:
-        leave(status)
-    return status
+        return refuse(options, Exit.PROBLEM, str(error))
 
 
-def _run(options: argparse.Namespace) -> tuple[int, NodeView | None]:
-    from slurm_mps.config.load import load_config
-    from slurm_mps.job.state import NodeState
-    from slurm_mps.metrics.count import count
-    from slurm_mps.metrics.expose import text
-    from slurm_mps.status.node import look
+def _run(options: argparse.Namespace) -> int:
+    from ..config.load import load_config
+    from ..job.state import NodeState
+    from ..metrics.count import count
+    from ..metrics.expose import text
+    from ..status.node import look
 
     config = load_config(None, _CONFIG_SECONDS)
     if config.metrics_textfile == "none" and not options.print:
-        complain("metrics are off: metrics.textfile of mps.toml says where they are to be written")
-        return NOT_HERE, None
+        return refuse(options, Exit.NOT_HERE, "metrics are off: metrics.textfile of mps.toml says where they go")
     try:
         state = NodeState(make=False)
     except FileNotFoundError:
         state = None
     view = look(sparing=True)
     if state is None or view is None:
-        complain("slurm-mps has not been used since this node started")
-        return NOT_HERE, None
+        return refuse(options, Exit.NOT_HERE, "slurm-mps has not been used since this node started")
     data = text(count(state, config.paths_logs, keep=not options.print), view)
     if options.print:
         sys.stdout.write(data.decode())
         sys.stdout.flush()
     else:
         _write(config.metrics_textfile, data)
-    return FINE, view
+    if view.stuck:
+        leave(Exit.FINE)
+    return Exit.FINE
 
 
 def _write(path: str, data: bytes) -> None:
@@ -82,8 +72,8 @@ def _write(path: str, data: bytes) -> None:
 
     Raises: NodeError, also when others than root could have put something in its way.
     """
-    from slurm_mps.errors import NodeError
-    from slurm_mps.node.files import open_trusted
+    from ..errors import NodeError
+    from ..node.files import open_trusted
 
     directory, _, name = path.rpartition("/")
     try:

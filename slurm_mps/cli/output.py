@@ -13,34 +13,37 @@ import argparse
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from slurm_mps import __version__
-from slurm_mps.units import printable
+from .. import __version__
+from ..units import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any, NoReturn
-
     from rich.console import Console
     from rich.table import Table
 
-FINE, PROBLEM, USAGE, NOT_HERE, NOT_ROOT = range(5)
 _WIDEST = 100_000  # a table in a pipe is never folded
 
 
+class Exit(IntEnum):
+    """The exit status of a command."""
+
+    FINE, PROBLEM, USAGE, NOT_HERE, NOT_ROOT = range(5)
+
+
+@dataclass(frozen=True)
 class Column:
     """One field of a table: its name for ``-o`` and its heading."""
 
-    def __init__(
-        self, name: str, heading: str, *, right: bool = False, hidden: bool = False, spare: int = 0, longest: int = 200
-    ) -> None:
-        self.name = name
-        self.heading = heading
-        self.right = right  #: numbers stand right
-        self.hidden = hidden  #: shown only when asked for
-        self.spare = spare  #: where a terminal is too narrow, the highest goes first
-        self.longest = longest  #: no cell has more characters
+    name: str
+    heading: str
+    right: bool = False  #: numbers stand right
+    hidden: bool = False  #: shown only when asked for
+    spare: int = 0  #: where a terminal is too narrow, the highest goes first
+    longest: int = 200  #: no cell has more characters
 
 
 class WrongUsageError(Exception):
@@ -70,13 +73,13 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         return _parse(parser, arguments)
     except WrongUsageError as error:
         if _is_said_elsewhere(error.options):
-            raise SystemExit(FINE) from None
+            raise SystemExit(Exit.FINE) from None
         error.parser.print_usage(sys.stderr)
         print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
         report = getattr(error.options, "report", None)
         if report and any(len(word) > 2 and "--json".startswith(word) for word in arguments):
-            _print_report(report, USAGE, {"error": str(error)})
-        raise SystemExit(USAGE) from None
+            _print_report(report, Exit.USAGE, {"error": str(error)})
+        raise SystemExit(Exit.USAGE) from None
 
 
 def _is_said_elsewhere(options: argparse.Namespace) -> bool:
@@ -93,15 +96,31 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     return options
 
 
+def seconds(least: float, most: float) -> Callable[[str], float]:
+    """A reader of an option's seconds."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, {least:g} to {most:g}")
+        return value
+
+    return read
+
+
 def add_json_option(parser: argparse.ArgumentParser, report: str) -> None:
     """``--json``; `report` is the report's kind and version, such as ``status/1``."""
     parser.add_argument("--json", action="store_true", help="print a report for programs")
     parser.set_defaults(report=report)
 
 
-def add_table_options(parser: argparse.ArgumentParser, columns: Sequence[Column], report: str) -> None:
-    """``--json``, ``-o`` and ``--noheader``, as Slurm's own commands have them."""
-    add_json_option(parser, report)
+def add_table_options(parser: argparse.ArgumentParser, columns: Sequence[Column], report: str = "") -> None:
+    """``-o`` and ``--noheader``, as Slurm's own commands have them, and ``--json`` where there is a report."""
+    if report:
+        add_json_option(parser, report)
     names = ",".join(column.name for column in columns)
     parser.add_argument("-o", "--format", metavar="FIELDS", help=f"which columns, in this order: {names}")
     parser.add_argument("-n", "--noheader", action="store_true", help="leave out the headings")
@@ -119,7 +138,7 @@ def chosen(columns: Sequence[Column], options: argparse.Namespace) -> list[Colum
     unknown = [name for name in names if name not in known]
     if unknown:
         message = f"--format={options.format}: there is no field {unknown[0]!r}; choose from {','.join(known)}"
-        raise SystemExit(refuse(options, USAGE, message))
+        raise SystemExit(refuse(options, Exit.USAGE, message))
     return [known[name] for name in names]
 
 
@@ -145,7 +164,6 @@ def make_table(
     columns: Sequence[Column],
     *,
     noheader: bool = False,
-    style: str = "style",
     widths: Mapping[str, int] | None = None,
 ) -> Table:
     """`rows` name their cells as the columns do; the key `style` holds a row's colour, if any.
@@ -165,7 +183,7 @@ def make_table(
         )
     for row in rows:
         cells = [_cell(row.get(column.name), column.longest) for column in columns]
-        table.add_row(*cells, style=str(row.get(style) or "") or None)
+        table.add_row(*cells, style=str(row.get("style") or "") or None)
     return table
 
 
@@ -213,11 +231,11 @@ def _print_report(report: str, status: int, fields: Mapping[str, Any]) -> None:
 
 def refuse(options: argparse.Namespace, status: int, *messages: str) -> int:
     """Say why there is no answer: on stderr, and with --json also in a report without one. Returns the exit status."""
-    if status == USAGE and _is_said_elsewhere(options):
-        return FINE
+    if status == Exit.USAGE and _is_said_elsewhere(options):
+        return Exit.FINE
     for message in messages:
         complain(message)
-    if getattr(options, "json", False):  # top has no report
+    if getattr(options, "json", False):  # top and metrics have no report
         print_json(options, status, error="; ".join(messages))
     return status
 

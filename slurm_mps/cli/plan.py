@@ -8,23 +8,13 @@ import pwd
 import sys
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    NOT_ROOT,
-    PROBLEM,
-    USAGE,
-    add_json_option,
-    complain,
-    print_json,
-    refuse,
-)
-from slurm_mps.units import printable
+from ..units import printable
+from .output import Exit, add_json_option, complain, print_json, refuse
 
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.job.plan import Plan
+    from ..job.plan import Plan
 
 _DEADLINE_SECONDS = 20.0
 
@@ -55,17 +45,17 @@ def run(options: argparse.Namespace) -> int:
     """Make the plan and print it. Returns the exit status."""
     uid = _uid(options.user)
     if uid is None:
-        return refuse(options, USAGE, f"--user={options.user}: there is no such user")
-    from slurm_mps.job.preview import part_of_gres
+        return refuse(options, Exit.USAGE, f"--user={options.user}: there is no such user")
+    from ..job.preview import part_of_gres
 
     if not _asked(options) and not part_of_gres(options.gres or ""):
-        return refuse(options, USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
+        return refuse(options, Exit.USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
     if options.mps == "off":
-        return refuse(options, USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")
-    from slurm_mps.job.watch import Watch
+        return refuse(options, Exit.USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")
+    from ..job.watch import Watch
 
     def give_up(message: str) -> int:
-        return refuse(options, PROBLEM, message)
+        return refuse(options, Exit.PROBLEM, message)
 
     Watch(_DEADLINE_SECONDS, give_up)
     status = _answer(options, uid)
@@ -75,24 +65,24 @@ def run(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> dict[str, str]:
     """Those of sbatch's MPS options that were given, and their values."""
-    from slurm_mps.job.request import VARIABLES
+    from ..job.request import VARIABLES
 
     values = {option: getattr(options, option[2:].replace("-", "_")) for option in VARIABLES}
     return {option: value for option, value in values.items() if value is not None}
 
 
 def _answer(options: argparse.Namespace, uid: int) -> int:
-    from slurm_mps.config.settings import CONFIG_PATH
-    from slurm_mps.errors import NodeError, RequestError
-    from slurm_mps.job.preview import NoGpuError, Wish, rehearse, sees_holders
-    from slurm_mps.node.nvml import Gpus
+    from ..config.settings import CONFIG_PATH
+    from ..errors import NodeError, RequestError
+    from ..job.preview import NoGpuError, Wish, rehearse, sees_holders
+    from ..node.nvml import Gpus
 
     wish = Wish(_asked(options), options.gres, options.devices, options.partition)
     wrong = _wrong_device(options.devices or "")
     if wrong:
-        return refuse(options, USAGE, f"--devices={printable(options.devices)}: {wrong}")
+        return refuse(options, Exit.USAGE, f"--devices={printable(options.devices)}: {wrong}")
     if _is_closed(CONFIG_PATH):
-        return refuse(options, NOT_ROOT, f"{CONFIG_PATH}: {os.strerror(errno.EACCES)}")
+        return refuse(options, Exit.NOT_ROOT, f"{CONFIG_PATH}: {os.strerror(errno.EACCES)}")
     try:
         plan = rehearse(wish, uid, Gpus())
     except NoGpuError as error:
@@ -101,18 +91,18 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         return _refuse(str(error), "the job's tasks would fail with this", options)
     except NodeError as error:
         if not os.path.exists("/dev/nvidiactl"):
-            return refuse(options, NOT_HERE, f"this is no GPU node: {error}")
+            return refuse(options, Exit.NOT_HERE, f"this is no GPU node: {error}")
         return _refuse(str(error), "a fault of this node", options)
     if not sees_holders():
         complain("only root sees whether another job holds these GPUs now")
     _print(plan, options, _partition_settings(options.partition))
-    return FINE
+    return Exit.FINE
 
 
 def _partition_settings(partition: str) -> dict[str, object]:
     """What mps.toml's table of a partition sets for its jobs."""
-    from slurm_mps.config.file import effective
-    from slurm_mps.config.settings import CONFIG_PATH
+    from ..config.file import effective
+    from ..config.settings import CONFIG_PATH
 
     if not partition or not os.path.exists(CONFIG_PATH):
         return {}
@@ -149,14 +139,14 @@ def _wrong_device(names: str) -> str:
 def _refuse(message: str, meaning: str, options: argparse.Namespace) -> int:
     """Tell the message that the job's user, or the admin, would read."""
     if options.json:
-        print_json(options, PROBLEM, problem=message, meaning=meaning, actions=[])
+        print_json(options, Exit.PROBLEM, problem=message, meaning=meaning, actions=[])
     else:
         complain(f"{message} ({meaning})")
-    return PROBLEM
+    return Exit.PROBLEM
 
 
 def _print(plan: Plan, options: argparse.Namespace, of_partition: dict[str, object]) -> None:
-    from slurm_mps.job.preview import sees_holders
+    from ..job.preview import sees_holders
 
     actions = []
     for action in plan.actions:
@@ -172,7 +162,7 @@ def _print(plan: Plan, options: argparse.Namespace, of_partition: dict[str, obje
         gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
         print_json(
             options,
-            FINE,
+            Exit.FINE,
             partition_settings=of_partition,
             gpus=gpus,
             clients_per_gpu=plan.clients_per_gpu,

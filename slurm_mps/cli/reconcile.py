@@ -6,24 +6,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    NOT_ROOT,
-    PROBLEM,
-    Column,
-    add_table_options,
-    chosen,
-    complain,
-    print_json,
-    print_table,
-    refuse,
-)
+from .output import Column, Exit, add_table_options, chosen, complain, print_json, print_table, refuse
 
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.job.reconcile import Repair
+    from ..job.reconcile import Repair
 
 COLUMNS = (
     Column("thing", "THING"),
@@ -51,11 +39,11 @@ def run(options: argparse.Namespace) -> int:
     """Repair this node and print what was found. Returns the exit status where there was nothing to look at."""
     columns = chosen(COLUMNS, options)
     if os.geteuid() != 0:
-        return refuse(options, NOT_ROOT, "reconcile changes what belongs to root; run it as root")
-    from slurm_mps.errors import MpsError
-    from slurm_mps.job.reconcile import LEFT, Reconciler, Repair
-    from slurm_mps.job.watch import Watch
-    from slurm_mps.node.nvml import Gpus
+        return refuse(options, Exit.NOT_ROOT, "reconcile changes what belongs to root; run it as root")
+    from ..errors import MpsError
+    from ..job.reconcile import LEFT, Reconciler, Repair
+    from ..job.watch import Watch
+    from ..node.nvml import Gpus
 
     os.chdir("/")
     repairs: list[Repair] = []
@@ -68,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     reconciler = Reconciler(os.environ, Gpus(), watch, repairs.append, dry_run=options.dry_run)
     try:
         if not reconciler.run():
-            os._exit(refuse(options, NOT_HERE, "nothing of slurm-mps is on this node"))
+            os._exit(refuse(options, Exit.NOT_HERE, "nothing of slurm-mps is on this node"))
     except MpsError as error:
         repairs.append(Repair("this node", LEFT, str(error)))
     status = _print(repairs, columns, options)
@@ -78,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _print(repairs: list[Repair], columns: list[Column], options: argparse.Namespace) -> int:
     """The repairs, without the jobs that are merely not over; as a report for programs all of them."""
-    from slurm_mps.job.reconcile import KEPT, LEFT
+    from ..job.reconcile import KEPT, LEFT
 
-    status = PROBLEM if any(repair.outcome == LEFT for repair in repairs) else FINE
+    status = Exit.PROBLEM if any(repair.outcome == LEFT for repair in repairs) else Exit.FINE
     if options.json:
         print_json(options, status, dry_run=options.dry_run, repairs=[vars(repair) for repair in repairs])
         return status

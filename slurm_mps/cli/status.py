@@ -8,26 +8,15 @@ from argparse import ArgumentTypeError
 from functools import cache
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    PROBLEM,
-    USAGE,
-    Column,
-    add_table_options,
-    chosen,
-    complain,
-    print_json,
-    refuse,
-)
-from slurm_mps.units import MIB
+from ..units import MIB
+from .output import Column, Exit, add_table_options, chosen, complain, print_json, refuse, seconds
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-    from slurm_mps.status.node import ClientView, DaemonView, GpuView, JobView, NodeView
+    from ..status.node import ClientView, DaemonView, GpuView, JobView, NodeView
 
 COLUMNS = (
     Column("job", "JOB", right=True),
@@ -49,20 +38,8 @@ COLUMNS = (
 #: As nvidia-smi's table writes compute modes.
 MODE_WORDS = {0: "Default", 1: "E. Thread", 2: "Prohibited", 3: "E. Process"}
 _GPU_LETTERS = len("GPU-51000000-99a9")
-_SECONDS_MAX = 60.0
 _SLURM_SECONDS = 15.0
 _JOB_NAME = re.compile(r"[0-9]{1,10}(?:[_+][0-9]{1,10})?")
-
-
-def seconds(text: str) -> float:
-    """Raises: ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= _SECONDS_MAX:
-        raise ArgumentTypeError(f"{text!r}: expected seconds, 0.1 to {_SECONDS_MAX:g}")
-    return value
 
 
 def job_name(text: str) -> str:
@@ -74,7 +51,7 @@ def job_name(text: str) -> str:
 
 def job_numbers(names: Iterable[str]) -> list[int]:
     """The number that each of these jobs has beside its name, which Slurm is asked for. Raises: NodeError."""
-    from slurm_mps.slurm.jobs import number_of
+    from ..slurm.jobs import number_of
 
     return [int(name) if name.isdecimal() else number_of(name, os.environ, _SLURM_SECONDS) for name in names]
 
@@ -95,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("-w", "--nodelist", metavar="NODES", help="with --cluster: on these nodes alone")
     parser.add_argument(
-        "--timeout", type=seconds, default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
+        "--timeout", type=seconds(0.1, 60), default=2.0, metavar="SECONDS", help="for each control daemon's answer (2)"
     )
     add_table_options(parser, COLUMNS, "status/1")
     parser.set_defaults(run=run)
@@ -104,28 +81,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Print what is on this node. Returns the exit status."""
     if options.cluster:
-        from slurm_mps.cli import cluster
+        from . import cluster
 
         return cluster.run(options)
     if options.nodelist:
-        return refuse(options, USAGE, "-w goes with --cluster; without it status shows the node that it runs on")
-    from slurm_mps.cli.output import leave
-    from slurm_mps.errors import NodeError
-    from slurm_mps.status.node import look
+        return refuse(options, Exit.USAGE, "-w goes with --cluster; without it status shows the node that it runs on")
+    from ..errors import NodeError
+    from ..status.node import look
+    from .output import leave
 
     columns = chosen(COLUMNS, options)
     try:
         view = look(job_numbers(options.jobs), options.timeout)
     except NodeError as error:
-        return refuse(options, PROBLEM, str(error))
+        return refuse(options, Exit.PROBLEM, str(error))
     if view is None:
         return refuse(
             options,
-            NOT_HERE,
+            Exit.NOT_HERE,
             "slurm-mps has not been used since this node started; is this a compute node? "
             "Of a job elsewhere: srun --overlap --jobid=JOBID slurm-mps status",
         )
-    status = PROBLEM if view.problems else FINE
+    status = Exit.PROBLEM if view.problems else Exit.FINE
     _print(view, columns, options, status)
     if view.stuck:
         leave(status)
@@ -133,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(view: NodeView, columns: list[Column], options: argparse.Namespace, status: int) -> None:
-    from slurm_mps.cli.output import print_table
+    from .output import print_table
 
     if options.json:
         print_json(options, status, **document(view))
@@ -194,7 +171,7 @@ def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
             "state": state,
             "style": "red" if state in ("silent", "no server") else "",
         }
-    from slurm_mps.status.daemon import WELL
+    from ..status.daemon import WELL
 
     server = daemon.servers[0]
     well = server.state in WELL
@@ -262,7 +239,7 @@ def _daemon(daemon: DaemonView) -> dict[str, Any]:
 
 
 def _gpu(gpu: GpuView) -> dict[str, Any]:
-    from slurm_mps.node.nvml import COMPUTE_MODES
+    from ..node.nvml import COMPUTE_MODES
 
     return {
         "uuid": gpu.uuid,

@@ -7,16 +7,16 @@ import sys
 from time import monotonic, strftime
 from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import FINE, NOT_HERE, PROBLEM, Column, chosen, complain, leave
-from slurm_mps.cli.status import COLUMNS, job_name, job_numbers, remarks, rows, seconds
+from .output import Column, Exit, add_table_options, chosen, leave, refuse, seconds
+from .status import COLUMNS, job_name, job_numbers, remarks, rows
 
 if TYPE_CHECKING:
     import argparse
 
     from rich.console import RenderableType
 
-    from slurm_mps.status.daemon import Memory
-    from slurm_mps.status.node import NodeView
+    from ..status.daemon import Memory
+    from ..status.node import NodeView
 
 _QUIT = (b"q", b"Q", b"\x03", b"\x04")
 _REMARKS_MAX = 5
@@ -34,11 +34,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("jobs", nargs="*", type=job_name, metavar="JOBID", help="these jobs alone")
     parser.add_argument(
-        "-i", "--iterate", type=seconds, default=2.0, metavar="SECONDS", help="look again after so long (2)"
+        "-i", "--iterate", type=seconds(0.1, 60), default=2.0, metavar="SECONDS", help="look again after so long (2)"
     )
-    names = ",".join(column.name for column in COLUMNS)
-    parser.add_argument("-o", "--format", metavar="FIELDS", help=f"which columns, in this order: {names}")
-    parser.add_argument("-n", "--noheader", action="store_true", help="leave out the headings")
+    add_table_options(parser, COLUMNS)
     parser.set_defaults(run=run)
 
 
@@ -46,27 +44,26 @@ def run(options: argparse.Namespace) -> int:
     """Show this node until told to stop. Returns the exit status."""
     columns = chosen(COLUMNS, options)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
-        complain("top needs a terminal; slurm-mps status prints the same once")
-        return NOT_HERE
-    from slurm_mps.errors import NodeError
-    from slurm_mps.status.daemon import Memory
-    from slurm_mps.status.node import look
+        return refuse(options, Exit.NOT_HERE, "top needs a terminal; slurm-mps status prints the same once")
+    from ..errors import NodeError
+    from ..status.daemon import Memory
+    from ..status.node import look
 
     try:
         options.jobs = job_numbers(options.jobs)
     except NodeError as error:
-        complain(str(error))
-        return PROBLEM
+        return refuse(options, Exit.PROBLEM, str(error))
     memory = Memory()
     view = look(options.jobs, memory=memory)
     if view is None:
-        complain("slurm-mps has not been used since this node started; is this a compute node?")
-        return NOT_HERE
+        return refuse(
+            options, Exit.NOT_HERE, "slurm-mps has not been used since this node started; is this a compute node?"
+        )
     ends = _ends()
     view = _live(view, memory, columns, options, ends)
     if view.stuck:
-        leave(FINE)
-    return FINE
+        leave(Exit.FINE)
+    return Exit.FINE
 
 
 def _ends() -> int:
@@ -91,8 +88,8 @@ def _live(view: NodeView, memory: Memory, columns: list[Column], options: argpar
 
     from rich.live import Live
 
-    from slurm_mps.cli.output import console
-    from slurm_mps.status.node import look
+    from ..status.node import look
+    from .output import console
 
     out = console(fitted=True)
     terminal = sys.stdin.fileno()
@@ -132,8 +129,8 @@ def _frame(
     from rich.console import Group
     from rich.text import Text
 
-    from slurm_mps.cli.output import fitting, make_table
-    from slurm_mps.units import printable
+    from ..units import printable
+    from .output import fitting, make_table
 
     clients = {client.pid for job in view.jobs for d in job.daemons for gpu in d.gpus for client in gpu.clients}
     listed = list(rows(view))

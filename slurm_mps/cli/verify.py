@@ -5,28 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from argparse import ArgumentTypeError
 from time import monotonic, sleep
+from typing import TYPE_CHECKING
 
-from slurm_mps.cli.output import (
-    FINE,
-    NOT_HERE,
-    PROBLEM,
-    Column,
-    add_table_options,
-    chosen,
-    complain,
-    print_json,
-    print_table,
-    refuse,
-)
+from .output import Column, Exit, add_table_options, chosen, complain, print_json, print_table, refuse, seconds
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from slurm_mps.verify.report import Evidence
-    from slurm_mps.verify.step import Step
+    from ..verify.report import Evidence
+    from ..verify.step import Step
 
 COLUMNS = (
     Column("node", "NODE"),
@@ -44,18 +32,6 @@ COLUMNS = (
 )
 #: How wide the cells of a column can become, where its heading is not as wide anyway.
 _WIDTHS = {"gpu": 17, "pid": 7, "server": 7, "sms": 7, "uuid": 40}
-_SECONDS_MAX = 600.0
-
-
-def _seconds(text: str) -> float:
-    """Raises: ArgumentTypeError."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= _SECONDS_MAX:
-        raise ArgumentTypeError(f"{text!r}: expected seconds, 1 to {_SECONDS_MAX:g}")
-    return seconds
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -67,12 +43,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "prints it. Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not in a Slurm step or no CUDA driver here.",
     )
     add_table_options(parser, COLUMNS, "verify/1")
-    parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="for each rank's report (10)")
+    parser.add_argument(
+        "--timeout", type=seconds(1, 600), default=10, metavar="SECONDS", help="for each rank's report (10)"
+    )
     parser.set_defaults(run=run, is_said_elsewhere=_first_rank_says_it)
 
 
 def _step() -> Step | None:
-    from slurm_mps.verify.step import read_step
+    from ..verify.step import read_step
 
     return read_step(os.environ, os.uname().nodename)
 
@@ -85,9 +63,9 @@ def _first_rank_says_it() -> bool:
 
 def _is_component_without_gpu(step: Step) -> bool:
     """Whether this node's part of a heterogeneous job was refused MPS for having no GPU, and runs all the same."""
-    from slurm_mps.errors import NodeError
-    from slurm_mps.job.told import read_verdict
-    from slurm_mps.job.verdict import NO_GPU
+    from ..errors import NodeError
+    from ..job.told import read_verdict
+    from ..job.verdict import NO_GPU
 
     try:
         verdicts = [read_verdict(int(job_id)) for job_id in step.job_ids] if len(step.job_ids) > 1 else []
@@ -101,15 +79,15 @@ def run(options: argparse.Namespace) -> int:
     columns = chosen(COLUMNS, options)
     step = _step()
     if step is None:
-        return refuse(options, NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
+        return refuse(options, Exit.NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
     if _is_component_without_gpu(step):
         if step.is_first:
             complain(f"{step.node}: this component of the job has no GPU and runs without MPS")
             if options.json:
-                print_json(options, FINE, node=step.node, problems=[], ranks=[], daemons=[])
-        return FINE
-    from slurm_mps.verify.look import report_node, report_rank
-    from slurm_mps.verify.meeting import MeetingError
+                print_json(options, Exit.FINE, node=step.node, problems=[], ranks=[], daemons=[])
+        return Exit.FINE
+    from ..verify.look import report_node, report_rank
+    from ..verify.meeting import MeetingError
 
     # With srun -K a task that ends badly has Slurm terminate all others; they finish their reports all the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -117,14 +95,14 @@ def run(options: argparse.Namespace) -> int:
     try:
         if not step.is_first:
             report_rank(step, os.environ, options.timeout)
-            return FINE
+            return Exit.FINE
         evidence = report_node(step, os.environ, options.timeout)
     except MeetingError as error:
         message = f"rank {step.rank}: {error}"
         if step.is_first:
-            return refuse(options, PROBLEM, message)
+            return refuse(options, Exit.PROBLEM, message)
         complain(message)  # a report is the first rank's alone
-        return PROBLEM
+        return Exit.PROBLEM
     status = _print(evidence, columns, step, options)
     if status and len(step.nodes) > 1:
         sleep(max(0.0, end - monotonic()))  # ranks of other nodes may be starting, and not ignore SIGTERM yet
@@ -133,14 +111,14 @@ def run(options: argparse.Namespace) -> int:
 
 def _print(evidence: Evidence, columns: list[Column], step: Step, options: argparse.Namespace) -> int:
     """Print the node's part of the answer. Returns the exit status."""
-    from slurm_mps.verify.judge import problems
-    from slurm_mps.verify.table import document, rows, summary
+    from ..verify.judge import problems
+    from ..verify.table import document, rows, summary
 
     wrong = problems(evidence)
-    status = PROBLEM if wrong else FINE
+    status = Exit.PROBLEM if wrong else Exit.FINE
     error = ""
     if all(rank.no_driver for rank in evidence.ranks):
-        status = NOT_HERE
+        status = Exit.NOT_HERE
         error = f"there is no CUDA driver here: {evidence.ranks[0].error}"
         complain(_of_node(step, error))
     if options.json:

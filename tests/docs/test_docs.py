@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps import __version__
-from slurm_mps.cli.main import build_parser, command_names
+from slurm_mps.cli.main import build_parser
 from slurm_mps.config.file import schema
 from tests.docs.messages import ROOT
+from tests.harness.reports import command_names
 
 if TYPE_CHECKING:
     from pathlib import Path

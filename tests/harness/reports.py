@@ -1,7 +1,8 @@
-"""What commands print with ``--json``, held to docs/reports.schema.json, whose shapes docs/json.md tells."""
+"""The commands, and what they print with ``--json``, held to docs/reports.schema.json (docs/json.md)."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import cache
 from typing import Any
@@ -44,3 +45,9 @@ def report(stdout: str, status: int | None = None) -> dict[str, Any]:
 
 def _all(validator: Draft202012Validator, document: dict[str, Any]) -> list[Any]:
     return [inner for error in validator.iter_errors(document) for inner in [*(error.context or []), error]]
+
+
+def command_names(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of a parser's commands; none where it has options only."""
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))  # noqa: SLF001
+    return [*next(found, ())]

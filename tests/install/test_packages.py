@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps import __version__
-from slurm_mps.cli.main import build_parser, command_names
+from slurm_mps.cli.main import build_parser
 from slurm_mps.slurm.plugin_file import read_plugin
 from tests.harness.cluster import REPOSITORY, Cluster
 from tests.harness.machine import Machine
 from tests.harness.release import chosen
+from tests.harness.reports import command_names
 from tests.harness.site import PLUGIN_DIRECTORY, SIMULATOR, STATE_DIRECTORY
 from tests.install.packages import package
 

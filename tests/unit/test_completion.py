@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps.cli.completion import SHELLS
-from slurm_mps.cli.main import build_parser, command_names
+from slurm_mps.cli.main import build_parser
 from slurm_mps.doctor.examine import all_checks
+from tests.harness.reports import command_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
