@@ -94,10 +94,15 @@ def format_control_percentage(percent: float) -> str:
 
 
 def format_memory(size_bytes: int) -> str:
-    """Write a size as an option or a control command takes it, and as the control program prints it back (O4)."""
+    """Write a size as an option or a control command takes it: ``8G``, ``1500M``."""
     if size_bytes % GIB == 0:
         return f"{size_bytes // GIB}G"
     return f"{size_bytes // MIB}M"
+
+
+def printed_memory(size_bytes: int) -> int:
+    """The size that the control program prints back: from 1 GiB on it is rounded down to GiB, but not kept so (O95)."""
+    return size_bytes // GIB * GIB if size_bytes >= GIB else size_bytes
 
 
 def describe_memory(size_bytes: int) -> str:

@@ -350,7 +350,14 @@ static const struct verdict_gpu *device_of(const struct verdict *verdict, const 
 	return task->count ? task->gpus[device] : &verdict->gpus[0];
 }
 
-/* The step's limit of each of the task's devices, and what else than the daemon's own there is of them. */
+/* Whether a daemon that is asked for this default says it in full: from 1 GiB on it rounds down to GiB (O95). */
+static bool is_printed_whole(uint64_t mib)
+{
+	return mib < 1024 || mib % 1024 == 0;
+}
+
+/* The step's limit of each of the task's devices, and what else than the daemon's own there is of them. A limit that
+ * the daemon rounds where it prints it counts as other, so that the task knows its own. */
 static void fill(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
 		 unsigned int count, uint64_t mib[GPUS_MAX], bool *any, bool *other)
 {
@@ -360,7 +367,8 @@ static void fill(const struct verdict *verdict, const struct limits *limits, con
 
 		mib[device] = limits->mib[gpu - verdict->gpus];
 		*any |= mib[device] != 0;
-		*other |= verdict->joined || mib[device] != verdict_daemon_of(verdict, gpu)->mib;
+		*other |= verdict->joined || mib[device] != verdict_daemon_of(verdict, gpu)->mib ||
+			  !is_printed_whole(mib[device]);
 	}
 }
 
@@ -378,7 +386,8 @@ bool limits_memory_value(const struct verdict *verdict, const struct limits *lim
 		return false;
 	if (own && !lower_all(own, task, mib))
 		fill(verdict, limits, task, count, mib, &any, &other);
-	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib)
+	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib &&
+	       is_printed_whole(mib[count - 1]))
 		count--;
 	out[0] = '\0';
 	for (unsigned int device = 0; device < count && used < size; device++) {

@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 from ..errors import DeadlineError, NodeError, raise_all
 from ..record import record
-from ..units import format_control_percentage, format_memory, format_thread_percentage, printable
+from ..units import format_control_percentage, format_memory, format_thread_percentage, printable, printed_memory
 from . import processes
 from .listen import listener
 from .processes import ProcessIdentity, identify, runs_program
@@ -69,12 +69,13 @@ def limit_commands(limits: Limits, device_count: int) -> list[str]:
     return lines
 
 
-def limit_answers(limits: Limits, device_count: int) -> list[str]:
-    """What a daemon answers to limit_commands() when it has done them."""
+def limit_answers(limits: Limits, device_count: int) -> list[list[str]]:
+    """What a daemon may answer to limit_commands() when it has done them: a size rounded down (O95), or as it is."""
     percent = format_control_percentage(limits.thread_percentage)
-    memory = [] if limits.memory_bytes is None else [format_memory(limits.memory_bytes)] * device_count
+    size = limits.memory_bytes
     priority = [] if limits.client_priority is None else [str(limits.client_priority)]
-    return [percent, percent, *memory, *priority]
+    sizes = [[]] if size is None else [[format_memory(printed_memory(size))], [format_memory(size)]]
+    return [[percent, percent, *memory * device_count, *priority] for memory in sizes]
 
 
 @record
@@ -282,12 +283,12 @@ def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seco
         expected = limit_answers(wanted, count)
         if isinstance(answer, NodeError):
             problems.append(answer)
-        elif answer != expected:
+        elif answer not in expected:
             said = printable(" ".join(answer) or "nothing", 200)
             problems.append(
                 NodeError(
                     f"control daemon of {daemon.pipe_directory}: asked for {'; '.join(lines)}, "
-                    f"and it reads back {said!r} instead of {' '.join(expected)!r}"
+                    f"and it reads back {said!r} instead of {' '.join(expected[0])!r}"
                 )
             )
     raise_all(problems)

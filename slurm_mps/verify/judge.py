@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from ..slurm.hostlist import join_numbers
-from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable
+from ..units import GIB, MIB, describe_memory, parse_memory, parse_thread_percentage, printable, printed_memory
 from .report import DaemonReport, Evidence, RankReport
 
 #: The smallest part of an H200 that a percentage comes down to: 1 % and 3 % are 8 SMs (O10).
@@ -223,13 +223,19 @@ def _memory(text: str) -> int | None:
 
 
 def memory_limit(rank: RankReport, daemon: DaemonReport | None) -> int | None:
-    """The lowest memory limit of environment, plugin and control daemon, in bytes; None for no limit."""
+    """The lowest memory limit of environment, plugin and control daemon, in bytes; None for no limit.
+
+    The daemon's word is rounded down (O95): a limit of the rank's own that rounds to it is as low.
+    """
     try:
         own = own_memory_limit(rank)
     except ValueError:
         own = None
+    lowest = min(filter(None, (own, _set_memory_limit(rank))), default=None)
     default = _memory(daemon.memory.get(rank.ordinal, "")) if daemon else None
-    return min(filter(None, (own, _set_memory_limit(rank), default)), default=None)
+    if lowest and default == printed_memory(lowest):
+        return lowest
+    return min(filter(None, (lowest, default)), default=None)
 
 
 def _over_memory(found: Evidence) -> list[str]:

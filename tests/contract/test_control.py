@@ -35,6 +35,10 @@ WRITTEN_AND_READ = {
     "junk": "",
     "0G": "",
     "1M": "1M",
+    "1023M": "1023M",
+    "1500M": "1G",  # rounded down where it is printed, not where it is kept (O95)
+    "4095M": "3G",
+    "35654M": "34G",
 }
 """Sizes in the order in which they were tried."""
 

@@ -39,19 +39,22 @@ def old_node(request: pytest.FixtureRequest) -> Iterator[tuple[GpuNode, int]]:
         yield node, int(branch)
 
 
+@pytest.mark.parametrize(("mem", "read_back"), [("8G", "8G"), ("1500M", "1G")])
 @pytest.mark.parametrize("daemons", [{}, {"SPANK_MPS": "per-gpu"}], ids=["one", "per-gpu"])
-def test_a_job_has_its_limits_and_leaves_nothing(old_node: tuple[GpuNode, int], daemons: dict[str, str]) -> None:
-    """Also with driver 535, whose daemon writes no pid file."""
+def test_a_job_has_its_limits_and_leaves_nothing(
+    old_node: tuple[GpuNode, int], daemons: dict[str, str], mem: str, read_back: str
+) -> None:
+    """Also a limit that the daemon prints rounded down (O95), and with driver 535, whose daemon writes no pid file."""
     node, branch = old_node
     before = node.snapshot()
-    node.prolog(4711, **{**asked("25", "8G"), **daemons}).check()
+    node.prolog(4711, **{**asked("25", mem), **daemons}).check()
     verdict = node.verdict(4711)
     assert verdict["status"] == "ready", verdict
     pipe = f"{node.pipe_directory(4711)}{'/../gpu-1' if daemons else ''}"
     environment = {"CUDA_MPS_PIPE_DIRECTORY": os.path.normpath(pipe)}
     lines = "get_default_active_thread_percentage\nget_default_device_pinned_mem_limit 0\n"
     said = node.run("nvidia-cuda-mps-control", env=environment, text=lines).check()
-    assert said.stdout == "25.0\n8G\n"
+    assert said.stdout == f"25.0\n{read_back}\n"
     assert node.machine.path(f"{os.path.normpath(pipe)}/{PID_FILE}").exists() == (branch >= 550)
     node.epilog(4711).check()
     assert node.snapshot() == before

@@ -23,7 +23,7 @@ void units_write_limit(char *text, size_t size, uint64_t bytes)
 	text[0] = '\0';
 	if (bytes == 0)
 		return;
-	if (mib % 1024 == 0)
+	if (mib >= 1024) /* rounded down (O95) */
 		snprintf(text, size, "%lluG", mib / 1024);
 	else
 		snprintf(text, size, "%lluM", mib);

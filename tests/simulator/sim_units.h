@@ -11,7 +11,7 @@
 
 /* A memory size in bytes as the control daemon reads it, silly forms included (O3). 0 stands for none. */
 uint64_t units_read_limit(const char *text);
-/* "8G", "1M"; nothing for 0. */
+/* "8G", "1M"; from 1G on rounded down to G (O95); nothing for 0. */
 void units_write_limit(char *text, size_t size, uint64_t bytes);
 /* True and *percentage for a number in (0, 100]. */
 bool units_read_percentage(const char *text, double *percentage);

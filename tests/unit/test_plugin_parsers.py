@@ -782,6 +782,13 @@ def test_the_memory_variable_is_one_that_the_driver_can_use(
     assert memory_value(plugin, state, own) == expected
 
 
+def test_a_limit_that_the_daemon_prints_rounded_stands_in_the_variable(plugin: ctypes.CDLL, state: Path) -> None:
+    """Of 1500M a daemon says 1G (O95), and verify is to know how much a task may have of each of its GPUs."""
+    job = verdict_file(daemon=f"{PIPE}/pipe /var/log/x 1500M")
+    assert memory_value(plugin, state, None, job=job) == "0=1500M,1=1500M"
+    assert memory_value(plugin, state, "0=1G", job=job) == "0=1024M,1=1500M"
+
+
 def test_a_steps_lower_limit_names_every_device(plugin: ctypes.CDLL, state: Path) -> None:
     """The daemon gives each of them more."""
     assert memory_value(plugin, state, None, mem="2G") == "0=2048M,1=2048M"

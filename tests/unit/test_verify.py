@@ -23,7 +23,7 @@ from slurm_mps.verify.table import document, rows, summary
 if TYPE_CHECKING:
     from pathlib import Path
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 A, B = "GPU-aaaa", "GPU-bbbb"
 PIPE = "/run/pipe"
 
@@ -184,6 +184,8 @@ def test_the_lowest_limit_counts() -> None:
     assert memory_limit(one, None) == 6 * GIB
     assert memory_limit(changed(one, memory=""), None) == 8 * GIB
     assert memory_limit(changed(one, memory="", set_memory=""), None) is None
+    assert memory_limit(changed(one, memory="0=1500M"), daemon({}, memory={0: "1G"})) == 1500 * MIB  # rounded (O95)
+    assert memory_limit(changed(one, memory="0=2047M"), daemon({}, memory={0: "2G"})) == 2047 * MIB
 
 
 @pytest.mark.parametrize(
