@@ -116,6 +116,37 @@ def test_o45_of_a_daemon_of_roots_a_user_may_terminate_a_client(driver: Driver) 
     assert client.ask("work") == 810
 
 
+def test_o74_users_of_one_server_see_each_other_and_change_nothing(driver: Driver) -> None:
+    """Root's server serves both at once. Each may ask who is there, and the other's programs are listed."""
+    if driver.branch < 580:
+        pytest.skip("has no -M")
+    daemon = driver.directories(user="root", mode=0o755)
+    daemon.start("-d", "-M").check()
+    theirs, ours = daemon.client(user=driver.other_user), daemon.client(user=driver.user)
+    server = daemon.server
+    assert driver.server_uids() == [0]
+    listed = daemon.ask(f"get_client_list {server}", user=driver.user).split()
+    assert sorted(map(int, listed)) == sorted([theirs.pid, ours.pid])
+    assert str(theirs.pid) in daemon.ask("ps", user=driver.user)
+    refused = "Insufficient privileges for UID"
+    ended = daemon.control(f"terminate_client {server} {theirs.pid}", user=driver.user).stdout.splitlines()
+    assert (ended[0].startswith(refused), ended[-1]) == (True, "800")
+    assert daemon.control(f"shutdown_server {server}", user=driver.user).stdout.startswith(refused)
+    assert theirs.ask("work") == 0
+    named = [line.partition(" from user ")[2] for line in daemon.log_lines("control.log")]
+    assert {words.partition(":")[0] for words in named if words} == {"0"}
+
+
+@pytest.mark.control_program
+def test_o96_a_server_for_all_users_is_not_known_before_580(driver: Driver) -> None:
+    """535 and 550 take the option for a wish to talk to a daemon."""
+    daemon = driver.directories(user="root", mode=0o755)
+    said = daemon.start("-d", "-M")
+    known = driver.branch >= 580
+    assert said == (Result(0, "", "") if known else Result(1, "", "Cannot find MPS control daemon process\n"))
+    assert daemon.is_there is known
+
+
 @pytest.mark.parametrize("by_root", [False, True])
 def test_o45_shutdown_server_ends_an_idle_server(driver: Driver, by_root: bool) -> None:
     """It says nothing, and the daemon stays and starts another."""

@@ -279,11 +279,12 @@ static bool start_server(struct daemon *daemon, struct connection *ui, const str
 	return true;
 }
 
-/* Silent, and open to whom queries are open (O45). */
+/* Silent, and open to whom queries are open (O45), but on a server of all users (O74). */
 static bool shutdown_server(struct daemon *daemon, struct connection *ui, const struct words *words,
 			    struct answer *answer)
 {
-	(void)ui;
+	if (daemon->multiuser && !may_change(daemon, ui, answer))
+		return true;
 	if (named_server(daemon, words->word[1], answer))
 		supervise_shut_down(daemon);
 	return true;
@@ -393,11 +394,15 @@ static bool ps(struct daemon *daemon, struct connection *ui, const struct words 
 	return true;
 }
 
-/* Open to whom queries are open: the job's user, of a daemon of root's (O45). */
+/* Open to whom queries are open: the job's user, of a daemon of root's (O45); on a server of all users only root (O74). */
 static bool terminate_client(struct daemon *daemon, struct connection *ui, const struct words *words,
 			     struct answer *answer)
 {
 	struct server_message message = {.type = SERVER_TERMINATE, .pid = atoi(words->word[2])};
+	if (daemon->multiuser && !may_change(daemon, ui, answer)) {
+		add(answer, "800\n");
+		return true;
+	}
 	if (!named_server(daemon, words->word[1], answer))
 		return true;
 	ui->waiting = WAIT_TERMINATE;

@@ -105,6 +105,8 @@ int main(int count, char **arguments)
 			return 0;
 		}
 	}
+	if (multiuser && is_before_580())
+		return talk(); /* which know no such option (O96) */
 	if (multiuser && getuid() != 0) {
 		printf("Only root user may enable -multiuser-server!\n");
 		return 1;

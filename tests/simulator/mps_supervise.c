@@ -149,7 +149,7 @@ static void hand_over(struct daemon *daemon, struct connection *client)
 void supervise_client(struct daemon *daemon, struct connection *client)
 {
 	bool ready = serves(daemon, server_uid_for(daemon, client->uid));
-	SAY(daemon, "NEW CLIENT %d from user %d: %s", (int)client->pid, (int)client->uid,
+	SAY(daemon, "NEW CLIENT %d from user %d: %s", (int)client->pid, (int)server_uid_for(daemon, client->uid),
 	    ready ? "Server already exists" : "Server is not ready, push client to pending list");
 	if (ready) {
 		hand_over(daemon, client);
