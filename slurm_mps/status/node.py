@@ -300,12 +300,17 @@ def _daemon_view(
         clients = [
             _client_view(client, uuid, place, threads.get(client.server) or given, state, environments)
             for client in listed
-            if client.gpu == uuid
+            if client.gpu == uuid and (not place.shared or _job_of(client.pid, environments) == job.job_id)
         ]
         mode = state.compute_mode if state else None
         in_order = tuple(sorted(clients, key=lambda client: client.pid))
         views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order))
     return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
+
+
+def _job_of(pid: int, environments: Environments) -> int | None:
+    """The job of a client of several jobs' server. Where a container hides its cgroup, the client's own word counts."""
+    return processes.job_of(pid) or small_number(environments.get(pid, {}).get("SLURM_JOB_ID", ""))
 
 
 def _client_view(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -165,6 +166,28 @@ def test_joined_jobs_have_one_server_and_limits_of_their_own(parted: Site) -> No
     assert parted.snapshot() == before
     logs = parted.node("n1", "slurm-mps", "logs", str(second), user="alice")
     assert logs.returncode == 0, logs.stderr
+
+
+def clients(site: Site, user: str | None) -> dict[int, int]:
+    """How many programs of each job somebody sees."""
+    said = json.loads(site.node("n1", "slurm-mps", "status", "--json", user=user).stdout)
+    return {
+        job["job_id"]: sum(len(gpu["clients"]) for one in job["daemons"] for gpu in one["gpus"]) for job in said["jobs"]
+    }
+
+
+def test_each_joined_job_shows_its_own_programs(parted: Site) -> None:
+    parted.configure(JOINED)
+    before = parted.snapshot()
+    script = f"srun -n1 simulated-gpus client --hold 60 & {waits_for()}; kill %1; wait; echo over"
+    jobs = [parted.cluster.sbatch("-n2", "--gres=mps:25", script=script) for _ in range(2)]
+    for job in jobs:
+        parted.cluster.until_output(job, "mps=")
+    seen = clients(parted, None), clients(parted, "alice")
+    outputs(parted, *jobs)
+    expected = {int(str(job)): 1 for job in jobs}
+    assert seen == (expected, expected)
+    assert parted.snapshot() == before
 
 
 def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_the_server(parted: Site) -> None:
