@@ -23,8 +23,9 @@ MEMORY_EXPECTED = (
 )
 
 
-def _is_number(text: str, max_digits: int) -> bool:
-    return 0 < len(text) <= max_digits and text.isascii() and text.isdigit()
+def small_number(text: str, max_digits: int = 9) -> int | None:
+    """A number such as a pid, in so many ASCII digits at most; None for anything else."""
+    return int(text) if 0 < len(text) <= max_digits and text.isascii() and text.isdigit() else None
 
 
 def parse_thread_percentage(text: str) -> float:
@@ -34,11 +35,10 @@ def parse_thread_percentage(text: str) -> float:
     Raises: ValueError when the text is no such percentage.
     Source: ``set_default_active_thread_percentage``, which takes 12.5 and answers nonsense with its old value (O1).
     """
-    whole, point, decimal = text.partition(".")
-    if _is_number(whole, 3) and (_is_number(decimal, 1) if point else True):
-        tenths = int(whole) * 10 + int(decimal or 0)
-        if 1 <= tenths <= 1000:
-            return tenths / 10
+    head, point, tail = text.partition(".")
+    whole, decimal = small_number(head, 3), small_number(tail, 1) if point else 0
+    if whole is not None and decimal is not None and 1 <= whole * 10 + decimal <= 1000:
+        return (whole * 10 + decimal) / 10
     raise ValueError(f"expected {THREADS_EXPECTED}")
 
 
@@ -49,9 +49,9 @@ def parse_memory(text: str) -> int:
     Raises: ValueError when the text is no such size.
     Source: O3 of the observations: only an integer with M or G is safe to pass on.
     """
-    number, unit = text[:-1], text[-1:].upper()
-    if unit in _UNIT_BYTES and _is_number(number, 9) and int(number) > 0:
-        return int(number) * _UNIT_BYTES[unit]
+    number, unit = small_number(text[:-1]), text[-1:].upper()
+    if number and unit in _UNIT_BYTES:
+        return number * _UNIT_BYTES[unit]
     raise ValueError(f"expected {MEMORY_EXPECTED}")
 
 
@@ -63,12 +63,13 @@ def parse_memory_by_gpu(text: str) -> tuple[tuple[int, int], ...]:
     """
     limits: list[tuple[int, int]] = []
     for entry in text.split(","):
-        gpu, colon, size = entry.partition(":")
-        if not colon or not _is_number(gpu, 2) or int(gpu) >= GPUS_MAX:
+        name, colon, size = entry.partition(":")
+        gpu = small_number(name, 2)
+        if not colon or gpu is None or gpu >= GPUS_MAX:
             raise ValueError(f"expected {MEMORY_EXPECTED}")
-        if int(gpu) in dict(limits):
+        if gpu in dict(limits):
             raise ValueError("it names a GPU twice")
-        limits.append((int(gpu), parse_memory(size)))
+        limits.append((gpu, parse_memory(size)))
     return tuple(limits)
 
 

@@ -21,7 +21,7 @@ from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS, Gpus
 from ..node.processes import SIGKILL, SIGTERM, identify
 from ..record import record
 from ..slurm import jobs as slurm
-from ..slurm.hostlist import expand_hosts
+from ..slurm.hostlist import hosts_of
 from ..slurm.jobs import SlurmJob
 from . import joined, logs
 from .actions import JobOnNode, let_go
@@ -33,9 +33,6 @@ from .watch import UNDO_SHARE, Watch
 #: How a repair ended. LEFT is a problem; BUSY is in a hook's hands; KEPT belongs to a job that is not over.
 REPAIRED, WOULD_REPAIR, LEFT, BUSY, KEPT = "repaired", "would repair", "left", "busy", "kept"
 
-_FINAL = frozenset(
-    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
-)
 _QUEUED = frozenset(("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
 _LONG_OVER_SECONDS = 600
 _LOCK_SECONDS = 1.0
@@ -70,9 +67,9 @@ def is_over(job: SlurmJob | None, node: str, now_seconds: float) -> tuple[bool, 
     """
     if job is None:
         return True, "Slurm does not know the job any more"
-    if job.state in _FINAL or job.state in _QUEUED:
+    if job.state in slurm.OVER or job.state in _QUEUED:
         return True, f"to Slurm it is {job.state}"
-    if node and job.nodes and node not in _hosts(job.nodes, node):
+    if node and job.nodes and node not in (hosts_of(job.nodes) or [node]):  # not understood: it may be among them
         return True, f"to Slurm it is {job.state} on other nodes only"
     if job.state == "COMPLETING" and _is_long_ago(job.end_seconds, now_seconds):
         return True, f"to Slurm it is COMPLETING for more than {_LONG_OVER_SECONDS // 60} minutes"
@@ -81,13 +78,6 @@ def is_over(job: SlurmJob | None, node: str, now_seconds: float) -> tuple[bool, 
 
 def _is_long_ago(end_seconds: int | None, now_seconds: float) -> bool:
     return end_seconds is not None and now_seconds - end_seconds > _LONG_OVER_SECONDS
-
-
-def _hosts(nodes: str, node: str) -> list[str]:
-    try:
-        return expand_hosts(nodes)
-    except ValueError:
-        return [node]  # not understood: it may be among them
 
 
 class Reconciler:
@@ -222,7 +212,7 @@ class Reconciler:
         over, why = is_over(job, node, time())
         if over and steps and job is None:
             return False, LEFT, f"{why}, but a slurmstepd of it still runs here: end that, and run this again"
-        if over and steps and job and not (job.state in _FINAL and _is_long_ago(job.end_seconds, time())):
+        if over and steps and job and not (job.state in slurm.OVER and _is_long_ago(job.end_seconds, time())):
             return False, KEPT, "a slurmstepd of it runs here"
         return over, KEPT, why
 

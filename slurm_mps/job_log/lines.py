@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import mktime
 
-from ..node.reading import small_number
+from ..units import small_number
 
 _TEXT_MAX = 400
 _MINUTE = len("[2026-11-23 02:13")

@@ -462,6 +462,14 @@ def _owner_as_cached(path: str) -> int | None:
     return int.from_bytes(found.raw[_STATX_UID_AT : _STATX_UID_AT + 4], "little")
 
 
+def mount_namespace(pid: int | str) -> str:
+    """The name of a process's mount namespace, or of ours ("self"); empty where we may not know it."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
 def pids() -> Iterator[int]:
     """Every process of this machine that we can see."""
     return (int(name) for name in os.listdir("/proc") if name.isdigit())

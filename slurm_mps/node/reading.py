@@ -71,8 +71,3 @@ def environments_of(pids: Iterable[int]) -> dict[int, dict[str, str]]:
     for reader in started:
         reader.join(max(0.0, end - monotonic()))
     return dict(found)
-
-
-def small_number(text: str) -> int | None:
-    """A number such as a pid, in up to nine ASCII digits; None for anything else."""
-    return int(text) if 0 < len(text) < 10 and text.isascii() and text.isdigit() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .processes import environment_of, identify, is_of_roots_making, pids, program_name, program_of, uid_of
+from . import processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,20 +22,13 @@ class _Nodes:
     """
 
     def __init__(self) -> None:
-        self._ours = {_mounts("self"): True}
+        self._ours = {processes.mount_namespace("self"): True}
 
     def see(self, pid: int, uid: int) -> bool:
-        mounts = _mounts(str(pid))
+        mounts = processes.mount_namespace(pid)
         if mounts not in self._ours and uid == 0:
             self._ours[mounts] = _same_run(pid)
         return self._ours.get(mounts, False)
-
-
-def _mounts(pid: str) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/mnt")
-    except OSError:
-        return ""
 
 
 def _same_run(pid: int) -> bool:
@@ -58,16 +51,17 @@ def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str
     users' own as well; what they say is for display.
     """
     nodes = _Nodes()
-    named = [pid for pid in pids() if program_name(pid) in program_names]
-    ours = [pid for pid in named if not directory or is_of_roots_making(pid)]
-    found = [(pid, name, uid_of(pid)) for pid in ours if (name := program_of(pid))]
+    named = [pid for pid in processes.pids() if processes.program_name(pid) in program_names]
+    ours = [pid for pid in named if not directory or processes.is_of_roots_making(pid)]
+    found = [(pid, name, processes.uid_of(pid)) for pid in ours if (name := processes.program_of(pid))]
     for pid, name, uid in sorted(found, key=lambda one: one[2] or 0):  # root's first: they tell which node is ours
-        process = identify(pid)
+        process = processes.identify(pid)
         if process is None or uid is None or not nodes.see(pid, uid):
             continue
-        environment = environment_of(pid)
+        environment = processes.environment_of(pid)
         pipe = environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
-        if not (f"{pipe}/".startswith(f"{directory}/") and _PLAIN.issuperset(pipe)) or identify(pid) != process:
+        is_below = f"{pipe}/".startswith(f"{directory}/") and _PLAIN.issuperset(pipe)
+        if not is_below or processes.identify(pid) != process:
             continue
         gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         uuids = [gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < _UUID_MAX and _PLAIN.issuperset(gpu)]

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from ..errors import NodeError
 from ..units import printable
-from .hostlist import expand_hosts
+from .hostlist import hosts_of
+from .jobs import OVER
 from .programs import find_program
 
 
@@ -29,9 +30,6 @@ class Source(Protocol):
 
 
 _MARK = re.compile(r"mps(?::([\w.:+=,-]{1,300}))?(?:;|$)")
-_OVER = frozenset(
-    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
-)
 _FIELDS = ("threads", "mem", "priority")
 
 
@@ -191,11 +189,11 @@ def mps_jobs(jobs: Iterable[ListedJob], nodes: Collection[str] = ()) -> list[Mps
     found = []
     for job in jobs:
         mark = _MARK.match(job.admin_comment)
-        if not mark or job.state in _OVER:
+        if not mark or job.state in OVER:
             continue
         words = [word for word in (mark[1] or "").split(",") if word]
         request = dict(word.split("=", 1) for word in words if "=" in word)
-        its_nodes = _hosts(job.nodes)
+        its_nodes = tuple(hosts_of(job.nodes) or filter(None, [job.nodes]))
         if nodes and not set(its_nodes) & set(nodes):
             continue
         found.append(
@@ -211,13 +209,6 @@ def mps_jobs(jobs: Iterable[ListedJob], nodes: Collection[str] = ()) -> list[Mps
             )
         )
     return sorted(found, key=lambda job: job.job_id)
-
-
-def _hosts(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(expand_hosts(text)) if text else ()
-    except ValueError:
-        return (text,)
 
 
 def by_node(jobs: Iterable[MpsJob]) -> dict[str, list[int]]:

@@ -323,6 +323,7 @@ class Host:
         """
         here: list[Slurmd] = []
         elsewhere: list[Slurmd] = []
+        ours = processes.mount_namespace("self")
         for pid in processes.pids():
             identity = processes.identify(pid) if processes.name_of(pid) in _SLURMD else None
             if identity is None or processes.uid_of(pid) != 0:
@@ -334,7 +335,7 @@ class Host:
             age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.start_ticks / os.sysconf("SC_CLK_TCK")
             name = words[words.index("-N") + 1] if "-N" in words[:-1] else ""
             one = Slurmd(pid, time.time() - age, name)
-            (here if _mounts(pid) in ("", _mounts(os.getpid())) else elsewhere).append(one)
+            (here if processes.mount_namespace(pid) in ("", ours) else elsewhere).append(one)
         return here or [one for one in elsewhere if not one.node_name]
 
     # ---------------------------------------------------------------------------------------------- plugins, scripts
@@ -406,11 +407,3 @@ def _may_be_file(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
         return error.errno == errno.EACCES
-
-
-def _mounts(pid: int) -> str:
-    """The name of a process's mount namespace; empty where we may not know it."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/mnt")
-    except OSError:
-        return ""

@@ -10,9 +10,13 @@ from collections.abc import Mapping, Sequence
 from ..errors import NodeError
 from ..node import processes
 from ..record import record
-from ..units import printable
+from ..units import printable, small_number
 from .programs import find_program
 
+#: States of a job that is over.
+OVER = frozenset(
+    ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+)
 _CLIENT = "squeue"
 _FORMAT = "%A|%T|%e|%N"
 _JOBS_AT_ONCE = 200
@@ -39,7 +43,7 @@ def jobs_with_steps() -> set[int]:
     for pid in processes.pids():
         title = processes.roots_title(pid, "slurmstepd")
         job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
-        number = _number(job)
+        number = small_number(job, _DIGITS)
         if title.startswith(_STEP_TITLE) and dot and number is not None:
             found.add(number)
     return found
@@ -90,13 +94,9 @@ def _read(text: str) -> dict[int, SlurmJob]:
     found = {}
     for line in text.splitlines():
         job, *rest = line.split("|")
-        number = _number(job)
+        number = small_number(job, _DIGITS)
         if number is None or len(rest) != 3:
             raise NodeError(f"{_CLIENT} says {printable(line, 80)!r}")
         state, end, nodes = rest
-        found[number] = SlurmJob(state, _number(end), nodes)
+        found[number] = SlurmJob(state, small_number(end, _DIGITS), nodes)
     return found
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else None

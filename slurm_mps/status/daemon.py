@@ -14,7 +14,7 @@ from ..job_log.read import DaemonLogs, events_of
 from ..node.control import ControlDaemon
 from ..node.listen import listener
 from ..node.processes import ProcessIdentity, identify
-from ..node.reading import small_number
+from ..units import small_number
 
 #: Told between answers that may be empty, since the control program puts nothing between them (O7).
 _MARK = "get_default_active_thread_percentage"

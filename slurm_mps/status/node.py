@@ -21,10 +21,10 @@ from ..job.verdict import JOBS, DaemonPlace, Verdict
 from ..node import processes
 from ..node.control import DAEMON_PROGRAM
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
-from ..node.reading import environments_of, small_number
+from ..node.reading import environments_of
 from ..slurm import jobs as slurm
-from ..units import describe_memory, format_thread_percentage, parse_thread_percentage, printable
-from ..verify.judge import variable_limit
+from ..units import describe_memory, format_thread_percentage, printable, small_number
+from ..verify.judge import percentage, variable_limit
 from .daemon import DIED, FAULT, Client, DaemonAnswer, Memory, Server, ask
 from .gpus import GpuState, NvmlAnswer, ask_nvml
 
@@ -340,7 +340,7 @@ def _client_view(
         step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else "",
         rank=str(rank) if step is not None and rank is not None else "",
         command=printable(os.path.basename(client.command), 60),
-        threads=min(filter(None, map(_percentage, (threads, own_threads))), default=None),
+        threads=min(filter(None, map(percentage, (threads, own_threads))), default=None),
         memory_bytes=state.memory_bytes.get(client.pid) if state else None,
         limit_bytes=min((limit for limit in limits if limit is not None), default=None),
     )
@@ -356,13 +356,6 @@ def _visible(text: str, gpus: Sequence[str]) -> list[str]:
         gpus[ordinal] if ordinal is not None and ordinal < len(gpus) else name
         for name, ordinal in zip(names, ordinals, strict=True)
     ]
-
-
-def _percentage(text: str) -> float | None:
-    try:
-        return parse_thread_percentage(text)
-    except ValueError:
-        return None
 
 
 # --------------------------------------------------------------------------------------------------- what is wrong

@@ -146,10 +146,10 @@ def _piled_up(found: Evidence) -> list[str]:
 def thread_limit(rank: RankReport, daemon: DaemonReport | None) -> float | None:
     """The lowest percentage that the rank's environment, the plugin or the control daemon sets; None for no limit."""
     texts = (rank.threads, rank.set_threads, daemon.threads if daemon else "")
-    return min(filter(None, map(_percentage, texts)), default=None)
+    return min(filter(None, map(percentage, texts)), default=None)
 
 
-def _percentage(text: str) -> float | None:
+def percentage(text: str) -> float | None:
     """None for what the driver ignores, which is no limit (O11)."""
     try:
         return parse_thread_percentage(text)

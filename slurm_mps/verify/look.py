@@ -18,6 +18,7 @@ from ..job.verdict import JOBS
 from ..node.control import DAEMON_PROGRAM, ControlDaemon
 from ..node.cuda import Cuda, CudaError
 from ..node.processes import run
+from ..node.reading import read_text
 from ..slurm.hostlist import expand_numbers, join_numbers
 from . import card
 from .meeting import Meeting, find_meeting, open_meeting
@@ -215,7 +216,7 @@ def cpu_numa(cpus: set[int], nodes_directory: str) -> str:
     try:
         for name in os.listdir(nodes_directory):
             number = name.removeprefix("node")
-            if number.isdecimal() and cpus & set(expand_numbers(_read(f"{nodes_directory}/{name}/cpulist"))):
+            if number.isdecimal() and cpus & set(expand_numbers(read_text(f"{nodes_directory}/{name}/cpulist"))):
                 found.append(int(number))
     except (OSError, ValueError):
         return ""
@@ -225,12 +226,7 @@ def cpu_numa(cpus: set[int], nodes_directory: str) -> str:
 def gpu_numa(pci_address: str) -> str:
     """The NUMA node of a GPU; empty where the machine has one only (-1) or does not tell."""
     try:
-        number = _read(f"/sys/bus/pci/devices/{pci_address}/numa_node").strip()
+        number = read_text(f"/sys/bus/pci/devices/{pci_address}/numa_node").strip()
     except OSError:
         return ""
     return number if number.isdecimal() else ""
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read(65536)

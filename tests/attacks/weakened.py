@@ -215,7 +215,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     ),
     "a process's name is one word": (Change(PROCESSES, '.split("\\n"):', ".splitlines():"),),
     "a reader can be left behind": (Change(READING, "reader.join(max(0.0, end - monotonic()))", "reader.join()"),),
-    "a server has root's group": (Change(SEARCH, "if not directory or is_of_roots_making(pid)]", "]"),),
+    "a server has root's group": (Change(SEARCH, "if not directory or processes.is_of_roots_making(pid)]", "]"),),
     "what is removed gives its space back": (
         Change(FILES, "            os.ftruncate(fd, 0)\n        except", "            pass\n        except"),
         Change(

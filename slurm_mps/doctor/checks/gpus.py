@@ -18,10 +18,9 @@ from ...node.control import DAEMON_PROGRAM, SERVER_PROGRAM, search, server_path,
 from ...node.listen import listener
 from ...node.nvml import COMPUTE_MODES, CUDA_NEEDED, EXCLUSIVE_PROCESS, NEEDED
 from ...node.processes import describe, name_of, parent_of, uid_of
-from ...node.reading import small_number
 from ...slurm.host import NotKnownError
 from ...status.node import READY
-from ...units import printable
+from ...units import printable, small_number
 from ..facts import CONTROL_EXTRAS, Facts
 from ..finding import COMPUTE, GPU_NODE, Finding, check, fine, problem, warning
 
