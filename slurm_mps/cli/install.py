@@ -102,7 +102,7 @@ def run_install(options: argparse.Namespace) -> int:
         return _not_root("install", options)
     from ..errors import MpsError
     from ..install.actions import install
-    from ..install.plan import Options
+    from ..install.wanted import Options
     from ..slurm.host import NoSlurmError
 
     chosen = Options(options.slurm_conf, options.plugin, options.plugin_dir, options.slurm_include, options.login_node)

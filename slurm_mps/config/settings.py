@@ -1,6 +1,6 @@
 """What the site allows: SiteConfig and its defaults, and the compiled form that the prolog reads. Pure.
 
-An admin writes TOML (``/etc/slurm/mps.toml``); ``config_file.py`` checks it against the schema and compiles it to
+An admin writes TOML (``/etc/slurm/mps.toml``); ``config/file.py`` checks it against the schema and compiles it to
 lines of words. The prolog reads only those: tomllib and jsonschema together cost it more than all its work.
 """
 

@@ -13,7 +13,7 @@ from ..slurm.host import PLUGIN, Host
 from . import changes
 from .by_hand import Todo, jobs_with_mps, left_to_do, still_in_force, still_needed
 from .changes import Comparison, Manifest, Undone
-from .plan import Options, make_plan, stack_lines, stack_lines_of_others
+from .wanted import Options, find_wanted, stack_lines, stack_lines_of_others
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) 
     with changes.Manifest(make=not dry_run) as manifest:
         try:
             host = _host(options.slurm_conf, environment)
-            plan = make_plan(options, host, manifest)
-            comparisons = changes.compare(plan.changes, manifest)
-            gone = changes.no_longer_wanted(plan.changes, manifest)
+            wanted = find_wanted(options, host, manifest)
+            comparisons = changes.compare(wanted.changes, manifest)
+            gone = changes.no_longer_wanted(wanted.changes, manifest)
             changed = {one.change.path for one in comparisons if one.is_needed}
-            by_hand = left_to_do(options, plan, host, manifest, changed)
+            by_hand = left_to_do(options, wanted, host, manifest, changed)
             if not dry_run:
                 changes.apply(comparisons, manifest)
             undone = [changes.undo(path, manifest, dry_run=dry_run) for path in gone]
@@ -94,7 +94,7 @@ def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) 
         finally:
             if not manifest.wrote and not dry_run:
                 manifest.remove()
-    return Installed(plan.release, host.conf_path, comparisons, undone, by_hand, dry_run)
+    return Installed(wanted.release, host.conf_path, comparisons, undone, by_hand, dry_run)
 
 
 def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: bool, dry_run: bool) -> Uninstalled:

@@ -12,7 +12,7 @@ from ..job.verdict import JOBS
 from ..node.reading import read_text
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, without_comments
 from .changes import Manifest
-from .plan import SCRIPTS, STACK_FILE, UNIT, UNITS, Options, Plan, ScriptPlace, script_place, stack_lines_of_others
+from .wanted import SCRIPTS, STACK_FILE, UNIT, UNITS, Options, ScriptPlace, Wanted, script_place, stack_lines_of_others
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Todo:
     why: str = ""
 
 
-def left_to_do(options: Options, plan: Plan, host: Host, manifest: Manifest, changed: Container[str]) -> list[Todo]:
-    """What is left to do once the plan's files are there. `changed` are the paths that this run writes."""
-    stack = _stack_line(plan, host, manifest)
+def left_to_do(options: Options, wanted: Wanted, host: Host, manifest: Manifest, changed: Container[str]) -> list[Todo]:
+    """What is left to do once the wanted files are there. `changed` are the paths that this run writes."""
+    stack = _stack_line(wanted, host, manifest)
     if options.login_node:
         return stack
     places = [script_place(host, setting) for setting in SCRIPTS]
     lines = [*_slurm_conf_lines(host, places), *_callers(places), *stack]
-    anything = any(change.path in changed for change in plan.changes)
+    anything = any(change.path in changed for change in wanted.changes)
     todo = [*lines]
     if not host.is_copy and (lines or not _is_in_force(host)):
         todo.append(Todo("once, for the cluster", ("scontrol reconfigure",), "slurmctld and slurmd read slurm.conf"))
-    if lines or _slurmd_is_older(plan, host, changed):
+    if lines or _slurmd_is_older(wanted, host, changed):
         todo.append(Todo("on each node", ("systemctl restart slurmd",), "slurmd reads plugstack.conf when it starts"))
     if os.path.isdir(UNITS) and not glob.glob(f"{UNITS}/*.wants/{UNIT}"):
         todo.append(
@@ -81,32 +81,32 @@ def _calls(place: ScriptPlace) -> bool:
         return False
 
 
-def _stack_line(plan: Plan, host: Host, manifest: Manifest) -> list[Todo]:
+def _stack_line(wanted: Wanted, host: Host, manifest: Manifest) -> list[Todo]:
     """The plugin's line, where plugstack.conf has a wrong one, or none and no include that takes a file of ours."""
     for path, line in stack_lines_of_others(host, manifest):
         if not line.startswith("required"):
             why = "what an optional plugin says is ignored: a task would then run without MPS, unnoticed"
-            return [Todo(f"{path}, in place of '{line}'", (plan.stack_line,), why)]
+            return [Todo(f"{path}, in place of '{line}'", (wanted.stack_line,), why)]
         named = line.split()[1]
         found = [named] if os.path.isabs(named) else [f"{one}/{named}" for one in host.plugin_directories]
-        if os.path.realpath(f"{plan.plugin_directory}/{PLUGIN}") not in map(os.path.realpath, found):
+        if os.path.realpath(f"{wanted.plugin_directory}/{PLUGIN}") not in map(os.path.realpath, found):
             why = "Slurm would look for another file than the one that is installed"
-            return [Todo(f"{path}, in place of '{line}'", (plan.stack_line,), why)]
+            return [Todo(f"{path}, in place of '{line}'", (wanted.stack_line,), why)]
         return []
     if host.is_copy:
         why = "this node takes its configuration from the controller"
-        return [Todo("plugstack.conf on the controller", (plan.stack_line,), why)]
+        return [Todo("plugstack.conf on the controller", (wanted.stack_line,), why)]
     path = host.plugstack_path
     if os.path.exists(path) and path not in manifest and not host.own_stack_file(STACK_FILE):
-        return [Todo(path, (plan.stack_line,), "without it srun, sbatch and salloc know no --mps")]
+        return [Todo(path, (wanted.stack_line,), "without it srun, sbatch and salloc know no --mps")]
     return []
 
 
-def _slurmd_is_older(plan: Plan, host: Host, changed: Container[str]) -> bool:
+def _slurmd_is_older(wanted: Wanted, host: Host, changed: Container[str]) -> bool:
     """Whether slurmd runs, and has not read the plugin and its line as they are now."""
     is_there = os.path.exists(host.plugstack_path)
     files = (*host.plugstack.files, host.own_stack_file(STACK_FILE)) if is_there else (host.plugstack_path,)
-    paths = (f"{plan.plugin_directory}/{PLUGIN}", *files)
+    paths = (f"{wanted.plugin_directory}/{PLUGIN}", *files)
     since = min((one.started_seconds for one in host.slurmds), default=0.0)
     return any(path in changed or (os.path.exists(path) and os.stat(path).st_ctime > since) for path in paths)
 

@@ -86,8 +86,11 @@ def seen_since(
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step on this node. script: it is the job's script. memory: MiB of a client on a GPU, ``auto``, or ``-``."""
+class FailedStep:
+    """A step whose tasks ended badly on this node. script: it is the job's script.
+
+    memory: MiB of a client on a GPU, ``auto``, or ``-``.
+    """
 
     tasks: tuple[Task, ...]
     script: bool
@@ -97,7 +100,7 @@ class Step:
 class _Names:
     """What the step's processes are called, and those of other jobs: `jobs` has the job of a pid, where it is known."""
 
-    def __init__(self, step: Step, seen: Sequence[Seen], jobs: Mapping[int, int]) -> None:
+    def __init__(self, step: FailedStep, seen: Sequence[Seen], jobs: Mapping[int, int]) -> None:
         self._jobs = jobs
         self._shared = any(one.shared for one in seen)
         self._ranks = {task.pid: task.rank for task in step.tasks}
@@ -128,7 +131,7 @@ class _Names:
         return " and ".join(words)
 
 
-def explain(step: Step, seen: Sequence[Seen], jobs: Mapping[int, int] | None = None) -> list[str]:
+def explain(step: FailedStep, seen: Sequence[Seen], jobs: Mapping[int, int] | None = None) -> list[str]:
     """A sentence for each thing that MPS did to the step, the causes first; none where nothing explains it.
 
     All but VANISHED are from the logs.
@@ -212,7 +215,7 @@ def _refusals(seen: Seen, names: _Names) -> list[str]:
     return words
 
 
-def suspect_limit(step: Step, seen: Sequence[Seen]) -> str:
+def suspect_limit(step: FailedStep, seen: Sequence[Seen]) -> str:
     """What to say where explain() found nothing: that there is a memory limit, if there is one.
 
     The server does not say who hits it (O64), so nobody is to be sent to its logs.

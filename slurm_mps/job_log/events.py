@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import merge
 from operator import attrgetter
@@ -50,6 +50,9 @@ class Event:
     threads: str = ""
     memory: tuple[tuple[int, int], ...] = ()
     age_seconds: float = -1.0  #: of a fault: how long its culprit had had its context; -1 where that is not known
+
+
+_Handlers = tuple[tuple[str, Callable[["_Reader", Line], None]], ...]
 
 
 class _Client:
@@ -101,22 +104,10 @@ class _Reader:
 
     # ------------------------------------------------------------------------------------------- the control daemon
 
-    def _daemon_started(self, line: Line) -> None:
-        self._add(line, DAEMON_STARTED, line.pid)
-
-    def _daemon_ended(self, line: Line) -> None:
-        self._add(line, DAEMON_ENDED, line.pid, number=_first_number(line.text))
-
     def _server_started(self, line: Line) -> None:
         numbers = _numbers(line.text)
         if len(numbers) == 2:
             self._add(line, SERVER_STARTED, numbers[0], uid=numbers[1])
-
-    def _server_is_ready(self, line: Line) -> None:
-        self._ready.add(_first_number(line.text))
-
-    def _server_told(self, line: Line) -> None:
-        self._asked.add(_first_number(line.text))
 
     def _server_forced(self, line: Line) -> None:
         server = _first_number(line.text)
@@ -222,12 +213,6 @@ class _Reader:
         elif "Maximum number of clients" in line.text:
             self._full(line)
 
-    def _told_to_go(self, line: Line) -> None:
-        self._asked.add(line.pid)
-
-    def _stays(self, line: Line) -> None:
-        self._asked.discard(line.pid)
-
     def _gives_threads(self, line: Line) -> None:
         found = _THREADS.fullmatch(line.text)
         if found:
@@ -301,18 +286,21 @@ class _Reader:
             )
 
     #: What to do about a line, by how it begins.
-    _CONTROL = (
+    _CONTROL: _Handlers = (
         ("NEW CLIENT ", _new_client),
         ("Starting new server ", _server_started),
-        ("NEW SERVER ", _server_is_ready),
-        ("Try shutting down server ", _server_told),
+        ("NEW SERVER ", lambda self, line: self._ready.add(_first_number(line.text))),
+        ("Try shutting down server ", lambda self, line: self._asked.add(_first_number(line.text))),
         ("Force shutting down server ", _server_forced),
         ("Failed to start server ", _server_failed),
         ("Server ", _about_server),
-        ("Starting control daemon ", _daemon_started),
-        ("Exit with status ", _daemon_ended),
+        ("Starting control daemon ", lambda self, line: self._add(line, DAEMON_STARTED, line.pid)),
+        (
+            "Exit with status ",
+            lambda self, line: self._add(line, DAEMON_ENDED, line.pid, number=_first_number(line.text)),
+        ),
     )
-    _SERVER = (
+    _SERVER: _Handlers = (
         ("Client {", _of_client),
         ("Client process ", _left),
         ("Status of client ", _is_active),
@@ -323,8 +311,8 @@ class _Reader:
         ("Failed to accept ", _not_accepted),
         ("Active Threads Percentage ", _gives_threads),
         ("Server has started", _has_started),
-        ("Server has been notified to shutdown", _told_to_go),
-        ("Server was unable to shutdown", _stays),
+        ("Server has been notified to shutdown", lambda self, line: self._asked.add(line.pid)),
+        ("Server was unable to shutdown", lambda self, line: self._asked.discard(line.pid)),
     )
 
 

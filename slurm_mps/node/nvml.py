@@ -31,11 +31,11 @@ _NOT_SUPPORTED = 3
 COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
 DEFAULT, EXCLUSIVE_PROCESS = 0, 3
 
-#: The kernel's own list of GPUs: a directory each, named by PCI address, with a file of ``Name: value`` lines (O69).
 #: The first CUDA whose control daemon limits memory, and the driver that has it (NVIDIA's documentation).
 CUDA_NEEDED = (11, 5)
 NEEDED = "CUDA 11.5 (driver 495) or newer"
 _VERSION_BYTES = 80
+#: The kernel's own list of GPUs: a directory each, named by PCI address, with a file of ``Name: value`` lines (O69).
 _KERNEL_LIST = "/proc/driver/nvidia/gpus"
 _HEXADECIMAL = frozenset("0123456789abcdef-")
 

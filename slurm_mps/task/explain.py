@@ -19,7 +19,7 @@ _LINE_MAX = 900
 def main() -> int:
     sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
     from slurm_mps.job.told import read_verdict
-    from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
+    from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, seen_since, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.node.listen import listener
     from slurm_mps.node.processes import job_of
@@ -43,7 +43,7 @@ def main() -> int:
         )
         for place in verdict.daemons
     ]
-    step = Step(tasks, kind == "script", memory)
+    step = FailedStep(tasks, kind == "script", memory)
     pids = {pid for one in seen if one.shared for event in one.events for pid in event.pids}
     jobs = {pid: job for pid in pids if (job := job_of(pid)) and job != int(job_id)}
     found = explain(step, seen, jobs)

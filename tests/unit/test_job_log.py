@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError
 from slurm_mps.job_log import events as kinds
-from slurm_mps.job_log.blame import VANISHED, Step, Task, explain, seen_since, suspect_limit
+from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, seen_since, suspect_limit
 from slurm_mps.job_log.events import Event, read_events
 from slurm_mps.job_log.lines import parse_lines
 from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
@@ -189,7 +189,7 @@ def test_no_line_costs_more_for_those_before_it(first: str, second: str) -> None
     lines = [LINES[kind].format(n=n + 1) for kind in (first, second) for n in range(many)]
     start = process_time()
     found = told((), lines) if first != "new client" else told(lines[:many], lines[many:])
-    step = Step((Task(0, 5, 256),), script=False, memory="1024")
+    step = FailedStep((Task(0, 5, 256),), script=False, memory="1024")
     explain(step, [seen_since(0, GPUS, gone=False, events=found)])
     assert process_time() - start < 5
 
@@ -207,11 +207,11 @@ def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, st
 
 
 def explained(found: list[Event], tasks: Iterable[Task], *, script: bool = False) -> list[str]:
-    return explain(Step(tuple(tasks), script, "-"), [seen_since(0, GPUS, gone=False, events=found)])
+    return explain(FailedStep(tuple(tasks), script, "-"), [seen_since(0, GPUS, gone=False, events=found)])
 
 
 def suspected(found: list[Event], tasks: Iterable[Task], memory: str) -> str:
-    return suspect_limit(Step(tuple(tasks), False, memory), [seen_since(0, GPUS, gone=False, events=found)])
+    return suspect_limit(FailedStep(tuple(tasks), False, memory), [seen_since(0, GPUS, gone=False, events=found)])
 
 
 def ranks(*pids: int, status: int | None = 256) -> list[Task]:
@@ -272,7 +272,7 @@ def test_a_daemon_that_is_gone_is_told_with_its_own_word_where_there_is_one(
 ) -> None:
     """A step that fails may have begun after the daemon's end."""
     seen = seen_since(since, GPUS, gone=True, events=told(["NEW SERVER 959: Ready", *log]))
-    (words,) = explain(Step(tuple(ranks(1)), True, "-"), [seen])
+    (words,) = explain(FailedStep(tuple(ranks(1)), True, "-"), [seen])
     assert (words == VANISHED) != ended
     assert ("control daemon on this node ended (status 0)" in words) == ended
 
@@ -285,7 +285,7 @@ def test_what_a_step_was_told_of_a_daemon_that_is_gone_its_script_is_not(
     """Unless the daemon was there then, as its logs show."""
     events = told(log, server=["Client {PID: 1, Context ID: 0} connected"])
     seen = seen_since(since, GPUS, gone=True, events=events, told=True)
-    assert bool(explain(Step(tuple(ranks(1)), True, "-"), [seen])) == again
+    assert bool(explain(FailedStep(tuple(ranks(1)), True, "-"), [seen])) == again
 
 
 def test_a_memory_limit_is_named_where_a_client_failed_of_itself() -> None:

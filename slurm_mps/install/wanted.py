@@ -57,8 +57,8 @@ class ScriptPlace:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What install does here: `changes` in their order, in `directory` the plugin, in `stack_line` its line."""
+class Wanted:
+    """What is to be on this node: `changes` in their order, the plugin's directory, and its line."""
 
     release: str
     changes: list[Change]
@@ -66,7 +66,7 @@ class Plan:
     stack_line: str
 
 
-def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
+def find_wanted(options: Options, host: Host, manifest: Manifest) -> Wanted:
     """Look at this node's Slurm, and build the plugin if none is given.
 
     Raises: NoSlurmError; MpsError when something is missing, is of another release, or is not root's
@@ -86,7 +86,7 @@ def make_plan(options: Options, host: Host, manifest: Manifest) -> Plan:
     else:
         scripts = [_script(script_place(host, setting)) for setting in SCRIPTS]
         changes = [*_config(manifest), *plugin, *scripts, *_command(manifest), *_unit(manifest), *stack]
-    return Plan(release, _with_directories(changes), directory, line)
+    return Wanted(release, _with_directories(changes), directory, line)
 
 
 def _share(name: str) -> bytes:
