@@ -6,7 +6,9 @@
 --
 -- Slurm shows these variables to nobody, so that no command could say which jobs asked for MPS. The admin comment of
 -- such a job begins with "mps", as `slurm-mps status --cluster` reads it: mps:threads=25,mem=8G
+-- Where another tool rewrites AdminComment when a job ends, let MARKED name "extra" or "comment", too.
 
+local MARKED = { "admin_comment" }
 local LONGEST, TOTAL = 4096, 65536
 local SHOWN = { { "MPS_THREADS", "threads" }, { "MPS_MEM", "mem" }, { "MPS_PRIORITY", "priority" } }
 
@@ -47,11 +49,10 @@ local function request(variables)
 end
 
 local function mark(job_desc, variables)
-	local mps, comment = request(variables), job_desc.admin_comment
-	if mps and comment and comment ~= "" then
-		job_desc.admin_comment = mps .. ";" .. comment
-	elseif mps then
-		job_desc.admin_comment = mps
+	local mps = request(variables)
+	for _, field in ipairs(mps and MARKED or {}) do
+		local text = job_desc[field]
+		job_desc[field] = text and text ~= "" and mps .. ";" .. text or mps
 	end
 end
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cluster import REPOSITORY
+from tests.harness.release import chosen
 from tests.harness.runtime import MOUNT_POINT
 from tests.harness.site import MarkedSite
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from tests.harness.cluster import Job
     from tests.harness.machine import Machine
 
+SPARE = "comment" if chosen().name == "22.05" else "extra"  # what else Slurm keeps of a job
 DATA = "/var/lib/accounting"
 SOCKET = "/run/mysqld/mysqld.sock"
-SLURM_CONF = """AccountingStorageType=accounting_storage/slurmdbd
+SLURM_CONF = f"""AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 AccountingStorageTRES=gres/gpu
+AccountingStoreFlags=job_{SPARE}
 """
 DBD_CONF = """AuthType=auth/munge
 DbdHost=localhost
@@ -65,14 +68,15 @@ class AccountedSite(MarkedSite):
             _SECONDS,
         )
         self.cluster.stop_daemon("slurmctld")
+        machine.run(["rm", "/var/spool/slurmctld/clustername"]).check()  # the database gives the cluster another id
         self.cluster.start_controller()
 
     def start_slurmdbd(self) -> None:
         self.slurmdbd = self.machine.popen(["/usr/sbin/slurmdbd", "-D"], user="slurm", stderr=subprocess.DEVNULL)
 
-    def kept(self, job: Job, state: str = "COMPLETED") -> str:
-        """A job's AdminComment in the database, once the job's end is there."""
-        ask = ["sacct", "-XnPo", "State,End,AdminComment", "-j", str(job)]
+    def kept(self, job: Job, state: str = "COMPLETED", field: str = "AdminComment") -> str:
+        """A job's AdminComment in the database, or another field, once the job's end is there."""
+        ask = ["sacct", "-XnPo", f"State,End,{field}", "-j", str(job)]
 
         def look() -> str | None:
             words = self.machine.run(ask).stdout.strip().split("|")
@@ -109,6 +113,18 @@ def test_sacct_shows_what_each_job_asked(accounted: AccountedSite) -> None:
         run("--gres=gpu:1", script="true"),
     ]
     assert [accounted.kept(job) for job in jobs] == ["mps:threads=25,mem=8G", "mps:per-gpu", ""]
+
+
+def test_the_mark_survives_a_tool_that_rewrites_it(accounted: AccountedSite) -> None:
+    """In the second field that a site lets be marked, before what the job's user wrote there."""
+    path, machine = "/etc/slurm/job_submit.lua", accounted.machine
+    script = machine.read(path)
+    machine.write(path, script.replace('{ "admin_comment" }', f'{{ "admin_comment", "{SPARE}" }}'))
+    job = accounted.cluster.sbatch("--gres=gpu:1", "--mps", f"--{SPARE}=own", script="true")
+    machine.write(path, script)
+    assert accounted.kept(job) == "mps"
+    machine.run(["sacctmgr", "-i", "modify", "job", f"jobid={job}", "set", "AdminComment=other"]).check()
+    assert [accounted.kept(job, field=field) for field in ("AdminComment", SPARE)] == ["other", "mps;own"]
 
 
 def test_a_database_that_is_down_keeps_no_job_waiting(accounted: AccountedSite) -> None:
