@@ -20,6 +20,9 @@ static const struct {
 	{ "mps_priority", "MPS_PRIORITY", request.priority },
 };
 
+/* --mps=off, for a site that gives MPS to jobs that do not ask (policy.mps). */
+#define NO_MPS "NO_MPS"
+
 static void unset(const char *prefix, const char *name)
 {
 	char whole[96];
@@ -37,6 +40,7 @@ void submit_forget_other_job(void)
 		unset("SLURM_SPANK__SLURM_SPANK_OPTION_mps_", carried[i].option);
 		unset("_SLURM_SPANK_OPTION_mps_", carried[i].option); /* what salloc starts has both */
 	}
+	unset("SLURM_SPANK_", NO_MPS);
 	variables_forget(NULL);
 }
 
@@ -45,8 +49,10 @@ int submit_carry(spank_t sp)
 	bool submitting = spank_context() == S_CTX_LOCAL || spank_context() == S_CTX_ALLOCATOR;
 	int rc;
 
-	if (!submitting || !request_asks())
+	if (!submitting || !request.given)
 		return 0;
+	if (request.off)
+		return spank_job_control_setenv(sp, NO_MPS, "1", 1) == ESPANK_SUCCESS ? 0 : -1;
 	if (strchr(request.mem, ':') && strcmp(request.daemons, "per-gpu") && !getenv("SLURM_JOB_ID")) {
 		slurm_error("mps: --mps-mem=%s: one control daemon cannot tell its GPUs apart; ask for --mps=per-gpu, or for one "
 			    "size", request.mem);

@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
         return refuse(options, Exit.USAGE, f"--user={options.user}: there is no such user")
     from ..job.preview import part_of_gres
 
-    if not _asked(options) and not part_of_gres(options.gres or ""):
+    asks = bool(_asked(options) or part_of_gres(options.gres or ""))
+    options.mps = options.mps if asks else _unasked(options.partition)
+    if not (asks or options.mps):
         return refuse(options, Exit.USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
     if options.mps == "off":
         return refuse(options, Exit.USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")
@@ -61,6 +63,18 @@ def run(options: argparse.Namespace) -> int:
     status = _answer(options, uid)
     sys.stdout.flush()
     os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
+
+
+def _unasked(partition: str) -> str | None:
+    """What a job in a partition gets that does not ask; None for nothing, or where the configuration cannot be read."""
+    from ..config.load import load_config
+    from ..errors import NodeError
+
+    try:
+        policy = load_config(None, _DEADLINE_SECONDS, partition).policy_mps
+    except (NodeError, OSError):
+        return None
+    return None if policy == "off" else policy
 
 
 def _asked(options: argparse.Namespace) -> dict[str, str]:

@@ -59,6 +59,7 @@ class SiteConfig:
     logs_max_kib: int = 1024
     logs_max_jobs: int = 500
     policy_node_fault: str = "drain"
+    policy_mps: str = "off"
     metrics_textfile: str = "none"
 
 

@@ -14,7 +14,7 @@ from .actions import JobOnNode
 from .joined import unconfined
 from .ledger import JOINED
 from .lifecycle import bring_up, is_up, take_down, undo_all
-from .request import asks_for_mps, read_request, run_of_job, slurm_number
+from .request import VARIABLES, asks_for_mps, may_have_mps_unasked, read_request, run_of_job, slurm_number
 from .script import Script
 from .state import NodeState
 from .verdict import refused, without
@@ -40,6 +40,7 @@ class Prolog(Script):
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._journal: Journal | None = None
+        self._asked = asks_for_mps(environment)
         super().__init__(environment)
 
     def work(self, job_id: int) -> None:
@@ -52,9 +53,12 @@ class Prolog(Script):
             if is_up(old, run):
                 return
             take_down(replace(old, deadline=old.undo_deadline))
-        if not asks_for_mps(self.environment):  # what was left was of another job, whose id this one has
-            self.done = ""
-            return
+        if not self._asked:
+            unasked = self.config.policy_mps
+            if unasked == "off" or not may_have_mps_unasked(self.environment):
+                self.done = ""  # what was left was of another job, whose id this one has
+                return
+            self.environment = {**self.environment, VARIABLES["--mps"]: unasked}
         uid = slurm_number(self.environment, "SLURM_JOB_UID")
         node = self.environment.get("SLURMD_NODENAME", "")
         self._journal = journal = state.begin_journal(job_id, uid, run, node)
@@ -141,6 +145,10 @@ class Prolog(Script):
                 return
         except NodeError as error:
             self.tell(str(error))
+        if not self._asked:
+            raise NodeError(
+                "the tasks of a job that did not ask for MPS look for a verdict in the state directory only"
+            )
         elsewhere = f"{STATE_DIRECTORY}/jobs/{job_id}"
         if not self._journal and os.path.lexists(elsewhere):
             raise NodeError(f"{elsewhere} is there already, and may belong to a daemon that runs")

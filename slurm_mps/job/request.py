@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _PREFIX = "SPANK_MPS"
+_OFF = "SPANK_NO_MPS"  # --mps=off, as the plugin carries it
 #: Slurm's own word for how much of a GPU a job of gres/mps has, in percent. Nobody but Slurm can set it for a prolog.
 SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _RUN = frozenset(("SLURM_JOB_UID", "SLURM_JOB_RESTART_COUNT", "SLURM_JOB_START_TIME", "SLURM_JOB_GPUS"))
@@ -90,7 +91,7 @@ def _option(environment: Mapping[str, str], option: str, parse: Callable[[str], 
 
 def _daemons(text: str) -> str:
     if text not in _DAEMONS:
-        raise ValueError(f"expected {PER_NODE}, {PER_GPU} or off")  # off, the plugin never passes on
+        raise ValueError(f"expected {PER_NODE}, {PER_GPU} or off")  # off, the plugin passes on as _OFF
     return _DAEMONS[text]
 
 
@@ -128,6 +129,12 @@ def asks_for_mps(environment: Mapping[str, str]) -> bool:
     return SHARE in environment or any(name.startswith(_PREFIX) for name in environment)
 
 
+def may_have_mps_unasked(environment: Mapping[str, str]) -> bool:
+    """Whether the site may give MPS to a job that asks for nothing: it has whole GPUs, and did not say --mps=off."""
+    devices = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return bool(environment.get("SLURM_JOB_GPUS")) and "MIG-" not in devices and _OFF not in environment
+
+
 def _share(environment: Mapping[str, str]) -> float | None:
     text = environment.get(SHARE)
     try:
@@ -156,6 +163,8 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
             f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
             hint="is the plugin on the submit host newer than the node?",
         )
+    if _OFF in environment and SHARE in environment:
+        raise RequestError("--mps=off: only MPS limits a job to the part of a GPU that --gres=mps gives it")
     daemons = _option(environment, "--mps", _daemons) or PER_NODE
     memory = _option(environment, "--mps-mem", _memory)
     by_gpu = memory if isinstance(memory, tuple) else ()

@@ -340,6 +340,16 @@ def test_a_job_that_can_be_told_nowhere_drains(gpu_node: GpuNode, policy: str) -
     assert ("/var/log/slurm-mps: Not a directory" in result.stderr) == (policy != "drain")
 
 
+def test_a_job_that_did_not_ask_drains_where_its_tasks_do_not_look(gpu_node: GpuNode) -> None:
+    """They look for a verdict in /run alone, and would run without MPS."""
+    gpu_node.configure('[policy]\nmps = "per-node"\nnode_fault = "fail_job"\n')
+    gpu_node.run("sh", "-ec", "; ".join(FULL)).check()
+    result = gpu_node.run(PROLOG, env=job_environment(4711))
+    gpu_node.run("umount", STATE_DIRECTORY).check()
+    assert result.returncode == 1, result
+    assert "the tasks of a job that did not ask" in result.stderr
+
+
 def somebody_on_a_gpu(node: GpuNode) -> subprocess.Popen[bytes]:
     """A program without MPS that has a context."""
     other = node.start("simulated-gpus", "client", "--hold", "60", user="bob", env=NOWHERE)

@@ -83,6 +83,18 @@ def test_a_step_of_a_job_with_mps_cannot_be_without(site: Site) -> None:
     assert "--mps=off: this job has MPS, and a step cannot be without" in output
 
 
+@pytest.mark.every_release
+def test_a_partition_gives_mps_to_jobs_that_do_not_ask(site: Site) -> None:
+    """And not to one that gives --mps=off; a job from that job is asked anew."""
+    site.configure('[partition.gpu.policy]\nmps = "per-node"\n')
+    inner = "sbatch -Q --wait --gres=gpu:1 -o inner --wrap 'echo daemon=$CUDA_MPS_PIPE_DIRECTORY'; cat inner"
+    seen = [_has_daemon(site, script="SHOW; srun SHOW"), _has_daemon(site, "--mps=off", script=f"srun SHOW; {inner}")]
+    without_gpu = site.cluster.run_batch(script="srun true")
+    site.configure("")
+    assert seen == [[True, True], [False, True]]
+    assert without_gpu == ""
+
+
 def _submit_past_the_plugin(site: Site, values: dict[str, str]) -> tuple[str, str]:
     """As alice, with a slurm.conf and a plugin of her own. Returns the job's state and output."""
     machine = site.machine

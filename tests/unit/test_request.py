@@ -112,6 +112,12 @@ def test_what_slurmd_says_wrongly_is_the_nodes_fault(name: str, value: str) -> N
         read_request({**SLURM, "SPANK_MPS": "1", name: value})
 
 
+def test_a_part_of_a_gpu_cannot_be_had_without_mps() -> None:
+    """The job would have all of a GPU of which others have parts, too."""
+    with pytest.raises(RequestError, match=r"--mps=off: only MPS limits"):
+        read_request({**SLURM, "SPANK_NO_MPS": "1", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})
+
+
 def test_mig_devices_are_refused_with_their_name() -> None:
     with pytest.raises(RequestError, match="MIG"):
         read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "MIG-0123-4567"})
