@@ -69,9 +69,9 @@ test: build-tests ## all tests, in ten minutes; TESTS=tests/unit for some, JOBS=
 
 SUITE = $(DEV_PYTHON) -m tests.harness.suite $(if $(JOBS),--jobs $(JOBS))
 
-test-accounting: build-tests ## what slurmdbd keeps of MPS jobs; installs slurmdbd and MariaDB (200 MB) for it
-	@tests/harness/prepare.sh slurmdbd mariadb-server
-	@$(SUITE) tests/slurm/test_accounting.py
+test-accounting: build-tests ## what slurmdbd and Prometheus have of MPS jobs; installs both and MariaDB (300 MB)
+	@tests/harness/prepare.sh slurmdbd mariadb-server prometheus
+	@$(SUITE) tests/slurm/test_accounting.py tests/node/test_metrics.py
 
 test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)

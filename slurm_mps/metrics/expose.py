@@ -18,8 +18,13 @@ _LOG_WORDS = {
     "refused_clients": "Programs that an MPS server refused (CUDA errors 807 and 808)",
     "server_deaths": "MPS servers that ended without having been told to, or could not be started",
 }
-#: So that a query finds them before the first has happened.
-_OUTCOMES = {"prolog": ("ready", "refused", "node_fault"), "epilog": ("done", "node_fault")}
+#: So that a query finds them before the first has happened: increase() does not see a counter that begins at 1.
+_WORDS = {
+    "prolog": ("ready", "refused", "node_fault"),
+    "epilog": ("done", "node_fault"),
+    "refusal": ("request", "no_gpu", "threads", "memory", "shared_gpu", "busy_gpu", "mig", "per_node", "site"),
+    RECONCILE: ("repaired", "left"),
+}
 
 
 class _Once:
@@ -42,7 +47,7 @@ def text(totals: Totals, view: NodeView) -> bytes:
 def _counters(totals: Totals) -> Iterable[Metric]:
     for hook in HOOKS:
         counter = CounterMetricFamily(f"{PREFIX}_{hook}s", f"{hook.title()}s of jobs with MPS", labels=["outcome"])
-        for outcome in _OUTCOMES[hook]:
+        for outcome in _WORDS[hook]:
             counter.add_metric([outcome], totals.counts.get((hook, outcome), 0))
         yield counter
         count, seconds, *below = totals.durations[hook]
@@ -58,9 +63,8 @@ def _counters(totals: Totals) -> Iterable[Metric]:
 
 def _by_word(totals: Totals, what: str, name: str, words: str, label: str) -> Metric:
     counter = CounterMetricFamily(f"{PREFIX}_{name}", words, labels=[label])
-    for (kind, word), number in sorted(totals.counts.items()):
-        if kind == what:
-            counter.add_metric([word], number)
+    for word in sorted({*_WORDS[what], *(word for kind, word in totals.counts if kind == what)}):
+        counter.add_metric([word], totals.counts.get((what, word), 0))
     return counter
 
 

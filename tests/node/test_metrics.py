@@ -6,6 +6,8 @@ import configparser
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -249,18 +251,42 @@ def test_counts_that_were_damaged_are_begun_anew() -> None:
 # --------------------------------------------------------------------------------------------- what lies beside it
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(node: GpuNode) -> None:
+def _series(before: dict[str, float], after: dict[str, float]) -> list[dict[str, str]]:
+    """A node's samples for promtool: two minutes of each, one every minute."""
+    found = []
+    for name, value in after.items():
+        metric, *labels = name.split("|")
+        pairs = [label.partition("=")[::2] for label in labels] + [("instance", "n1")]
+        quoted = ",".join(f'{key}="{value}"' for key, value in pairs)
+        old = before.get(name, "_")
+        found.append({"series": f"{metric}{{{quoted}}}", "values": f"{old} {old} {value} {value}"})
+    return found
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)")
+def test_each_panel_of_the_dashboard_shows_what_happened(node: GpuNode, tmp_path: Path) -> None:
+    """Prometheus's own evaluator, on what a node wrote before and after something of each kind happened."""
     dashboard = json.loads((ROOT / "etc/grafana-slurm-mps.json").read_text())
+    node.run_job(1)
+    before = written(node)
     node.run_job(1, **asked(mem="900G"))
-    metrics(node).check()
-    node.run("sh", "-c", f"printf '%s\\n' 'reconcile repaired 1 -' >> {EVENTS}; chmod 600 {EVENTS}").check()
     node.prolog(2).check()
-    there = {name.partition("|")[0] for name in written(node)}
+    node.client(2, "--fault")
+    node.run("sh", "-c", f"printf '%s\\n' 'reconcile repaired 1 -' >> {EVENTS}; chmod 600 {EVENTS}").check()
+    after = written(node)
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    variables = [one["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
-    asked_for = set(re.findall(r"slurm_mps_\w+", " ".join([*queries, *map(str, variables)])))
+    nothing = "refused_clients", "server_deaths"  # of these, that none happened
+    checks = []
+    for query in queries:
+        moves = re.search(r"rate\(|increase\(", query) and not any(name in query for name in nothing)
+        judged = f"{'max' if moves else 'count'}({query.replace('$node', '.*')}) > bool 0"
+        checks.append({"expr": judged, "eval_time": "3m", "exp_samples": [{"labels": "{}", "value": 1}]})
+    test = {"interval": "1m", "input_series": _series(before, after), "promql_expr_test": checks}
+    (tmp_path / "test.yml").write_text(json.dumps({"evaluation_interval": "1m", "tests": [test]}))
+    evaluate = ["promtool", "test", "rules", str(tmp_path / "test.yml")]
+    said = subprocess.run(evaluate, capture_output=True, text=True, timeout=30, check=False)
     assert len(queries) >= 8
-    assert asked_for <= there
+    assert said.returncode == 0, said.stderr + said.stdout
 
 
 @pytest.mark.parametrize("name", ["slurm-mps-metrics.service", "slurm-mps-metrics.timer"])
