@@ -40,7 +40,6 @@ static int on_option(int which, const char *value, int remote)
 {
 	enum daemons daemons;
 
-	(void)remote;
 	request.given = true;
 	switch (which) {
 	case OPTION_MPS:

@@ -60,8 +60,6 @@ static bool has_mps(void)
 /* Everywhere: in srun, sbatch and salloc, and in slurmstepd. */
 int slurm_spank_init(spank_t sp, int ac, char **av)
 {
-	(void)ac;
-	(void)av;
 	lines_in_plugstack++;
 	submit_forget_other_job();
 	request_register(sp);
@@ -70,8 +68,6 @@ int slurm_spank_init(spank_t sp, int ac, char **av)
 
 int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 {
-	(void)ac;
-	(void)av;
 	return submit_carry(sp);
 }
 
@@ -80,8 +76,6 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 {
 	static unsigned int calls;
 
-	(void)ac;
-	(void)av;
 	if (spank_context() != S_CTX_REMOTE || !is_first(&calls))
 		return ESPANK_SUCCESS;
 	stepd_judge(sp, &step);
@@ -99,8 +93,6 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	static unsigned int calls;
 	char problem[VERDICT_MESSAGE_MAX];
 
-	(void)ac;
-	(void)av;
 	if (!is_first(&calls))
 		return ESPANK_SUCCESS;
 	stepd_judge(sp, &step);
@@ -119,8 +111,6 @@ int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 	uint32_t rank = 0;
 	pid_t pid = 0;
 
-	(void)ac;
-	(void)av;
 	if (!is_first(&calls) || !has_mps())
 		return ESPANK_SUCCESS;
 	if (!done)
@@ -140,8 +130,6 @@ int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 	uid_t uid = 0;
 	int status = 0;
 
-	(void)ac;
-	(void)av;
 	if (!is_first(&calls) || !has_mps() || rollcall_failed(step.rollcall))
 		return ESPANK_SUCCESS;
 	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS)
