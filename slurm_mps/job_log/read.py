@@ -21,7 +21,7 @@ class DaemonLogs:
     directory: str
 
 
-def find_logs(root: str, job_id: int) -> list[DaemonLogs]:
+def find_logs(root: str, job_id: int | str) -> list[DaemonLogs]:
     """The logs of a job below the site's log directory; none where there are none for us to see.
 
     Raises: PermissionError when they are another user's.

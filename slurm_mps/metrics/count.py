@@ -15,10 +15,9 @@ from .totals import LOG_COUNTS, Totals, decode_totals
 
 _EVENTS_LIMIT_BYTES = 2 * 1024**2
 _TOTALS_LIMIT_BYTES = 1024**2
-_LOG_LIMIT_BYTES = 32 * 1024**2
 _LOCK_SECONDS = 1.0
 _SAVE_SECONDS = 1.0
-_NOTHING = (0,) * len(LOG_COUNTS)
+_NOTHING = [0] * len(LOG_COUNTS)
 _COUNTED_AS = {
     kinds.FAULT: 0,
     kinds.FULL: 1,
@@ -91,26 +90,26 @@ def _count_logs(totals: Totals, root: str, running: Collection[int], save: Calla
     """
     there = _jobs_with_logs(root)
     saved = monotonic()
-    for job_id in [job for job in totals.logs if job not in there]:
-        totals.forget_log(job_id)
+    for job in [job for job in totals.logs if job not in there]:
+        totals.forget_log(job)
     if first:
-        totals.logs |= {job: (_size(find_logs(root, job)), _NOTHING) for job in there if job not in running}
-    for job_id in there:
-        logs = find_logs(root, job_id)
+        totals.logs |= {job: (_size(find_logs(root, job)), _NOTHING) for job in there if int(job) not in running}
+    for job in there:
+        logs = find_logs(root, job)
         size = _size(logs)
-        before, counted = totals.logs.get(job_id, ("", _NOTHING))
+        before, counted = totals.logs.get(job, ("", _NOTHING))
         if size == before:
             continue
         found = _count_job(logs)
-        totals.logs[job_id] = (size, tuple(map(max, counted, found)))  # a log that was cut has less
+        totals.logs[job] = (size, list(map(max, counted, found)))  # a log that was cut has less
         if monotonic() > saved + _SAVE_SECONDS:
             save()
             saved = monotonic()
 
 
-def _jobs_with_logs(root: str) -> list[int]:
+def _jobs_with_logs(root: str) -> list[str]:
     try:
-        return sorted(int(name) for name in os.listdir(root) if name.isdigit() and len(name) <= 10)
+        return sorted(name for name in os.listdir(root) if name.isdigit() and len(name) <= 10)
     except OSError:
         return []
 
@@ -126,14 +125,14 @@ def _size(logs: Iterable[DaemonLogs]) -> str:
     return f"{sum(sizes)}:{len(sizes)}"
 
 
-def _count_job(logs: Iterable[DaemonLogs]) -> tuple[int, ...]:
+def _count_job(logs: Iterable[DaemonLogs]) -> list[int]:
     found = [0] * len(LOG_COUNTS)
     for one in logs:
         try:
-            events = events_of(one, limit_bytes=_LOG_LIMIT_BYTES)
+            events = events_of(one)
         except (NodeError, OSError):
             continue
         for event in events:
             if event.kind in _COUNTED_AS:
                 found[_COUNTED_AS[event.kind]] += 1
-    return tuple(found)
+    return found

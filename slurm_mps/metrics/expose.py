@@ -48,7 +48,7 @@ def _counters(totals: Totals) -> Iterable[Metric]:
     for hook in HOOKS:
         counter = CounterMetricFamily(f"{PREFIX}_{hook}s", f"{hook.title()}s of jobs with MPS", labels=["outcome"])
         for outcome in _WORDS[hook]:
-            counter.add_metric([outcome], totals.counts.get((hook, outcome), 0))
+            counter.add_metric([outcome], totals.count_of(hook, outcome))
         yield counter
         count, seconds, *below = totals.durations[hook]
         buckets = [*((str(bound), number) for bound, number in zip(BOUNDS, below, strict=True)), ("+Inf", count)]
@@ -63,8 +63,8 @@ def _counters(totals: Totals) -> Iterable[Metric]:
 
 def _by_word(totals: Totals, what: str, name: str, words: str, label: str) -> Metric:
     counter = CounterMetricFamily(f"{PREFIX}_{name}", words, labels=[label])
-    for word in sorted({*_WORDS[what], *(word for kind, word in totals.counts if kind == what)}):
-        counter.add_metric([word], totals.counts.get((what, word), 0))
+    for word in sorted({*_WORDS[what], *totals.counts.get(what, {})}):
+        counter.add_metric([word], totals.count_of(what, word))
     return counter
 
 

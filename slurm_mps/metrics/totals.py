@@ -1,15 +1,12 @@
 """What was counted since the boot, on disk between one run and the next.
 
-    slurm-mps metrics 1
-    taken 8812:1700000000000000000      the events that are counted in here
-    count prolog ready 17
-    duration prolog 17 1.82 0 4 12 ...  how many, their sum in seconds, and how many below each of BOUNDS
-    log 4711 90112:2 1 0 0              a job's logs by size, and what is counted of them
-
 Promise: an event is counted once, wherever this is killed.
 """
 
 from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
 
 from ..node.wordfile import DamagedFileError, decode, encode
 
@@ -23,17 +20,28 @@ LOG_COUNTS = ("gpu_faults", "refused_clients", "server_deaths")
 _WORDS_MAX = 64
 
 
+def _no_durations() -> dict[str, list[float]]:
+    return {hook: [0.0] * (2 + len(BOUNDS)) for hook in HOOKS}
+
+
+@dataclass
 class Totals:
-    """Counters by their words, durations by hook, and what was counted of which job's logs."""
+    """taken: which file of events is counted in here; empty for none. counts: by kind and word: ``prolog``, ``ready``.
 
-    def __init__(self) -> None:
-        self.taken = ""  #: which file of events is counted in here; empty for none
-        self.counts: dict[tuple[str, str], float] = {}
-        self.durations: dict[str, list[float]] = {hook: [0.0, 0.0, *(0.0 for _ in BOUNDS)] for hook in HOOKS}
-        self.logs: dict[int, tuple[str, tuple[int, ...]]] = {}
+    durations: of each hook how many, their sum in seconds, and how many below each of BOUNDS. logs: of each job the
+    size of its logs, and what is counted of them.
+    """
 
-    def add(self, what: str, word: str, number: float = 1) -> None:
-        self.counts[what, word] = self.counts.get((what, word), 0) + number
+    taken: str = ""
+    counts: dict[str, dict[str, float]] = field(default_factory=dict)
+    durations: dict[str, list[float]] = field(default_factory=_no_durations)
+    logs: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+
+    def add(self, kind: str, word: str, number: float = 1) -> None:
+        self.counts.setdefault(kind, {})[word] = self.count_of(kind, word) + number
+
+    def count_of(self, kind: str, word: str) -> float:
+        return self.counts.get(kind, {}).get(word, 0)
 
     def count_events(self, text: str) -> None:
         """Count the lines that hooks and reconcile noted; what is none is left out."""
@@ -52,57 +60,32 @@ class Totals:
             self.add(kind, outcome, number)
         elif kind in HOOKS:
             self.add(kind, outcome)
-            self._time(kind, number)
+            row = self.durations[kind]
+            for place, more in enumerate((1, number, *(number <= bound for bound in BOUNDS))):
+                row[place] += more
             if outcome == "refused":
                 self.add("refusal", reason)
-
-    def _time(self, hook: str, seconds: float) -> None:
-        row = self.durations[hook]
-        row[0] += 1
-        row[1] += seconds
-        for place, bound in enumerate(BOUNDS, start=2):
-            row[place] += seconds <= bound
 
     def log_totals(self) -> dict[str, float]:
         """What all logs came to, those that are gone among them."""
         return {
-            name: self.counts.get(("log", name), 0) + sum(counted[place] for _, counted in self.logs.values())
+            name: self.count_of("log", name) + sum(counted[place] for _, counted in self.logs.values())
             for place, name in enumerate(LOG_COUNTS)
         }
 
-    def forget_log(self, job_id: int) -> None:
+    def forget_log(self, job: str) -> None:
         """A job's logs are gone: keep what they came to."""
-        _, counted = self.logs.pop(job_id)
+        _, counted = self.logs.pop(job)
         for name, number in zip(LOG_COUNTS, counted, strict=True):
             self.add("log", name, number)
 
     def encode(self) -> bytes:
-        lines = [f"taken {self.taken or '-'}"]
-        lines += [
-            f"count {what} {word.replace(' ', '_')} {number:.17g}" for (what, word), number in self.counts.items()
-        ]
-        lines += [
-            f"duration {hook} " + " ".join(f"{value:.17g}" for value in row) for hook, row in self.durations.items()
-        ]
-        for job_id, (size, counted) in self.logs.items():
-            lines.append(f"log {job_id} {size} " + " ".join(map(str, counted)))
-        return encode(KIND, VERSION, lines)
+        return encode(KIND, VERSION, [json.dumps(vars(self))])
 
 
 def decode_totals(data: bytes) -> Totals:
     """Raises: DamagedFileError, NewerFileError."""
-    totals = Totals()
     try:
-        for line in decode(data, KIND, VERSION):
-            kind, *words = line.split(" ")
-            if kind == "taken":
-                totals.taken = "" if words[0] == "-" else words[0]
-            elif kind == "count":
-                totals.counts[words[0], words[1]] = float(words[2])
-            elif kind == "duration" and len(words) == len(BOUNDS) + 3:
-                totals.durations[words[0]] = [float(word) for word in words[1:]]
-            elif kind == "log" and len(words) == len(LOG_COUNTS) + 2:
-                totals.logs[int(words[0])] = (words[1], tuple(int(word) for word in words[2:]))
-    except (ValueError, IndexError):
+        return Totals(**json.loads("".join(decode(data, KIND, VERSION))))
+    except (ValueError, TypeError):
         raise DamagedFileError("the counters are damaged") from None
-    return totals

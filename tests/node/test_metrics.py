@@ -223,15 +223,15 @@ def test_a_hook_that_cannot_note_does_its_work(node: GpuNode) -> None:
 def test_what_was_counted_is_read_back() -> None:
     totals = Totals()
     totals.count_events("prolog ready 0.1 -\nprolog refused 0.3 no_gpu\nepilog done 40 -\nreconcile would repair 2 -\n")
-    totals.logs[7] = ("10:2", (1, 0, 2))
+    totals.logs["7"] = ("10:2", [1, 0, 2])
     totals.taken = "7:9"
     again = decode_totals(totals.encode())
     assert again.durations == totals.durations
     assert again.durations["prolog"][:2] == [2, pytest.approx(0.4)]
     assert again.durations["prolog"][2:] == [float(bound >= 0.1) + (bound >= 0.3) for bound in BOUNDS]
     assert again.durations["epilog"][2:] == [0] * len(BOUNDS)
-    assert (again.logs, again.taken, again.log_totals()) == (totals.logs, "7:9", totals.log_totals())
-    assert again.counts["refusal", "no_gpu"] == 1
+    assert (list(again.logs["7"]), again.taken, again.log_totals()) == (["10:2", [1, 0, 2]], "7:9", totals.log_totals())
+    assert again.count_of("refusal", "no_gpu") == 1
 
 
 @pytest.mark.parametrize(
