@@ -59,23 +59,24 @@ def _read(path: str) -> bytes | None:
         return None
 
 
-def _problems(path: str) -> tuple[bool, list[str]]:
-    """Whether there is a file, and everything that is wrong with it. Raises: OSError."""
+def _problems(path: str) -> tuple[bool, list[str], list[str]]:
+    """Whether there is a file, everything that is wrong with it, and what a choice of it means. Raises: OSError."""
     from ..config.file import parse_site
-    from ..config.settings import ConfigError
+    from ..config.settings import ALL_USERS, ConfigError, joins_all
     from ..job.plan import refusal_of_default
 
     text = _read(path)
     try:
         site = parse_site(text or b"", path)
     except ConfigError as error:
-        return True, error.problems
+        return True, error.problems, []
     refusals = {name: refused for name, config in site.items() if (refused := refusal_of_default(config))}
-    return text is not None, [
+    problems = [
         f"{path}: every job {f'in partition {name} ' if name else ''}without --mps-mem is refused: {refused}"
         for name, refused in refusals.items()
         if not name or "" not in refusals
     ]
+    return text is not None, problems, [ALL_USERS] if any(map(joins_all, site.values())) else []
 
 
 def _path(options: argparse.Namespace) -> str:
@@ -95,7 +96,7 @@ def _check(options: argparse.Namespace) -> int:
     """Report every problem of a configuration file, one a line."""
     path = _path(options)
     try:
-        there, problems = _problems(path)
+        there, problems, remarks = _problems(path)
     except OSError as error:
         return _unreadable(options, path, error)
     if options.file and not there:
@@ -106,7 +107,7 @@ def _check(options: argparse.Namespace) -> int:
     elif problems:
         print("\n".join(problems))
     else:
-        print(f"{path}: fine" if there else f"{path}: no such file; the defaults hold")
+        print("\n".join((f"{path}: fine" if there else f"{path}: no such file; the defaults hold", *remarks)))
     return status
 
 

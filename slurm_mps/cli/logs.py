@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
             return refuse(options, Exit.NOT_HERE, message)
         return _print_raw(logs) if options.raw else _print(options, job_id, places, logs)
     except PermissionError:
-        return refuse(options, Exit.NOT_ROOT, f"the logs of job {options.job} are for its user and for root")
+        whose = "its user and for root; for root alone where its GPU was shared with other users"
+        return refuse(options, Exit.NOT_ROOT, f"the logs of job {options.job} are for {whose}")
     except NodeError as error:
         return refuse(options, Exit.PROBLEM, str(error))
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 from jsonschema import Draft202012Validator, ValidationError
 
 from ..units import printable
-from .settings import ConfigError, SiteConfig, compile_site, from_settings, memory_bytes
+from .settings import ConfigError, SiteConfig, compile_site, from_settings, joins_all, memory_bytes
 
 _TYPE_WORDS = {"object": "a table", "integer": "an integer", "number": "a number", "string": "a string"}
 
@@ -68,7 +68,7 @@ def _schema_problems(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _order_problems(config: SiteConfig) -> Iterator[str]:
-    """What a schema cannot say: a default outside its own limits."""
+    """What a schema cannot say: a default outside its own limits, and all users on a server without any."""
     low, default, high = (
         config.limits_thread_percentage_min,
         config.limits_thread_percentage_default,
@@ -83,6 +83,8 @@ def _order_problems(config: SiteConfig) -> Iterator[str]:
     sizes = [size for setting in memory if (size := memory_bytes(setting)) is not None]
     if sizes != sorted(sizes):
         yield f"limits.memory: default {memory[1]} is not between min {memory[0]} and max {memory[2]}"
+    if joins_all(config) and memory[2] == "none":
+        yield 'gpus.joined_users: "all" needs a limits.memory.max, which the server keeps each program to'
 
 
 def _settings(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

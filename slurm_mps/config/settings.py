@@ -20,6 +20,11 @@ CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
 STATE_DIRECTORY = "/run/slurm-mps"
 CONFIG_VERSION = 1  # of the compiled form
+#: What a site has chosen with it.
+ALL_USERS = (
+    'gpus.joined_users = "all": users on a GPU share a server that runs as root; each can end the programs of the '
+    "others, keep them out, and see what they are called (docs/security.md)"
+)
 
 
 class ConfigError(NodeError):
@@ -36,6 +41,7 @@ class SiteConfig:
 
     gpus_compute_mode: str = "exclusive_process"
     gpus_sharing: str = "refuse"
+    gpus_joined_users: str = "same"
     gpus_shards_per_gpu: int = 0
     gpus_client_visible_devices: str = "uuid"
     gpus_clients_max: int = 0
@@ -64,6 +70,11 @@ class SiteConfig:
 
 
 DEFAULTS = SiteConfig()
+
+
+def joins_all(config: SiteConfig) -> bool:
+    """Whether jobs of all users share a daemon."""
+    return config.gpus_sharing == "joined" and config.gpus_joined_users == "all"
 
 
 def memory_bytes(setting: str) -> int | None:

@@ -1,8 +1,9 @@
 """One control daemon for all jobs on a GPU: the first starts it, each job has a link to its socket, the last ends it.
 
-    /run/slurm-mps/daemons/<GPU>.<job that started it>/    the daemon's pipe directory: root 0700 + its user's ACL
-    /run/slurm-mps/jobs/<job id>/joined-<n>/control        a hard link to its socket: the job's gate to it
-    /run/slurm-mps/gpus/<GPU>                              the ledger: who holds it, and what becomes of the daemon
+    /run/slurm-mps/daemons/<GPU>.<job that started it>/   root 0755: marks of steps that ended badly (spank/health.c)
+      pipe/                                               the daemon's pipe directory: root 0700 + its server's user
+    /run/slurm-mps/jobs/<job id>/joined-<n>/control       a hard link to its socket: the job's gate to it
+    /run/slurm-mps/gpus/<GPU>                             the ledger: who holds it, and what becomes of the daemon
 
 Promises (docs/decisions/0021):
  - Joining and leaving need no answer from the daemon: its ledger, its process and its socket say all.
@@ -27,7 +28,7 @@ from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
 from .actions import LOG_GROWS_TO, patience, see_it_free
-from .ledger import CLOSING, JOINED, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
+from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
 from .state import DAEMONS
 
 TYPE_CHECKING = False
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.05
 _MARGIN_SECONDS = 0.3  # of the time to bring a job up, for what comes after waiting
 _CLIENTS_END_SECONDS = 1.0
-_SOCKET = "control"
+_PIPE, _SOCKET = "pipe", "control"
 LEAVE_GPU = "leave_gpu"
 
 
@@ -69,7 +70,8 @@ def log_path(gpu: str, config: SiteConfig) -> str:
 
 
 def _control(gpu: str, daemon: SharedDaemon, config: SiteConfig) -> ControlDaemon:
-    return ControlDaemon(config.paths_control_program, daemon_path(gpu, daemon), log_path(gpu, config))
+    pipe = f"{daemon_path(gpu, daemon)}/{_PIPE}"
+    return ControlDaemon(config.paths_control_program, pipe, log_path(gpu, config))
 
 
 def is_alive(daemon: SharedDaemon) -> bool:
@@ -79,8 +81,9 @@ def is_alive(daemon: SharedDaemon) -> bool:
 
 @record
 class JoinGpu:
-    """Hold a GPU together with other jobs of the same user, and have a link to the daemon that serves them all.
+    """Hold a GPU together with other jobs, and have a link to the daemon that serves them all.
 
+    `way` says whose jobs these are: JOINED, of the same user; JOINED_ALL, of all users, with a server that is root's.
     `limits` are the daemon's own, the most that the site allows; the job's are its clients' variables. `mib` is how
     much of the GPU's memory the job's clients may have together, where that is known, of `mib_in_all`.
     """
@@ -92,13 +95,20 @@ class JoinGpu:
     limits: Limits
     mib: int
     mib_in_all: int
+    way: str = JOINED
+
+    @property
+    def server_uid(self) -> int:
+        """The user of the daemon's server."""
+        return 0 if self.way == JOINED_ALL else self.uid
 
     def describe(self) -> str:
         mode = "compute mode left alone" if self.mode is None else f"compute mode {COMPUTE_MODES[self.mode]}"
         commands = ", ".join(limit_commands(self.limits, 1))
+        whose = "all users" if self.way == JOINED_ALL else f"uid {self.uid}"
         return (
-            f"hold {self.gpu} for the job, {mode}, with other jobs of uid {self.uid}; link {link_name(self.number)} to "
-            f"its control daemon, or start that one and tell it: {commands}, start_server -uid {self.uid}"
+            f"hold {self.gpu} for the job, {mode}, with other jobs of {whose}; link {link_name(self.number)} to "
+            f"its control daemon, or start that one and tell it: {commands}, start_server -uid {self.server_uid}"
         )
 
     def undo(self) -> LeaveGpu:
@@ -106,7 +116,7 @@ class JoinGpu:
 
     def apply(self, job: JobOnNode) -> None:
         """Raises: RequestError where the job cannot be beside the others, or would have to wait for them too long."""
-        ours = Holder(job.journal.job_id, JOINED, self.uid, self.mib)
+        ours = Holder(job.journal.job_id, self.way, self.uid, self.mib)
         end = job.deadline - _MARGIN_SECONDS
         job.journal.claims = True
         while True:
@@ -140,7 +150,7 @@ class JoinGpu:
             found = entry.mode_found
             if found is None and self.mode is not None:
                 found = job.gpus.compute_mode(self.gpu)
-            daemon = SharedDaemon(ours.job_id, STARTING, self.uid)
+            daemon = SharedDaemon(ours.job_id, STARTING, self.server_uid)
             job.state.ledgers.write(self.gpu, LedgerEntry((*others, ours), found, daemon))
             if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
                 job.gpus.set_compute_mode(self.gpu, self.mode)
@@ -159,20 +169,23 @@ class JoinGpu:
     def refuse_beside(self, others: Sequence[Holder]) -> None:
         """Raises: RequestError where another job that holds the GPU cannot be beside this one, or leaves too little."""
         for other in others:
-            if other.way != JOINED:
+            if other.way not in (JOINED, JOINED_ALL):
                 raise RequestError(
                     f"{self.gpu} is held by MPS job {other.job_id}", hint="it is not joined", reason="shared_gpu"
                 )
-            if other.uid != self.uid:
+            if other.way != self.way:
+                held = f"{self.gpu} is held by an MPS job from before gpus.joined_users changed"
+                raise RequestError(held, hint="submit the job again", reason="shared_gpu")
+            if self.way == JOINED and other.uid != self.uid:
                 held = f"{self.gpu} is held by an MPS job of another user"
                 raise RequestError(held, hint="this site joins jobs of one user only", reason="shared_gpu")
         taken = sum(other.mib for other in others)
         if self.mib and taken + self.mib > self.mib_in_all:
-            jobs = ", ".join(str(other.job_id) for other in others) or "none"
+            jobs = ", ".join(str(other.job_id) for other in others if other.uid == self.uid)
             asked, has = describe_memory(self.mib * MIB), describe_memory(self.mib_in_all * MIB)
             raise RequestError(
                 f"this job's processes may have {asked} of {self.gpu} together, which has {has} for clients, "
-                f"{describe_memory(taken * MIB)} of them for jobs {jobs}",
+                f"{describe_memory(taken * MIB)} of them for {f'jobs {jobs}' if jobs else 'other jobs'}",
                 hint="ask for less with --mps-mem, or for a part of a GPU",
                 reason="memory",
             )
@@ -191,14 +204,19 @@ class JoinGpu:
 
     def _start(self, daemon: SharedDaemon, job: JobOnNode) -> None:
         """Start the daemon outside the lock, and open it to all holders. Raises: NodeError."""
-        shared = _control(self.gpu, daemon, job.config)
-        with job.state.daemons().make(daemon_name(self.gpu, daemon), 0o700) as pipe:
-            pipe.grant_user(self.uid)
-            if not logs.make(self.gpu, self.uid, (), job.config, anew=False):
+        shared, reader = _control(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
+        anew = len(job.state.ledgers.read(self.gpu).holders) == 1
+        with (
+            job.state.daemons().make(daemon_name(self.gpu, daemon), 0o755) as place,
+            place.make(_PIPE, 0o700) as pipe,
+        ):
+            pipe.grant_user(reader)
+            if not logs.make(self.gpu, reader, (), job.config, anew=anew):
                 pipe.make("log", 0o755).close()
                 shared = replace(shared, log_directory=f"{shared.pipe_directory}/log")
             seconds = job.seconds(job.config.deadlines_daemon_start)
-            child = shared.start((self.gpu,), LOG_GROWS_TO * job.config.logs_max_kib * 1024)
+            log_limit_bytes = LOG_GROWS_TO * job.config.logs_max_kib * 1024
+            child = shared.start((self.gpu,), log_limit_bytes, all_users=self.way == JOINED_ALL)
             (outcome,) = processes.wait_all([child], seconds)
             shared.check_start(outcome, seconds, pipe)
         control.set_limits([(shared, self.limits, 1)], job.seconds(job.config.deadlines_command))
@@ -210,7 +228,7 @@ class JoinGpu:
         if not self._is_linked(opened, job):
             raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
         try:
-            asked = shared.ask([f"start_server -uid {self.uid}"])
+            asked = shared.ask([f"start_server -uid {self.server_uid}"])
             processes.wait_all([asked], job.seconds(job.config.deadlines_command))
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
@@ -254,7 +272,8 @@ def _link_all(gpu: str, daemon: SharedDaemon, journal: Journal, state: NodeState
 def link(gpu: str, daemon: SharedDaemon, directory: Directory, number: int, state: NodeState) -> None:
     """Put a hard link to the daemon's socket into a job's directory, in place of one that is there."""
     with (
-        state.daemons().subdirectory(daemon_name(gpu, daemon)) as pipe,
+        state.daemons().subdirectory(daemon_name(gpu, daemon)) as place,
+        place.subdirectory(_PIPE) as pipe,
         directory.make(link_name(number), 0o755) as here,
     ):
         pipe.link_socket(_SOCKET, here)
@@ -286,7 +305,7 @@ class LeaveGpu:
         job_id = job.journal.job_id
         job.journal.directory.remove_tree(link_name(self.number))
         end_clients(job_id, job.journal.uid)
-        logs.keep_part(job_id, job.journal.uid, self.gpu, f"gpu-{self.number}", job.config)
+        logs.keep_part(job_id, self.gpu, f"gpu-{self.number}", job.config)
         daemon = leave(self.gpu, (job_id,), job.state, job.gpus, job.config, job.seconds)
         if daemon is not None:
             close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds, job.meanwhile)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _LOCK = 0  # of all ledgers, and of the compiled configuration
-#: How a job holds a GPU: no other MPS job beside it, others that each have a daemon of their own, or one for all.
-WHOLE, SEPARATE, JOINED = "whole", "separate", "joined"
+#: How a job holds a GPU: no other MPS job beside it, others that each have a daemon of their own, or one daemon for
+#: jobs of one user, or for jobs of all users.
+WHOLE, SEPARATE, JOINED, JOINED_ALL = "whole", "separate", "joined", "joined-all"
 STARTING, OPEN, CLOSING = "starting", "open", "closing"
 
 
@@ -41,7 +42,7 @@ class Holder:
 class SharedDaemon:
     """The control daemon of joined jobs: the job that started it, what becomes of it, and which process it is.
 
-    `closer` is the job whose undo ends it.
+    `uid` is the user of its server: root for jobs of all users. `closer` is the job whose undo ends it.
     """
 
     starter: int
@@ -137,7 +138,7 @@ def _holder(line: str) -> Holder:
 
 
 def _holder_line(holder: Holder) -> str:
-    joined = {"uid": str(holder.uid), "mib": str(holder.mib)} if holder.way == JOINED else {}
+    joined = {"uid": str(holder.uid), "mib": str(holder.mib)} if holder.way in (JOINED, JOINED_ALL) else {}
     return with_fields(f"holder {holder.job_id}", {"way": holder.way, **joined})
 
 

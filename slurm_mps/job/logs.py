@@ -38,10 +38,11 @@ def _attempt(whose: int | str, what: str, work: Callable[[], None]) -> bool:
     return False
 
 
-def make(whose: int | str, uid: int, parts: Sequence[str], config: SiteConfig, *, anew: bool = True) -> bool:
+def make(whose: int | str, uid: int | None, parts: Sequence[str], config: SiteConfig, *, anew: bool = True) -> bool:
     """Make the log directory of a job, or of a GPU whose jobs are joined, with its parts, and let its user read it.
 
-    Returns: False when there can be none. Without `anew` what is there stays.
+    `uid` is None where jobs of all users are joined: their logs are root's alone. Without `anew` what is there stays.
+    Returns: False when there can be none.
     """
 
     def work() -> None:
@@ -132,8 +133,8 @@ def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
         )
 
 
-def keep_part(job_id: int, uid: int, gpu: str, part: str, config: SiteConfig) -> None:
-    """Give a job that leaves a GPU's daemon what the logs say that the jobs on it have, all of them its user's."""
+def keep_part(job_id: int, gpu: str, part: str, config: SiteConfig) -> None:
+    """Keep what the logs of a GPU's daemon say for a job that leaves it. Who may read those may read what is kept."""
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
@@ -143,7 +144,7 @@ def keep_part(job_id: int, uid: int, gpu: str, part: str, config: SiteConfig) ->
                 for name in _LOGS:
                     if shared.exists(name):
                         ours.write(name, shared.read_tail(name, config.logs_max_kib * 1024), mode=0o644)
-                own.grant_user(uid)
+                own.grant_user(logs.user_let_in(gpu))
 
     _attempt(job_id, "kept", work)
 

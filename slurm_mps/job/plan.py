@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..config.settings import SiteConfig, memory_bytes
+from ..config.settings import SiteConfig, joins_all, memory_bytes
 from ..errors import NodeError, RequestError
 from ..node.control import ControlDaemon, Limits
 from ..node.nvml import DEFAULT, EXCLUSIVE_PROCESS, Gpu
@@ -23,7 +23,7 @@ from .actions import (
     gpu_daemon_name,
 )
 from .joined import JoinGpu, daemon_path, link_name, log_path
-from .ledger import JOINED, SEPARATE, WHOLE
+from .ledger import JOINED, JOINED_ALL, SEPARATE, WHOLE
 from .request import PER_GPU
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
 
@@ -45,6 +45,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PROBE = (sys.executable, f"{_PACKAGE}/task/probe.py")
 _EXPLAIN = f"{_PACKAGE}/task/explain.py"
 _DRIVER_MIB = 640  # what the driver keeps of a GPU that NVML calls free: 616 on an H200
+CUDA_OF_ALL_USERS = (13, 0)  #: of driver 580, whose control daemon has a server for all users (O74, O96)
 _SERVER_MIB = 128  # 73 MiB for an idle server on an H200 (O44), and some for what it needs as it goes
 
 
@@ -229,6 +230,12 @@ def _divides_share(request: JobRequest, config: SiteConfig) -> bool:
     return config.limits_memory_of_share == "even" and may_have_part and not says
 
 
+def _most_memory(gpu: Gpu, config: SiteConfig) -> int | None:
+    """What the site lets a client have of a GPU at most; None for all of it."""
+    high = memory_bytes(config.limits_memory_max)
+    return None if high is None else min(high, gpu.memory_bytes // MIB * MIB)
+
+
 def _memory_limit(
     request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], percent: float, number: int
 ) -> int | None:
@@ -238,14 +245,15 @@ def _memory_limit(
     if own is not None:
         return _checked_limit(own, smallest, percent, config, f"{number}:")
     if request.auto_memory:
-        high = memory_bytes(config.limits_memory_max)
-        return None if high is None else min(high, smallest.memory_bytes // MIB * MIB)
+        return _most_memory(smallest, config)
     if request.memory_limit_bytes is not None:
         return _checked_limit(request.memory_limit_bytes, smallest, percent, config, "")
     if request.share_percentage is not None and _divides_share(request, config):
         return _memory_of_share(request.share_percentage, smallest, percent, config)
     limit = memory_bytes(config.limits_memory_default)
-    return None if limit is None else _checked_limit(limit, smallest, percent, config, "", by_default=True)
+    if limit is None:
+        return _most_memory(smallest, config) if joins_all(config) else None
+    return _checked_limit(limit, smallest, percent, config, "", by_default=True)
 
 
 def _memory_of_share(share: float, gpu: Gpu, percent: float, config: SiteConfig) -> int | None:
@@ -347,6 +355,12 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
             hint="ask for --mps=per-gpu, and bind each task to one GPU (--gpus-per-task=1)",
             reason="per_node",
         )
+    if joins_all(config) and gpus[0].cuda_version < CUDA_OF_ALL_USERS:
+        raise RequestError(
+            'this site joins jobs of all users (gpus.joined_users = "all"), which this driver cannot',
+            hint="tell your admin: it takes driver 580",
+            reason="site",
+        )
     daemons = _daemons(request, config, gpus)
     return Plan(
         gpus=gpus,
@@ -370,14 +384,13 @@ def _joining(
     request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...], daemons: tuple[JobDaemon, ...]
 ) -> tuple[Action, ...]:
     """The actions of a job that joins others. The daemon has the site's limits; the job's are its clients' own."""
-    high = memory_bytes(config.limits_memory_max)
     mode = _compute_mode(JOINED, config)
+    way = JOINED_ALL if joins_all(config) else JOINED
     actions: list[Action] = []
     for number, (gpu, daemon) in enumerate(zip(gpus, daemons, strict=True)):
-        most = None if high is None else min(high, gpu.memory_bytes // MIB * MIB)
-        limits = Limits(config.limits_thread_percentage_max, most)
+        limits = Limits(config.limits_thread_percentage_max, _most_memory(gpu, config))
         mib = _promised_mib(request, config, gpu, daemon)
-        actions.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config)))
+        actions.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config), way))
     return (*actions, AdmitUser(request.uid))
 
 
@@ -386,5 +399,7 @@ def _promised_mib(request: JobRequest, config: SiteConfig, gpu: Gpu, daemon: Job
     share = request.share_percentage
     if share is not None and (request.auto_memory or _divides_share(request, config)):
         return int(_for_clients(gpu, config) * share / 100)
+    if config.limits_memory_default == "none" and _divides_share(request, config):
+        return 0  # its shards' part, which Slurm counts and the plugin sets
     limit = daemon.limits.memory_bytes
     return 0 if limit is None or request.auto_memory else limit // MIB * max(1, request.tasks)

@@ -160,8 +160,10 @@ class ControlDaemon:
             "CUDA_MPS_LOG_DIRECTORY": self.log_directory,
         }
 
-    def start(self, gpu_uuids: Sequence[str], log_limit_bytes: int) -> processes.Child:
+    def start(self, gpu_uuids: Sequence[str], log_limit_bytes: int, *, all_users: bool = False) -> processes.Child:
         """Start the daemon in the background on exactly these GPUs, and do not wait for it.
+
+        With `all_users` it has one server, which runs as root, for the clients of all users (O74; from driver 580 on).
 
         Its logs stop growing at `log_limit_bytes`, which it does not mind (O49): each connection is two lines of them,
         and the job's user can make a hundred thousand a second.
@@ -172,7 +174,8 @@ class ControlDaemon:
             raise NodeError(f"{self.pipe_directory} is too long for the control daemon's sockets")
         environment = {**self._environment, "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
         try:
-            return processes.spawn([self.program, "-d"], environment, file_limit_bytes=log_limit_bytes)
+            options = ["-d", "-M"] if all_users else ["-d"]
+            return processes.spawn([self.program, *options], environment, file_limit_bytes=log_limit_bytes)
         except NodeError as error:
             raise why_not_run(self.program) or error from None
 

@@ -308,16 +308,18 @@ class Directory:
         except OSError as error:
             raise self._fault(name, error) from None
 
-    def grant_user(self, uid: int) -> None:
-        """Let one user, besides root, enter and list this directory (O24).
+    def grant_user(self, uid: int | None) -> None:
+        """Let one user, besides root, enter and list this directory (O24); None: nobody, whoever could before.
 
         Raises: NodeError when the file system has no POSIX ACLs.
         """
+        users = () if uid is None else ((_ACL_USER, 5, uid),)
+        mask = () if uid is None else ((_ACL_MASK, 5, _ACL_NO_ID),)
         entries = (
             (_ACL_USER_OBJ, 7, _ACL_NO_ID),
-            (_ACL_USER, 5, uid),
+            *users,
             (_ACL_GROUP_OBJ, 0, _ACL_NO_ID),
-            (_ACL_MASK, 5, _ACL_NO_ID),
+            *mask,
             (_ACL_OTHER, 0, _ACL_NO_ID),
         )
         acl = _ACL_VERSION + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)

@@ -12,6 +12,11 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from slurm_mps.job.verdict import DaemonPlace
+    from slurm_mps.job_log.events import Event
+
 _LIMIT_BYTES = 4 * 1024**2
 _LINE_MAX = 900
 
@@ -32,12 +37,19 @@ def main() -> int:
     verdict = read_verdict(int(job_id))
     if verdict is None:
         return 0
+
+    def events(place: DaemonPlace) -> list[Event]:
+        """What its logs say; nothing where they are root's, since jobs of other users are on it, too."""
+        if place.shared and not os.access(place.log_directory, os.R_OK):
+            return []
+        return events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES)
+
     seen = [
         seen_since(
             float(since),
             place.gpus,
             gone=listener(place.pipe_directory) is None,  # before its last words are read
-            events=events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES),
+            events=events(place),
             told="told" in more,
             shared=bool(place.shared),
         )

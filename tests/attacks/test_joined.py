@@ -43,6 +43,33 @@ def test_another_user_on_a_shared_daemon(joined: GpuNode, works: bool) -> None:
     assert ("alice" in joined.verdict(2).get("message", "") or " 1" in joined.verdict(2).get("message", "")) is False
 
 
+@pytest.fixture
+def joined_by_all(joined: GpuNode) -> GpuNode:
+    """The same where jobs of all users are joined."""
+    joined.end_jobs()
+    joined.configure('[gpus]\nsharing = "joined"\njoined_users = "all"\n[limits.memory]\nmax = "40G"\n')
+    joined.prolog(1, gpus="0", **asked()).check()
+    return joined
+
+
+@attack("a daemon of all users is root's to enter")
+def test_who_has_no_job_at_the_daemon_of_all_users(joined_by_all: GpuNode, works: bool) -> None:
+    """Bob has no job on the node. He knows the GPU's name and the job's, and so where the daemon lies."""
+    pipe = joined_by_all.run("sh", "-c", f"echo {STATE_DIRECTORY}/daemons/*/pipe").stdout.strip()
+    said = joined_by_all.client(None, user="bob", CUDA_MPS_PIPE_DIRECTORY=pipe).stdout
+    assert ("mps=" in said) is works
+
+
+@attack("the logs of all users are root's")
+def test_a_user_reads_what_others_do_on_the_server_of_all_users(joined_by_all: GpuNode, works: bool) -> None:
+    """The logs name everybody's programs: while a job runs, and what is kept of them when it is over."""
+    joined_by_all.prolog(2, gpus="0", user="bob", **asked()).check()
+    joined_by_all.epilog(1).check()
+    logs = joined_by_all.run("sh", "-c", "echo /var/log/slurm-mps/GPU-*/control.log").stdout.strip()
+    for log in (logs, "/var/log/slurm-mps/1/gpu-0/control.log"):
+        assert (joined_by_all.run("cat", log, user="alice").returncode == 0) is works
+
+
 @attack("no script takes a link for a daemon's own")
 def test_a_jobs_end_does_not_reach_the_daemon_of_others(joined: GpuNode, works: bool) -> None:
     """The epilog script tells each daemon in the job's directory to quit, and a shared one would hear it."""

@@ -247,7 +247,12 @@ WALLS: dict[str, tuple[Change, ...]] = {
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
     # ------------------------------------------------------------------------------------------------ jobs that share
-    "joined jobs are one user's": (Change(JOINED, "if other.uid != self.uid:", "if False:"),),
+    "joined jobs are one user's": (Change(JOINED, "if self.way == JOINED and other.uid != self.uid:", "if False:"),),
+    "a daemon of all users is root's to enter": (
+        Change(JOINED, "place.make(_PIPE, 0o700)", "place.make(_PIPE, 0o755)"),
+        Change(JOINED, "            pipe.grant_user(reader)\n", ""),
+    ),
+    "the logs of all users are root's": (Change(JOINED, "None if self.way == JOINED_ALL else self.uid", "self.uid"),),
     "no script takes a link for a daemon's own": (
         Change(JOINED, 'return f"joined-{number}"', 'return f"gpu-{number}"'),
     ),

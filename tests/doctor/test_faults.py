@@ -564,6 +564,15 @@ FAULTS = {
     "a lost GPU": Fault(driver("gpu.2=lost"), problem("driver")),
     "a CUDA without memory limits": Fault(gpus_again("--cuda-version 11.4"), problem("driver-version")),
     "a driver that names no processes": Fault(driver("driver.version=470.57.02"), warning("driver-version")),
+    "all users on a server of an older driver": Fault(
+        together(
+            gpus_again("--driver 550"),
+            edit(CGROUP, "ConstrainDevices=no", "ConstrainDevices=yes"),
+            line("TaskPlugin", "task/cgroup"),
+            write(MPS, '[gpus]\nsharing = "joined"\njoined_users = "all"\n[limits.memory]\nmax = "8G"\n'),
+        ),
+        problem("driver-version"),
+    ),
     "GPUs older than Volta": Fault(gpus_again("--compute-capability 6.0"), warning("driver-version")),
     "no control program": Fault(
         write(MPS, '[paths]\ncontrol_program = "/usr/local/mps"\n'), problem("control-program")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.harness.machine import Result
 
 JOINED = '[gpus]\nsharing = "joined"\n'
+ALL_USERS = f'{JOINED}joined_users = "all"\n[limits.memory]\nmax = "40G"\n'
 PART = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
@@ -41,10 +42,10 @@ def start(node: GpuNode, job_id: int, percent: int = 25, **more: Any) -> Result:
     return node.prolog(job_id, **{"gpus": "0", PART: str(percent), **more})
 
 
-def client(node: GpuNode, job_id: int, *options: str, number: int = 0) -> str:
+def client(node: GpuNode, job_id: int, *options: str, number: int = 0, user: str = "alice") -> str:
     """What a program of the job says, with the variables that the plugin would give it."""
     place = f"{STATE_DIRECTORY}/jobs/{job_id}/joined-{number}"
-    return node.client(None, *options, CUDA_MPS_PIPE_DIRECTORY=place).stdout
+    return node.client(None, *options, user=user, CUDA_MPS_PIPE_DIRECTORY=place).stdout
 
 
 def server_of(said: str) -> str:
@@ -94,6 +95,34 @@ def test_another_users_job_waits_for_nobody_and_is_refused(node: GpuNode) -> Non
     message = node.verdict(2)["message"]
     assert message.endswith("is held by an MPS job of another user; this site joins jobs of one user only")
     assert server_of(client(node, 1)) != "none"
+
+
+def test_jobs_of_all_users_share_roots_server_where_the_site_says_so(node: GpuNode) -> None:
+    """Each comes in by its own job's directory alone, and has a limit though it asked for none."""
+    node.configure(ALL_USERS)
+    node.prolog(1, gpus="0", **asked()).check()
+    node.prolog(2, gpus="0", user="bob", **asked()).check()
+    said = [client(node, 1), client(node, 2, user="bob")]
+    assert server_of(said[0]) == server_of(said[1]) != "none"
+    assert {process.uid for process in node.mps_processes()} == {0}
+    assert all(int(one.partition("free=")[2].split()[0]) < 40 * 1024 for one in said)
+    assert "mps=" not in client(node, 1, user="bob")
+    assert node.run("ls", f"{STATE_DIRECTORY}/jobs/1", user="bob").returncode
+    node.epilog(1).check()
+    assert server_of(client(node, 2, user="bob")) == server_of(said[0])
+    assert node.run("slurm-mps", "logs", "1").returncode == 0
+    assert node.run("slurm-mps", "logs", "1", user="alice").returncode == 4
+
+
+def test_who_may_share_does_not_change_under_jobs_that_run(node: GpuNode) -> None:
+    start(node, 1).check()
+    node.configure(ALL_USERS)
+    start(node, 2).check()
+    assert "is held by an MPS job from before gpus.joined_users changed" in node.verdict(2)["message"]
+    node.epilog(2).check()
+    node.epilog(1).check()
+    start(node, 2, user="bob").check()
+    assert node.verdict(2)["status"] == "ready"
 
 
 def test_memory_that_is_promised_twice_is_refused_with_the_numbers(node: GpuNode) -> None:

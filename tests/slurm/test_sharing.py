@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SEPARATE = '[gpus]\nsharing = "separate"\nshards_per_gpu = 4\n'
 JOINED = '[gpus]\nsharing = "joined"\nshards_per_gpu = 4\n'
+ALL_USERS = f'{JOINED}joined_users = "all"\n[limits.memory]\nmax = "64G"\n'
 #: A rank that says what it has of a GPU.
 LOOK = "simulated-gpus client --hold 0.1"
 
@@ -176,17 +177,24 @@ def clients(site: Site, user: str | None) -> dict[int, int]:
     }
 
 
-def test_each_joined_job_shows_its_own_programs(parted: Site) -> None:
-    parted.configure(JOINED)
+@pytest.mark.parametrize(("config", "other"), [(JOINED, "alice"), (ALL_USERS, "bob")], ids=["same", "all"])
+def test_each_joined_job_shows_its_own_programs(parted: Site, config: str, other: str) -> None:
+    """And its own logs, which are root's where the daemon serves all users: they name everybody's programs."""
+    parted.configure(config)
     before = parted.snapshot()
     script = f"srun -n1 simulated-gpus client --hold 60 & {waits_for()}; kill %1; wait; echo over"
-    jobs = [parted.cluster.sbatch("-n2", "--gres=mps:25", script=script) for _ in range(2)]
-    for job in jobs:
-        parted.cluster.until_output(job, "mps=")
+    jobs = [parted.cluster.sbatch("-n2", "--gres=mps:25", script=script, user=user) for user in ("alice", other)]
+    said = [parted.cluster.until_output(job, "mps=").rpartition("mps=")[2].split()[0] for job in jobs]
     seen = clients(parted, None), clients(parted, "alice")
+    server_uid = parted.node("n1", "ps", "-o", "uid=", "-p", said[0]).stdout.strip()
+    logs = [parted.node("n1", "slurm-mps", "logs", str(jobs[0]), user=user).returncode for user in (None, "alice")]
     outputs(parted, *jobs)
-    expected = {int(str(job)): 1 for job in jobs}
-    assert seen == (expected, expected)
+    later = [parted.node("n1", "slurm-mps", "logs", str(jobs[0]), user=user).returncode for user in (None, "alice")]
+    first, second = (int(str(job)) for job in jobs)
+    assert said[0] == said[1] != "none"
+    assert seen == ({first: 1, second: 1}, {first: 1} if other == "bob" else {first: 1, second: 1})
+    assert (server_uid == "0") is (other == "bob")
+    assert logs == later == ([0, 4] if other == "bob" else [0, 0])
     assert parted.snapshot() == before
 
 
@@ -209,6 +217,30 @@ def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_
     assert "sms=32 " in parted.cluster.output(next_one)
     assert not parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout
     outputs(parted, culprit)
+    assert parted.snapshot() == before
+
+
+def test_a_fault_of_another_users_job_names_nobody_and_the_next_step_tries_the_server(parted: Site) -> None:
+    """The logs are root's: the victim reads nothing of whose program it was. The mark is there for all users' steps."""
+    parted.configure(ALL_USERS)
+    before = parted.snapshot()
+    victim = parted.cluster.sbatch(
+        "-n1", "--gres=mps:25", script="srun simulated-gpus client --work 20; echo over", user="bob"
+    )
+    parted.cluster.until_output(victim, "uuid=")
+    culprit = parted.cluster.sbatch("-n1", "--gres=mps:25", script=f"srun simulated-gpus client --fault; {waits_for()}")
+    parted.cluster.until_output(culprit, "FAILED")
+    said = parted.cluster.until_output(victim, "over")
+    marks = parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout.split()
+    next_one = parted.cluster.sbatch("-n1", "--gres=mps:25", script=f"srun {LOOK}", user="bob")
+    parted.cluster.wait(next_one)
+    after = parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout
+    outputs(parted, culprit)
+    assert "FAILED" in said
+    assert "mps:" not in said
+    assert "Traceback" not in said
+    assert (len(marks), after) == (1, "")
+    assert "sms=32 " in parted.cluster.output(next_one)
     assert parted.snapshot() == before
 
 

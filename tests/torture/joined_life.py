@@ -1,7 +1,8 @@
 """Joined jobs in any order, beside a plain model: who holds a GPU, and whether its daemon must be up.
 
-Prologs and epilogs of two users' jobs, hooks that are killed anywhere, daemons that die, reconcile. After each step the
-jobs that are surely there have one server on their GPU, or say that they have none; at the end the node is as before.
+Prologs and epilogs of two users' jobs, hooks that are killed anywhere, daemons that die, reconcile, where the jobs of a
+user are joined and where those of all users are. After each step the jobs that are surely there have one server on
+their GPU, or say that they have none; at the end the node is as before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY
-from tests.torture.strike import CAN_DIE, JOINED, configure
+from tests.torture.strike import ALL_USERS, CAN_DIE, JOINED, configure
 
 if TYPE_CHECKING:
     from tests.torture.strike import StruckNode
@@ -50,10 +51,14 @@ class JoinedLife(RuleBasedStateMachine):
         self.dead: set[int] = set()  #: GPUs whose daemon was killed since a prolog was there
         self.restarts: Counter[int] = Counter()
 
-    @initialize()
-    def fresh(self) -> None:
+    @initialize(all_users=st.booleans())
+    def fresh(self, all_users: bool) -> None:
+        self.all_users = all_users
         self.node.reset()
-        configure(self.node, JOINED)
+        configure(self.node, ALL_USERS if all_users else JOINED)
+
+    def _are_joined(self, one: Job, other: Job) -> bool:
+        return self.all_users or one.user == other.user
 
     # ------------------------------------------------------------------------------------------------ the model's own
 
@@ -71,9 +76,11 @@ class JoinedLife(RuleBasedStateMachine):
         assert result.returncode == 0, result.stderr
         status = self.node.verdict(job_id)["status"]
         others = [one for one in self._holders(job.gpu, "up", "unsure") if one is not job]
-        if all(one.user == job.user and one.state == "up" for one in others):  # else one may have died while it started
+        if all(
+            self._are_joined(one, job) and one.state == "up" for one in others
+        ):  # else one may have died while it started
             assert status == "ready", self.node.verdict(job_id)
-        elif any(one.state == "up" and one.user != job.user for one in others):
+        elif any(one.state == "up" and not self._are_joined(one, job) for one in others):
             assert status == "refused", self.node.verdict(job_id)
         job.state = "up" if status == "ready" else "refused"
         if status == "ready":

@@ -35,6 +35,8 @@ JOB, ANOTHER, A_THIRD = 4711, 4712, 4713
 KINDS = ("per-node", "per-gpu")
 PATIENCE = "[deadlines]\nquit = 0.5\nsignal = 0.5\n"
 JOINED = f'{PATIENCE}[gpus]\nsharing = "joined"\n'
+ALL_USERS = f'{JOINED}joined_users = "all"\n[limits.memory]\nmax = "40G"\n'
+BOBS = 4714
 
 
 def build_library(directory: Path) -> Path:
@@ -152,7 +154,7 @@ def scenarios() -> Iterator[Scenario]:
 
 
 def joined_scenarios() -> Iterator[Scenario]:
-    """The same of jobs of one user that have a daemon in common: the first of them, one beside others, the last."""
+    """The same of jobs that have a daemon in common, of one user or of all: the first, one beside others, the last."""
     environment = environment_of(JOB, "per-gpu")
 
     def alone(node: StruckNode) -> None:
@@ -161,6 +163,14 @@ def joined_scenarios() -> Iterator[Scenario]:
     def beside(node: StruckNode) -> None:
         configure(node, JOINED)
         node.run(PROLOG, env=environment_of(ANOTHER, "per-node", "1")).check()
+
+    def beside_anothers(node: StruckNode) -> None:
+        configure(node, ALL_USERS)
+        node.run(PROLOG, env=job_environment(BOBS, user="bob", gpus="1", **asked("25", "8G"))).check()
+
+    def not_last_of_all(node: StruckNode) -> None:
+        beside_anothers(node)
+        node.run(PROLOG, env=environment).check()
 
     def dead(node: StruckNode) -> None:
         """Its daemon has died, and a third job's is well."""
@@ -188,6 +198,8 @@ def joined_scenarios() -> Iterator[Scenario]:
     every = ("epilog", "reconcile", "prolog")
     yield Scenario("prolog joined, first", alone, (PROLOG,), environment, every)
     yield Scenario("prolog joined, beside", beside, (PROLOG,), environment, every)
+    yield Scenario("prolog joined, all users", beside_anothers, (PROLOG,), environment, every)
+    yield Scenario("epilog joined, all users", not_last_of_all, (EPILOG,), environment, every)
     yield Scenario("prolog joined, dead", dead, (PROLOG,), environment, ("epilog", "reconcile"))  # a prolog says it
     yield Scenario("epilog joined, last", last, (EPILOG,), environment, every)
     yield Scenario("epilog joined, not last", not_last, (EPILOG,), environment, every)
@@ -204,11 +216,11 @@ def configure(node: StruckNode, text: str) -> None:
 def end_others(node: StruckNode) -> list[str]:
     """The jobs beside the one that was struck: their programs work, and their epilogs too. Returns what was wrong."""
     wrong = []
-    for job in (ANOTHER, A_THIRD):
+    for job in (ANOTHER, A_THIRD, BOBS):
         if not node.machine.path(f"{STATE_DIRECTORY}/jobs/{job}").exists():
             continue
         place = f"{STATE_DIRECTORY}/jobs/{job}/joined-0"
-        said = node.client(None, CUDA_MPS_PIPE_DIRECTORY=place).stdout
+        said = node.client(None, user="bob" if job == BOBS else "alice", CUDA_MPS_PIPE_DIRECTORY=place).stdout
         if "mps=" not in said or "mps=none" in said:
             wrong.append(f"drained job {job} of its server: {said}")
         result = node.run(EPILOG, env=job_environment(job))
@@ -219,7 +231,7 @@ def end_others(node: StruckNode) -> list[str]:
 
 def end_quietly(node: StruckNode) -> list[str]:
     """End the jobs beside the one that was struck, whose daemon may be gone."""
-    for job in (ANOTHER, A_THIRD):
+    for job in (ANOTHER, A_THIRD, BOBS):
         node.run(EPILOG, env=job_environment(job)).check()
     return []
 

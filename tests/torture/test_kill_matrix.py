@@ -53,6 +53,7 @@ EVERY |= {
     "epilog joined, last": 12,
 }
 EVERY |= {"prolog joined, dead": 24, "reconcile joined": 24}
+EVERY |= {"prolog joined, all users": 24, "epilog joined, all users": 16}
 
 
 @pytest.mark.parametrize("name", EVERY)

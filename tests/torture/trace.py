@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _HARMLESS = """
 access arch_prctl brk chdir clock_nanosleep close connect dup dup2 epoll_create1 execve exit exit_group faccessat2
-fadvise64 fcntl fstat fstatfs futex getcwd getdents64 getegid geteuid getgid getpgrp getpid getppid getrandom
+fadvise64 fcntl fgetxattr fstat fstatfs futex getcwd getdents64 getegid geteuid getgid getpgrp getpid getppid getrandom
 getsockopt gettid getuid ioctl lgetxattr lseek madvise mmap mprotect mremap munmap newfstatat openat pidfd_open pipe2
 poll prctl pread64 prlimit64 read readlink readlinkat restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn
 sched_getaffinity sched_yield set_robust_list set_tid_address socket stat statfs statx sysinfo umask uname wait4

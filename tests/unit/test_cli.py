@@ -11,7 +11,7 @@ import pytest
 
 from slurm_mps.cli.main import main
 from slurm_mps.config.file import parse_config
-from slurm_mps.config.settings import DEFAULTS, from_settings
+from slurm_mps.config.settings import ALL_USERS, DEFAULTS, from_settings
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -23,6 +23,8 @@ def test_a_good_file_is_fine(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file = tmp_path / "mps.toml"
     file.write_text('[gpus]\ncompute_mode = "unchanged"\n')
     assert run(capsys, "config", "check", str(file)) == (0, f"{file}: fine\n")
+    file.write_text('[gpus]\nsharing = "joined"\njoined_users = "all"\n[limits.memory]\nmax = "8G"\n')
+    assert run(capsys, "config", "check", str(file)) == (0, f"{file}: fine\n{ALL_USERS}\n")
 
 
 def test_every_problem_has_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ quit = "soon"
         "/etc/slurm/mps.toml: deadlines.quit: expected a number",
         (
             "/etc/slurm/mps.toml: gpus.colour: unknown; "
-            "expected one of compute_mode, sharing, shards_per_gpu, client_visible_devices, clients_max"
+            "expected one of compute_mode, sharing, joined_users, shards_per_gpu, client_visible_devices, clients_max"
         ),
         '/etc/slurm/mps.toml: gpus.compute_mode: expected one of "exclusive_process", "unchanged"',
         '/etc/slurm/mps.toml: limits.memory.default: expected a size such as "8G" or "512M" or "none"',
@@ -70,6 +70,10 @@ quit = "soon"
         (b"\xff", "mps.toml: "),
         (b"[limits.thread_percentage]\ndefault = 60\nmax = 50", "default 60 is not between min 0.1 and max 50"),
         (b"[limits.thread_percentage]\nmin = 0.15", "0.15 has more than one decimal"),
+        (
+            b'[gpus]\nsharing = "joined"\njoined_users = "all"',
+            'gpus.joined_users: "all" needs a limits.memory.max, which the server keeps each program to',
+        ),
         (b'[limits.memory]\ndefault = "9G"\nmax = "8G"', "default 9G is not between"),
         (b'[paths]\nlogs = "relative"', "paths.logs: expected an absolute path"),
         (b"gpus = 1", "gpus: expected a table"),

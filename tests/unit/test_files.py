@@ -369,6 +369,14 @@ def test_a_granted_user_may_enter_and_list_and_no_more(place: Path, directory: D
     open_trusted(str(place / "job")).close()
 
 
+def test_who_was_let_in_is_let_out_again(place: Path, directory: Directory) -> None:
+    with directory.make("logs", 0o700) as logs:
+        logs.grant_user(ALICE)
+        logs.grant_user(None)
+    assert as_user(ALICE, "ls", place / "logs") != 0
+    assert directory.user_let_in("logs") is None
+
+
 def test_a_lock_is_waited_for_and_ends_with_its_process(directory: Directory) -> None:
     """A lock that another process keeps is an error after the time; its end, however it comes, gives it free."""
     program = (

@@ -16,6 +16,7 @@ from slurm_mps.job.actions import (
     StartDaemons,
     StartServers,
 )
+from slurm_mps.job.joined import JoinGpu
 from slurm_mps.job.plan import Plan, make_plan, refusal_of_default
 from slurm_mps.job.request import PER_GPU, JobRequest
 from slurm_mps.job.verdict import VERDICT_VERSION, Verdict
@@ -255,6 +256,22 @@ def test_a_default_is_refused_before_a_job_meets_it(threads: float, limit: str, 
             make_plan(ask(), config, GPUS)
     else:
         make_plan(ask(), config, GPUS)
+
+
+def test_all_users_on_a_server_have_a_limit_and_a_driver_that_can() -> None:
+    """A job without a limit has the site's most, and is counted with it; a part of a GPU has its part."""
+    config = SiteConfig(gpus_sharing="joined", gpus_joined_users="all", limits_memory_max="64G")
+    plan = make_plan(ask(), config, GPUS[:1])
+    (join, _) = plan.actions
+    assert plan.daemons[0].limits.memory_bytes == 64 * GIB
+    assert isinstance(join, JoinGpu)
+    assert (join.way, join.server_uid, join.limits.memory_bytes, join.mib) == ("joined-all", 0, 64 * GIB, 64 * 1024)
+    (join, _) = make_plan(ask(), replace(config, gpus_shards_per_gpu=4), GPUS[:1]).actions
+    assert isinstance(join, JoinGpu)
+    assert join.mib == 0  # of its shards, which Slurm counts
+    older = tuple(replace(gpu, cuda_version=(12, 4)) for gpu in GPUS[:1])
+    with pytest.raises(RequestError, match="which this driver cannot; tell your admin: it takes driver 580"):
+        make_plan(ask(), config, older)
 
 
 def test_a_limit_just_above_what_a_context_costs_is_taken() -> None:

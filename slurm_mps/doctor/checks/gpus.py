@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from shutil import which
 
-from ...config.settings import CONFIG_PATH
+from ...config.settings import CONFIG_PATH, joins_all
 from ...errors import MpsError, NodeError
 from ...job.journal import Journal
-from ...job.plan import refusal_of_default
+from ...job.plan import CUDA_OF_ALL_USERS, refusal_of_default
 from ...job.reconcile import BUSY, KEPT
 from ...job.state import NodeState
 from ...job.told import read_verdict
@@ -68,6 +68,9 @@ def driver_version(facts: Facts) -> Iterator[Finding]:
     if found.cuda < CUDA_NEEDED:
         what = f"driver {found.version} (CUDA {found.cuda[0]}.{found.cuda[1]}) is too old for any MPS job"
         yield problem(what, f"a driver of {NEEDED}")
+    if found.cuda < CUDA_OF_ALL_USERS and any(map(joins_all, facts.sites.values())):
+        what = f'driver {found.version} has no server for all users, which gpus.joined_users = "all" needs'
+        yield problem(what, 'driver 580, or gpus.joined_users = "same"')
     if 0 < found.branch < _PROCESSES_BRANCH:
         what = f"driver {found.version} does not say which processes are on a GPU"
         yield warning(what, f"driver r{_PROCESSES_BRANCH} or newer")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from shutil import which
 
-from ...config.settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY
+from ...config.settings import ALL_USERS, CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY, joins_all
 from ...job.reconcile import BUSY, KEPT, LEFT, Repair
 from ...node.control import SERVER_PROGRAM, server_path
 from ...node.paths import closed_to_users, others_can_write, steps
@@ -65,6 +65,8 @@ def site_config(facts: Facts) -> Iterator[Finding]:
         if partition and partitions and partition not in partitions:
             what = f"{CONFIG_PATH} has a table [partition.{partition}], and slurm.conf no such partition"
             yield warning(what, f"one of {', '.join(name for name in partitions if name != 'DEFAULT')}")
+    if any(map(joins_all, facts.sites.values())):
+        yield fine(ALL_USERS)
     yield fine(CONFIG_PATH if os.path.exists(CONFIG_PATH) else f"there is no {CONFIG_PATH}; the defaults hold")
 
 
