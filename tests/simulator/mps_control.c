@@ -11,6 +11,12 @@
 
 static char answer[WIRE_MAX_ANSWER + 1];
 
+static bool is_before_580(void)
+{
+	const struct sim_state *state = sim_open();
+	return state && state->driver < 580;
+}
+
 /* Print the answer to one line. Returns -1 to go on, otherwise an exit status. */
 static int await_answer(int fd)
 {
@@ -18,6 +24,8 @@ static int await_answer(int fd)
 	int32_t status = 1;
 	ssize_t length = wire_receive(fd, &type, answer, WIRE_MAX_ANSWER);
 	if (length < 0) { /* the daemon died, or talks to another (O40) */
+		if (is_before_580() && getpid() % 4) /* nearly always without a word, and at times with success (O90) */
+			return getpid() % 4 == 1;
 		fprintf(stderr, "Cannot send command to MPS control daemon process\n");
 		return 1;
 	}
@@ -63,12 +71,6 @@ static int talk(void)
 		return status;
 	}
 	return 0;
-}
-
-static bool is_before_580(void)
-{
-	const struct sim_state *state = sim_open();
-	return state && state->driver < 580;
 }
 
 int main(int count, char **arguments)
