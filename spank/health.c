@@ -12,7 +12,7 @@
 
 #define MARK "suspect"
 #define MARK_SIZE (sizeof(MARK) + 12)
-#define WAIT_TRIES (5000 / HELPER_PAUSE_MS)
+#define PROBE_SECONDS 4
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
 
 static const char *shared_of(const struct verdict *verdict, unsigned int gpu)
@@ -82,19 +82,20 @@ void health_clear(uint32_t job_id, const struct verdict *verdict, const struct h
 	}
 }
 
-/* Start the probe of one control daemon's GPUs. */
+/* Start the probe of one control daemon's GPUs, which tries for so many seconds. */
 static pid_t start_probe(const struct verdict *verdict, const struct verdict_daemon *daemon,
-			 const struct task_gpus *gpus)
+			 const struct task_gpus *gpus, int seconds)
 {
 	static char visible_variable[GPUS_MAX * sizeof(gpus->gpus[0]->uuid) + 32];
-	static char pipe_variable[VERDICT_PATH_MAX + 32], log_variable[VERDICT_PATH_MAX + 32];
-	char *const argv[] = { (char *)(uintptr_t)verdict->python, "-I", "-S", (char *)(uintptr_t)verdict->probe, NULL };
+	static char pipe_variable[VERDICT_PATH_MAX + 32], log_variable[VERDICT_PATH_MAX + 32], time[12];
+	char *const argv[] = { (char *)(uintptr_t)verdict->python, "-I", "-S", (char *)(uintptr_t)verdict->probe, time, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", pipe_variable, log_variable, visible_variable, NULL };
 	int length = snprintf(visible_variable, sizeof(visible_variable), "CUDA_VISIBLE_DEVICES=");
 
 	task_gpus_list(gpus, false, visible_variable + length, sizeof(visible_variable) - (size_t)length);
 	(void)snprintf(pipe_variable, sizeof(pipe_variable), "CUDA_MPS_PIPE_DIRECTORY=%s", daemon->pipe_directory);
 	(void)snprintf(log_variable, sizeof(log_variable), "CUDA_MPS_LOG_DIRECTORY=%s", daemon->log_directory);
+	(void)snprintf(time, sizeof(time), "%d", seconds);
 	return helper_start(geteuid(), argv, environment, -1);
 }
 
@@ -128,11 +129,12 @@ static void probe(const struct verdict *verdict, struct health *health)
 {
 	static struct task_gpus gpus[GPUS_MAX];
 	pid_t probes[GPUS_MAX];
-	int tries_left = WAIT_TRIES;
+	/* The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79). */
+	int seconds = PROBE_SECONDS + (int)verdict->gpu_count / 2, tries_left = (seconds + 1) * 1000 / HELPER_PAUSE_MS;
 
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
 		gpus_of_daemon(verdict, i, health, &gpus[i]);
-		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i]) : 0;
+		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i], seconds) : 0;
 	}
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
 		int status = gpus[i].count ? helper_end(probes[i], &tries_left) : 0;

@@ -44,7 +44,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_table_options(parser, COLUMNS, "verify/1")
     parser.add_argument(
-        "--timeout", type=seconds(1, 600), default=10, metavar="SECONDS", help="for each rank's report (10)"
+        "--timeout",
+        type=seconds(1, 600),
+        metavar="SECONDS",
+        help="for each rank's report (10, and 0.5 for each GPU)",
     )
     parser.set_defaults(run=run, is_said_elsewhere=_first_rank_says_it)
 
@@ -86,17 +89,19 @@ def run(options: argparse.Namespace) -> int:
             if options.json:
                 print_json(options, Exit.FINE, node=step.node, problems=[], ranks=[], daemons=[])
         return Exit.FINE
-    from ..verify.look import report_node, report_rank
+    from ..verify.look import report_node, report_rank, step_gpus
     from ..verify.meeting import MeetingError
 
     # With srun -K a task that ends badly has Slurm terminate all others; they finish their reports all the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end = monotonic() + options.timeout / 2
+    # The driver brings a server's GPUs up one after the other, 0.4 to 0.5 s each (O79).
+    timeout = options.timeout or 10 + step_gpus(os.environ) / 2
+    end = monotonic() + timeout / 2
     try:
         if not step.is_first:
-            report_rank(step, os.environ, options.timeout)
+            report_rank(step, os.environ, timeout)
             return Exit.FINE
-        evidence = report_node(step, os.environ, options.timeout)
+        evidence = report_node(step, os.environ, timeout)
     except MeetingError as error:
         message = f"rank {step.rank}: {error}"
         if step.is_first:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import resource
 import select
-from time import monotonic
+from time import CLOCK_BOOTTIME, clock_gettime, monotonic
 
 from ..errors import DeadlineError, NodeError
 from ..record import record
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 SIGTERM, SIGKILL = 15, 9  # the signal module costs 5 ms to import for these two numbers
-OUTPUT_LIMIT_BYTES = 65536
+OUTPUT_LIMIT_BYTES = 262144  # ps has 100 bytes for each of 16 x 60 clients, and more for a long program name
+PROC_LIMIT_BYTES = 65536
 #: e_machine of elf(5), in uname's words.
 _MACHINES = {0x3E: "x86_64", 0xB7: "aarch64", 0x15: "ppc64le"}
 _MACHINE_AT = 18
@@ -327,6 +328,11 @@ def identify(pid: int) -> ProcessIdentity | None:
     return None if state in (b"Z", b"X") and threads <= 1 else ProcessIdentity(pid, int(rest[18]))
 
 
+def age_seconds(process: ProcessIdentity) -> float:
+    """How long ago a process started."""
+    return clock_gettime(CLOCK_BOOTTIME) - process.start_ticks / os.sysconf("SC_CLK_TCK")
+
+
 def describe(pid: int) -> str:
     """A process in words, as far as it tells: ``4711 (python3 of uid 20001)``."""
     name = printable(name_of(pid))
@@ -361,7 +367,7 @@ def _status(pid: int, key: str) -> list[str]:
 def _proc_bytes(pid: int, name: str) -> bytes:
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read(OUTPUT_LIMIT_BYTES)
+            return file.read(PROC_LIMIT_BYTES)
     except OSError:
         return b""
 

@@ -332,9 +332,8 @@ class Host:
                 words = read_text(f"/proc/{pid}/cmdline", 65536).split("\0")
             except OSError:
                 continue
-            age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.start_ticks / os.sysconf("SC_CLK_TCK")
             name = words[words.index("-N") + 1] if "-N" in words[:-1] else ""
-            one = Slurmd(pid, time.time() - age, name)
+            one = Slurmd(pid, time.time() - processes.age_seconds(identity), name)
             (here if processes.mount_namespace(pid) in ("", ours) else elsewhere).append(one)
         return here or [one for one in elsewhere if not one.node_name]
 

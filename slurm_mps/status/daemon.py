@@ -13,7 +13,7 @@ from ..job_log.events import SERVER_DIED, SERVER_READY
 from ..job_log.read import DaemonLogs, events_of
 from ..node.control import ControlDaemon
 from ..node.listen import listener
-from ..node.processes import ProcessIdentity, identify
+from ..node.processes import ProcessIdentity, age_seconds, identify
 from ..units import small_number
 
 #: Told between answers that may be empty, since the control program puts nothing between them (O7).
@@ -22,7 +22,9 @@ _PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
 _CLIENTS_MAX = 4096
 _ANEW_SECONDS, _BLIND_SECONDS = 60.0, 10.0
 _LOG_BYTES = 4 * 1024**2
-ACTIVE, FAULT = "ACTIVE", "FAULT"
+#: The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79), of at most 16.
+_START_SECONDS = 10.0
+ACTIVE, FAULT, INITIALIZING = "ACTIVE", "FAULT", "INITIALIZING"
 #: Our word for a server that its daemon lists no more though it was not told to go; the next client gets another (O31).
 DIED = "DIED"
 #: Our word for a server of a driver that does not report how it is: 535, which has no get_server_status (O83).
@@ -110,11 +112,19 @@ def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bo
     try:
         answers = daemon.command(questions, timeout_seconds)
     except MpsError:
+        if not clients and all(map(_is_young, pids)):
+            return DaemonAnswer(pid, "", tuple(Server(server, INITIALIZING, "") for server in pids), clients)
         silent = tuple(Server(server, "", "") for server in pids)
         return DaemonAnswer(
             pid, f"its MPS server did not report its state within {timeout_seconds:g} s", silent, clients
         )
     return DaemonAnswer(pid, "", parse_servers(pids, answers), clients)
+
+
+def _is_young(server: int) -> bool:
+    """Whether a server may still be starting: until it is ACTIVE, get_server_status has no answer (O26)."""
+    process = identify(server)
+    return process is not None and age_seconds(process) < _START_SECONDS
 
 
 def _dead_server(place: DaemonPlace) -> tuple[Server, ...]:

@@ -1,6 +1,7 @@
 """A program that makes a context on each GPU of a control daemon: whether the daemon's server takes clients.
 
-Run by the plugin, as the job's user, before the tasks of a step that follows one that ended badly. The failed context
+Run by the plugin, as the job's user, before the tasks of a step that follows one that ended badly. Its argument says
+for how many seconds it tries. The failed context
 of a first attempt is what cures a server that a killed client poisoned (O46); one in FAULT takes clients again when
 the last victim has left (O34, O47). Exit status 0: a client was let in, so the next one will be; 3: none was. Any other
 tells nothing of the server: this program did not run.
@@ -12,7 +13,6 @@ import os
 import sys
 from time import monotonic, sleep
 
-_SECONDS = 4.0
 _PAUSE_SECONDS = 0.1
 _TAKES_NOBODY = 3  # spank/health.c
 #: A server that says so is well: out of memory (2), and no room for another client (808).
@@ -38,7 +38,7 @@ def main() -> int:
     sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
     import slurm_mps.node.cuda  # noqa: F401 - a part that is gone says nothing of the server
 
-    end = monotonic() + _SECONDS
+    end = monotonic() + int(sys.argv[1])
     while monotonic() < end:
         pid = os.fork()
         if pid == 0:

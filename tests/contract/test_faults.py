@@ -42,17 +42,20 @@ def wait_until_active(daemon: Daemon, server: int) -> None:
     wait_until(lambda: daemon.ask(f"get_server_status {server}") == "ACTIVE")
 
 
-def test_o30_an_illegal_address_reaches_the_clients_of_that_gpu(driver: Driver, two_gpus: tuple[str, str]) -> None:
+@pytest.mark.usefixtures("two_gpus")
+def test_o30_an_illegal_address_reaches_the_clients_of_that_gpu(driver: Driver) -> None:
+    """On the other GPUs, however many there are, the clients go on."""
+    driver.gpus_needed = len(driver.uuids)
     daemon = driver.daemon()
-    culprit, bystander, elsewhere = (daemon.client(on(driver, gpu)) for gpu in (0, 0, 1))
+    culprit, bystander, *elsewhere = (daemon.client(on(driver, gpu)) for gpu in (0, *range(driver.gpus_needed)))
     server = daemon.server
     assert misbehave(culprit, "fault") == ILLEGAL_ADDRESS
     assert bystander.ask("work") == ILLEGAL_ADDRESS
-    assert elsewhere.ask("synchronize") == 0
-    for client in (culprit, bystander, elsewhere):
+    assert [client.ask("synchronize") for client in elsewhere] == [0] * (driver.gpus_needed - 1)
+    for client in (culprit, bystander, *elsewhere):
         client.leave()
     wait_until_active(daemon, server)
-    assert daemon.look().uuids == list(two_gpus)
+    assert daemon.look().uuids == driver.uuids
     assert daemon.server == server
 
 

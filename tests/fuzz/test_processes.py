@@ -105,7 +105,7 @@ def test_whatever_a_server_says_a_search_prints_lines_that_are_read(
         assert (one.process, one.uid, one.program) == (known, os.getuid(), control.SERVER_PROGRAM)
         read = len(one.pipe_directory)
         assert one.pipe_directory.encode() == pipe[:read]
-        assert read in (len(pipe), processes.OUTPUT_LIMIT_BYTES - len("CUDA_MPS_PIPE_DIRECTORY="))
+        assert read in (len(pipe), processes.PROC_LIMIT_BYTES - len("CUDA_MPS_PIPE_DIRECTORY="))
         assert all(gpu.encode() in gpus.split(b",") for gpu in one.gpus)
     assert all(0 <= job <= ID_MAX for job in _by_job(found))
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 USERS: Mapping[str, int] = {"alice": 20001, "bob": 20002, "carol": 20003}
 SERVICE_USERS: Mapping[str, int] = {"slurm": 64030, "munge": 64031}
-GPU_DEVICES = 8
+GPU_DEVICES = 16
 HOSTNAME = "mpstest"
 ADDRESS = "10.213.0.1"
 """The machine's address: on `lo` of its own network namespace, so it is nobody else's."""

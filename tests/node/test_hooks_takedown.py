@@ -71,19 +71,30 @@ def test_a_daemon_that_will_not_quit_is_ended(gpu_node: GpuNode, faults: tuple[s
     assert took < 3.0  # quit twice 0.3 s, two signals of 0.3 s, and room for a busy machine
 
 
-def test_clients_that_are_left_are_ended_with_the_server(gpu_node: GpuNode) -> None:
-    """A program that outlives its job does not keep the daemon: quit forces it out, and it learns so (O27, O35)."""
-    gpu_node.prolog(4711, **asked("25", "8G")).check()
-    client = gpu_node.start(
-        "simulated-gpus", "client", "--work", "60", user="alice",
-        env={"CUDA_MPS_PIPE_DIRECTORY": gpu_node.pipe_directory(4711)},
-    )  # fmt: skip
-    while not gpu_node.control(4711, "ps").stdout.count("simulated-gpus"):
-        assert client.poll() is None
-    result, took = timed_epilog(gpu_node)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert took < 4.0
-    assert client.wait(5) == 4
+@pytest.mark.parametrize("daemons", [{}, {"SPANK_MPS": "per-gpu"}], ids=["per-node", "per-gpu"])
+def test_programs_that_are_left_are_ended_with_their_servers(daemons: dict[str, str]) -> None:
+    """A stuck kernel on each of eight GPUs: quit forces the programs out all at once, and they learn so (O27, O35)."""
+    with GpuNode(gpus=8) as node:
+        before = node.snapshot()
+        node.prolog(4711, gpus="0,1,2,3,4,5,6,7", **{**asked("25", "8G"), **daemons}).check()
+        pipes = [f"{STATE_DIRECTORY}/jobs/4711/{f'gpu-{number}' if daemons else 'pipe'}" for number in range(8)]
+        clients = [
+            node.start(
+                "simulated-gpus", "client", "--device", "0" if daemons else str(number), "--spin",
+                user="alice", env={"CUDA_MPS_PIPE_DIRECTORY": pipe},
+            )
+            for number, pipe in enumerate(pipes)
+        ]  # fmt: skip
+        for pipe in pipes:
+            while node.run(DAEMON, env={"CUDA_MPS_PIPE_DIRECTORY": pipe}, text="ps\n").stdout.count(
+                "simulated-gpus"
+            ) < 8 // len(set(pipes)):
+                assert not any(client.poll() for client in clients)
+        result, took = timed_epilog(node)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert took < 4.0  # Slurm's MessageTimeout is 10 s
+        assert [client.wait(5) for client in clients] == [4] * 8
+        assert node.snapshot() == before
 
 
 def test_a_server_that_starts_for_ever_is_ended(gpu_node: GpuNode) -> None:

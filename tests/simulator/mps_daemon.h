@@ -11,7 +11,7 @@
 #include "sim_units.h"
 
 enum {
-	MAX_CONNECTIONS = 768,
+	MAX_CONNECTIONS = 1024,
 	MAX_LIMITS = 64,
 	MAX_KEY = 64,
 	SILENCE_MS = 10000, /* a connection that has not said who it is by then is closed */

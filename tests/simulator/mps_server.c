@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -17,7 +18,7 @@
 #include "sim_fault.h"
 #include "sim_state.h"
 
-enum { MAX_CONNECTIONS = 512 };
+enum { MAX_CONNECTIONS = 2048 };
 
 enum {
 	CUDA_ILLEGAL_ADDRESS = 700,
@@ -492,6 +493,19 @@ static bool receive_config(uid_t *uid)
 	return true;
 }
 
+/* The driver brings one GPU up after the other, whichever servers they are for (O79). */
+static void bring_gpus_up(void)
+{
+	long each = sim_fault_number("server.start", "slow:");
+	int driver = open(SIM_STATE_FILE, O_RDONLY | O_CLOEXEC);
+	flock(driver, LOCK_EX);
+	if (each >= 0)
+		sim_sleep(each * server.values.gpu_count);
+	else /* never there before start_server has returned, as on the real card (O26) */
+		sim_sleep(sim_latency_observed() ? 150 + 170 * (server.values.gpu_count - 1) : 3);
+	close(driver);
+}
+
 static void start(void)
 {
 	uid_t uid;
@@ -510,8 +524,7 @@ static void start(void)
 		sigsuspend(&no_signals);
 		obey_sigterm();
 	}
-	/* Never there before start_server has returned, as on the real card (O26). */
-	sim_sleep(sim_latency_observed() ? 150 + 170 * (server.values.gpu_count - 1) : 3);
+	bring_gpus_up();
 	server.state = sim_open();
 	if (!server.state || !take_gpus())
 		_exit(1);

@@ -16,7 +16,7 @@
 enum {
 	WIRE_MAGIC = 0x4d505331,
 	WIRE_MAX_REQUEST = 4096,  /* what a peer may send to the daemon or server */
-	WIRE_MAX_ANSWER = 65536,  /* what the daemon may answer */
+	WIRE_MAX_ANSWER = 262144, /* what the daemon may answer */
 	SERVER_CHANNEL_FD = 3,    /* where a server finds its end of the pair */
 	SERVER_LOG_FD = 4,        /* and the daemon's `log` fifo */
 };

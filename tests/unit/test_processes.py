@@ -15,6 +15,7 @@ import pytest
 
 from slurm_mps.errors import DeadlineError, NodeError
 from slurm_mps.node.processes import (
+    OUTPUT_LIMIT_BYTES,
     ProcessIdentity,
     boot_id,
     identify,
@@ -168,7 +169,7 @@ def test_output_is_bounded() -> None:
     """Of an endless answer a bounded part is kept, and the program can still come to its end."""
     status, output, _ = sh("head -c 10000000 /dev/zero | tr '\\0' x; exit 5")
     assert status == 5
-    assert 65536 <= len(output) < 70000
+    assert OUTPUT_LIMIT_BYTES <= len(output) < OUTPUT_LIMIT_BYTES + 4096
 
 
 def test_output_need_not_be_text() -> None:

@@ -1,4 +1,4 @@
-"""``make scale``: one job on many nodes, many jobs back to back and many at a time, and what they leave. No GPU needed.
+"""``make scale``: many nodes, 48 ranks on each of eight GPUs, many jobs, and what they leave. No GPU needed.
 
 Prints figures; exits 1 when anything was left behind, a call to slurmctld was made, or a client had other limits.
 """
@@ -27,16 +27,23 @@ def _many_nodes(count: int) -> bool:
     return clean and clients == count
 
 
-def _many_ranks(count: int) -> bool:
-    """`slurm-mps verify` under so many ranks on one node of two GPUs."""
-    with Site(nodes=1, gpus_per_node=2, cpus_per_node=count) as site:
-        site.cluster.srun("-n2", "--gres=gpu:2", "--mps", *VERIFY).check()
+def _many_ranks(gpus: int, ranks_per_gpu: int, *options: str) -> bool:
+    """`slurm-mps verify` under so many ranks on each GPU of one node."""
+    count = gpus * ranks_per_gpu
+    with Site(nodes=1, gpus_per_node=gpus, cpus_per_node=count) as site:
+        before = site.snapshot()
         began = time.monotonic()
-        result = site.cluster.srun(f"-n{count}", "--gres=gpu:2", "--mps-threads=auto", "--mps-mem=auto", *VERIFY)
+        bound = [f"-n{count}", f"--gres=gpu:{gpus}", f"--ntasks-per-gpu={ranks_per_gpu}"]
+        result = site.cluster.srun(*bound, *options, *VERIFY, "--timeout=300", timeout=300)
         took = time.monotonic() - began
+        site.cluster.wait_idle()
+        clean = site.snapshot() == before
     well = f"{count} ranks, all clients" in result.stdout
-    print(f"verify with {count} ranks on one node: {took:.1f} s, all clients: {well}")
-    return well
+    print(
+        f"verify with {ranks_per_gpu} ranks on each of {gpus} GPUs, {' '.join(options)}: {took:.1f} s, "
+        f"all clients: {well}, clean: {clean}"
+    )
+    return well and clean
 
 
 def _tell(what: str, run: Run) -> bool:
@@ -55,7 +62,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500, help="half of them back to back, half 16 at a time")
     arguments = parser.parse_args()
     good = _many_nodes(arguments.nodes)
-    good &= _many_ranks(64)
+    good &= _many_ranks(2, 32, "--mps-threads=auto", "--mps-mem=auto")
+    for daemons in ("per-node", "per-gpu"):
+        good &= _many_ranks(8, 48, f"--mps={daemons}", "--mps-mem=2G")
     with Site(nodes=2, gpus_per_node=8) as site:
         plain, mps = rpcs_of(site, 10), rpcs_of(site, 10, *MPS)
         more = mps - plain
