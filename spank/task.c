@@ -61,7 +61,7 @@ static bool count_ranks(spank_t sp, const struct step *step, const struct task_g
 }
 
 /* A task without a GPU is given the first one's daemon, should it find a way to one (set_daemon). */
-static bool is_in_trouble(const struct step *step, const struct task_gpus *task, char *problem, size_t size)
+static bool is_in_trouble(struct step *step, const struct task_gpus *task, char *problem, size_t size)
 {
 	for (unsigned int i = 0; i < (task->count ? task->count : 1); i++) {
 		const struct verdict_gpu *gpu = task->count ? task->gpus[i] : &step->verdict.gpus[0];
@@ -69,6 +69,7 @@ static bool is_in_trouble(const struct step *step, const struct task_gpus *task,
 
 		if (trouble && (task->count || !step->verdict.per_gpu)) {
 			(void)snprintf(problem, size, "%s (%s)", trouble, gpu->uuid);
+			step->verdict.exit_status = EXIT_NO_SERVER;
 			return true;
 		}
 	}

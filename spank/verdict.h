@@ -24,7 +24,8 @@
 
 /* How the tasks of a job that is refused end; the prolog gives other statuses for other reasons (job/verdict.py). */
 #define EXIT_REFUSED 80
-#define EXIT_NO_GPU 81 /* the job has no GPU on this node */
+#define EXIT_NO_GPU 81    /* the job has no GPU on this node */
+#define EXIT_NO_SERVER 88 /* of a job that has MPS: its control daemon is gone, or its server takes no programs */
 
 #define UNSAID UINT32_MAX
 

@@ -45,7 +45,7 @@ READY, REFUSED, WITHOUT = "ready", "refused", "without"
 JOBS = f"{STATE_DIRECTORY}/jobs"
 PER_GPU = "per-gpu"
 #: Why a job was refused, as the exit status of its tasks: Slurm itself takes it to its database (docs/decisions/0023).
-_EXIT_REFUSED, NO_GPU = 80, 81  # spank/verdict.h has both
+_EXIT_REFUSED, NO_GPU = 80, 81  # spank/verdict.h has both, and 88 for a step that meets no server
 _EXIT_STATUSES = {
     "no_gpu": NO_GPU,
     "threads": 82,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.cluster import waits_for
+from tests.harness.site import STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
     from tests.harness.cluster import Job
-    from tests.harness.site import Site
 
 CLIENT = "simulated-gpus client"
 QUARTER = "--mps-threads=25"
@@ -85,6 +85,20 @@ def test_a_requeued_job_has_mps_in_its_second_run_too(any_site: Site) -> None:
     assert between == ([], [])
     assert (state, "run 1" in output.splitlines()) == ("COMPLETED", True), output
     servers(output)
+
+
+def test_a_job_whose_daemon_died_can_run_again_by_itself() -> None:
+    """Where its script ends with the status of a step that met no daemon, which slurm.conf takes for a requeue."""
+    script = f"test $SLURM_RESTART_COUNT || {{ echo up; {waits_for()}; }}; srun {CLIENT} || exit $?"
+    with Site(nodes=1, extra_slurm_conf="RequeueExit=88") as site:
+        job = site.cluster.sbatch("--gres=gpu:1", QUARTER, "--open-mode=append", script=script, until="up")
+        pid = f"{STATE_DIRECTORY}/jobs/{job}/pipe/nvidia-cuda-mps-control.pid"
+        site.node("n1", "sh", "-c", f"kill -9 $(cat {pid})").check()
+        site.cluster.let_go(job)
+        wait_requeued(site, job)
+        start_soon(site, job)
+        assert site.cluster.wait(job).state == "COMPLETED"
+        servers(site.cluster.output(job))
 
 
 @pytest.mark.every_release
