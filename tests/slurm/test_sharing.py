@@ -182,9 +182,11 @@ def test_each_joined_job_shows_its_own_programs(parted: Site, config: str, other
     """And its own logs, which are root's where the daemon serves all users: they name everybody's programs."""
     parted.configure(config)
     before = parted.snapshot()
-    script = f"srun -n1 simulated-gpus client --hold 60 & {waits_for()}; kill %1; wait; echo over"
+    client = "srun -n1 simulated-gpus client --hold 60 &"
+    script = f"srun slurm-mps verify; {client} {waits_for()}; kill %1; wait; echo over"
     jobs = [parted.cluster.sbatch("-n2", "--gres=mps:25", script=script, user=user) for user in ("alice", other)]
     said = [parted.cluster.until_output(job, "mps=").rpartition("mps=")[2].split()[0] for job in jobs]
+    verified = [parted.cluster.output(job) for job in jobs]
     seen = clients(parted, None), clients(parted, "alice")
     server_uid = parted.node("n1", "ps", "-o", "uid=", "-p", said[0]).stdout.strip()
     logs = [parted.node("n1", "slurm-mps", "logs", str(jobs[0]), user=user).returncode for user in (None, "alice")]
@@ -192,6 +194,7 @@ def test_each_joined_job_shows_its_own_programs(parted: Site, config: str, other
     later = [parted.node("n1", "slurm-mps", "logs", str(jobs[0]), user=user).returncode for user in (None, "alice")]
     first, second = (int(str(job)) for job in jobs)
     assert said[0] == said[1] != "none"
+    assert all("2 ranks, all clients, each GPU's ranks share one server" in output for output in verified)
     assert seen == ({first: 1, second: 1}, {first: 1} if other == "bob" else {first: 1, second: 1})
     assert (server_uid == "0") is (other == "bob")
     assert logs == later == ([0, 4] if other == "bob" else [0, 0])

@@ -1,7 +1,8 @@
 """``python3 -m tests.lab.hardware.sharing``: several jobs on one real GPU, in each way that there is.
 
-- *throughput*: four jobs of ``--gres=mps:25`` that share a daemon (joined), four with a daemon each (separate), one job
-  of four ranks with the same thread limit, four ranks without MPS. All do the same within the same window.
+- *throughput*: four jobs of ``--gres=mps:25`` that share a daemon (joined), the same of two users, four with a daemon
+  each (separate), one job of four ranks with the same thread limit, four ranks without MPS. All do the same within the
+  same window.
 - *fault*: one of two jobs has an illegal access; does the other's program go on?
 
 About three minutes. Rows that did not work say why.
@@ -31,12 +32,14 @@ Row = dict[str, Any]
 JOBS = 4
 PART = 100 // JOBS
 FLOODS = {"small": "flood:16:4000:64", "medium": "flood:132:10000:32"}
-#: gpus.sharing; how many jobs; what each asks for
+ALL_USERS = "joined, two users"
+#: gpus.sharing; whose jobs; what each asks for
 WAYS = {
-    "joined": ("joined", JOBS, [f"--gres=mps:{PART}", "-n1"]),
-    "separate": ("separate", JOBS, [f"--gres=mps:{PART}", "-n1"]),
-    "one job": ("refuse", 1, ["--gres=gpu:1", f"-n{JOBS}", f"--mps-threads={PART}"]),
-    "without MPS": ("refuse", 1, ["--gres=gpu:1", f"-n{JOBS}"]),
+    "joined": ("joined", ["alice"] * JOBS, [f"--gres=mps:{PART}", "-n1"]),
+    ALL_USERS: (ALL_USERS, ["alice", "bob"] * (JOBS // 2), [f"--gres=mps:{PART}", "-n1"]),
+    "separate": ("separate", ["alice"] * JOBS, [f"--gres=mps:{PART}", "-n1"]),
+    "one job": ("refuse", ["alice"], ["--gres=gpu:1", f"-n{JOBS}", f"--mps-threads={PART}"]),
+    "without MPS": ("refuse", ["alice"], ["--gres=gpu:1", f"-n{JOBS}"]),
 }
 _JOB_SECONDS = 90.0
 
@@ -55,7 +58,8 @@ class SharedSite(RealSite):
         self._meetings = 0
 
     def share(self, way: str) -> None:
-        self.configure(f'{UNCHANGED}sharing = "{way}"\n')
+        all_users = 'joined_users = "all"\n[limits.memory]\nmax = "16G"\n' if way == ALL_USERS else ""
+        self.configure(f'{UNCHANGED}sharing = "{way.partition(",")[0]}"\n{all_users}')
 
     def ended(self, *jobs: Job) -> list[str]:
         """What these jobs said; those that do not end are cancelled. Raises: SlurmError."""
@@ -74,10 +78,11 @@ def throughput(site: SharedSite, seconds: float, rounds: int) -> Iterator[Row]:
     for number in range(rounds):
         ways = list(WAYS)
         for name in ways[number % len(ways) :] + ways[: number % len(ways)]:
-            way, count, ask = WAYS[name]
+            way, users, ask = WAYS[name]
             site.share(way)
             load = f"{PLACE}/load.py {JOBS} {site.meeting()} {seconds} {' '.join(FLOODS.values())}"
-            jobs = [site.cluster.sbatch(*ask, script=f"srun /usr/bin/python3 {load}") for _ in range(count)]
+            script = f"srun /usr/bin/python3 {load}"
+            jobs = [site.cluster.sbatch(*ask, script=script, user=user) for user in users]
             row: Row = {"way": name, "round": number}
             try:
                 row |= _figures(site.ended(*jobs), seconds)
