@@ -6,7 +6,6 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.attacks.weakened import attack, build_plugin, changes, lay_sources
 from tests.fuzz import SECONDS
+from tests.fuzz.seeds import SEEDS
 from tests.harness.cluster import TERMINAL_STATES
 from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY, Site
 
@@ -51,7 +51,10 @@ def breaks(fuzzer: Path, target: str) -> bool:
     """Whether an input of this target's breaks a promise; FUZZ_SECONDS says how long to look for one."""
     options = [f"-max_total_time={SECONDS:g}", "-max_len=40000", "-seed=4711", "-timeout=2", f"-dict={HERE}/words.dict"]
     with TemporaryDirectory(dir="/dev/shm") as place:  # the files of the target "file" are made there
-        copytree(HERE / "corpus" / target, f"{place}/corpus")
+        corpus = Path(place, "corpus")
+        corpus.mkdir()
+        for name, seed in SEEDS[target].items():
+            (corpus / name).write_bytes(seed)
         done = subprocess.run(
             [fuzzer, *options, "corpus"],
             cwd=place,
