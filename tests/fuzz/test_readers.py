@@ -18,7 +18,7 @@ from slurm_mps.config.settings import CONFIG_VERSION, DEFAULTS, ConfigError, Sit
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.job.journal import JOURNAL_VERSION, Journal
 from slurm_mps.job.ledger import Holder, LedgerEntry
-from slurm_mps.job.request import JobRequest, read_request
+from slurm_mps.job.request import PER_GPU, JobRequest, read_request
 from slurm_mps.job.state import NodeState
 from slurm_mps.job.undo import read_undo
 from slurm_mps.job.verdict import DaemonPlace, Verdict, VerdictGpu, parse_verdict
@@ -49,7 +49,8 @@ VALUES = st.one_of(
     LONG,
     st.text(alphabet="0123456789.MGTmgt+-eE \n%", max_size=16),
     st.text(alphabet="٣²0123456789", max_size=6),
-    st.sampled_from(["25", "12.5", "100", "8G", "512M", "low", "normal", "1"]),
+    st.sampled_from(["25", "12.5", "100", "8G", "512M", "low", "normal", "1", "per-gpu", "auto", "0:8G,1:4G"]),
+    st.text(alphabet="0123:,GM", max_size=9),
 )
 NAMES = st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY"]) | (
     ENVIRONMENT_BYTES.map(lambda text: "SPANK_MPS_" + text.replace("=", ""))
@@ -80,6 +81,9 @@ def test_any_request_is_within_bounds_or_refused_in_one_printable_line(asked: di
     assert isinstance(request, JobRequest)
     assert request.thread_percentage is None or 0.1 <= request.thread_percentage <= 100
     assert request.memory_limit_bytes is None or MIB <= request.memory_limit_bytes < 2**70
+    assert (request.memory_limit_bytes or 0) % MIB == 0
+    assert all(gpu < 64 and limit % MIB == 0 for gpu, limit in request.memory_by_gpu)
+    assert not request.memory_by_gpu or request.daemons == PER_GPU
     assert request.client_priority in (None, 0, 1)
     assert asked.keys() <= {"SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM", "SPANK_MPS_PRIORITY"}
 
@@ -200,7 +204,10 @@ WORDS = st.sampled_from(
         "logs_max_kib=1.5",
     ]
 ) | st.sampled_from(["", "9" * 5000])
-LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6)
+VERDICTS = st.sampled_from(
+    ["status ready", "daemon a b 8G", "daemon a b -", "daemon a", "gpu 0 0 GPU-1 1 1", "gpu 0", "x"]
+) | st.text("abc -:.0123456789", min_size=1, max_size=20)
+LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), max_size=6) | st.lists(VERDICTS, max_size=8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slurm_mps.cli.status import document, rows
 from slurm_mps.errors import NodeError
-from slurm_mps.job.verdict import VERDICT_VERSION, DaemonPlace, Verdict, parse_verdict
+from slurm_mps.job.verdict import DaemonPlace, Verdict
 from slurm_mps.metrics.totals import KIND, VERSION, Totals, decode_totals
 from slurm_mps.node.wordfile import encode
 from slurm_mps.slurm.cluster import ListedJob, mps_jobs, parse_squeue
@@ -80,31 +79,6 @@ def test_whatever_a_process_says_of_itself_its_limit_is_never_shown_higher(
     assert 0 < client.threads <= 25
     assert client.limit_bytes is None or client.limit_bytes <= 8 << 30
     assert client.rank == "" or client.rank.isdecimal()
-
-
-@given(data=st.binary(max_size=300) | st.lists(TEXTS, max_size=6).map(lambda lines: "\n".join(lines).encode()))
-@settings(max_examples=examples(100), deadline=None)
-def test_any_verdict_is_read_or_refused(data: bytes) -> None:
-    with pytest.raises(NodeError):
-        parse_verdict(data)
-
-
-@given(
-    lines=st.lists(
-        st.sampled_from(
-            ["status ready", "daemon a b 8G", "daemon a b -", "daemon a", "gpu 0 0 GPU-1 1 1", "gpu 0", "x"]
-        )
-        | st.text("abc -:.0123456789", min_size=1, max_size=20),
-        max_size=8,
-    )
-)
-@settings(max_examples=examples(100), deadline=None)
-def test_a_whole_verdict_with_other_lines_is_read_or_refused(lines: list[str]) -> None:
-    try:
-        verdict = parse_verdict(encode("verdict", VERDICT_VERSION, lines))
-    except NodeError:
-        return
-    assert verdict.status
 
 
 @given(

@@ -1,8 +1,6 @@
 """The prolog's environment as a JobRequest; SPANK_* is any user's text, SLURM_* is slurmd's."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError, RequestError
 from slurm_mps.job.request import PER_GPU, PER_NODE, JobRequest, read_request
@@ -126,21 +124,3 @@ def test_mig_devices_are_refused_with_their_name() -> None:
 def test_a_gpu_slurm_cannot_mean_is_the_nodes_fault() -> None:
     with pytest.raises(NodeError):
         read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "0;reboot"})
-
-
-ANY = (
-    st.text() | st.sampled_from(["1", "per-gpu", "auto", "8G", "0:8G,1:4G"]) | st.text(alphabet="0123:,GM", max_size=9)
-)
-
-
-@given(st.dictionaries(st.sampled_from(["SPANK_MPS", "SPANK_MPS_THREADS", "SPANK_MPS_MEM"]), ANY, min_size=1))
-def test_any_text_gives_a_request_within_bounds_or_one_clean_refusal(values: dict[str, str]) -> None:
-    try:
-        request = read_request({**SLURM, **values})
-    except RequestError as error:
-        assert str(error).isprintable()  # noqa: PT017 - a request and a refusal are both right
-    else:
-        assert request.thread_percentage is None or 0.1 <= request.thread_percentage <= 100
-        assert request.memory_limit_bytes is None or request.memory_limit_bytes % 2**20 == 0
-        assert all(gpu < 64 and limit % 2**20 == 0 for gpu, limit in request.memory_by_gpu)
-        assert not request.memory_by_gpu or request.daemons == PER_GPU

@@ -162,17 +162,6 @@ def test_a_journal_that_does_not_name_its_job_is_damaged(state: NodeState, place
     assert path.read_bytes() == before
 
 
-def test_a_journal_cut_anywhere_is_damaged(state: NodeState, place: Path) -> None:
-    """No part of a journal is taken for the whole, at whatever byte it ends."""
-    begin(state).note("quit_daemon")
-    path = place / "jobs/4711/journal"
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        put(path, whole[:length])
-        with pytest.raises(DamagedFileError):
-            state.open_journal(4711)
-
-
 def test_a_newer_journal_is_not_read(state: NodeState, place: Path) -> None:
     """A journal of a later version is for the version that wrote it."""
     begin(state)
