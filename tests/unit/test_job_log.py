@@ -21,7 +21,7 @@ from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Whole logs, kept from the runs of O30 to O35.
+#: Whole logs, kept from the runs of O30 to O35; of the trap and of the fault state the server's alone.
 LOGS = Path(__file__).with_name("logs")
 FIRST, SECOND = "GPU-76bb709d-8deb-98b6-99f4-5d130535bac2", "GPU-9b6acbf3-463e-e0e5-d0ec-e7764b1d43d8"
 GPUS = (FIRST, SECOND)
@@ -30,8 +30,8 @@ DEVICE = f"Device NVIDIA H200 (uuid {FIRST}) is associated"
 
 
 def recorded(name: str) -> list[Event]:
-    control, server = (parse_lines((LOGS / f"{name}.{who}.log").read_bytes()) for who in ("control", "server"))
-    return read_events(control, server)
+    control, server = (LOGS / f"{name}.{who}.log" for who in ("control", "server"))
+    return read_events(parse_lines(control.read_bytes() if control.exists() else b""), parse_lines(server.read_bytes()))
 
 
 def written(who: str, pid: int, texts: Iterable[str], second: int = 0) -> bytes:
@@ -185,13 +185,13 @@ LINES = {
 @pytest.mark.parametrize("first", ["context", "a context of one", "new client", "left", "victim"])
 def test_no_line_costs_more_for_those_before_it(first: str, second: str) -> None:
     """Half of one kind, half of another: each took a minute and more of quadratic time for the two pairs that were."""
-    many = 15_000
+    many = 8_000
     lines = [LINES[kind].format(n=n + 1) for kind in (first, second) for n in range(many)]
     start = process_time()
     found = told((), lines) if first != "new client" else told(lines[:many], lines[many:])
     step = FailedStep((Task(0, 5, 256),), script=False, memory="1024")
     explain(step, [seen_since(0, GPUS, gone=False, events=found)])
-    assert process_time() - start < 5
+    assert process_time() - start < 1.5
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(TEXTS), st.integers(0, 80), st.text(max_size=6)), max_size=30))
