@@ -20,6 +20,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.lab.measured import write
+
 from .cluster import REPOSITORY
 from .machine import PATH
 from .release import RELEASES, VARIABLE, ensure_root, version_in
@@ -135,7 +137,7 @@ def main() -> int:
     with MarkedSite() as site:
         told = {"slurm": version_in(ensure_root(release, CACHE)), **told_of_jobs(site, package)}
     record = DATA / f"pyslurm-{release.name}.json"
-    record.write_text(json.dumps(told, indent=1) + "\n")
+    write(record, told)
     print(f"harness: {package.name} tried, {record.relative_to(REPOSITORY)} written")
     return 0
 

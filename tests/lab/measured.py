@@ -1,4 +1,4 @@
-"""The files of measurements in docs/benchmarks/data."""
+"""The files of what was measured or recorded: docs/benchmarks/data, tests/slurm/data."""
 
 from __future__ import annotations
 
