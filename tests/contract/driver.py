@@ -49,7 +49,7 @@ _LONGEST_WAIT_SECONDS = 10.0
 class ThisHost(Machine):
     """No machine at all: the same calls on this host, for its real driver."""
 
-    def start(self) -> None:
+    def begin(self) -> None:
         pass
 
     def command(

@@ -18,14 +18,13 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from .machine import ADDRESS, HOSTNAME, UNIFIED, Machine, Result
+from .machine import ADDRESS, HOSTNAME, UNIFIED, Machine, Result, Throwaway
 from .release import chosen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
 
     from .release import Release
 
@@ -95,7 +94,7 @@ def waits_for(word: str = "go") -> str:
     return f"while [ ! -e ~/{word}.$SLURM_JOB_ID ]; do sleep 0.1; done"
 
 
-class Cluster:
+class Cluster(Throwaway):
     """A running cluster, one to a machine; use it as a context manager.
 
     constrain_devices: confine tasks to their GPUs with cgroups, as cgroup.conf does (needs cgroups on the
@@ -135,19 +134,6 @@ class Cluster:
         self._plugstack = plugstack
         self._scripts = {"Prolog": prolog, "Epilog": epilog, "PrologFlags": prolog_flags}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ------------------------------------------------------------------------------------------ configuration
 
@@ -226,7 +212,7 @@ class Cluster:
 
     # -------------------------------------------------------------------------------------------- start, stop
 
-    def start(self) -> None:
+    def begin(self) -> None:
         """Bring the cluster up; on return every node is IDLE."""
         have = set(self.machine.cgroups)
         if self._constrain_devices and UNIFIED not in have and not have >= {"devices", "freezer"}:

@@ -6,16 +6,15 @@ Its GPUs are simulated unless told otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from . import bundle
-from .machine import USERS
+from .machine import USERS, Throwaway
 from .site import STATE_DIRECTORY, gpu_machine, install_hooks, show_gpus_in_proc, simulated_gpus
 
 if TYPE_CHECKING:
     import subprocess
     from pathlib import Path
-    from types import TracebackType
 
     from .machine import Process, Result
 
@@ -55,7 +54,7 @@ def asked(threads: str | None = None, mem: str | None = None) -> dict[str, str]:
 UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
 
 
-class GpuNode:
+class GpuNode(Throwaway):
     """A machine with slurm-mps and simulated GPUs, or the host's own; use it as a context manager."""
 
     def __init__(self, *, gpus: int = 4, driver: int = 580, programs: Path | None = None, real: bool = False) -> None:
@@ -65,24 +64,17 @@ class GpuNode:
         self._gpu_count = gpus
         self._running: list[int] = []
 
-    def __enter__(self) -> Self:
-        self.machine.start()
-        try:
-            if self._real:
-                bundle.settle(self.machine)
-            else:
-                self.have_driver(self._driver)
-                show_gpus_in_proc(self.machine, self.gpus())
-            install_hooks(self.machine)
-            self.configure("")
-        except BaseException:
-            self.machine.close()
-            raise
-        return self
+    def begin(self) -> None:
+        self.machine.begin()
+        if self._real:
+            bundle.settle(self.machine)
+        else:
+            self.have_driver(self._driver)
+            show_gpus_in_proc(self.machine, self.gpus())
+        install_hooks(self.machine)
+        self.configure("")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self.machine.close()
 
     def run(

@@ -31,7 +31,6 @@ from uuid import uuid4
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
 USERS: Mapping[str, int] = {"alice": 20001, "bob": 20002, "carol": 20003}
 SERVICE_USERS: Mapping[str, int] = {"slurm": 64030, "munge": 64031}
@@ -96,7 +95,28 @@ class NodeSpace:
     """Of the process inside that holds it: ``nsenter -t PID -m`` enters the node from within the machine."""
 
 
-class Machine:
+class Throwaway:
+    """What a with statement begins, and closes at its end; also where it fails to begin."""
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        try:
+            self.begin()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Machine(Throwaway):
     """A throw-away machine; use it as a context manager.
 
     overlays: directory inside -> directories whose files lie over it, the first named on top.
@@ -134,16 +154,7 @@ class Machine:
 
     # --------------------------------------------------------------------------------------------------- life
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def start(self) -> None:
+    def begin(self) -> None:
         """Make the machine; on return its PID 1 runs and all is mounted."""
         if os.geteuid() != 0:
             raise PermissionError("a throw-away machine needs root (mount, pid and network namespaces)")

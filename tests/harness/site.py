@@ -12,16 +12,15 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from . import bundle, release
 from .cluster import CPUS_PER_NODE, REPOSITORY, SAMPLES, Cluster
-from .machine import GPU_DEVICES, Machine
+from .machine import GPU_DEVICES, Machine, Throwaway
 from .runtime import MOUNT_POINT, build_plugin, ensure_runtime, install_project, mpi_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from .cluster import Job
     from .machine import Result
@@ -107,7 +106,7 @@ def install_hooks(machine: Machine) -> None:
     ).check()
 
 
-class Site:
+class Site(Throwaway):
     """A cluster with slurm-mps; use it as a context manager.
 
     config: the text of mps.toml; empty for defaults. upgraded_from: the release that it has until :meth:`upgrade`.
@@ -152,31 +151,21 @@ class Site:
             release=now,
         )
 
-    def __enter__(self) -> Self:
-        self.machine.start()
-        try:
+    def begin(self) -> None:
+        self.machine.begin()
+        if self._real:
+            bundle.settle(self.machine)
+        if self._then is not None:
+            self._lay_next_usr()
+        install_hooks(self.machine)
+        self.configure(self._config)
+        for name in self.cluster.node_names:
+            self.machine.add_node(name)
             if self._real:
-                bundle.settle(self.machine)
-            if self._then is not None:
-                self._lay_next_usr()
-            install_hooks(self.machine)
-            self.configure(self._config)
-            for name in self.cluster.node_names:
-                self.machine.add_node(name)
-                if self._real:
-                    continue
-                self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
-                self.show_gpus_in_proc(name, self.gpus(name))
-            self.cluster.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+                continue
+            self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
+            self.show_gpus_in_proc(name, self.gpus(name))
+        self.cluster.begin()
 
     def close(self) -> None:
         try:

@@ -14,7 +14,7 @@ import sys
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import REPOSITORY
 from tests.harness.gpunode import UNCHANGED
@@ -92,13 +92,12 @@ class RealSite(Site):
         )
         self._meetings = 0
 
-    def __enter__(self) -> Self:
-        super().__enter__()
+    def begin(self) -> None:
+        super().begin()
         for name in _PROGRAMS:
             self.machine.write(f"{PLACE}/{name}", (REPOSITORY / "tests/lab/hardware" / name).read_text(), mode=0o755)
         for name in _MODULES:
             self.machine.write(f"{PLACE}/{name}", (REPOSITORY / name).read_text())
-        return self
 
     @cached_property
     def multiprocessors(self) -> int:

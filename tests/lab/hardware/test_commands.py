@@ -5,7 +5,7 @@ The simulated driver runs no kernels, so that the load's driver calls are taken 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -48,13 +48,12 @@ class SimulatedSite(site.RealSite):
         Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS)
         self._meetings = 0
 
-    def __enter__(self) -> Self:
-        super().__enter__()
+    def begin(self) -> None:
+        super().begin()
         load = f"{site.PLACE}/load.py"
         text = self.machine.read(load)
         assert IMPORTED in text
         self.machine.write(load, text.replace(IMPORTED, IDLE), mode=0o755)
-        return self
 
 
 @pytest.fixture(scope="module")

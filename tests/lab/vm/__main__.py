@@ -23,10 +23,10 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import REPOSITORY, SAMPLES, localise
-from tests.harness.machine import ADDRESS, Machine, Result
+from tests.harness.machine import ADDRESS, Machine, Result, Throwaway
 from tests.harness.release import RELEASES, Release, ensure_root, make_root
 from tests.harness.runtime import download, python_version
 from tests.harness.site import CACHE, SIMULATOR
@@ -35,7 +35,6 @@ from tests.lab.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 HERE = Path(__file__).parent
 PACKAGES = (
@@ -88,7 +87,7 @@ for number in (0, 1):
 VERIFIED = "2 ranks, all clients"
 
 
-class Vm:
+class Vm(Throwaway):
     """A virtual machine; a context manager, after which nothing of it runs."""
 
     def __init__(self, root: Path, disk: Path, carried: Path, console: Path, memory_mib: int = 2048) -> None:
@@ -97,16 +96,7 @@ class Vm:
         self._port: socket.socket | None = None
         self._heard = b""
 
-    def __enter__(self) -> Self:
-        self.boot()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cut_off()
-
-    def boot(self) -> None:
+    def begin(self) -> None:
         """Start it and wait until its agent answers."""
         (kernel,), (initrd,) = ((self._root / "boot").glob(f"{name}*") for name in ("vmlinuz-", "initrd.img-"))
         ours, its = socket.socketpair()
@@ -130,6 +120,8 @@ class Vm:
             qemu.kill()
             qemu.wait()
             port.close()
+
+    close = cut_off
 
     def _answer(self, timeout_seconds: float) -> dict[str, Any]:
         assert self._port is not None
@@ -326,7 +318,7 @@ class Test:
         job = self._submit()
         vm.run("sync").check()
         vm.cut_off()
-        vm.boot()
+        vm.begin()
         vm.until("systemd has started all", "systemctl is-system-running || :", lambda said: "starting" not in said)
         times = vm.run(
             "systemctl show -P ExecMainExitTimestampMonotonic slurm-mps-reconcile; "
