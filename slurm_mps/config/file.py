@@ -87,6 +87,14 @@ def _order_problems(config: SiteConfig) -> Iterator[str]:
         yield 'gpus.joined_users: "all" needs a limits.memory.max, which the server keeps each program to'
 
 
+def _daemon_problems(config: SiteConfig, general: SiteConfig) -> Iterator[str]:
+    """What a partition cannot have of its own where jobs are joined: their daemon has one highest limit for all."""
+    if config.gpus_sharing == "joined":
+        for name in ("thread_percentage", "memory"):
+            if getattr(config, f"limits_{name}_max") != getattr(general, f"limits_{name}_max"):
+                yield f"limits.{name}.max: jobs of all partitions are joined on one daemon, which has one"
+
+
 def _settings(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in document.items():
         if isinstance(value, dict):
@@ -129,9 +137,8 @@ def parse_site(text: bytes, path: str) -> dict[str, SiteConfig]:
         problems = general = list(_order_problems(site[""]))
         for name, own in partitions.items():
             site[name] = from_settings({**everywhere, **dict(_settings(own))})
-            problems = problems + [
-                f"partition.{name}.{wrong}" for wrong in _order_problems(site[name]) if wrong not in general
-            ]
+            wrongs = (*_order_problems(site[name]), *_daemon_problems(site[name], site[""]))
+            problems = problems + [f"partition.{name}.{wrong}" for wrong in wrongs if wrong not in general]
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     return site

@@ -84,6 +84,10 @@ quit = "soon"
         (b"[partition.gpu]\nlimits = 1", "partition.gpu.limits: expected a table"),
         (b"[partition.gpu.limits.memory]\nmin = 1", "partition.gpu.limits.memory.min: expected a string"),
         (
+            b'[gpus]\nsharing = "joined"\n[partition.gpu.limits.memory]\nmax = "8G"',
+            "partition.gpu.limits.memory.max: jobs of all partitions are joined on one daemon, which has one",
+        ),
+        (
             b"[partition.gpu.limits.thread_percentage]\nmax = 50",
             "partition.gpu.limits.thread_percentage: default 100 is not between min 0.1 and max 50",
         ),
