@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     if config.metrics_textfile == "none" and not options.print:
         return refuse(options, Exit.NOT_HERE, "metrics are off: metrics.textfile of mps.toml says where they go")
     try:
-        state = NodeState(make=False)
+        state = NodeState(make=not options.print)  # so that what was written before a reboot does not stay
     except FileNotFoundError:
         state = None
     view = look(sparing=True)

@@ -160,6 +160,14 @@ def test_where_metrics_are_off_hooks_note_nothing(node: GpuNode) -> None:
     assert not node.machine.path(FILE).exists()
 
 
+def test_what_was_written_before_a_reboot_does_not_stay(node: GpuNode) -> None:
+    """Zeros take its place before the first job: Prometheus shows that job's refusal only as an increase."""
+    node.run_job(1, **asked(mem="900G"))
+    assert written(node)["slurm_mps_refusals_total|reason=memory"] == 1
+    node.run("rm", "-r", STATE_DIRECTORY).check()
+    assert written(node)["slurm_mps_refusals_total|reason=memory"] == 0
+
+
 def test_print_changes_nothing(node: GpuNode) -> None:
     node.prolog(1).check()
     before = node.machine.read(EVENTS)
