@@ -77,8 +77,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.format or options.noheader:
         _print_rows(findings, columns, options)
     else:
-        _print_paragraphs(findings, verbose=options.verbose or bool(options.checks))
-        _print_summary(findings)
+        print_findings(findings, verbose=options.verbose or bool(options.checks))
     sys.stdout.flush()
     return status
 
@@ -113,20 +112,15 @@ def _print_rows(findings: Sequence[Finding], columns: Sequence[Column], options:
     print_table(rows, columns, noheader=options.noheader)
 
 
-def _print_paragraphs(findings: Sequence[Finding], *, verbose: bool) -> None:
-    """One paragraph for each: what is so, why it matters, what fixes it, how to read on."""
+def print_findings(findings: Sequence[Finding], *, verbose: bool = False) -> None:
+    """A paragraph for each: what is so, why it matters, what fixes it, how to read on; then how many there are."""
     out = console()
     for one in _shown(findings, verbose=verbose):
         head = f"{one.severity}: {one.check}: {printable(one.what, _TEXT_MAX)}"
-        lines = [head]
+        out.print(head, style=_STYLES.get(one.severity), soft_wrap=True)
         if one.why:
-            lines += [f"    why: {one.why}", f"    fix: {printable(one.fix, _TEXT_MAX)}"]
-            lines += [f"    see: slurm-mps doctor --explain {one.check}"]
-        for number, line in enumerate(lines):
-            out.print(line, style=_STYLES.get(one.severity) if not number else None, soft_wrap=True)
-
-
-def _print_summary(findings: Sequence[Finding]) -> None:
+            print(f"    why: {one.why}\n    fix: {printable(one.fix, _TEXT_MAX)}")
+            print(f"    see: slurm-mps doctor --explain {one.check}")
     counts = {severity: len({one.check for one in findings if one.severity == severity}) for severity in _SEVERITIES}
     total = len({one.check for one in findings})
     words = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]

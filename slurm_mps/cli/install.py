@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 from ..units import printable
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from ..install.by_hand import Todo
     from ..install.changes import Comparison
 
-_DOCTOR_SECONDS = 30
 _COLUMNS = (Column("what", "WHAT"), Column("path", "PATH"))
 _STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 no Slurm here, 4 not root."
 
@@ -229,19 +226,12 @@ def _print_uninstall(done: Uninstalled, *, dry_run: bool) -> None:
 
 
 def _doctor() -> None:
-    """Let doctor look, in a process of its own, which may take its time but not for ever."""
-    print("\nslurm-mps doctor:", flush=True)
-    try:
-        status = subprocess.run(  # isolated, and not from here: root runs no module that lies in a user's directory
-            [sys.executable, "-I", "-m", "slurm_mps.cli.main", "doctor"],
-            stdin=subprocess.DEVNULL,
-            cwd="/",
-            timeout=_DOCTOR_SECONDS,
-            check=False,
-        ).returncode
-        if status == Exit.PROBLEM:
-            complain("installed, but jobs with --mps will fail until the problems above are fixed")
-        if status not in range(Exit.NOT_ROOT + 1):
-            complain(f"doctor did not run to its end (exit {status})")
-    except subprocess.TimeoutExpired:
-        complain(f"doctor did not end within {_DOCTOR_SECONDS} s")
+    """Print what doctor finds now."""
+    from ..doctor.examine import examine
+    from .doctor import print_findings
+
+    print("\nslurm-mps doctor:")
+    findings = examine(os.environ)
+    print_findings(findings)
+    if any(one.severity == "problem" for one in findings):
+        complain("installed, but jobs with --mps will fail until the problems above are fixed")

@@ -351,13 +351,12 @@ def test_uninstall_refuses_what_would_drain_the_node(machine: Machine) -> None:
 
 
 def test_root_runs_no_module_that_lies_where_it_stands(machine: Machine) -> None:
-    """install starts doctor; a user's argparse.py in the directory that root happens to be in is not for root."""
+    """A user's argparse.py in the directory that root happens to be in is not for root."""
     machine.make_directory("/tmp/checkout", user="alice")
     machine.write("/tmp/checkout/argparse.py", "open('/tmp/caught', 'w')\nraise SystemExit(9)\n", user="alice")
     lay_plugin(machine)
     told = machine.run([PROGRAM, "install", "--plugin", "/opt/spank_mps.so"], cwd="/tmp/checkout", timeout=60)
     assert "slurm-mps doctor:" in told.stdout
-    assert "did not run to its end" not in told.stderr
     assert not machine.path("/tmp/caught").exists()
 
 
