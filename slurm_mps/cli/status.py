@@ -193,16 +193,16 @@ def _client_cells(client: ClientView) -> dict[str, object]:
         "client": client.pid,
         "server": client.server,
         "task": task(client),
-        "threads": None if client.threads is None else f"{client.threads:g}%",
+        "threads": None if client.thread_percentage is None else f"{client.thread_percentage:g}%",
         "memory": None if client.memory_bytes is None else client.memory_bytes // MIB,
         "limit": None if client.limit_bytes is None else client.limit_bytes // MIB,
         "command": client.command,
     }
 
 
-def task(client: ClientView) -> str:
+def task(client: ClientView) -> str | None:
     """Step and rank as Slurm counts them: ``0.3``; ``batch`` for what the job's script started itself."""
-    return f"{client.step}.{client.rank}" if client.rank else client.step
+    return f"{client.step}.{client.rank}" if client.rank is not None else client.step
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -245,18 +245,5 @@ def _gpu(gpu: GpuView) -> dict[str, Any]:
         "uuid": gpu.uuid,
         "compute_mode": None if gpu.mode is None else COMPUTE_MODES.get(gpu.mode),
         "compute_mode_found": None if gpu.mode_found is None else COMPUTE_MODES.get(gpu.mode_found),
-        "clients": [
-            {
-                "pid": client.pid,
-                "server": client.server,
-                "uid": client.uid,
-                "step": client.step or None,
-                "rank": int(client.rank) if client.rank.isdecimal() else None,
-                "command": client.command,
-                "thread_percentage": client.threads,
-                "memory_bytes": client.memory_bytes,
-                "limit_bytes": client.limit_bytes,
-            }
-            for client in gpu.clients
-        ],
+        "clients": [vars(client) for client in gpu.clients],
     }

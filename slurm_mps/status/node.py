@@ -38,18 +38,19 @@ BATCH = "batch"
 
 @dataclass(frozen=True)
 class ClientView:
-    """A client on one GPU. step, rank: of its task ("" where it does not say). threads: percent of the GPU's threads.
+    """A client on one GPU, as reports have it. step, rank: of its task, None where it does not say.
 
-    memory_bytes: what it uses, None where NVML does not say. limit_bytes: None for no limit.
+    thread_percentage: of the GPU's threads. memory_bytes: what it uses, None where NVML does not say. limit_bytes: None
+    for no limit.
     """
 
     pid: int
     server: int
     uid: int | None
-    step: str
-    rank: str
+    step: str | None
+    rank: int | None
     command: str
-    threads: float | None
+    thread_percentage: float | None
     memory_bytes: int | None
     limit_bytes: int | None
 
@@ -337,10 +338,10 @@ def _client_view(
         pid=client.pid,
         server=client.server,
         uid=processes.uid_of(client.pid),
-        step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else "",
-        rank=str(rank) if step is not None and rank is not None else "",
+        step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else None,
+        rank=rank if step is not None else None,
         command=printable(os.path.basename(client.command), 60),
-        threads=min(filter(None, map(percentage, (threads, own_threads))), default=None),
+        thread_percentage=min(filter(None, map(percentage, (threads, own_threads))), default=None),
         memory_bytes=state.memory_bytes.get(client.pid) if state else None,
         limit_bytes=min((limit for limit in limits if limit is not None), default=None),
     )
