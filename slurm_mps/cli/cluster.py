@@ -60,10 +60,11 @@ def run(options: argparse.Namespace) -> int:
             "install etc/job_submit.lua of slurm-mps on the controller (JobSubmitPlugins=lua)",
         )
     if options.json:
-        listed = [_report(job) for job in jobs]
+        listed = [{name: value for name, value in vars(job).items() if name != "node_list"} for job in jobs]
         print_json(options, status, asked=source.name, jobs=listed, nodes=by_node(jobs), problems=problems)
         return status
-    print_table([_row(job) for job in jobs], columns, noheader=options.noheader)
+    rows = [{**vars(job), **job.request, "job": job.name, "nodes": job.node_list} for job in jobs]
+    print_table(rows, columns, noheader=options.noheader)
     if not jobs and not problems:
         complain("no job that Slurm shows you asks for MPS")
     for problem in problems:
@@ -74,26 +75,3 @@ def run(options: argparse.Namespace) -> int:
 def _is_named(job: MpsJob, name: str) -> bool:
     """Whether `name` is what squeue calls the job, its number, or the array or heterogeneous job that it belongs to."""
     return name in (job.name, str(job.job_id), re.split("[_+]", job.name)[0])
-
-
-def _row(job: MpsJob) -> dict[str, object]:
-    return {
-        "job": job.name,
-        "user": job.user,
-        "state": job.state,
-        "daemons": "per-gpu" if job.per_gpu else "per-node",
-        **job.request,
-        "nodes": job.node_list,
-    }
-
-
-def _report(job: MpsJob) -> dict[str, object]:
-    return {
-        "job_id": job.job_id,
-        "name": job.name,
-        "user": job.user,
-        "state": job.state,
-        "nodes": list(job.nodes),
-        "daemons": "per-gpu" if job.per_gpu else "per-node",
-        "request": dict(job.request),
-    }

@@ -24,7 +24,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], wh
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the script. Returns the exit status."""
     if options.shell is None:
         return refuse(
             options, Exit.USAGE, f"which shell? slurm-mps completion {', '.join(SHELLS[:-1])} or {SHELLS[-1]}"

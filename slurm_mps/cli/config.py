@@ -21,7 +21,6 @@ COLUMNS = (
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command with its three parts."""
     parts = commands.add_parser("config", help="the site configuration").add_subparsers(required=True, metavar="PART")
     check = parts.add_parser(
         "check",
@@ -87,13 +86,11 @@ def _path(options: argparse.Namespace) -> str:
 
 
 def _unreadable(options: argparse.Namespace, path: str, error: OSError) -> int:
-    """Say why. Returns the exit status."""
     status = Exit.NOT_ROOT if isinstance(error, PermissionError) else Exit.PROBLEM
     return refuse(options, status, f"{path}: {error.strerror}")
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Report every problem of a configuration file, one a line."""
     path = _path(options)
     try:
         there, problems, remarks = _problems(path)
@@ -136,7 +133,6 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _source(setting: Setting, path: str) -> str:
-    """Where a setting comes from."""
     if setting.table is None:
         return "default"
     return f"{path} [{setting.table}]" if setting.table else path

@@ -31,7 +31,6 @@ _STYLES = {"problem": "red", "warning": "yellow", "not checked": "dim"}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "doctor",
         help="what this host allows, and what is wrong with it",

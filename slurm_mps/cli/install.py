@@ -20,7 +20,6 @@ _STATUSES = "Exit status: 0 fine, 1 a problem was found, 2 usage, 3 no Slurm her
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register both commands."""
     parser = commands.add_parser(
         "install",
         help="as root: put plugin, prolog, epilog and sample configuration into this node's Slurm",

@@ -24,7 +24,6 @@ _LINE_MAX = 1000
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "logs",
         help="what happened to a job's MPS: who connected, who faulted, who was refused",

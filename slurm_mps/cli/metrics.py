@@ -12,7 +12,6 @@ _CONFIG_SECONDS = 30.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "metrics",
         help="on a compute node, as root: write metrics for Prometheus",
@@ -25,7 +24,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Count, look, write. Returns the exit status."""
     if os.geteuid() != 0:
         return refuse(options, Exit.NOT_ROOT, "metrics reads what belongs to root; run it as root")
     from ..errors import MpsError

@@ -20,7 +20,6 @@ _DEADLINE_SECONDS = 20.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "plan",
         help="on a compute node: what the prolog would do for a job, changing nothing",

@@ -22,7 +22,6 @@ _START_SECONDS = 60.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "reconcile",
         help="on a compute node, as root: repair what jobs that are over left",

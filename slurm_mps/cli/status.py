@@ -57,7 +57,6 @@ def job_numbers(names: Iterable[str]) -> list[int]:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "status",
         help="who uses MPS on this node, or with --cluster in the cluster",

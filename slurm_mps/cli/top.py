@@ -24,7 +24,6 @@ _OVERHEAD_LINES = 3  # the line on top, an empty one, the headings
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "top",
         help="what status shows, live",

@@ -35,7 +35,6 @@ _WIDTHS = {"gpu": 17, "pid": 7, "server": 7, "sms": 7, "uuid": 40}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "verify",
         help="inside a step: is every rank an MPS client, on which GPU, with which limits",

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class Epilog(Script):
-    """The epilog of one job."""
-
     name = "epilog"
     seconds = DEFAULTS.deadlines_epilog
 

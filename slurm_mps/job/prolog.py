@@ -32,8 +32,6 @@ _UNDO_SECONDS = 0.3  # of the watch's last words
 
 
 class Prolog(Script):
-    """The prolog of one job."""
-
     name = "prolog"
     done = "ready"
     seconds = DEFAULTS.deadlines_prolog

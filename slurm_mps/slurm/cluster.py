@@ -10,7 +10,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,9 +54,9 @@ class MpsJob:
     user: str
     state: str
     nodes: tuple[str, ...]
-    node_list: str
-    per_gpu: bool
+    daemons: str
     request: Mapping[str, str]
+    node_list: str
 
 
 # ----------------------------------------------------------------------------------------------------- squeue --json
@@ -203,9 +203,9 @@ def mps_jobs(jobs: Iterable[ListedJob], nodes: Collection[str] = ()) -> list[Mps
                 user=job.user,
                 state=job.state,
                 nodes=its_nodes,
-                node_list=job.nodes,
-                per_gpu="per-gpu" in words,
+                daemons="per-gpu" if "per-gpu" in words else "per-node",
                 request={name: request[name].replace("+", ",") for name in _FIELDS if name in request},
+                node_list=job.nodes,
             )
         )
     return sorted(found, key=lambda job: job.job_id)
@@ -229,10 +229,10 @@ def unknown_nodes(nodes: Collection[str], timeout_seconds: float) -> list[str]:
     return [node for node in nodes if node not in known]
 
 
-def marks_jobs(timeout_seconds: float, run: Callable[[list[str], float], str] | None = None) -> bool:
+def marks_jobs(timeout_seconds: float) -> bool:
     """Whether the controller has a job_submit script that could mark jobs; True where that cannot be said."""
     try:
-        text = (run or _output)(["scontrol", "show", "config"], timeout_seconds)
+        text = _output(["scontrol", "show", "config"], timeout_seconds)
     except (OSError, subprocess.SubprocessError):
         return True
     found = re.search(r"^JobSubmitPlugins\s*=\s*(.*)$", text, re.MULTILINE)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from slurm_mps.config.settings import DEFAULTS
+from slurm_mps.doctor.timeouts import check_deadlines
 from slurm_mps.slurm.plugin_file import read_plugin
-from slurm_mps.slurm.timeouts import check_deadlines
 from tests.harness.plugin import built_for
 from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY
@@ -56,9 +56,9 @@ def test_slurm_shows_the_timeouts_that_are_checked(site: Site) -> None:
     """The sample's fit our deadlines; a longer one of ours is seen to be killed, and to look hung."""
     shown = site.machine.run(["scontrol", "show", "config"]).check().stdout
     config = dict(re.findall(r"^(\S+)\s*= (.*)$", shown, re.MULTILINE))
-    assert check_deadlines(config, DEFAULTS.deadlines_prolog, DEFAULTS.deadlines_epilog) == []
+    assert list(check_deadlines(config, DEFAULTS.deadlines_prolog, DEFAULTS.deadlines_epilog)) == []
     found = check_deadlines(config, 1000, 1000)
-    assert [problem.serious for problem in found] == [True, True, False], shown
+    assert [one.severity for one in found] == ["problem", "problem", "warning"], shown
 
 
 # --------------------------------------------------------------------------------------- beside other SPANK plugins

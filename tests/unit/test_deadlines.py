@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slurm_mps.config.settings import DEFAULTS
-from slurm_mps.slurm.timeouts import check_deadlines
+from slurm_mps.doctor.timeouts import check_deadlines
 
 # As `scontrol show config` has them where slurm.conf says nothing, in all releases that were looked at.
 UNSET = {"MessageTimeout": "10 sec", "PrologEpilogTimeout": "65534"}
@@ -41,16 +41,16 @@ def test_a_timeout_that_is_too_short_is_named(config: dict[str, str], named: lis
 @pytest.mark.parametrize("config", [UNSET, SEPARATE, {**UNSET, "PrologEpilogTimeout": "31"}])
 def test_the_line_that_it_proposes_cures_it(config: dict[str, str]) -> None:
     prolog, epilog = 600.5, 900.0
-    found = check_deadlines(config, prolog, epilog)
+    found = list(check_deadlines(config, prolog, epilog))
     assert found
-    lines = [problem.change.split()[0].partition("=") for problem in found]
+    lines = [problem.fix.split()[0].partition("=") for problem in found]
     cured = {**config, **{name: str(max(int(v) for n, _, v in lines if n == name)) for name, _, _ in lines}}
-    assert check_deadlines(cured, prolog, epilog) == []
+    assert list(check_deadlines(cured, prolog, epilog)) == []
 
 
-def test_only_what_drains_a_node_is_serious() -> None:
+def test_only_what_drains_a_node_is_a_problem() -> None:
     found = check_deadlines({"MessageTimeout": "2 sec", "PrologEpilogTimeout": "1"}, 7.5, 30)
-    assert {problem.what.partition(" is ")[0]: problem.serious for problem in found} == {
-        "PrologEpilogTimeout": True,
-        "MessageTimeout": False,
+    assert {problem.what.partition(" is ")[0]: problem.severity for problem in found} == {
+        "PrologEpilogTimeout": "problem",
+        "MessageTimeout": "warning",
     }

@@ -12,10 +12,10 @@ from ...node.paths import hidden_from_users
 from ...node.processes import uid_of
 from ...node.reading import read_text
 from ...slurm.host import NotKnownError, RefusedError, TwoReleasesError
-from ...slurm.timeouts import check_deadlines
 from ...units import printable
 from ..facts import UNSET_BY_DEFAULT, Facts
 from ..finding import COMPUTE, Finding, check, fine, problem, warning
+from ..timeouts import check_deadlines
 
 #: The releases of Slurm that slurm-mps was run with, oldest first (docs/support.md).
 TRIED = ((22, 5), (24, 11), (26, 5))
@@ -308,8 +308,7 @@ def slurm_timeouts(facts: Facts) -> Iterator[Finding]:
     config = {
         name: value for name in _TIMEOUTS if (value := facts.value(name, "10" if name == "MessageTimeout" else ""))
     }
-    for one in check_deadlines(config, facts.site.deadlines_prolog, facts.site.deadlines_epilog):
-        yield (problem if one.serious else warning)(one.what, one.change, one.why)
+    yield from check_deadlines(config, facts.site.deadlines_prolog, facts.site.deadlines_epilog)
 
 
 @check(
