@@ -22,12 +22,14 @@ from .ledger import WHOLE, Holder
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from typing import Protocol
+    from typing import Protocol, TypeVar
 
     from ..config.settings import SiteConfig
     from ..node.nvml import Gpus
     from .journal import Journal
     from .state import NodeState
+
+    T = TypeVar("T")
 
     class Undo(Protocol):
         def line(self) -> str: ...
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
 _SEARCH_SECONDS = 2.0
-_LEAVING_SECONDS, _LEAVING_POLL_SECONDS = 0.5, 0.05
+_LEAVING_SECONDS, _POLL_SECONDS = 0.5, 0.05
 
 #: The pipe directory of the one daemon that serves all of a job's GPUs.
 WHOLE_JOB = "pipe"
@@ -121,31 +123,22 @@ class HoldGpu:
         return ReleaseGpu(self.gpu)
 
     def apply(self, job: JobOnNode) -> None:
-        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
-        try:
-            self._hold(job)
-        finally:
-            job.state.ledgers.unlock()
+        while not under_lock(job, lambda: self._hold(job)):
+            wait_for(f"{self.gpu}: the control daemon that jobs before this one had is still there", job)
 
     def refuse_beside(self, others: Sequence[Holder]) -> None:
         """Raises: RequestError where another job holds the GPU that cannot be beside this one."""
-        for other in others:
-            if WHOLE in (self.way, other.way):
-                hint = (
-                    "this site does not share a GPU between MPS jobs" if self.way == WHOLE else "it has the whole GPU"
-                )
-                held = f"{self.gpu} is held by MPS job {other.job_id}"
-                raise RequestError(held, hint=hint, reason="shared_gpu")
+        refuse_another_way(self.gpu, self.way, others)
 
-    def _hold(self, job: JobOnNode) -> None:
+    def _hold(self, job: JobOnNode) -> bool:
+        """Under the lock: become a holder; False while a daemon is there that nobody holds any more."""
         job_id = job.journal.job_id
         job.journal.claims = True
         entry = job.state.ledgers.read(self.gpu)
         others = [one for one in entry.holders if one.job_id != job_id]
         self.refuse_beside(others)
         if entry.daemon is not None:
-            held = f"{self.gpu}: the control daemon that jobs before this one had is still there"
-            raise RequestError(held, hint="submit the job again", reason="busy_gpu")
+            return False
         if not others and self.mode == EXCLUSIVE_PROCESS:
             see_it_free(self.gpu, job.gpus)
         found = entry.mode_found
@@ -154,19 +147,62 @@ class HoldGpu:
         job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, Holder(job_id, self.way)), mode_found=found))
         if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
             job.gpus.set_compute_mode(self.gpu, self.mode)
+        return True
+
+
+def refuse_another_way(gpu: str, way: str, others: Sequence[Holder]) -> None:
+    """Raises: RequestError where a job holds the GPU in another way, or as a whole."""
+    for other in others:
+        if other.way != way or way == WHOLE:
+            hint = (
+                "this site does not share a GPU between MPS jobs"
+                if way == WHOLE
+                else "it began before this site changed how jobs share a GPU"
+            )
+            raise RequestError(f"{gpu} is held by MPS job {other.job_id}", hint=hint, reason="shared_gpu")
+
+
+class _InUseError(NodeError):
+    """A GPU that nobody holds has processes, which may be leaving."""
+
+    def __init__(self, gpu: str, pids: Sequence[int]) -> None:
+        named = ", ".join(map(describe, pids[:4]))
+        held = f"{gpu}: in use by process {named}, though Slurm has just given it to this job"
+        super().__init__(held, hint="end what was left there")
 
 
 def see_it_free(gpu: str, gpus: Gpus) -> None:
-    """Raises: NodeError when a process stays on a GPU that nobody holds."""
+    """Raises: NodeError when there is a process on a GPU that nobody holds."""
+    if there := gpus.processes(gpu):
+        raise _InUseError(gpu, there)
+
+
+def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
+    """Do something while nobody else reads or writes a ledger; again where processes are about to leave a GPU.
+
+    Raises: NodeError, RequestError when they stay.
+    """
     end = monotonic() + _LEAVING_SECONDS
-    while there := gpus.processes(gpu):
-        if monotonic() > end:
-            raise NodeError(
-                f"{gpu}: in use by process {', '.join(map(describe, there[:4]))}, though Slurm has just given it to "
-                "this job",
-                hint="end what was left there",
-            )
-        sleep(_LEAVING_POLL_SECONDS)
+    while True:
+        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
+        try:
+            return work()
+        except _InUseError:
+            if monotonic() > end:
+                raise
+        finally:
+            job.state.ledgers.unlock()
+        sleep(_POLL_SECONDS)
+
+
+def wait_for(why: str, job: JobOnNode) -> None:
+    """Wait a moment for what other jobs do. Whatever is late from now on, the job is refused for this reason.
+
+    Raises: DeadlineError.
+    """
+    job.journal.waited = why
+    job.seconds(0)
+    sleep(_POLL_SECONDS)
 
 
 def patience(config: SiteConfig, seconds: Callable[[float], float]) -> Patience:
@@ -205,7 +241,7 @@ def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> Non
     """Take jobs, and whoever has no journal any more, out of a GPU's ledger, whose lock the caller has."""
     entry = state.ledgers.read(gpu)
     left = tuple(one for one in entry.holders if one.job_id not in jobs)
-    if not left and entry.mode_found is not None:
+    if not left and entry.daemon is None and entry.mode_found is not None:
         if gpus.compute_mode(gpu) != entry.mode_found:
             gpus.set_compute_mode(gpu, entry.mode_found)
         entry = replace(entry, mode_found=None)

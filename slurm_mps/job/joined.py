@@ -14,8 +14,6 @@ Promises (docs/decisions/0021):
 
 from __future__ import annotations
 
-from time import monotonic, sleep
-
 from ..config.settings import STATE_DIRECTORY
 from ..errors import NodeError, RequestError
 from ..node import control, processes
@@ -27,7 +25,7 @@ from ..node.wordfile import DamagedFileError, fields, with_fields
 from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
-from .actions import LOG_GROWS_TO, patience, see_it_free
+from .actions import LOG_GROWS_TO, patience, refuse_another_way, see_it_free, under_lock, wait_for
 from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
 from .state import DAEMONS
 
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from .journal import Journal
     from .state import NodeState
 
-_POLL_SECONDS = 0.05
-_MARGIN_SECONDS = 0.3  # of the time to bring a job up, for what comes after waiting
 _CLIENTS_END_SECONDS = 1.0
 _PIPE, _SOCKET = "pipe", "control"
 LEAVE_GPU = "leave_gpu"
@@ -117,23 +113,18 @@ class JoinGpu:
     def apply(self, job: JobOnNode) -> None:
         """Raises: RequestError where the job cannot be beside the others, or would have to wait for them too long."""
         ours = Holder(job.journal.job_id, self.way, self.uid, self.mib)
-        end = job.deadline - _MARGIN_SECONDS
         job.journal.claims = True
         while True:
-            daemon = _locked(job, lambda: self._enter(ours, job))
+            daemon = under_lock(job, lambda: self._enter(ours, job))
             if daemon.stage == OPEN and self._is_linked(daemon, job):
                 return
             if daemon.stage == STARTING and daemon.starter == ours.job_id:
                 self._start(daemon, job)
                 return
-            if monotonic() > end:
-                who = f"job {daemon.starter} starts" if daemon.stage == STARTING else "jobs before this one had"
-                held = f"{self.gpu}: the control daemon that {who} is not ready for another job"
-                raise RequestError(held, hint="submit the job again", reason="busy_gpu")
+            who = f"job {daemon.starter} starts" if daemon.stage == STARTING else "jobs before this one had"
+            wait_for(f"{self.gpu}: the control daemon that {who} is not ready for another job", job)
             if daemon.stage == CLOSING:
-                self._close(daemon, job, end)
-            else:
-                sleep(_POLL_SECONDS)
+                self._help_to_close(daemon, job)
 
     def _enter(self, ours: Holder, job: JobOnNode) -> SharedDaemon:
         """Under the lock: become a holder where a daemon is open, or where there is none and this job is to start it.
@@ -168,14 +159,8 @@ class JoinGpu:
 
     def refuse_beside(self, others: Sequence[Holder]) -> None:
         """Raises: RequestError where another job that holds the GPU cannot be beside this one, or leaves too little."""
+        refuse_another_way(self.gpu, self.way, others)
         for other in others:
-            if other.way not in (JOINED, JOINED_ALL):
-                raise RequestError(
-                    f"{self.gpu} is held by MPS job {other.job_id}", hint="it is not joined", reason="shared_gpu"
-                )
-            if other.way != self.way:
-                held = f"{self.gpu} is held by an MPS job from before gpus.joined_users changed"
-                raise RequestError(held, hint="submit the job again", reason="shared_gpu")
             if self.way == JOINED and other.uid != self.uid:
                 held = f"{self.gpu} is held by an MPS job of another user"
                 raise RequestError(held, hint="this site joins jobs of one user only", reason="shared_gpu")
@@ -195,12 +180,11 @@ class JoinGpu:
         pid = daemon.process.pid if daemon.process else None
         return listener(f"{job.journal.directory.path}/{link_name(self.number)}") in (pid, BUSY)
 
-    def _close(self, daemon: SharedDaemon, job: JobOnNode, end: float) -> None:
+    def _help_to_close(self, daemon: SharedDaemon, job: JobOnNode) -> None:
         try:
-            close(self.gpu, daemon, job.state, job.gpus, job.config, lambda wanted: min(wanted, end - monotonic()))
+            close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds)
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: {error}")
-            sleep(_POLL_SECONDS)
 
     def _start(self, daemon: SharedDaemon, job: JobOnNode) -> None:
         """Start the daemon outside the lock, and open it to all holders. Raises: NodeError."""
@@ -224,7 +208,7 @@ class JoinGpu:
         if process is None:
             raise NodeError(f"{self.gpu}: its control daemon has ended again")
         opened = replace(daemon, stage=OPEN, process=process)
-        _locked(job, lambda: _open(self.gpu, opened, job))
+        under_lock(job, lambda: _open(self.gpu, opened, job))
         if not self._is_linked(opened, job):
             raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
         try:
@@ -232,14 +216,6 @@ class JoinGpu:
             processes.wait_all([asked], job.seconds(job.config.deadlines_command))
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
-
-
-def _locked(job: JobOnNode, work: Callable[[], SharedDaemon]) -> SharedDaemon:
-    job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
-    try:
-        return work()
-    finally:
-        job.state.ledgers.unlock()
 
 
 def _open(gpu: str, daemon: SharedDaemon, job: JobOnNode) -> SharedDaemon:

@@ -36,6 +36,7 @@ class Journal:
         self.undo: list[str] = []
         self.ready = False
         self.claims = False  #: whether a GPU may have been claimed, so that undoing it asks NVML
+        self.waited = ""  #: what the job had to wait for that other jobs do; being late is then no fault of the node
 
     def write(self) -> None:
         """Put the journal on disk as it stands."""

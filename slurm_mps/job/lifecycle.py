@@ -8,7 +8,7 @@ Promises:
 
 from __future__ import annotations
 
-from ..errors import NodeError, RequestError, describe_error
+from ..errors import DeadlineError, NodeError, RequestError, describe_error
 from ..node import processes
 from ..node.messages import tell_admin
 from ..node.nvml import expected_uuids
@@ -62,12 +62,15 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
         job.journal.ready = True
         job.journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
-        if begun and isinstance(error, RequestError):
+        is_late = bool(job.journal.waited) and isinstance(error, DeadlineError)
+        if begun and (is_late or isinstance(error, RequestError)):
             processes.wait_all(children, _CHILD_ENDS_SECONDS)  # a daemon that is still starting would make them again
             logs.forget(job.journal.job_id, job.config)  # they say nothing, and would have an older job's removed
         problems = _undo(children, job)
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
+        if is_late:
+            raise RequestError(job.journal.waited, hint="submit the job again", reason="busy_gpu") from error
         raise
     job.gpus.close()  # while the daemons are told to start their servers
     processes.wait_all(children, _CHILD_ENDS_SECONDS)

@@ -75,11 +75,14 @@ class Plan:
         ]
 
     def shared(self, job: JobOnNode) -> list[str]:
-        """The directories of the plan's daemons, where other jobs have them, too; else none."""
+        """The directories of the plan's daemons, where other jobs have them, too; else none.
+
+        Empty for a daemon that another job has found dead since.
+        """
         if self.config.gpus_sharing != JOINED:
             return []
         found = ((one.gpus[0], job.state.ledgers.read(one.gpus[0]).daemon) for one in self.daemons)
-        return [daemon_path(gpu, daemon) for gpu, daemon in found if daemon]
+        return [daemon_path(gpu, daemon) if daemon else "" for gpu, daemon in found]
 
     def verdict(self, running: Sequence[ControlDaemon], shared: Sequence[str] = ()) -> Verdict:
         """What the plugin reads in the job's tasks; `running` are the plan's daemons, `shared` the joined jobs' places.

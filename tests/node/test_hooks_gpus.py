@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.harness.site import STATE_DIRECTORY, show_gpus_in_proc
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SEPARATE = '[gpus]\nsharing = "separate"\n'
+SEPARATE, JOINED = '[gpus]\nsharing = "separate"\n', '[gpus]\nsharing = "joined"\n'
 UNCHANGED = '[gpus]\ncompute_mode = "unchanged"\n'
 
 
@@ -80,17 +81,18 @@ def test_the_last_of_two_sharing_jobs_leaves_the_gpu_as_the_first_found_it(
     gpu_node.set_compute_modes(0)
 
 
-@pytest.mark.parametrize(("first", "then"), [("", SEPARATE), (SEPARATE, "")], ids=["whole", "separate"])
+@pytest.mark.parametrize(("first", "then"), permutations(("", SEPARATE, JOINED), 2))
 def test_a_job_does_not_come_beside_one_that_holds_the_gpu_in_another_way(
     gpu_node: GpuNode, first: str, then: str
 ) -> None:
     """Where the site changed its mind while a job runs, that job keeps its GPU, in the mode that it needs."""
+    gpu_node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
     gpu_node.set_compute_modes(2)
     gpu_node.configure(first)
     gpu_node.prolog(4711, gpus="0").check()
     mode = gpu_node.compute_modes()[0]
     gpu_node.configure(then)
-    gpu_node.prolog(4712, gpus="0", user="bob").check()
+    gpu_node.prolog(4712, gpus="0").check()
     assert "is held by MPS job 4711" in gpu_node.verdict(4712)["message"]
     gpu_node.epilog(4712).check()
     assert gpu_node.compute_modes()[0] == mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 JOINED = '[gpus]\nsharing = "joined"\n'
 ALL_USERS = f'{JOINED}joined_users = "all"\n[limits.memory]\nmax = "40G"\n'
+WAYS = {"refuse": "", "separate": '[gpus]\nsharing = "separate"\n', "joined": JOINED}
 PART = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
@@ -118,7 +120,7 @@ def test_who_may_share_does_not_change_under_jobs_that_run(node: GpuNode) -> Non
     start(node, 1).check()
     node.configure(ALL_USERS)
     start(node, 2).check()
-    assert "is held by an MPS job from before gpus.joined_users changed" in node.verdict(2)["message"]
+    assert "is held by MPS job 1; it began before this site changed how jobs share a GPU" in node.verdict(2)["message"]
     node.epilog(2).check()
     node.epilog(1).check()
     start(node, 2, user="bob").check()
@@ -182,6 +184,49 @@ def test_jobs_that_come_at_once_start_one_daemon(node: GpuNode) -> None:
             assert [node.verdict(job)["status"] for job in jobs] == ["ready"] * len(running)
             assert len(daemons(node)) == 1
     assert node.mps_processes() == []
+
+
+@pytest.mark.parametrize("then", WAYS)
+def test_the_next_job_waits_for_the_daemon_that_ends_whatever_the_site_says_by_then(node: GpuNode, then: str) -> None:
+    """The last joined job's epilog has marked the daemon, and the daemon takes a second and a half to go."""
+    start(node, 1).check()
+    node.fault("command.quit=slow:1500")
+    ending = node.start(EPILOG, env=job_environment(1))
+    while "stage=closing" not in ledger(node):
+        assert ending.poll() is None
+        time.sleep(0.01)
+    node.configure(WAYS[then])
+    asks = {PART: "25"} if then != "refuse" else asked("25")
+    node.prolog(2, gpus="0", **asks).check()
+    assert node.verdict(2)["status"] == "ready", node.verdict(2)
+    assert ending.wait(30) == 0
+    assert node.compute_modes()[0] == (0 if then == "separate" else 3)
+    node.fault()
+
+
+@pytest.mark.parametrize(
+    ("then", "end_ms", "start_ms"),
+    [("refuse", 4000, 0), ("separate", 4000, 0), ("joined", 1200, 2400)],
+)
+def test_a_job_that_waited_too_long_for_a_daemon_is_refused_and_no_node_drains(
+    node: GpuNode, then: str, end_ms: int, start_ms: int
+) -> None:
+    """It has 2.4 s in all: the old daemon takes longer to go, or its own takes longer to come than is then left."""
+    start(node, 1).check()
+    node.fault(f"command.quit=slow:{end_ms}", f"daemon.start=slow:{start_ms}")
+    ending = node.start(EPILOG, env=job_environment(1))
+    while "stage=closing" not in ledger(node):
+        time.sleep(0.01)
+    node.configure((WAYS[then] or "[gpus]\n") + "[deadlines]\nprolog = 4\n")
+    node.prolog(2, gpus="0", **({PART: "25"} if then != "refuse" else asked("25"))).check()
+    assert re.search("control daemon .* submit the job again", node.verdict(2)["message"])
+    assert ending.wait(30) == 0
+    node.fault()
+
+
+def ledger(node: GpuNode, gpu: int = 0) -> str:
+    """What is written of a GPU; empty for nothing."""
+    return node.run("cat", f"{STATE_DIRECTORY}/gpus/{node.uuids[gpu]}").stdout
 
 
 def test_a_silent_connection_keeps_nobody_from_joining_and_leaving(node: GpuNode) -> None:
