@@ -150,7 +150,8 @@ class JoinGpu:
             job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, ours)))
             link(self.gpu, daemon, job.journal.directory, self.number, job.state)
             return daemon
-        starts = daemon.stage == STARTING and daemon.starter in (one.job_id for one in others)
+        is_holder = daemon.starter in (one.job_id for one in others)
+        starts = daemon.stage == STARTING and is_holder and job.state.is_at_work(daemon.starter)
         if daemon.stage != CLOSING and not starts:
             daemon = replace(daemon, stage=CLOSING, closer=ours.job_id)
             job.state.ledgers.write(self.gpu, replace(entry, daemon=daemon))

@@ -24,7 +24,7 @@ older slurm-mps ends under this one; what a newer one wrote is left as it is (do
 from __future__ import annotations
 
 from ..config.settings import CONFIG_VERSION, STATE_DIRECTORY, SiteConfig, from_lines
-from ..errors import NodeError
+from ..errors import DeadlineError, NodeError
 from ..node import processes
 from ..node.files import LockFile, make_trusted, open_trusted, whole_name
 from ..node.wordfile import DamagedFileError, decode, encode
@@ -69,6 +69,15 @@ class NodeState:
 
     def unlock_job(self, job_id: int) -> None:
         self._locks.release(job_id)
+
+    def is_at_work(self, job_id: int) -> bool:
+        """Whether a prolog or epilog of another job lives, or a reconcile that looks at it."""
+        try:
+            self._locks.acquire(job_id, 0)
+        except DeadlineError:
+            return True
+        self._locks.release(job_id)
+        return False
 
     def daemons(self) -> Directory:
         """The directory of joined jobs' control daemons, made when it is not there yet."""

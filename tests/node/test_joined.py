@@ -229,6 +229,22 @@ def ledger(node: GpuNode, gpu: int = 0) -> str:
     return node.run("cat", f"{STATE_DIRECTORY}/gpus/{node.uuids[gpu]}").stdout
 
 
+def test_a_start_that_was_killed_is_taken_over(node: GpuNode) -> None:
+    """The next job of that GPU need not wait for the epilog of the one whose prolog is gone."""
+    node.fault("daemon.start=slow:2000")
+    prolog = node.start(PROLOG, env={**job_environment(1, gpus="0"), PART: "25"})
+    while "stage=starting" not in ledger(node):
+        time.sleep(0.01)
+    node.machine.signal(prolog, 9)
+    prolog.wait(10)
+    node.fault()
+    start(node, 2).check()
+    assert node.verdict(2)["status"] == "ready", node.verdict(2)
+    assert server_of(client(node, 2)) != "none"
+    for job in (1, 2):
+        node.epilog(job).check()
+
+
 def test_a_silent_connection_keeps_nobody_from_joining_and_leaving(node: GpuNode) -> None:
     """Ledger and link say all: the daemon is not asked."""
     start(node, 1).check()

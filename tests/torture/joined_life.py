@@ -1,8 +1,8 @@
-"""Joined jobs in any order, beside a plain model: who holds a GPU, and whether its daemon must be up.
+"""Jobs that share GPUs in any order, beside a plain model: who holds a GPU and how, and whether its daemon must be up.
 
-Prologs and epilogs of two users' jobs, hooks that are killed anywhere, daemons that die, reconcile, where the jobs of a
-user are joined and where those of all users are. After each step the jobs that are surely there have one server on
-their GPU, or say that they have none; at the end the node is as before.
+Prologs and epilogs of two users' jobs, a site that changes how GPUs are shared, hooks that are killed anywhere, daemons
+that die, reconcile. No hook ever fails, which would drain the node. After each step the jobs that are surely there have
+the servers that they must have, or say that they have none; at the end the node is as before.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
 from tests.harness.site import STATE_DIRECTORY
-from tests.torture.strike import ALL_USERS, CAN_DIE, JOINED, configure
+from tests.torture.strike import ALL_USERS, CAN_DIE, JOINED, PATIENCE, configure
 
 if TYPE_CHECKING:
     from tests.torture.strike import StruckNode
 
 FOUND = (2, 0)  # the modes of the two GPUs that jobs are given
 EXCLUSIVE_PROCESS = 3
+SEPARATE = f'{PATIENCE}[gpus]\nsharing = "separate"\n'
+WAYS = {"refuse": PATIENCE, "separate": SEPARATE, "joined": JOINED, "joined of all users": ALL_USERS}
 
 job_ids = st.sampled_from((21, 22, 23, 24))
 users = st.sampled_from(("alice", "alice", "alice", "bob"))
@@ -30,12 +32,23 @@ users = st.sampled_from(("alice", "alice", "alice", "bob"))
 
 @dataclass
 class Job:
-    """up: it holds its GPU and has a link; refused: it holds nothing; unsure: a hook of it was killed."""
+    """up: it holds its GPU and has a daemon; refused: it holds nothing; unsure: a hook of it was killed.
+
+    way: what the site said when it last began.
+    """
 
     gpu: int
     user: str
     restart: int
     state: str
+    way: str
+
+    def may_be_beside(self, other: Job) -> bool:
+        return self.way == other.way != "refuse" and (self.way != "joined" or self.user == other.user)
+
+    @property
+    def is_joined(self) -> bool:
+        return self.way.startswith("joined")
 
 
 class JoinedLife(RuleBasedStateMachine):
@@ -51,14 +64,10 @@ class JoinedLife(RuleBasedStateMachine):
         self.dead: set[int] = set()  #: GPUs whose daemon was killed since a prolog was there
         self.restarts: Counter[int] = Counter()
 
-    @initialize(all_users=st.booleans())
-    def fresh(self, all_users: bool) -> None:
-        self.all_users = all_users
+    @initialize()
+    def fresh(self) -> None:
         self.node.reset()
-        configure(self.node, ALL_USERS if all_users else JOINED)
-
-    def _are_joined(self, one: Job, other: Job) -> bool:
-        return self.all_users or one.user == other.user
+        self.change_sharing("joined")
 
     # ------------------------------------------------------------------------------------------------ the model's own
 
@@ -75,12 +84,14 @@ class JoinedLife(RuleBasedStateMachine):
         result = self.node.run(PROLOG, env=self._environment(job_id))
         assert result.returncode == 0, result.stderr
         status = self.node.verdict(job_id)["status"]
-        others = [one for one in self._holders(job.gpu, "up", "unsure") if one is not job]
-        if all(
-            self._are_joined(one, job) and one.state == "up" for one in others
-        ):  # else one may have died while it started
+        if job.state == "up" and not (job.is_joined and job.gpu in self.dead):
             assert status == "ready", self.node.verdict(job_id)
-        elif any(one.state == "up" and not self._are_joined(one, job) for one in others):
+            return
+        job.way = self.way
+        others = [one for one in self._holders(job.gpu, "up", "unsure") if one is not job]
+        if all(job.may_be_beside(one) for one in others):
+            assert status == "ready", self.node.verdict(job_id)
+        elif any(one.state == "up" and not job.may_be_beside(one) for one in others):
             assert status == "refused", self.node.verdict(job_id)
         job.state = "up" if status == "ready" else "refused"
         if status == "ready":
@@ -93,12 +104,17 @@ class JoinedLife(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------------------- the rules
 
+    @rule(way=st.sampled_from(tuple(WAYS)))
+    def change_sharing(self, way: str) -> None:
+        self.way = way
+        configure(self.node, WAYS[way])
+
     @rule(job_id=job_ids, gpu=st.integers(0, 1), user=users)
     def start(self, job_id: int, gpu: int, user: str) -> None:
         if job_id in self.jobs:
             return
         self.restarts[job_id] += 1
-        self.jobs[job_id] = Job(gpu, user, self.restarts[job_id], "refused")
+        self.jobs[job_id] = Job(gpu, user, self.restarts[job_id], "refused", self.way)
         self._prolog(job_id)
 
     @rule(job_id=job_ids)
@@ -118,9 +134,12 @@ class JoinedLife(RuleBasedStateMachine):
     def kill_a_hook(self, job_id: int, gpu: int, at: int, hook: str) -> None:
         if job_id not in self.jobs:
             self.restarts[job_id] += 1
-            self.jobs[job_id] = Job(gpu, "alice", self.restarts[job_id], "refused")
+            self.jobs[job_id] = Job(gpu, "alice", self.restarts[job_id], "refused", self.way)
         self.node.struck((hook,), self._environment(job_id), CAN_DIE, at=at, error=0)
-        self.jobs[job_id].state = "unsure"
+        job = self.jobs[job_id]
+        job.state = "unsure"
+        if hook == PROLOG and job.way != self.way:
+            job.way = "either"
 
     @precondition(lambda self: any(job.state == "up" for job in self.jobs.values()))
     @rule(gpu=st.integers(0, 1))
@@ -144,25 +163,26 @@ class JoinedLife(RuleBasedStateMachine):
     # ---------------------------------------------------------------------------------------------- what always holds
 
     @invariant()
-    def jobs_of_a_gpu_have_one_server(self) -> None:
+    def jobs_have_the_servers_that_they_must_have(self) -> None:
         for gpu in (0, 1):
+            up = {job_id: job for job_id, job in self.jobs.items() if job.gpu == gpu and job.state == "up"}
             if gpu in self.dead or self._holders(gpu, "unsure"):
                 continue
             servers = set()
-            for job_id, job in self.jobs.items():
-                if job.gpu == gpu and job.state == "up":
-                    place = f"{STATE_DIRECTORY}/jobs/{job_id}/joined-0"
-                    said = self.node.client(None, user=job.user, CUDA_MPS_PIPE_DIRECTORY=place).stdout
-                    servers.add(said.rpartition("mps=")[2].strip())
-            assert len(servers) <= 1, servers
+            for job_id, job in up.items():
+                place = f"{STATE_DIRECTORY}/jobs/{job_id}/{'joined-0' if job.is_joined else 'pipe'}"
+                said = self.node.client(None, user=job.user, CUDA_MPS_PIPE_DIRECTORY=place).stdout
+                servers.add(said.rpartition("mps=")[2].strip())
+            joined = any(job.is_joined for job in up.values())
+            assert len(servers) == (1 if joined else len(up)), servers
             assert not servers & {"", "none"}, servers
 
     @invariant()
     def modes_are_what_the_holders_need(self) -> None:
         modes = self.node.compute_modes()
         for gpu in (0, 1):
-            if self._holders(gpu):
-                assert modes[gpu] == EXCLUSIVE_PROCESS
+            if holders := self._holders(gpu):
+                assert modes[gpu] == (0 if holders[0].way == "separate" else EXCLUSIVE_PROCESS)
             elif not self._holders(gpu, "unsure"):
                 assert modes[gpu] == FOUND[gpu]
 
