@@ -169,6 +169,18 @@ class _InUseError(NodeError):
         named = ", ".join(map(describe, pids[:4]))
         held = f"{gpu}: in use by process {named}, though Slurm has just given it to this job"
         super().__init__(held, hint="end what was left there")
+        self.gpu, self.pids = gpu, pids
+
+    def judged(self) -> Exception:
+        """Whose fault it is that they stay: a job that runs may have its part of the GPU, and use it without MPS."""
+        from ..slurm.jobs import running_job_of
+
+        jobs = set(map(running_job_of, self.pids))
+        if None in jobs:
+            return self
+        named = ", ".join(sorted(map(str, jobs)))
+        held = f"{self.gpu} is in use by job {named}, which runs programs there without MPS"
+        return RequestError(held, hint="submit the job again", reason="shared_gpu")
 
 
 def see_it_free(gpu: str, gpus: Gpus) -> None:
@@ -187,11 +199,12 @@ def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
         job.state.ledgers.lock(job.seconds(job.config.deadlines_command))
         try:
             return work()
-        except _InUseError:
-            if monotonic() > end:
-                raise
+        except _InUseError as error:
+            in_use = error
         finally:
             job.state.ledgers.unlock()
+        if monotonic() > end:
+            raise in_use.judged()
         sleep(_POLL_SECONDS)
 
 

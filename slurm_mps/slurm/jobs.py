@@ -21,6 +21,7 @@ _CLIENT = "squeue"
 _FORMAT = "%A|%T|%e|%N"
 _JOBS_AT_ONCE = 200
 _STEP_TITLE = "slurmstepd: ["
+_ANCESTORS_MAX = 100
 _DIGITS = 12  # of a job's number, or of seconds since 1970
 
 
@@ -38,15 +39,27 @@ class SlurmJob:
 
 
 def jobs_with_steps() -> set[int]:
-    """The jobs that a slurmstepd of this machine works for, by the title that it gives its process."""
-    found = set()
-    for pid in processes.pids():
-        title = processes.roots_title(pid, "slurmstepd")
-        job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
-        number = small_number(job, _DIGITS)
-        if title.startswith(_STEP_TITLE) and dot and number is not None:
-            found.add(number)
-    return found
+    """The jobs that a slurmstepd of this machine works for."""
+    return {job for pid in processes.pids() if (job := _job_of_slurmstepd(pid)) is not None}
+
+
+def _job_of_slurmstepd(pid: int) -> int | None:
+    """The job that a process works for, by the title that slurmstepd gives itself; None for any other process."""
+    title = processes.roots_title(pid, "slurmstepd")
+    job, dot, _ = title.removeprefix(_STEP_TITLE).partition(".")
+    return small_number(job, _DIGITS) if title.startswith(_STEP_TITLE) and dot else None
+
+
+def running_job_of(pid: int) -> int | None:
+    """The job with a slurmstepd here that a process is of, by its cgroup, or else by its ancestors; None for none."""
+    job = processes.job_of(pid)
+    if job in jobs_with_steps():
+        return job
+    for _ in range(_ANCESTORS_MAX):
+        if (job := _job_of_slurmstepd(pid)) is not None:
+            return job
+        pid = processes.parent_of(pid) or 0
+    return None
 
 
 def find_jobs(job_ids: Sequence[int], environment: Mapping[str, str], timeout_seconds: float) -> dict[int, SlurmJob]:

@@ -85,6 +85,20 @@ def test_refused_the_second_job_is_told_who_holds_the_gpu_and_the_first_is_not_d
     assert sharded.snapshot() == before
 
 
+def test_a_job_beside_one_that_uses_the_gpu_without_mps_is_refused_and_no_node_drains(sharded: Site) -> None:
+    """Slurm gave both a part of it, and an exclusive GPU would take the other's programs away."""
+    sharded.configure("")
+    before = sharded.snapshot()
+    plain = sharded.cluster.sbatch("-n1", "--gres=shard:1", script="srun simulated-gpus client --work 60")
+    sharded.cluster.until_output(plain, "uuid=")
+    said = sharded.cluster.run_batch("-n1", "--gres=shard:1", "--mps", script="echo started", state="FAILED")
+    sharded.cluster.scancel(plain)
+    sharded.cluster.wait_idle()
+    assert f"is in use by job {plain}, which runs programs there without MPS; submit the job again" in said
+    assert not any(state.drained for state in sharded.cluster.node_states().values())
+    assert sharded.snapshot() == before
+
+
 @pytest.mark.every_release
 @pytest.mark.parametrize(
     ("options", "ranks", "sms", "free_mib"),
