@@ -105,13 +105,6 @@ def test_a_step_may_divide_what_the_job_has(site: Site) -> None:
     assert output.split() == ["50", "50"]
 
 
-def test_a_steps_own_numbers_replace_the_jobs_auto(site: Site) -> None:
-    script = f"srun -n2 --mps-threads=75 --mps-mem=8G {CLIENT}\n"
-    output = site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:1", *AUTO, script=script)
-    assert sms(output) == [98, 98]
-    assert re.findall(r"free=(\d+)", output) == ["7803"] * 2
-
-
 def test_a_script_divides_by_the_tasks_of_the_job(site: Site) -> None:
     """What it starts without srun, such as mpirun's ranks, has the script's environment."""
     script = "echo $CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -158,15 +151,3 @@ def test_55_ranks_on_a_gpu_of_a_driver_that_takes_60() -> None:
         site.node("n1", "simulated-gpus", "create", "1", "--cuda-version", "13.1").check()
         result = site.cluster.srun("-n55", "--gres=gpu:1", "--mps", "simulated-gpus", "client", "--hold", "2").check()
         assert result.stdout.count("mps=") == 55
-
-
-def test_too_little_memory_for_each_is_refused_with_the_numbers(site: Site) -> None:
-    site.configure('[limits.memory]\nmin = "40G"\n')
-    result = srun(site, "-n4", "--gres=gpu:1", "--mps-mem=auto", command="echo ran")
-    assert "ran" not in result.stdout
-    assert said(site, result.stderr) == [
-        (
-            "this task cannot start: --mps-mem=auto: 4 tasks of this step share a GPU, which is "
-            f"{FOR_CLIENTS // 4}M of its memory for each; they need at least 40G"
-        )
-    ]

