@@ -173,19 +173,6 @@ def test_the_hooks_import_only_what_is_cheap(gpu_node: GpuNode) -> None:
     assert sorted(name for name in (prolog | epilog) - allowed if name.partition(".")[0] != "slurm_mps") == []
 
 
-def test_a_module_beside_the_package_is_not_taken_for_the_standard_librarys(own_node: GpuNode) -> None:
-    """A third-party module in site-packages that has a standard module's name is not run as root."""
-    own_node.run("mkdir", "/srv/site-packages").check()
-    own_node.run("cp", "-r", own_node.package, "/srv/site-packages/").check()
-    for name in ("binascii", "ctypes", "fcntl", "select", "signal", "struct", "syslog", "traceback", "types"):
-        own_node.machine.write(f"/srv/site-packages/{name}.py", "open('/tmp/trapped', 'w').close()\n")
-    for script in (PROLOG, EPILOG):
-        own_node.run("sed", "-i", "s|^package=.*|package=/srv/site-packages/slurm_mps|", script).check()
-    own_node.prolog(4711)
-    own_node.epilog(4711)
-    assert not own_node.machine.path("/tmp/trapped").exists()
-
-
 # -------------------------------------------------------------------------------------------- a job without MPS
 
 

@@ -96,16 +96,6 @@ def test_the_file_is_checked_once_and_not_for_every_job(gpu_node: GpuNode) -> No
     assert (stamps[0][1], stamps[2][1]) == ("50", "20")
 
 
-def test_a_damaged_compiled_configuration_is_made_anew(gpu_node: GpuNode) -> None:
-    """The file is what counts: its compiled form may be lost or damaged without harm."""
-    gpu_node.configure("[limits.thread_percentage]\ndefault = 50\n")
-    gpu_node.run_job(4711)
-    compiled = gpu_node.machine.path(f"{STATE_DIRECTORY}/config")
-    compiled.write_bytes(compiled.read_bytes().replace(b"50.0", b"90.0"))
-    gpu_node.prolog(4711).check()
-    assert gpu_node.verdict(4711)["thread_percentage"] == "50"
-
-
 def test_a_configuration_that_others_may_write_is_refused(gpu_node: GpuNode) -> None:
     """Whoever can write the configuration decides what root runs: file and directory must be root's alone."""
     not_roots, writable = "mps.toml is not a ", "/etc/slurm can be written by others than root"

@@ -339,17 +339,6 @@ def test_a_message_that_cannot_be_said_costs_nothing(gpu_node: GpuNode) -> None:
     assert (prolog.returncode, left_by_prolog) == (1, [])
 
 
-def test_the_daemons_log_directory_cannot_lead_the_epilog_astray(gpu_node: GpuNode) -> None:
-    """A link in a log's place is neither followed nor written through."""
-    gpu_node.machine.write("/root/secret", "secret\n" * 1000, mode=0o600)
-    gpu_node.configure('[paths]\nlogs = "/var/log/astray"\n[logs]\nmax_kib = 1\n')
-    gpu_node.prolog(4711).check()
-    gpu_node.run("sh", "-ec", "cd /var/log/astray/4711; rm server.log; ln -s /root/secret server.log").check()
-    result = gpu_node.epilog(4711)
-    assert result.returncode == 0
-    assert gpu_node.machine.read("/root/secret") == "secret\n" * 1000
-
-
 def test_a_server_that_denies_its_daemon_is_ended_all_the_same(gpu_node: GpuNode) -> None:
     """Its environment is not what tells whose server it is, but whose child it is; its user can stop it.
 

@@ -105,14 +105,6 @@ def test_a_job_of_which_nothing_is_there(state: NodeState) -> None:
     assert state.job_ids() == []
 
 
-def test_what_a_crash_before_the_first_note_left_is_removed(state: NodeState, place: Path) -> None:
-    """A job directory without a journal describes nothing that was changed: it goes, with whatever is in it."""
-    (place / "jobs/4711").mkdir(mode=0o700)
-    (place / "jobs/4711/.journal.new").touch(mode=0o600)
-    assert state.open_journal(4711) is None
-    assert state.job_ids() == []
-
-
 def test_a_finished_journal_is_removed_whole(state: NodeState, place: Path) -> None:
     """Verdict, configuration, and what a killed write left go with the journal."""
     journal = begin(state)
@@ -122,16 +114,6 @@ def test_a_finished_journal_is_removed_whole(state: NodeState, place: Path) -> N
         (place / "jobs/4711" / name).touch(mode=0o600)
     state.remove_journal(journal)
     assert list((place / "jobs").iterdir()) == []
-
-
-def test_a_strangers_file_keeps_the_journal(state: NodeState, place: Path) -> None:
-    """What slurm-mps did not put there is named and left, and the journal stays to be tried again."""
-    journal = begin(state)
-    (place / "jobs/4711/notes").touch()
-    with pytest.raises(NodeError, match="holds 'notes', which slurm-mps did not put there"):
-        state.remove_journal(journal)
-    assert (place / "jobs/4711/notes").exists()
-    assert state.open_journal(4711) is not None
 
 
 WHO = "job id=4711 uid=20001 run=5d41402a boot=b node=n1 ready=no"
@@ -160,14 +142,6 @@ def test_a_journal_that_does_not_name_its_job_is_damaged(state: NodeState, place
     with pytest.raises(DamagedFileError):
         state.open_journal(4711)
     assert path.read_bytes() == before
-
-
-def test_a_newer_journal_is_not_read(state: NodeState, place: Path) -> None:
-    """A journal of a later version is for the version that wrote it."""
-    begin(state)
-    put(place / "jobs/4711/journal", encode("journal", JOURNAL_VERSION + 1, [WHO]))
-    with pytest.raises(NewerFileError, match="journal version 2 is newer than version 1"):
-        state.open_journal(4711)
 
 
 def test_the_jobs_configuration_is_its_own(state: NodeState) -> None:
@@ -225,13 +199,6 @@ def test_a_ledger_of_nobody_and_nothing_is_no_file(state: NodeState, place: Path
     state.ledgers.write(GPU, LedgerEntry())
     assert list((place / "gpus").iterdir()) == []
     assert state.ledgers.read(GPU) == LedgerEntry()
-
-
-def test_a_holder_without_a_job_directory_does_not_hold(state: NodeState) -> None:
-    """A job whose state is gone cannot let go any more; what it found is remembered all the same."""
-    begin(state, 4712)
-    state.ledgers.write(GPU, LedgerEntry((Holder(4711), Holder(4712), Holder(4713)), 2))
-    assert state.ledgers.read(GPU) == LedgerEntry((Holder(4712),), 2)
 
 
 def test_a_ledger_of_another_boot_says_nothing(state: NodeState, place: Path) -> None:
