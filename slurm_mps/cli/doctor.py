@@ -103,7 +103,7 @@ def _print_checks(checks: Mapping[str, Check], options: argparse.Namespace) -> i
 
 
 def _shown(findings: Sequence[Finding], *, verbose: bool) -> list[Finding]:
-    return [one for one in findings if verbose or one.severity in ("problem", "warning")]
+    return [one for one in findings if verbose or one.fix]
 
 
 def _print_rows(findings: Sequence[Finding], columns: Sequence[Column], options: argparse.Namespace) -> None:
@@ -118,8 +118,9 @@ def print_findings(findings: Sequence[Finding], *, verbose: bool = False) -> Non
         head = f"{one.severity}: {one.check}: {printable(one.what, _TEXT_MAX)}"
         out.print(head, style=_STYLES.get(one.severity), soft_wrap=True)
         if one.why:
-            print(f"    why: {one.why}\n    fix: {printable(one.fix, _TEXT_MAX)}")
-            print(f"    see: slurm-mps doctor --explain {one.check}")
+            print(f"    why: {one.why}")
+        if one.fix:
+            print(f"    fix: {printable(one.fix, _TEXT_MAX)}\n    see: slurm-mps doctor --explain {one.check}")
     counts = {severity: len({one.check for one in findings if one.severity == severity}) for severity in _SEVERITIES}
     total = len({one.check for one in findings})
     words = [f"{count} {_SEVERITIES[severity][count != 1]}" for severity, count in counts.items() if count]

@@ -11,7 +11,7 @@ from ..node.reading import read_text
 from ..slurm.host import NotKnownError
 from .checks import gpus, gres, hooks, installed, plugin, site, slurm
 from .facts import Facts, NoAnswerError
-from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Check, Finding, warning
+from .finding import ANYWHERE, CHECKS, FINE, GPU_NODE, NOT_CHECKED, PROBLEM, WARNING, Check, Finding
 
 #: The modules whose checks register themselves, in the order in which findings are shown.
 _MODULES = (installed, slurm, plugin, hooks, site, gres, gpus)
@@ -62,9 +62,9 @@ def _run(one: Check, facts: Facts) -> list[Finding]:
         left_out = _why_left_out(one, facts)
         found += [Finding(NOT_CHECKED, left_out)] if left_out else one.body(facts)
     except NoAnswerError as error:
-        why = "It hangs, or this node is slow."
-        warns = error.check == one.id
-        found.append(warning(error.message, error.hint, why) if warns else Finding(NOT_CHECKED, error.message))
+        its_own = error.check == one.id
+        severity = WARNING if its_own and error.service else NOT_CHECKED
+        found.append(Finding(severity, error.message, error.hint if its_own else "", "It hangs, or this node is slow."))
     except NotKnownError as error:
         found.append(Finding(NOT_CHECKED, str(error), needs_root=error.needs_root))
     except MpsError as error:

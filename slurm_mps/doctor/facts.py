@@ -52,17 +52,21 @@ UNSET_BY_DEFAULT = frozenset(
 
 
 class NoAnswerError(NotKnownError):
-    """What was asked did not answer in time, which does not prove a fault. `check`: the id of the check that warns."""
+    """What was asked did not answer in time, which does not prove a fault.
 
-    def __init__(self, message: str, hint: str, check: str) -> None:
+    `check`: the id of the check that says so, as a warning where it asked a service, which does nothing but answer.
+    """
+
+    def __init__(self, message: str, hint: str, check: str, *, service: bool) -> None:
         super().__init__(message, hint)
         self.check = check
+        self.service = service
 
 
 class Later(Generic[T]):
     """An answer that is asked for in a thread, and waited for until a deadline that all answers share.
 
-    `check` is the id of the check that warns when `what` does not answer in time, and `look` what its reader can do.
+    `check` is the id of the check that says so when `what` does not answer in time. `look`: where to look at a service.
     """
 
     def __init__(self, check: str, what: str, ask: Callable[[], T], deadline: float, look: str = "") -> None:
@@ -70,6 +74,7 @@ class Later(Generic[T]):
             f"{what} did not answer within {deadline - monotonic():.1f} s",
             look or f"look what keeps this node busy, then: slurm-mps doctor {check}",
             check,
+            service=bool(look),
         )
         self._ask = ask
         self._deadline = deadline
