@@ -87,6 +87,7 @@ def _asked(options: argparse.Namespace) -> dict[str, str]:
 def _answer(options: argparse.Namespace, uid: int) -> int:
     from ..config.settings import CONFIG_PATH
     from ..errors import NodeError, RequestError
+    from ..job.ledger import SEPARATE
     from ..job.preview import NoGpuError, Wish, rehearse, sees_holders
     from ..node.nvml import Gpus
 
@@ -108,6 +109,12 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
         return _refuse(str(error), "a fault of this node", options)
     if not sees_holders():
         complain("only root sees whether another job holds these GPUs now")
+    threads = min(daemon.limits.thread_percentage for daemon in plan.daemons)
+    if plan.config.gpus_sharing == SEPARATE and threads < 100:
+        complain(
+            f"jobs with MPS take turns on a GPU here, and in its turns this one has {threads:g} % of the threads; "
+            "ask for more where its kernels fill more"
+        )
     _print(plan, options, _partition_settings(options.partition))
     return Exit.FINE
 

@@ -80,6 +80,12 @@ def test_one_check_by_its_id(patient: Patient) -> None:
     assert "driver 580.159.04, CUDA 13.0: 48 clients" in found.findings[0]["what"]
 
 
+def test_parts_of_gpus_whose_jobs_take_turns_are_worth_a_word(patient: Patient) -> None:
+    patient.append("/etc/slurm/slurm.conf", "GresTypes=gpu,mps\n")
+    patient.write("/etc/slurm/mps.toml", '[gpus]\nsharing = "separate"\n')
+    assert "large parts and few jobs waste least" in patient.examine("gres-types").of("fine")["gres-types"]
+
+
 @pytest.mark.parametrize("branch", [535, 550])
 def test_an_older_driver_that_works_is_healthy(patient: Patient, branch: int) -> None:
     """A daemon of its own is asked what it can do; the control program's -h lists nothing before driver 580."""

@@ -240,6 +240,14 @@ def test_root_is_told_whose_job_holds_a_gpu(gpu_node: GpuNode) -> None:
     plan(gpu_node, "--devices=0,1", "--mps")
 
 
+def test_a_thread_limit_of_jobs_that_take_turns_is_pointed_out(gpu_node: GpuNode) -> None:
+    """It multiplies with the time that the job has (O86)."""
+    gpu_node.configure('[gpus]\nsharing = "separate"\n')
+    result = gpu_node.run(*COMMAND, "--gres=mps:25").check()
+    assert "take turns on a GPU here, and in its turns this one has 25 % of the threads" in result.stderr
+    assert gpu_node.run(*COMMAND, "--gres=gpu:1", "--mps").check().stderr == ""
+
+
 def test_a_user_is_told_that_holders_were_not_looked_at(gpu_node: GpuNode) -> None:
     gpu_node.prolog(JOB, gpus="1").check()
     result = gpu_node.run(*COMMAND, "--devices=1", "--mps", "--json", user="alice")

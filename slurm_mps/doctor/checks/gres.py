@@ -63,6 +63,10 @@ def gres_types(facts: Facts) -> Iterator[Finding]:
     if "mps" in types and facts.site.gpus_sharing == "refuse":
         said = f"{facts.where('GresTypes')}: GresTypes has mps, and gpus.sharing refuses its jobs"
         yield problem(said, 'GresTypes=gpu, or gpus.sharing = "separate" in mps.toml')
+    if "mps" in types and facts.site.gpus_sharing == "separate":
+        yield fine(
+            "jobs of gres/mps take turns on a GPU, with their part of the threads: large parts and few jobs waste least"
+        )
 
 
 @check(
