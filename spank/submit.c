@@ -20,7 +20,7 @@ static const struct {
 	{ "mps_priority", "MPS_PRIORITY", request.priority },
 };
 
-/* --mps=off, for a site that gives MPS to jobs that do not ask (policy.mps). */
+/* --mps=off, for a partition that gives MPS to jobs that do not ask. */
 #define NO_MPS "NO_MPS"
 
 static void unset(const char *prefix, const char *name)

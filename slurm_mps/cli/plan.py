@@ -65,15 +65,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _unasked(partition: str) -> str | None:
-    """What a job in a partition gets that does not ask; None for nothing, or where the configuration cannot be read."""
-    from ..config.load import load_config
+    """What a job in a partition gets that does not ask; None for nothing, or where that cannot be read."""
+    from ..config.load import mps_of_partition
     from ..errors import NodeError
 
     try:
-        policy = load_config(None, _DEADLINE_SECONDS, partition).policy_mps
+        return mps_of_partition(partition) or None
     except (NodeError, OSError):
         return None
-    return None if policy == "off" else policy
 
 
 def _asked(options: argparse.Namespace) -> dict[str, str]:

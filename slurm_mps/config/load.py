@@ -8,7 +8,7 @@ import sys
 from .. import __version__
 from ..node import processes
 from ..node.files import open_trusted
-from .settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, DEFAULTS, ConfigError, from_lines
+from .settings import CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, DEFAULTS, PARTITIONS_PATH, ConfigError, from_lines
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +44,24 @@ def load_config(cache: Cache | None, timeout_seconds: float, partition: str = ""
             return config
     except FileNotFoundError:
         return DEFAULTS
+
+
+def mps_of_partition(partition: str) -> str:
+    """What the jobs of a partition that do not ask for MPS get: ``per-node``, ``per-gpu``, or nothing, which is empty.
+
+    A file of the partition's name says so, and not mps.toml, so that the prolog's shell finds out without a program.
+    Raises: ConfigError when the file says something else; NodeError when it can be written by others than root.
+    """
+    if not partition:
+        return ""
+    try:
+        with open_trusted(os.path.realpath(PARTITIONS_PATH)) as directory:
+            word = directory.read(partition).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        return ""
+    if word not in ("per-node", "per-gpu"):
+        raise ConfigError([f"{PARTITIONS_PATH}/{partition}: expected per-node or per-gpu"])
+    return word
 
 
 def _compile(text: bytes, timeout_seconds: float) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: Where the site configuration is, and where slurm-mps keeps its state; both are fixed.
 CONFIG_DIRECTORY, CONFIG_NAME = "/etc/slurm", "mps.toml"
 CONFIG_PATH = f"{CONFIG_DIRECTORY}/{CONFIG_NAME}"
+PARTITIONS_PATH = f"{CONFIG_DIRECTORY}/mps-partitions"  # a file for each whose jobs have MPS without asking
 STATE_DIRECTORY = "/run/slurm-mps"
 CONFIG_VERSION = 1  # of the compiled form
 #: What a site has chosen with it.
@@ -65,7 +66,6 @@ class SiteConfig:
     logs_max_kib: int = 1024
     logs_max_jobs: int = 500
     policy_node_fault: str = "drain"
-    policy_mps: str = "off"
     metrics_textfile: str = "none"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from time import monotonic
 
-from ..config.load import load_config
+from ..config.load import load_config, mps_of_partition
 from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError, RequestError
 from ..record import replace
@@ -52,8 +52,9 @@ class Prolog(Script):
                 return
             take_down(replace(old, deadline=old.undo_deadline))
         if not self._asked:
-            unasked = self.config.policy_mps
-            if unasked == "off" or not may_have_mps_unasked(self.environment):
+            may = may_have_mps_unasked(self.environment)
+            unasked = mps_of_partition(self.environment.get("SLURM_JOB_PARTITION", "")) if may else ""
+            if not unasked:
                 self.done = ""  # what was left was of another job, whose id this one has
                 return
             self.environment = {**self.environment, VARIABLES["--mps"]: unasked}

@@ -14,7 +14,7 @@ from slurm_mps.doctor.checks.slurm import TRIED
 from slurm_mps.doctor.examine import all_checks
 from slurm_mps.job.verdict import VERDICT_VERSION
 from tests.harness.release import RELEASES, chosen
-from tests.harness.site import PLUGIN_DIRECTORY, STATE_DIRECTORY
+from tests.harness.site import PARTITIONS, PLUGIN_DIRECTORY, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -490,6 +490,9 @@ FAULTS = {
     "a mistake in mps.toml": Fault(write(MPS, "[gpus]\nclients = 3\n"), problem("site-config")),
     "a partition in mps.toml that Slurm has not": Fault(
         write(MPS, "[partition.gpus.policy]\n"), warning("site-config")
+    ),
+    "a partition that gives MPS to jobs that do not ask, by a wrong word": Fault(
+        write(f"{PARTITIONS}/gpu", "all\n"), problem("site-config")
     ),
     "a default of a partition that no job can have": Fault(
         write(MPS, '[partition.gpu.limits.memory]\ndefault = "400M"\n'), problem("memory-default")

@@ -31,6 +31,7 @@ SIMULATOR = REPOSITORY / "build/simulator"
 NEXT = "/next"
 PLUGIN_DIRECTORY = "/usr/lib/x86_64-linux-gnu/slurm-wlm"
 STATE_DIRECTORY = "/run/slurm-mps"
+PARTITIONS = "/etc/slurm/mps-partitions"
 PYTHON = f"{MOUNT_POINT}/bin/python3"
 COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
 

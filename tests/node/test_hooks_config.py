@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
-from tests.harness.site import STATE_DIRECTORY
+from tests.harness.site import PARTITIONS, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,22 +166,21 @@ def test_a_job_has_the_defaults_of_its_partition(gpu_node: GpuNode) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "job", "has_mps"),
+    ("partition", "job", "has_mps"),
     [
-        ('[partition.shared.policy]\nmps = "per-gpu"\n', {}, True),
-        ("partition.shared.policy.mps='per-node'\n", {}, True),
-        ('partition = { shared = { policy = { "mps" = "per-node" } } }\n', {}, True),
-        ('[partition.gpu.policy]\nmps = "per-node"\n', {}, False),
-        ('[policy]\nmps = "per-node"\n', {"SPANK_NO_MPS": "1"}, False),
-        ('[policy]\nmps = "per-node"\n', {"CUDA_VISIBLE_DEVICES": "MIG-0b8a1c5e-7d7b-5b4c-9a53-b2c1b9f0aabb"}, False),
-        ('[policy]\nmps = "per-node"\n', {"SLURM_JOB_GPUS": ""}, False),
+        ("shared", {}, True),
+        ("gpu", {}, False),
+        ("shared", {"SPANK_NO_MPS": "1"}, False),
+        ("shared", {"CUDA_VISIBLE_DEVICES": "MIG-0b8a1c5e-7d7b-5b4c-9a53-b2c1b9f0aabb"}, False),
+        ("shared", {"SLURM_JOB_GPUS": ""}, False),
+        ("shared", {"SLURM_JOB_PARTITION": ""}, False),
     ],
 )
 def test_a_job_that_does_not_ask_has_what_its_partition_wants(
-    gpu_node: GpuNode, table: str, job: dict[str, str], *, has_mps: bool
+    gpu_node: GpuNode, partition: str, job: dict[str, str], *, has_mps: bool
 ) -> None:
-    """However the file spells it. `plan` says the same of such a job."""
-    gpu_node.configure(table)
+    """`plan` says the same of such a job."""
+    gpu_node.machine.write(f"{PARTITIONS}/{partition}", "per-gpu\n")
     environment = job_environment(4711, SLURM_JOB_PARTITION="shared") | job
     gpu_node.run(PROLOG, env=environment).check()
     assert bool(gpu_node.mps_processes()) == has_mps
@@ -189,6 +188,7 @@ def test_a_job_that_does_not_ask_has_what_its_partition_wants(
     if not job:
         plan = gpu_node.run("slurm-mps", "plan", "--gres=gpu:1", "--partition=shared")
         assert plan.returncode == (0 if has_mps else 2)
+    gpu_node.run("rm", "-r", PARTITIONS).check()
 
 
 def test_a_node_fault_ends_as_the_partition_wants(gpu_node: GpuNode) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.harness.cluster import SAMPLES, waits_for
 from tests.harness.gpunode import EPILOG, PROLOG, asked, job_environment
 from tests.harness.runtime import MOUNT_POINT
-from tests.harness.site import PYTHON, STATE_DIRECTORY, Site
+from tests.harness.site import PARTITIONS, PYTHON, STATE_DIRECTORY, Site
 
 if TYPE_CHECKING:
     import subprocess
@@ -342,10 +342,12 @@ def test_a_job_that_can_be_told_nowhere_drains(gpu_node: GpuNode, policy: str) -
 
 def test_a_job_that_did_not_ask_drains_where_its_tasks_do_not_look(gpu_node: GpuNode) -> None:
     """They look for a verdict in /run alone, and would run without MPS."""
-    gpu_node.configure('[policy]\nmps = "per-node"\nnode_fault = "fail_job"\n')
+    gpu_node.configure('[policy]\nnode_fault = "fail_job"\n')
+    gpu_node.machine.write(f"{PARTITIONS}/gpu", "per-node\n")
     gpu_node.run("sh", "-ec", "; ".join(FULL)).check()
-    result = gpu_node.run(PROLOG, env=job_environment(4711))
+    result = gpu_node.run(PROLOG, env=job_environment(4711, SLURM_JOB_PARTITION="gpu"))
     gpu_node.run("umount", STATE_DIRECTORY).check()
+    gpu_node.run("rm", "-r", PARTITIONS).check()
     assert result.returncode == 1, result
     assert "the tasks of a job that did not ask" in result.stderr
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.site import PARTITIONS
+
 if TYPE_CHECKING:
     from tests.harness.site import Site
 
@@ -85,11 +87,11 @@ def test_a_step_of_a_job_with_mps_cannot_be_without(site: Site) -> None:
 @pytest.mark.every_release
 def test_a_partition_gives_mps_to_jobs_that_do_not_ask(site: Site) -> None:
     """And not to one that gives --mps=off; a job from that job is asked anew."""
-    site.configure('[partition.gpu.policy]\nmps = "per-node"\n')
+    site.machine.write(f"{PARTITIONS}/gpu", "per-node\n")
     inner = "sbatch -Q --wait --gres=gpu:1 -o inner --wrap 'echo daemon=$CUDA_MPS_PIPE_DIRECTORY'; cat inner"
     seen = [_has_daemon(site, script="SHOW; srun SHOW"), _has_daemon(site, "--mps=off", script=f"srun SHOW; {inner}")]
     without_gpu = site.cluster.run_batch(script="srun true")
-    site.configure("")
+    site.machine.run(["rm", "-r", PARTITIONS]).check()
     assert seen == [[True, True], [False, True]]
     assert without_gpu == ""
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from shutil import which
 
-from ...config.settings import ALL_USERS, CONFIG_DIRECTORY, CONFIG_NAME, CONFIG_PATH, STATE_DIRECTORY, joins_all
+from ...config.load import mps_of_partition
+from ...config.settings import (
+    ALL_USERS,
+    CONFIG_DIRECTORY,
+    CONFIG_NAME,
+    CONFIG_PATH,
+    PARTITIONS_PATH,
+    STATE_DIRECTORY,
+    joins_all,
+)
+from ...errors import NodeError
 from ...job.reconcile import BUSY, KEPT, LEFT, Repair
 from ...node.control import SERVER_PROGRAM, server_path
 from ...node.paths import closed_to_users, others_can_write, steps
@@ -61,10 +72,17 @@ def site_config(facts: Facts) -> Iterator[Finding]:
     for wrong in facts.site_problems:
         yield problem(wrong, f"correct the line; slurm-mps config check {CONFIG_PATH}")
     partitions = facts.all("PartitionName")
-    for partition in facts.sites:
-        if partition and partitions and partition not in partitions:
-            what = f"{CONFIG_PATH} has a table [partition.{partition}], and slurm.conf no such partition"
-            yield warning(what, f"one of {', '.join(name for name in partitions if name != 'DEFAULT')}")
+    unasked = [os.path.basename(path) for path in glob.glob(f"{PARTITIONS_PATH}/*")]
+    named = {name: f"{CONFIG_PATH} has a table [partition.{name}]" for name in facts.sites if name}
+    for partition, what in (named | {name: f"there is {PARTITIONS_PATH}/{name}" for name in unasked}).items():
+        if partitions and partition not in partitions:
+            fix = f"one of {', '.join(name for name in partitions if name != 'DEFAULT')}"
+            yield warning(f"{what}, and slurm.conf has no such partition", fix)
+    for partition in unasked:
+        try:
+            mps_of_partition(partition)
+        except NodeError as error:
+            yield problem(str(error), f"echo per-node >{PARTITIONS_PATH}/{partition}")
     if any(map(joins_all, facts.sites.values())):
         yield fine(ALL_USERS)
     yield fine(CONFIG_PATH if os.path.exists(CONFIG_PATH) else f"there is no {CONFIG_PATH}; the defaults hold")
