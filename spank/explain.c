@@ -165,7 +165,7 @@ static void look(const struct step *step, uid_t uid, bool script, const char *on
 
 void explain_exit(const struct step *step, uid_t uid, bool script, const char *on_node, uint32_t rank, int status)
 {
-	bool first, last = ++seen.ended >= seen.forked;
+	bool first, last = ++seen.ended >= seen.forked, unnoticed;
 
 	for (unsigned int i = 0; i < seen.count; i++) {
 		if (seen.tasks[i].rank == rank) {
@@ -175,7 +175,8 @@ void explain_exit(const struct step *step, uid_t uid, bool script, const char *o
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	if (!seen.bad || seen.told || !(first || last))
+	unnoticed = script && last && step->verdict.unguarded; /* perhaps it ran without MPS, and well */
+	if (seen.told || !(unnoticed || (seen.bad && (first || last))))
 		return;
 	seen.looked = true;
 	look(step, uid, script, on_node);

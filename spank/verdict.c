@@ -166,6 +166,10 @@ static bool take_line(struct verdict *verdict, char *line)
 		verdict->priority = !strcmp(value, "1");
 		return true;
 	}
+	if (!strcmp(line, "compute_mode")) {
+		verdict->unguarded = !strcmp(value, "unchanged");
+		return true;
+	}
 	if (!strcmp(line, "visible_devices")) {
 		verdict->ordinals = !strcmp(value, "ordinal");
 		return true;

@@ -70,6 +70,7 @@ struct verdict {
 	bool share_memory;               /* a part of a GPU is the same part of its memory */
 	bool joined;                     /* the daemon serves other jobs, too: all limits are the clients' own */
 	bool ordinals;                   /* name the task's GPUs by the daemon's ordinals instead of UUIDs */
+	bool unguarded;                  /* a program can run without MPS: the compute mode was left alone */
 	bool per_gpu;                    /* each GPU has a daemon of its own, in the same order; else one serves all */
 	unsigned int daemon_count;
 	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-    from ..status.node import ClientView, DaemonView, GpuView, JobView, NodeView
+    from ..status.node import ClientView, DaemonView, GpuView, JobView, NodeView, ProgramView
 
 COLUMNS = (
     Column("job", "JOB", right=True),
@@ -28,6 +28,7 @@ COLUMNS = (
     Column("server", "SERVER", right=True, spare=2),
     Column("state", "STATE"),
     Column("client", "CLIENT", right=True),
+    Column("inside", "INSIDE", right=True, hidden=True),
     Column("task", "TASK", right=True),
     Column("threads", "SM CAP", right=True),
     Column("memory", "MEM MIB", right=True),
@@ -154,10 +155,12 @@ def _job_rows(job: JobView) -> Iterator[dict[str, object]]:
     for daemon in job.daemons:
         for gpu in daemon.gpus:
             on_gpu = {**here, **_daemon_cells(job, daemon), **_gpu_cells(gpu)}
-            if not gpu.clients:
+            if not (gpu.clients or gpu.without_mps):
                 yield on_gpu
             for client in gpu.clients:
                 yield {**on_gpu, **_client_cells(client)}
+            for program in gpu.without_mps:
+                yield {**on_gpu, "server": None, "state": "no MPS", "style": "red", **_program_cells(program)}
 
 
 def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
@@ -187,21 +190,28 @@ def _gpu_cells(gpu: GpuView) -> dict[str, object]:
     }
 
 
-def _client_cells(client: ClientView) -> dict[str, object]:
+def _program_cells(program: ProgramView) -> dict[str, object]:
     return {
-        "client": client.pid,
-        "server": client.server,
-        "task": task(client),
-        "threads": None if client.thread_percentage is None else f"{client.thread_percentage:g}%",
-        "memory": None if client.memory_bytes is None else client.memory_bytes // MIB,
-        "limit": None if client.limit_bytes is None else client.limit_bytes // MIB,
-        "command": client.command,
+        "client": program.pid,
+        "inside": program.pid_inside,
+        "task": task(program),
+        "memory": None if program.memory_bytes is None else program.memory_bytes // MIB,
+        "command": program.command,
     }
 
 
-def task(client: ClientView) -> str | None:
+def _client_cells(client: ClientView) -> dict[str, object]:
+    return {
+        **_program_cells(client),
+        "server": client.server,
+        "threads": None if client.thread_percentage is None else f"{client.thread_percentage:g}%",
+        "limit": None if client.limit_bytes is None else client.limit_bytes // MIB,
+    }
+
+
+def task(program: ProgramView) -> str | None:
     """Step and rank as Slurm counts them: ``0.3``; ``batch`` for what the job's script started itself."""
-    return f"{client.step}.{client.rank}" if client.rank is not None else client.step
+    return f"{program.step}.{program.rank}" if program.rank is not None else program.step
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -245,4 +255,5 @@ def _gpu(gpu: GpuView) -> dict[str, Any]:
         "compute_mode": None if gpu.mode is None else COMPUTE_MODES.get(gpu.mode),
         "compute_mode_found": None if gpu.mode_found is None else COMPUTE_MODES.get(gpu.mode_found),
         "clients": [vars(client) for client in gpu.clients],
+        "without_mps": [vars(program) for program in gpu.without_mps],
     }

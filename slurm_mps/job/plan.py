@@ -115,6 +115,7 @@ class Plan:
             visible_devices=self.config.gpus_client_visible_devices,
             probe=_PROBE,
             explain=_EXPLAIN,
+            unguarded=self.config.gpus_compute_mode == "unchanged",
         )
 
 

@@ -12,6 +12,7 @@
     probe <python> <script>                                finds out whether a server takes clients (task/probe.py)
     explain <script>                                       says why tasks ended badly (task/explain.py)
     clients_per_gpu 48
+    compute_mode unchanged                                 where nothing keeps a program from running without MPS
     visible_devices uuid                                   or ordinal
     client_priority 1                                      where the job asked for one
     auto threads                                           what each step divides: threads, memory
@@ -88,9 +89,9 @@ class DaemonPlace:
 class Verdict:
     """``ready``: the job has MPS. ``refused``: its tasks fail with the message. ``without``: they run without MPS.
 
-    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``. ``exit_status``: of
-    a refused job's tasks, 0 for others. With NO_GPU a component of a heterogeneous job, which only the plugin knows for
-    one, runs all the same.
+    ``auto`` names what each step divides by the ranks that share a GPU: ``threads``, ``memory``. ``unguarded``: its
+    programs can run without MPS. ``exit_status``: of a refused job's tasks, 0 for others. With NO_GPU a component of a
+    heterogeneous job, which only the plugin knows for one, runs all the same.
     """
 
     status: str
@@ -112,6 +113,7 @@ class Verdict:
     visible_devices: str = "uuid"
     probe: tuple[str, str] = ("", "")
     explain: str = ""
+    unguarded: bool = False
     exit_status: int = 0
 
     def encode(self) -> bytes:
@@ -141,6 +143,8 @@ class Verdict:
         yield "probe", " ".join(self.probe)
         yield "explain", self.explain
         yield "clients_per_gpu", str(self.clients_per_gpu)
+        if self.unguarded:
+            yield "compute_mode", "unchanged"
         yield "visible_devices", self.visible_devices
         if self.client_priority is not None:
             yield "client_priority", str(self.client_priority)
@@ -227,6 +231,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         visible_devices=known["visible_devices"],
         probe=(python, script),
         explain=known["explain"],
+        unguarded="compute_mode" in known,
     )
 
 

@@ -20,6 +20,7 @@ from .events import (
     REFUSED,
     SERVER_DIED,
     SERVER_FAILED,
+    SERVER_READY,
     TERMINATED,
     Event,
 )
@@ -227,3 +228,17 @@ def suspect_limit(step: FailedStep, seen: Sequence[Seen]) -> str:
         return ""
     limit = "--mps-mem=auto" if step.memory == AUTO else f"{describe_memory(int(step.memory) * MIB)} on each GPU"
     return f"{names.who(failed)} failed under a memory limit ({limit}); if out of memory, that limit is why"
+
+
+def nobody_came(events: Sequence[Sequence[Event]]) -> str:
+    """What to say at the end of a job whose daemons never had a client, by logs that go back to their servers' start.
+
+    Whether a program used the GPU no log says.
+    """
+    kinds = [{event.kind for event in one} for one in events]
+    if any(SERVER_READY not in one or CONNECTED in one or CONTEXT in one for one in kinds):
+        return ""
+    return (
+        "no program of it was a client of MPS on this node; one that used a GPU here had no limits "
+        "(a container needs /run/slurm-mps)"
+    )

@@ -407,6 +407,12 @@ def parent_of(pid: int) -> int | None:
     return int(parent[0]) if parent else None
 
 
+def pid_inside(pid: int) -> int | None:
+    """What a process's own pid namespace calls it; None where that is ours, or the process is gone."""
+    known = _status(pid, "NSpid")
+    return int(known[-1]) if len(known) > 1 else None
+
+
 def environment_of(pid: int) -> dict[str, str]:
     """The environment that a process was started with, as far as we may read it and it has not written over it.
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import _thread
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66)."""
+    """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66).
+
+    others: the same of processes with a context that are no clients (O60): MPS servers, and programs without MPS.
+    """
 
     compute_mode: int
     memory_bytes: Mapping[int, int]
+    others: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,16 @@ def _look(uuids: Iterable[str]) -> NvmlAnswer:
     for uuid in uuids:
         try:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            clients = pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)
-            used = {client.pid: client.usedGpuMemory or 0 for client in clients}
-            found[uuid] = GpuState(pynvml.nvmlDeviceGetComputeMode(handle), used)
+            before = _used(pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle))
+            others = _used(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+            used = _used(pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle))
+            for pid in before.keys() | used.keys():  # also a client that came or went between the calls
+                others.pop(pid, None)
+            found[uuid] = GpuState(pynvml.nvmlDeviceGetComputeMode(handle), used, others)
         except pynvml.NVMLError as error:
             problem = f"{uuid}: NVML: {error}"
     return NvmlAnswer(found, problem)
+
+
+def _used(rows: Iterable[Any]) -> dict[int, int]:
+    return {row.pid: row.usedGpuMemory or 0 for row in rows}

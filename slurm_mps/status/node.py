@@ -37,32 +37,43 @@ BATCH = "batch"
 
 
 @dataclass(frozen=True)
-class ClientView:
-    """A client on one GPU, as reports have it. step, rank: of its task, None where it does not say.
+class ProgramView:
+    """A program on one GPU, as reports have it. step, rank: of its task, None where it does not say.
 
-    thread_percentage: of the GPU's threads. memory_bytes: what it uses, None where NVML does not say. limit_bytes: None
-    for no limit.
+    pid_inside: what its container calls it, None without a pid namespace of its own. memory_bytes: what it uses, None
+    where NVML does not say.
     """
 
     pid: int
-    server: int
+    pid_inside: int | None
     uid: int | None
     step: str | None
     rank: int | None
     command: str
-    thread_percentage: float | None
     memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ClientView(ProgramView):
+    """A client. thread_percentage: of the GPU's threads. limit_bytes: None for no limit."""
+
+    server: int
+    thread_percentage: float | None
     limit_bytes: int | None
 
 
 @dataclass(frozen=True)
 class GpuView:
-    """A GPU of a job: the mode it is in, the one that was found (None: it was not changed, or only root may know)."""
+    """A GPU of a job: the mode it is in, the one that was found (None: it was not changed, or only root may know).
+
+    without_mps: the job's programs that have a context on it and are no clients.
+    """
 
     uuid: str
     mode: int | None
     mode_found: int | None
     clients: tuple[ClientView, ...]
+    without_mps: tuple[ProgramView, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def look(
     problems += [gpus.problem] if gpus.problem else []
     answers = _ask_daemons(jobs, gpus.gpus, timeout_seconds, memory or Memory(), sparing=sparing)
     clients = {client.pid for answer in answers.values() for client in answer.clients or ()}
-    clients.update(pid for state in gpus.gpus.values() for pid in state.memory_bytes)
+    clients.update(pid for state in gpus.gpus.values() for pid in (*state.memory_bytes, *state.others))
     environments = {} if sparing else environments_of(clients)
     views = tuple(_view(job, answers, gpus.gpus, environments) for job in jobs)
     for view in views:
@@ -266,7 +277,7 @@ def _view(
 ) -> JobView:
     verdict = job.verdict
     daemons = [
-        _daemon_view(job, verdict, place, answers[place.pipe_directory], gpus, environments)
+        _daemon_view(job, verdict, place, answers, gpus, environments)
         for place in (verdict.daemons if verdict else ())
         if verdict
     ]
@@ -285,10 +296,11 @@ def _daemon_view(
     job: _Job,
     verdict: Verdict,
     place: DaemonPlace,
-    answer: DaemonAnswer,
+    answers: Mapping[str, DaemonAnswer],
     gpus: Mapping[str, GpuState],
     environments: Environments,
 ) -> DaemonView:
+    answer = answers[place.pipe_directory]
     threads = {server.pid: server.threads for server in answer.servers}
     given = format_thread_percentage(verdict.thread_percentage)
     views = []
@@ -305,7 +317,13 @@ def _daemon_view(
         ]
         mode = state.compute_mode if state else None
         in_order = tuple(sorted(clients, key=lambda client: client.pid))
-        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order))
+        outside = {**state.others, **_unlisted(state.memory_bytes, answers)} if state else {}
+        without = tuple(
+            _program_view(pid, processes.program_name(pid), used, environments)
+            for pid, used in sorted(outside.items())
+            if _is_of(job, pid, environments)
+        )
+        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order, without))
     return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
 
 
@@ -332,19 +350,51 @@ def _client_view(
         limits.append(variable_limit(own_memory, visible, ordinal, uuid))
     except ValueError:
         limits = []  # a value that the driver cannot use lifts every limit (O12)
-    step = small_number(environment.get("SLURM_STEP_ID", ""))
-    rank = small_number(environment.get("SLURM_PROCID", ""))
+    used = state.memory_bytes.get(client.pid) if state else None
     return ClientView(
-        pid=client.pid,
+        **vars(_program_view(client.pid, client.command, used, environments)),
         server=client.server,
-        uid=processes.uid_of(client.pid),
-        step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else None,
-        rank=rank if step is not None else None,
-        command=printable(os.path.basename(client.command), 60),
         thread_percentage=min(filter(None, map(percentage, (threads, own_threads))), default=None),
-        memory_bytes=state.memory_bytes.get(client.pid) if state else None,
         limit_bytes=min((limit for limit in limits if limit is not None), default=None),
     )
+
+
+def _program_view(pid: int, command: str, used: int | None, environments: Environments) -> ProgramView:
+    """A program with a context on a GPU, and nothing of MPS."""
+    environment = environments.get(pid, {})
+    step = small_number(environment.get("SLURM_STEP_ID", ""))
+    rank = small_number(environment.get("SLURM_PROCID", ""))
+    return ProgramView(
+        pid=pid,
+        pid_inside=processes.pid_inside(pid),
+        uid=processes.uid_of(pid),
+        step=str(step) if step is not None else BATCH if "SLURM_JOB_ID" in environment else None,
+        rank=rank if step is not None else None,
+        command=printable(os.path.basename(command), 60),
+        memory_bytes=used,
+    )
+
+
+def _unlisted(clients: Mapping[int, int], answers: Mapping[str, DaemonAnswer]) -> dict[int, int]:
+    """Clients of a daemon that is none of ours, as one that an image starts; none where a daemon was not asked."""
+    listed: set[int] = set()
+    for answer in answers.values():
+        if answer.clients is None or answer.problem:
+            return {}
+        listed.update(client.pid for client in answer.clients)
+    return {pid: used for pid, used in clients.items() if pid not in listed and processes.identify(pid)}
+
+
+def _is_of(job: _Job, pid: int, environments: Environments) -> bool:
+    """Whether a process on a GPU of the job is a program of it; where neither cgroup nor environment tell, by its user.
+
+    MPS servers are none: they run as the job's user, and with PrologFlags=RunInJob in the job's cgroup.
+    """
+    name = processes.program_of(pid) if os.geteuid() == 0 else processes.name_of(pid)
+    if name.startswith("nvidia-cuda-mps"):
+        return False
+    told = _job_of(pid, environments)
+    return processes.uid_of(pid) == job.uid if told is None else told == job.job_id
 
 
 def _visible(text: str, gpus: Sequence[str]) -> list[str]:
@@ -376,6 +426,7 @@ def _problems(job: JobView) -> list[str]:
                 found.append(
                     f"{gpu.uuid} is {COMPUTE_MODES.get(gpu.mode or 0)}, though the job holds it EXCLUSIVE_PROCESS"
                 )
+            found += _outside(gpu)
             lifted = [client.pid for client in gpu.clients if daemon.place.memory_bytes and client.limit_bytes is None]
             if lifted:
                 limit = describe_memory(daemon.place.memory_bytes or 0)
@@ -384,6 +435,17 @@ def _problems(job: JobView) -> list[str]:
                     "cannot use its CUDA_MPS_PINNED_DEVICE_MEM_LIMIT, and then applies no limit"
                 )
     return found
+
+
+def _outside(gpu: GpuView) -> list[str]:
+    if not gpu.without_mps:
+        return []
+    names = [
+        f"{one.pid} ({one.pid_inside} in its container)" if one.pid_inside else f"{one.pid}"
+        for one in gpu.without_mps[:8]
+    ]
+    which = f"process {names[0]} runs" if len(gpu.without_mps) == 1 else f"processes {', '.join(names)} run"
+    return [f"{which} on {gpu.uuid} without the job's control daemon and its limits"]
 
 
 def _without_server(job: JobView, daemon: DaemonView) -> list[str]:

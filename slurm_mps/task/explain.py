@@ -1,6 +1,7 @@
 """A program that prints one line on why tasks of a step ended badly, where MPS explains it, and nothing otherwise.
 
-Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012). Arguments: the job's id; when
+Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012), and at the end of a job whose
+programs can run without MPS: they end well, and nobody is told. Arguments: the job's id; when
 the step's tasks were forked, in seconds since 1970; ``step`` or ``script``; a client's memory limit on a GPU in MiB,
 ``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between, where the status is as
 wait(2) has it and nothing for a task that runs. For a script of which a step was told something there is one more,
@@ -24,7 +25,7 @@ _LINE_MAX = 900
 def main() -> int:
     sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
     from slurm_mps.job.told import read_verdict
-    from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, seen_since, suspect_limit
+    from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, nobody_came, seen_since, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.node.listen import listener
     from slurm_mps.node.processes import job_of
@@ -38,29 +39,26 @@ def main() -> int:
     if verdict is None:
         return 0
 
-    def events(place: DaemonPlace) -> list[Event]:
+    def events_on(place: DaemonPlace) -> list[Event]:
         """What its logs say; nothing where they are root's, since jobs of other users are on it, too."""
         if place.shared and not os.access(place.log_directory, os.R_OK):
             return []
         return events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES)
 
+    gone = [listener(place.pipe_directory) is None for place in verdict.daemons]  # before its last words are read
+    events = [events_on(place) for place in verdict.daemons]
     seen = [
-        seen_since(
-            float(since),
-            place.gpus,
-            gone=listener(place.pipe_directory) is None,  # before its last words are read
-            events=events(place),
-            told="told" in more,
-            shared=bool(place.shared),
-        )
-        for place in verdict.daemons
+        seen_since(float(since), place.gpus, gone=went, events=said, told="told" in more, shared=bool(place.shared))
+        for place, went, said in zip(verdict.daemons, gone, events, strict=True)
     ]
     step = FailedStep(tasks, kind == "script", memory)
     pids = {pid for one in seen if one.shared for event in one.events for pid in event.pids}
     jobs = {pid: job for pid in pids if (job := job_of(pid)) and job != int(job_id)}
-    found = explain(step, seen, jobs)
+    found = explain(step, seen, jobs) if any(task.status for task in tasks) else []
     hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
     words = "; ".join(found) or suspect_limit(step, seen)
+    if not words and verdict.unguarded and step.script:
+        words = nobody_came(events)
     if words:
         line = f"job {job_id}: {words}"
         sys.stdout.write(f"{line[: _LINE_MAX - len(hint)]}{hint}\n")

@@ -58,7 +58,7 @@ def seen(environment: dict[str, str], command: str) -> ClientView:
     answer = DaemonAnswer(1, "", (Server(2, "ACTIVE", "25.0"),), (Client(3, 2, GPUS[0], command),))
     verdict = Verdict("ready", thread_percentage=25.0, daemons=(PLACE,))
     job = node._Job(7, 20001, node.READY, verdict, "", {})  # noqa: SLF001
-    gpus = {GPUS[0]: GpuState(3, {3: 5})}
+    gpus = {GPUS[0]: GpuState(3, {3: 5}, {})}
     view = node._view(job, {PLACE.pipe_directory: answer}, gpus, {3: environment})  # noqa: SLF001
     whole = node.NodeView((view,), (), of_all=True, stuck=False)
     json.dumps(document(whole))

@@ -232,6 +232,53 @@ def test_a_compute_mode_that_somebody_changed_is_a_problem(gpu_node: GpuNode) ->
     assert "is DEFAULT, though the job holds it EXCLUSIVE_PROCESS" in said.stderr
 
 
+def test_a_program_without_the_jobs_daemon_is_a_problem_and_a_row(gpu_node: GpuNode) -> None:
+    """Where compute modes are left alone nothing else says so: a program without the directory, one of another daemon.
+
+    A client in a pid namespace of its own has both of its pids; another user's program is not the job's.
+    """
+    gpu_node.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    own = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/own", "CUDA_MPS_LOG_DIRECTORY": "/tmp/own"}
+    of_task = {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "1", "SLURM_PROCID": "2"}
+    hold = ("simulated-gpus", "client", "--hold", "60")
+    inside = ("unshare", "--user", "--pid", "--fork", "--kill-child", *hold)
+    with job(gpu_node, 5):
+        gpu_node.run("mkdir", "/tmp/own", user="alice").check()
+        gpu_node.run("nvidia-cuda-mps-control", "-d", user="alice", env=own).check()
+        pipe = {"CUDA_MPS_PIPE_DIRECTORY": gpu_node.pipe_directory(5)}
+        started = [
+            gpu_node.start(*argv, user=user, env=env)
+            for argv, user, env in (
+                (hold, "alice", of_task),
+                (hold, "alice", {}),
+                (hold, "alice", {**of_task, **own}),
+                (hold, "alice", {"SLURM_JOB_ID": "6"}),
+                (hold, "bob", {}),
+                (inside, "alice", pipe),
+            )
+        ]
+        without = [gpu_node.machine.pid_inside(child) for child in started[:3]]
+        end = time.monotonic() + 20
+        while len((found := report(gpu_node))["jobs"][0]["daemons"][0]["gpus"][0]["without_mps"]) < 3 or not (
+            clients := found["jobs"][0]["daemons"][0]["gpus"][0]["clients"]
+        ):
+            assert time.monotonic() < end, found
+        rows = [row for row in cells(gpu_node, "client,task,state,server,inside") if "MPS" in row]
+        mine = report(gpu_node, user="alice")
+        gpu_node.run("nvidia-cuda-mps-control", user="alice", env=own, text="quit -t 1\n").check()
+        for child in started:
+            gpu_node.machine.signal(child, 9)
+            child.wait(5)
+    uuid = gpu_node.uuids[0]
+    pids = ", ".join(map(str, sorted(without)))
+    words = f"job 5: processes {pids} run on {uuid} without the job's control daemon and its limits"
+    assert (found["status"], found["problems"], mine["problems"]) == (1, [words], [words])
+    assert [one["pid_inside"] for one in clients] == [1], clients
+    assert sorted(rows) == sorted(
+        [[str(pid), task, "no", "MPS", "-", "-"] for pid, task in zip(without, ("1.2", "-", "1.2"), strict=True)]
+    )
+
+
 def test_a_client_whose_own_variable_lifts_the_limit_is_a_problem(gpu_node: GpuNode) -> None:
     with job(gpu_node, 5, **asked("25", "8G")), client(gpu_node, 5, CUDA_MPS_PINNED_DEVICE_MEM_LIMIT="junk") as pid:
         said = status(gpu_node)

@@ -237,8 +237,8 @@ static void add_attached_entry(void)
 {
 	int slot;
 	struct sim_context entry = {.kind = SIM_ATTACHED,
-				    .pid = getpid(),
-				    .started = sim_process_started(getpid()),
+				    .pid = sim_own_pid(),
+				    .started = sim_process_started(sim_own_pid()),
 				    .gpu = -1,
 				    .server_pid = cuda.server.server_pid,
 				    .server_started = sim_process_started(cuda.server.server_pid)};
@@ -458,7 +458,7 @@ static uint64_t own_bytes(int gpu)
 	uint64_t bytes = 0;
 	for (int i = 0; i < SIM_MAX_CONTEXTS; i++) {
 		const struct sim_context *entry = &cuda.state->contexts[i];
-		if (entry->kind != SIM_NONE && entry->gpu == gpu && entry->pid == getpid())
+		if (entry->kind != SIM_NONE && entry->gpu == gpu && entry->pid == sim_own_pid())
 			bytes += entry->bytes;
 	}
 	return bytes;
@@ -480,8 +480,8 @@ static int add_entry(struct context *context, const struct wire_welcome *welcome
 	int gpu = cuda.gpus.index[context->ordinal];
 	uint64_t mib = cuda.mps ? units_context_mib(cuda.sms[context->ordinal]) : SIM_PLAIN_CONTEXT_MIB;
 	struct sim_context entry = {.kind = cuda.mps ? SIM_CLIENT : SIM_PLAIN,
-				    .pid = getpid(),
-				    .started = sim_process_started(getpid()),
+				    .pid = sim_own_pid(),
+				    .started = sim_process_started(sim_own_pid()),
 				    .gpu = gpu,
 				    .bytes = mib * SIM_MIB};
 	if (cuda.mps) {

@@ -97,6 +97,13 @@ int sim_create(const struct sim_node *node)
 	return rename(temporary, SIM_STATE_FILE) == 0 ? 0 : errno;
 }
 
+pid_t sim_own_pid(void)
+{
+	char text[16] = "";
+	int pid = 0;
+	return readlink("/proc/self", text, sizeof text - 1) > 0 && sscanf(text, "%d", &pid) == 1 ? pid : getpid();
+}
+
 uint64_t sim_process_started(pid_t pid)
 {
 	char path[64], text[1024], state = 'X';

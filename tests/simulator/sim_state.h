@@ -102,6 +102,7 @@ uint64_t sim_bytes_free(const struct sim_state *state, int gpu); /* as CUDA coun
 uint64_t sim_cuda_total(const struct sim_gpu *gpu);
 
 /* Needs no lock. */
+pid_t sim_own_pid(void); /* as the machine of /proc counts, which the driver does, too (O60) */
 uint64_t sim_process_started(pid_t pid); /* 0: there is no such living process */
 int sim_gpu_by_uuid(const struct sim_state *state, const char *uuid);
 bool sim_gpu_lost(int gpu);

@@ -7,10 +7,13 @@ container_spank.c acts what pyxis does.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.harness.cluster import waits_for
 
 if TYPE_CHECKING:
     from tests.harness.site import Site
@@ -83,6 +86,26 @@ def test_a_container_without_the_directory_fails_and_is_explained(site: Site) ->
     assert "ranks, all clients" not in output
     assert f"ranks 0-1 run without MPS: CUDA_MPS_PIPE_DIRECTORY=/run/slurm-mps/jobs/{job}/pipe does not" in output
     assert "CUDA_ERROR_DEVICE_UNAVAILABLE" in output  # EXCLUSIVE_PROCESS: nothing runs without, unnoticed
+
+
+def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and_told(site: Site) -> None:
+    """While it runs status names task and process; at its end the job's output says that no program was a client."""
+    site.machine.write("/home/alice/container", NAMESPACES, mode=0o755, user="alice")
+    site.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    script = f"srun -n2 ./container sh -c 'simulated-gpus client --work 600 & echo up; {waits_for()}; kill $!'"
+    job = site.cluster.sbatch("--mps-threads=25", "--gres=gpu:1", "-N1", "-n2", "-wn1", script=script)
+    site.cluster.until_output(job, "uuid=", times=2)
+    seen = site.node("n1", "/opt/slurm-mps/bin/slurm-mps", "status")
+    site.cluster.let_go(job)
+    info = site.cluster.wait(job)
+    assert (seen.returncode, info.state) == (1, "COMPLETED")
+    assert re.search(r"job \d+: processes \d+, \d+ run on GPU-51\S+ without the job's control daemon", seen.stderr)
+    assert sorted(re.findall(r"no MPS +\d+ +0\.([01]) ", seen.stdout)) == ["0", "1"]
+    words = f"job {job}: no program of it was a client of MPS on this node; one that used a GPU here had no limits"
+    assert f"{words} (a container needs /run/slurm-mps)" in str(site.cluster.said(site.cluster.output(job)))
+    job = site.cluster.sbatch("--mps", "--gres=gpu:1", "-N1", script="srun -n1 simulated-gpus client")
+    site.cluster.wait(job)
+    assert site.cluster.said(site.cluster.output(job)) == []
 
 
 # ------------------------------------------------------------------------------ a container that a SPANK plugin enters

@@ -75,11 +75,13 @@ class CVerdict(ctypes.Structure):
         ("share_memory", ctypes.c_bool),
         ("joined", ctypes.c_bool),
         ("ordinals", ctypes.c_bool),
+        ("unguarded", ctypes.c_bool),
         ("per_gpu", ctypes.c_bool),
         ("daemon_count", ctypes.c_uint),
         ("gpu_count", ctypes.c_uint),
         ("daemons", CDaemon * 64),
         ("gpus", CGpu * 64),
+        ("exit_status", ctypes.c_int),
         ("uid", ctypes.c_uint32),
     )
 

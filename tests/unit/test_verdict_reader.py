@@ -36,6 +36,7 @@ ONE = Verdict(
     visible_devices="ordinal",
     probe=("/opt/slurm-mps/bin/python3", "/opt/slurm-mps/probe.py"),
     explain="/opt/slurm-mps/explain.py",
+    unguarded=True,
 )
 EACH = replace(
     ONE,
