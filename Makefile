@@ -14,7 +14,7 @@ SLURM = slurmctld slurmd slurm-client slurm-wlm-basic-plugins libslurm-dev munge
 # What the demo needs; with SLURM_MPS_RELEASE its Slurm comes into a root file system below .cache.
 DEMO_PACKAGES = gcc libc6-dev make git util-linux python3 python3-venv $(if $(SLURM_MPS_RELEASE),debootstrap,$(SLURM))
 TEST_PACKAGES = $(sort $(DEMO_PACKAGES) $(SLURM) debootstrap clang libclang-rt-dev cppcheck shellcheck strace rpm man-db \
-	zsh fish)
+	zsh fish charliecloud-runtime)
 
 plugin: ## the plugin alone, in build/spank
 	$(call compile,spank)

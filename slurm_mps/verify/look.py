@@ -77,6 +77,7 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
     report = RankReport(
         rank=step.rank,
         pid=os.getpid(),
+        pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
         pipe_directory=directory or DEFAULT_PIPE_DIRECTORY,
         pipe_problem=pipe_problem(directory),
         asked=asked_for_mps(step, environment),

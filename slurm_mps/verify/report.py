@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from ..units import small_number
+
 #: Ordinals whose memory limit the daemon is asked for; no node has more GPUs.
 ORDINALS = 16
 QUERY = (
@@ -30,12 +32,13 @@ class RankReport:
 
     threads, memory, priority: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
     user had set nothing. node_fault: why the node runs the job without MPS, on a site that allows it. other_job: the
-    job whose pipe directory the rank has instead of its own job's. card_multiprocessors: SMs of the whole GPU, from
-    one rank for each GPU.
+    job whose pipe directory the rank has instead of its own job's. pid_namespace: by its inode. card_multiprocessors:
+    SMs of the whole GPU, from one rank for each GPU.
     """
 
     rank: int
     pid: int
+    pid_namespace: int
     pipe_directory: str
     pipe_problem: str = ""
     asked: bool = True
@@ -76,8 +79,9 @@ def parse_report(data: bytes) -> RankReport:
 class DaemonReport:
     """What the control daemon of one pipe directory answered; ``problem``: why it answered nothing.
 
-    clients: the server of each client, by pid. memory: the limit by the client's ordinal (O13), as the daemon prints
-    it. priority: ``0`` for normal, ``1`` for low, "" from a driver that does not tell.
+    clients, namespaces: the server and the pid namespace of each client, by pid. memory: the limit by the client's
+    ordinal (O13), as the daemon prints it. priority: ``0`` for normal, ``1`` for low, "" from a driver that does not
+    tell.
     """
 
     problem: str = ""
@@ -86,6 +90,7 @@ class DaemonReport:
     memory: Mapping[int, str] = field(default_factory=dict)
     gpus: tuple[str, ...] = ()
     priority: str = ""
+    namespaces: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,21 @@ class Evidence:
         return self.daemons.get(rank.pipe_directory)
 
     def server(self, rank: RankReport) -> int:
-        """The server of a rank, according to the control daemon; 0 for a rank that is no client."""
+        """The server of a rank, according to the control daemon; 0 for a rank that is no client.
+
+        A rank in a pid namespace of its own may have another pid than the daemon prints. It is known by its namespace,
+        where as many clients are in that as ranks.
+        """
         daemon = self.daemon(rank)
-        return daemon.clients.get(rank.pid, 0) if daemon else 0
+        if daemon is None:
+            return 0
+        if daemon.namespaces.get(rank.pid) == rank.pid_namespace:
+            return daemon.clients[rank.pid]
+        space, directory = rank.pid_namespace, rank.pipe_directory
+        inside = {pid: server for pid, server in daemon.clients.items() if daemon.namespaces.get(pid) == space}
+        ranks = [one.pid for one in self.ranks if (one.pid_namespace, one.pipe_directory) == (space, directory)]
+        unknown = not rank.pipe_problem and len(inside) == len(ranks) and not inside.keys() & set(ranks)
+        return min(inside.values(), default=0) if unknown else 0
 
     def card(self, rank: RankReport) -> int:
         """How many SMs the whole of the rank's GPU has; 0 where that is not known."""
@@ -117,6 +134,7 @@ class Evidence:
 def parse_daemon_answer(lines: list[str]) -> DaemonReport:
     """Read what the daemon answers to QUERY. Each kind of line is known by its form, since answers may be empty."""
     clients: dict[int, int] = {}
+    namespaces: dict[int, int] = {}
     memory: dict[int, str] = {}
     gpus: list[str] = []
     threads, priority, ordinal = "", "", -1
@@ -132,4 +150,5 @@ def parse_daemon_answer(lines: list[str]) -> DaemonReport:
             gpus.append(columns[2])
         elif len(words) > 4 and words[0].isdecimal() and words[2].isdecimal():
             clients[int(words[0])] = int(words[2])
-    return DaemonReport("", clients, threads, memory, tuple(gpus), priority)
+            namespaces[int(words[0])] = small_number(words[4], 10) or 0
+    return DaemonReport("", clients, threads, memory, tuple(gpus), priority, namespaces)

@@ -76,7 +76,7 @@ def test_another_user_where_the_ranks_meet(cluster: Site, works: bool) -> None:
     task = f"test $SLURM_PROCID = 0 && sleep 1; exec {VERIFY}"
     script = f"{wait_for('set')}; rm set; srun sh -c '{task}'"
     job = cluster.cluster.sbatch("-wn1", "-n3", "--gres=gpu:1", "--mps", script=script)
-    prefix = f"slurm-mps-verify-{USERS['alice']}-{job}.0.0-"
+    prefix = f"slurm-mps-verify-{job}.0.0-"
     with traps(cluster, prefix):
         go_on(cluster, "set")
         failed = cluster.cluster.wait(job).exit_code != 0
@@ -98,7 +98,7 @@ print(find_meeting(step, time.monotonic() + 0.5).path)
 @attack("ranks meet on the node's own file system")
 def test_a_file_system_of_another_users_where_the_ranks_meet(node: GpuNode, works: bool) -> None:
     """bob mounts one that calls him alice. Where the site lets users share theirs, fusermount does it; here root."""
-    trap = f"/dev/shm/slurm-mps-verify-{USERS['alice']}-4711.0.0-trap"
+    trap = "/dev/shm/slurm-mps-verify-4711.0.0-trap"
     mount = f"mkdir {trap}; mount -t tmpfs -o uid={USERS['alice']},mode=777 bobs {trap}"
     node.run("sh", "-ec", mount).check()
     with started(node, PYTHON, "-c", HOLD, trap, user="bob"):

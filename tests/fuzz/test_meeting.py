@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-GOOD = vars(RankReport(rank=1, pid=2, pipe_directory="/run/slurm-mps/jobs/7/pipe", threads="25", memory="0=1G"))
+GOOD = vars(
+    RankReport(rank=1, pid=2, pid_namespace=1, pipe_directory="/run/slurm-mps/jobs/7/pipe", threads="25", memory="0=1G")
+)
 TEXTS = st.text(max_size=20) | st.text("0123456789=,.MG%GPU-", max_size=20) | st.just("9" * 5000)
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.lists(st.integers(), max_size=2)
 FIELDS = st.dictionaries(st.sampled_from([*GOOD, "more"]), VALUES, max_size=5)
@@ -122,7 +124,7 @@ def test_whatever_is_in_a_reports_place_is_read_or_refused(
 def test_only_a_directory_that_somebody_holds_is_entered(
     place: Path, lay: Callable[[Path, bytes], None], data: bytes, held: bool
 ) -> None:
-    there = place / "slurm-mps-verify-0-7.0.0-00"
+    there = place / "slurm-mps-verify-7.0.0-00"
     lay(there, data)
     holder = os.open(there, os.O_RDONLY | os.O_NONBLOCK) if held and lay in (a_file, a_directory) else -1
     if holder >= 0:

@@ -1,8 +1,7 @@
 """A process in a container is a client like any other, if the container has what docs/containers.md says.
 
-Charliecloud is run where the system has it (apt-get install charliecloud-runtime). Its image is a directory of mount
-points, on which the system's own programs are bound. NAMESPACES acts what Apptainer and enroot do without privileges.
-container_spank.c acts what pyxis does.
+Charliecloud's image is a directory of mount points, on which the system's own programs are bound. NAMESPACES acts what
+Apptainer and enroot do without privileges. container_spank.c acts what pyxis does.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ touch etc/resolv.conf etc/hosts etc/passwd etc/group run/.containerenv
 for one in bin sbin lib lib64; do ln -sfn "usr/$one" "$one"; done
 """
 
-#: Runs "$@" in a user namespace, a mount namespace and another root, as the same user. BIND: what of /run it has.
+#: Runs "$@" in a user, a mount and a pid namespace and another root, as uid AS. BIND: what of /run it has.
 NAMESPACES = """#!/bin/sh
 set -eu
-export inside=/mnt
+export inside=/mnt AS="${AS:-$(id -u)}"
 exec unshare --user --map-root-user --mount sh -c '
 mount -t tmpfs none "$inside"
 for one in usr etc opt dev proc home run/simulated-gpus $BIND; do
@@ -43,12 +42,13 @@ done
 [ -z "$BIND" ] || mount -o remount,bind,ro "$inside$BIND"
 mkdir -p "$inside/tmp" "$inside/run"
 for one in bin sbin lib lib64; do ln -s "usr/$one" "$inside/$one"; done
-exec unshare --user --map-user='"$(id -u)"' --map-group='"$(id -g)"' --root="$inside" --wd=/ -- "$@"
+as="--map-user=$AS --map-group=$AS --pid --fork --kill-child"
+exec unshare --user $as --root="$inside" --wd=/ -- "$@"
 ' sh "$@"
 """
 
 CHARLIECLOUD = """#!/bin/sh
-exec ch-run -b /usr -b /opt -b /etc -b /run/simulated-gpus ${BIND:+-b $BIND} ~/image -- "$@"
+exec ch-run -u "${AS:-$(id -u)}" -b /usr -b /opt -b /etc -b /run/simulated-gpus ${BIND:+-b $BIND} ~/image -- "$@"
 """
 
 ENGINES = {"unshare": NAMESPACES, "ch-run": CHARLIECLOUD}
@@ -59,15 +59,19 @@ def _engine(request: pytest.FixtureRequest, site: Site) -> None:
     """~/container runs "$@" in a container, which has BIND beside what each has."""
     name: str = request.param
     if site.machine.run(["sh", "-c", f"command -v {name}"]).returncode != 0:
-        pytest.skip(f"this system has no {name}")
+        pytest.skip(f"the root file system of this release of Slurm has no {name}")
     site.machine.write("/home/alice/container", ENGINES[name], mode=0o755, user="alice")
     site.machine.write("/home/alice/image.sh", IMAGE, mode=0o755, user="alice")
 
 
 @pytest.mark.usefixtures("_engine")
 def test_a_rank_in_a_container_is_a_client_beside_one_outside(site: Site) -> None:
-    """What the container must see is the state directory, and read-only is enough to connect to the daemon."""
-    rank = 'if [ "$SLURM_PROCID" = 2 ]; then exec "$@"; else BIND=/run/slurm-mps exec ./container "$@"; fi'
+    """What the container must see is the state directory, and read-only is enough to connect to the daemon.
+
+    Its pids and its users may be its own: rank 0, which collects the reports, is root there.
+    """
+    inside = 'BIND=/run/slurm-mps exec ./container "$@"'
+    rank = f'case $SLURM_PROCID in 0) AS=0 {inside};; 1) {inside};; *) exec "$@"; esac'
     script = f"./image.sh; srun sh -c '{rank}' sh slurm-mps verify --timeout 5"
     job = site.cluster.sbatch("--mps-threads=25", "--mps-mem=8G", "--gres=gpu:1", "-N1", "-n3", script=script)
     info = site.cluster.wait(job)
@@ -88,6 +92,22 @@ def test_a_container_without_the_directory_fails_and_is_explained(site: Site) ->
     assert "CUDA_ERROR_DEVICE_UNAVAILABLE" in output  # EXCLUSIVE_PROCESS: nothing runs without, unnoticed
 
 
+@pytest.mark.usefixtures("_engine")
+def test_a_daemon_for_each_gpu_a_steps_own_limits_and_a_fault_are_as_outside(site: Site) -> None:
+    inside = "BIND=/run/slurm-mps exec ./container simulated-gpus client"
+    fault = f"if [ $SLURM_PROCID = 1 ]; then {inside} --fault; fi; {inside} --hold 1"
+    each = "srun --gpus-per-task=1"
+    script = f"./image.sh; {each} sh -c '{inside}'; {each} --mps-threads=25 sh -c '{inside}'; {each} sh -c '{fault}'"
+    options = ("--mps=per-gpu", "--mps-threads=50", "--gres=gpu:2", "-N1", "-n2", "-wn1")
+    job = site.cluster.sbatch(*options, script=script)
+    site.cluster.wait(job)
+    output = site.cluster.output(job)
+    found = re.findall(r"uuid=(\S+) sms=(\d+) \S+ \S+ mps=([1-9]\d*)", output)
+    assert [sms for _, sms, _ in found] == ["66", "66", "32", "32", "66", "66"], output
+    assert len({(gpu, server) for gpu, _, server in found}) == len({gpu for gpu, _, _ in found}) == 2
+    assert re.search(r"(rank 1|process \d+) hit a GPU fault on GPU-51\S+; no other program was on that GPU", output)
+
+
 def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and_told(site: Site) -> None:
     """While it runs status names task and process; at its end the job's output says that no program was a client."""
     site.machine.write("/home/alice/container", NAMESPACES, mode=0o755, user="alice")
@@ -99,7 +119,10 @@ def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and
     site.cluster.let_go(job)
     info = site.cluster.wait(job)
     assert (seen.returncode, info.state) == (1, "COMPLETED")
-    assert re.search(r"job \d+: processes \d+, \d+ run on GPU-51\S+ without the job's control daemon", seen.stderr)
+    assert re.search(
+        r"job \d+: processes( \d+ \(\d+ in its container\),?){2} run on GPU-51\S+ without the job's control daemon",
+        seen.stderr,
+    )
     assert sorted(re.findall(r"no MPS +\d+ +0\.([01]) ", seen.stdout)) == ["0", "1"]
     words = f"job {job}: no program of it was a client of MPS on this node; one that used a GPU here had no limits"
     assert f"{words} (a container needs /run/slurm-mps)" in str(site.cluster.said(site.cluster.output(job)))

@@ -33,6 +33,7 @@ def rank(number: int, **fields: Any) -> RankReport:
     good = RankReport(
         rank=number,
         pid=100 + number,
+        pid_namespace=1,
         pipe_directory=PIPE,
         step_gpus=2,
         threads="25",
@@ -50,7 +51,8 @@ def rank(number: int, **fields: Any) -> RankReport:
 
 
 def daemon(clients: dict[int, int], **fields: Any) -> DaemonReport:
-    return changed(DaemonReport("", clients, "25.0", {0: "8G", 1: "8G"}, (A, B), "0"), **fields)
+    here = dict.fromkeys(clients, 1)
+    return changed(DaemonReport("", clients, "25.0", {0: "8G", 1: "8G"}, (A, B), "0", here), **fields)
 
 
 def evidence(*ranks: RankReport, clients: dict[int, int] | None = None, size: int = 0, **fields: Any) -> Evidence:
@@ -259,7 +261,7 @@ def test_daemon_answer_is_read_with_its_empty_answers() -> None:
         "512M",
     ]
     answer = parse_daemon_answer(lines)
-    assert answer == DaemonReport("", {212: 166}, "25.0", {0: "8G", 2: "512M"}, (A,), "1")
+    assert answer == DaemonReport("", {212: 166}, "25.0", {0: "8G", 2: "512M"}, (A,), "1", {212: 4026531836})
 
 
 @pytest.mark.parametrize(
@@ -432,9 +434,19 @@ def test_a_first_rank_that_is_killed_holds_nobody_up(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
+def test_a_rank_with_a_pid_of_its_containers_is_known_by_its_namespace() -> None:
+    """Where the daemon prints other pids, and as many clients are in it as ranks; a rank that is no client is named."""
+    ranks = four((0, {"pid": 1, "pid_namespace": 2}), (1, {"pid": 1, "pid_namespace": 3}))
+    clients = {102: 7, 103: 7, 1: 7, 205: 7}
+    known = {102: 1, 103: 1, 1: 3, 205: 2}
+    assert problems(evidence(*ranks, clients=clients, namespaces=known)) == []
+    (words, *_) = problems(evidence(*ranks, clients=clients, namespaces={**known, 205: 1}))
+    assert words == f"rank 0 runs without MPS: the control daemon of {PIPE} lists no such client"
+
+
 def test_what_only_looks_like_a_meeting_is_passed_by(place: Path) -> None:
     """Links, files and fifos of the right name; those of another step's, or of another node's ranks of this one."""
-    prefix = f"slurm-mps-verify-{os.getuid()}-7.0.0-"
+    prefix = "slurm-mps-verify-7.0.0-"
     (place / "elsewhere").mkdir()
     (place / f"{prefix}link").symlink_to(place / "elsewhere")
     (place / f"{prefix}file").touch()
