@@ -87,11 +87,6 @@ def test_ranks_on_one_gpu_with_different_servers_are_told_apart() -> None:
     assert found == [f"ranks 0-2 on {A} share one server, ranks 3-4 do not"]
 
 
-def test_missing_ranks_are_named() -> None:
-    """Those that never reported, with the time they had."""
-    assert problems(evidence(rank(0), rank(1), size=5)) == ["ranks 2-4 did not report within 10 s"]
-
-
 def test_a_wrong_pipe_directory_is_the_reason() -> None:
     """Said once for all the ranks that have it, without control characters."""
     reason = {"pipe_problem": "CUDA_MPS_PIPE_DIRECTORY=/x\x1b does not exist", "pipe_directory": "/x\x1b"}
@@ -107,15 +102,6 @@ def test_a_fault_of_the_node_is_the_reason() -> None:
     assert found[:2] == [
         "rank 1 runs without MPS: no daemon? here; this site lets jobs run without MPS on a faulty node",
         f"rank 2 runs without MPS: the control daemon of {PIPE} lists no such client",
-    ]
-
-
-def test_a_job_that_did_not_ask_is_told() -> None:
-    """The commonest reason of all."""
-    bare = {"pipe_problem": "CUDA_MPS_PIPE_DIRECTORY is not set", "asked": False, "threads": "", "memory": ""}
-    one = rank(0, **bare, pipe_directory="/tmp/nvidia-mps", step_gpus=1)
-    assert problems(evidence(one)) == [
-        "rank 0 runs without MPS: CUDA_MPS_PIPE_DIRECTORY is not set; this job did not ask for MPS (--mps)"
     ]
 
 
@@ -200,14 +186,6 @@ def test_a_clients_own_priority_goes_before_the_daemons(own: str, default: str, 
     assert priority(found.ranks[1], daemon({}, priority=default)) == said
     raised = "rank 1 has normal priority although the job asked for low: CUDA_MPS_CLIENT_PRIORITY=0 was set"
     assert problems(found) == ([raised] if (own, default) == ("0", "1") else [])
-
-
-def test_a_pile_is_told_with_what_is_unused() -> None:
-    """All ranks of a node on one GPU, though the step has two there."""
-    ranks = [rank(number, gpu=A, ordinal=0) for number in range(4)]
-    assert problems(evidence(*ranks)) == [
-        f"all 4 ranks are on {A}, although the step has 2 GPUs on this node: no rank uses {B}"
-    ]
 
 
 @pytest.mark.parametrize("fields", [{"step_gpus": 1}, {"step_gpus": 0}])

@@ -445,9 +445,3 @@ def test_wrong_usage_of_a_step_is_said_once_on_a_node(site: Site, wrong: str, me
     assert (report["status"], said.count("ended 2"), said.count("ended 0")) == (2, 1, 3)
     assert message in report["error"]
     assert said.count(message) == 2, "on stderr and in the report"
-
-
-def test_wrong_usage_is_status_2(site: Site) -> None:
-    """An unknown option and a time out of range."""
-    assert site.machine.run([*VERIFY.split(), "--nonsense"]).returncode == 2
-    assert site.machine.run([*VERIFY.split(), "--timeout=0"]).returncode == 2
