@@ -8,7 +8,6 @@ A real driver's settings stay as they are: no compute mode is set unless --allow
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from .driver import CONTROL, Device, Driver, Place, ThisHost, sees
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.harness.machine import Machine
 
@@ -52,21 +50,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _simulated_place(named: str) -> Iterator[Place]:
     """A machine with simulated GPUs of a driver; a place of _NVIDIAS has NVIDIA's programs there."""
     branch = (_SIMULATED | _NVIDIAS)[named]
-    with gpu_machine(programs=_nvidias_programs(branch) if named in _NVIDIAS else None) as machine:
+    with gpu_machine(programs=nvidia.programs_of(branch) if named in _NVIDIAS else None) as machine:
         machine.run(["simulated-gpus", "create", "2", "--driver", str(branch)]).check()
         show_gpus_in_proc(machine, simulated_gpus(machine))
         yield Place(
             machine, ("alice", "bob"), "/tmp/contract", "/usr/bin/python3", (PYTHON,), branch, nvidias=named in _NVIDIAS
         )
-
-
-def _nvidias_programs(branch: int) -> Path:
-    try:
-        return nvidia.programs_of(branch)
-    except nvidia.NotFetchedError as error:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(error))
 
 
 def _real_place(accounts: str) -> Iterator[Place]:

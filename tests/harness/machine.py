@@ -136,14 +136,12 @@ class Machine(Throwaway):
         root: str | Path | None = None,
         shown: Sequence[str | Path] = (),
         gpus: int | None = GPU_DEVICES,
-        hostname: str = HOSTNAME,
     ) -> None:
         self._overlays = {place: [str(Path(one).resolve()) for one in many] for place, many in (overlays or {}).items()}
         self._binds = {str(Path(source).resolve()): target for source, target in (binds or {}).items()}
         self._root = str(Path(root).resolve()) if root else "/"
         self._shown = [str(Path(one).resolve()) for one in (*shown, _INSIDE.parent)]
         self._gpus = gpus
-        self._hostname = hostname
         self._keeper: subprocess.Popen[str] | None = None
         self._pid = 0
         self._children: list[subprocess.Popen[bytes]] = []
@@ -213,7 +211,7 @@ class Machine(Throwaway):
         """What the keeper needs to know, as JSON carries it."""
         accounts = {**SERVICE_USERS, **USERS}
         return {
-            "hostname": self._hostname,
+            "hostname": HOSTNAME,
             "address": ADDRESS,
             "gpus": self._gpus,
             "users": dict(USERS),
@@ -228,8 +226,8 @@ class Machine(Throwaway):
                 "group": [f"{name}:x:{uid}:" for name, uid in accounts.items()],
             },
             "etc_files": {
-                "hostname": f"{self._hostname}\n",
-                "hosts": f"127.0.0.1 localhost\n{ADDRESS} {self._hostname}\n",
+                "hostname": f"{HOSTNAME}\n",
+                "hosts": f"127.0.0.1 localhost\n{ADDRESS} {HOSTNAME}\n",
                 "resolv.conf": "",
             },
         }
@@ -243,18 +241,16 @@ class Machine(Throwaway):
 
     # -------------------------------------------------------------------------------------------------- nodes
 
-    def add_node(
-        self, name: str, *, private: Sequence[str] = NODE_PRIVATE, shared: Sequence[str] = NODE_SHARED
-    ) -> NodeSpace:
-        """Make a mount namespace for node `name`, with tmpfs of its own on `private`.
+    def add_node(self, name: str) -> NodeSpace:
+        """Make a mount namespace for node `name`, with tmpfs of its own on NODE_PRIVATE.
 
-        `shared` are directories below those that stay the machine's (munge's socket, Slurm's logs). Mounts
+        NODE_SHARED are directories below those that stay the machine's (munge's socket, Slurm's logs). Mounts
         made in the machine afterwards are not seen by the node.
         """
-        for path in shared:
+        for path in NODE_SHARED:
             self.path(path).mkdir(parents=True, exist_ok=True)
-        shown = [path for path in self._shown if path.startswith(tuple(f"{place}/" for place in private))]
-        spec = json.dumps({"private": list(private), "shared": [*shared, *shown]})
+        shown = [path for path in self._shown if path.startswith(tuple(f"{place}/" for place in NODE_PRIVATE))]
+        spec = json.dumps({"private": NODE_PRIVATE, "shared": [*NODE_SHARED, *shown]})
         holder = self.popen(
             [_PYTHON, "-I", "-S", str(_INSIDE), "node"], env={"HARNESS_SPEC": spec}, stdout=subprocess.PIPE
         )

@@ -14,27 +14,17 @@ from tests.harness.site import PYTHON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 PID_FILE = "nvidia-cuda-mps-control.pid"
 PROGRAM = "/run/driver/nvidia-cuda-mps-control"
 AARCH64 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xb7\x00" + bytes(44)
 
 
-def programs_of(branch: int) -> Path:
-    try:
-        return nvidia.programs_of(branch)
-    except nvidia.NotFetchedError as error:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture(params=["simulated-535", "simulated-550", "nvidia-535", "nvidia-550"], scope="module")
 def old_node(request: pytest.FixtureRequest) -> Iterator[tuple[GpuNode, int]]:
     """A node of an older driver, and its branch. NVIDIA's programs start no server, for want of a GPU."""
     kind, _, branch = request.param.partition("-")
-    programs = programs_of(int(branch)) if kind == "nvidia" else None
+    programs = nvidia.programs_of(int(branch)) if kind == "nvidia" else None
     with GpuNode(gpus=2, driver=int(branch), programs=programs) as node:
         yield node, int(branch)
 
@@ -107,7 +97,7 @@ def test_an_upgrade_of_the_driver_under_a_running_job(then: int) -> None:
         for job, branch in ((4711, first), (4712, then)):
             for name in nvidia.PROGRAMS:  # as a package does it: the file of a running program is replaced, not written
                 node.machine.path(f"/run/driver/{name}").unlink(missing_ok=True)
-                program = (programs_of(branch) / name).read_bytes()
+                program = (nvidia.programs_of(branch) / name).read_bytes()
                 node.machine.write(f"/run/driver/{name}", "", mode=0o755)
                 node.machine.path(f"/run/driver/{name}").write_bytes(program)
             if branch == then:
