@@ -176,32 +176,9 @@ def test_one_bit_or_a_missing_end_is_noticed_anywhere(
 
 WORDS = st.sampled_from(
     [
-        "job",
-        "undo",
-        "holder",
-        "boot",
-        "mode_found",
-        "release_gpu",
-        "quit_daemon",
-        "quit_daemons",
-        "remove_directories",
-        "gpu=x",
-        "gpu",
-        "id=4711",
-        "uid=1",
-        "run=5d41402a",
-        "ready=yes",
-        "boot=b",
-        "4711",
-        "x",
-        "%",
-        "%4",
-        "gpu=../x",
-        "more=1",
-        "²",
-        "deadlines_quit=x",
-        "deadlines_quit=nan",
-        "logs_max_kib=1.5",
+        *("job", "undo", "holder", "boot", "mode_found", "release_gpu", "quit_daemon", "quit_daemons"),
+        *("remove_directories", "gpu=x", "gpu", "id=4711", "uid=1", "run=5d41402a", "ready=yes", "boot=b", "4711", "x"),
+        *("%", "%4", "gpu=../x", "more=1", "²", "deadlines_quit=x", "deadlines_quit=nan", "logs_max_kib=1.5"),
     ]
 ) | st.sampled_from(["", "9" * 5000])
 VERDICTS = st.sampled_from(

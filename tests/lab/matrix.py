@@ -250,14 +250,9 @@ def write_page(outcomes: list[Outcome]) -> None:
 
 
 def read_results() -> list[Outcome]:
-    """The last full run of each release that has one; those of an older form have no commit, and are none."""
-    found = []
-    for name in RELEASES:
-        path = RESULTS / f"{name}.json"
-        given = json.loads(path.read_text()) if path.exists() else {}
-        if "commit" in given:
-            found.append(Outcome(**given))
-    return found
+    """The last full run of each release that has one."""
+    kept = [RESULTS / f"{name}.json" for name in RELEASES]
+    return [Outcome(**json.loads(path.read_text())) for path in kept if path.exists()]
 
 
 def other_releases() -> list[str]:

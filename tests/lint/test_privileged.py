@@ -32,20 +32,8 @@ EFFECTS = frozenset(
     | {"setuid", "seteuid", "setresuid", "setgid", "setgroups", "setns", "unshare", "stat", "lstat", "listdir"}
 )
 ALLOWED = {
-    FILES: {
-        "open",
-        "mkdir",
-        "unlink",
-        "rmdir",
-        "rename",
-        "link",
-        "setxattr",
-        "fchmod",
-        "ftruncate",
-        "utime",
-        "stat",
-        "listdir",
-    },
+    FILES: {"open", "mkdir", "unlink", "rmdir", "rename", "link", "setxattr", "fchmod", "ftruncate", "utime"}
+    | {"stat", "listdir"},
     PROCESSES: {"posix_spawn", "fork", "killpg", "readlink", "listdir"},
     SEARCH: {"readlink", "stat"},
     "slurm_mps/config/load.py": {"stat"},

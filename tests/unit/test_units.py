@@ -17,7 +17,7 @@ from slurm_mps.units import (
     printable,
 )
 
-BAD_PERCENTAGES = [
+BAD_PERCENTS = [
     "",
     "0",
     "0.0",
@@ -43,7 +43,7 @@ def test_percentages_a_user_may_write(text: str, percent: float) -> None:
     assert parse_thread_percentage(text) == percent
 
 
-@pytest.mark.parametrize("text", [*BAD_PERCENTAGES, ARABIC_DIGITS])
+@pytest.mark.parametrize("text", [*BAD_PERCENTS, ARABIC_DIGITS])
 def test_what_is_no_percentage_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="above 0 and up to 100"):
         parse_thread_percentage(text)
