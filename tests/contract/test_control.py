@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slurm_mps.node.control import Limits, limit_answers, limit_commands
+from slurm_mps.units import MIB
 from tests.harness.machine import Result
 
 from .driver import CONTROL, sees, wait_until
@@ -62,6 +64,17 @@ def test_o3_sizes_it_reads_and_misreads(driver: Driver) -> None:
     commands = "set_default_device_pinned_mem_limit 0 {}", "get_default_device_pinned_mem_limit 0"
     read = {size: daemon.ask(*(command.format(size) for command in commands)) for size in WRITTEN_AND_READ}
     assert read == WRITTEN_AND_READ | ({"": ""} if driver.branch < 580 else {})
+
+
+def test_o95_every_limit_reads_back_as_the_prolog_expects(driver: Driver) -> None:
+    """All percentages that there are, and sizes over the whole range: what does not would drain a node."""
+    daemon = driver.daemon()
+    sizes = [*range(1, 3000, 61), *range(3000, 1_200_000, 9973)]
+    limits = [Limits(tenths / 10) for tenths in range(1, 1001)] + [Limits(25, mib * MIB) for mib in sizes]
+    for first in range(0, len(limits), 50):
+        some = limits[first : first + 50]
+        said = daemon.ask(*(line for one in some for line in limit_commands(one, 1))).split()
+        assert said == [word for one in some for word in limit_answers(one, 1)[0]]
 
 
 def test_o4_a_limit_that_was_never_set(driver: Driver) -> None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import SlurmError, waits_for
 from tests.harness.gpunode import UNCHANGED
-from tests.harness.site import Site
+from tests.harness.site import STATE_DIRECTORY, Site
 from tests.lab.measured import write
 
-from .site import PLACE, RealSite, data_file, measured_on, reports
+from .site import NODE, PLACE, RealSite, data_file, measured_on, reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +61,13 @@ class SharedSite(RealSite):
         all_users = 'joined_users = "all"\n[limits.memory]\nmax = "16G"\n' if way == ALL_USERS else ""
         self.configure(f'{UNCHANGED}sharing = "{way.partition(",")[0]}"\n{all_users}')
 
+    def repaired(self) -> str:
+        """Take the node back into service if it was drained. Returns: what drained it last, or nothing."""
+        fault = self.node(NODE, "cat", f"{STATE_DIRECTORY}/last-fault").stdout
+        if any(state.drained for state in self.cluster.node_states().values()):
+            self.machine.run(["scontrol", "update", f"NodeName={NODE}", "State=RESUME"]).check()
+        return fault
+
     def ended(self, *jobs: Job) -> list[str]:
         """What these jobs said; those that do not end are cancelled. Raises: SlurmError."""
         try:
@@ -87,7 +94,7 @@ def throughput(site: SharedSite, seconds: float, rounds: int) -> Iterator[Row]:
             try:
                 row |= _figures(site.ended(*jobs), seconds)
             except (SlurmError, KeyError, ValueError) as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[-3000:]
+                row |= {"failed": f"{type(error).__name__}: {error}"[-3000:], "last_fault": site.repaired()}
             site.cluster.wait_idle()
             say(f"{name}: {row}")
             yield row
@@ -121,7 +128,7 @@ def faults(site: SharedSite) -> Iterator[Row]:
             said = site.ended(victim)[0]
             row |= {"goes_on": said.splitlines()[1:2] == ["0"], "victim": said[-700:]}
         except (SlurmError, KeyError, ValueError) as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[-3000:]
+            row |= {"failed": f"{type(error).__name__}: {error}"[-3000:], "last_fault": site.repaired()}
             site.machine.run(["scancel", "--user=alice"])
         site.cluster.wait_idle()
         say(f"fault, {way}: {row}")
