@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..config.settings import SiteConfig
     from ..node.nvml import Gpus
     from .journal import Journal
+    from .ledger import LedgerEntry
     from .state import NodeState
 
     T = TypeVar("T")
@@ -139,14 +140,7 @@ class HoldGpu:
         self.refuse_beside(others)
         if entry.daemon is not None:
             return False
-        if not others and self.mode == EXCLUSIVE_PROCESS:
-            see_it_free(self.gpu, job.gpus)
-        found = entry.mode_found
-        if found is None and self.mode is not None:
-            found = job.gpus.compute_mode(self.gpu)
-        job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, Holder(job_id, self.way)), mode_found=found))
-        if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
-            job.gpus.set_compute_mode(self.gpu, self.mode)
+        claim(self.gpu, self.mode, replace(entry, holders=(*others, Holder(job_id, self.way))), job)
         return True
 
 
@@ -183,10 +177,26 @@ class _InUseError(NodeError):
         return RequestError(held, hint="submit the job again", reason="shared_gpu")
 
 
-def see_it_free(gpu: str, gpus: Gpus) -> None:
-    """Raises: NodeError when there is a process on a GPU that nobody holds."""
-    if there := gpus.processes(gpu):
+def claim(gpu: str, mode: int | None, entry: LedgerEntry, job: JobOnNode) -> None:
+    """Under the lock: write down who holds a GPU, with the compute mode to put back, and then set `mode` (None: no).
+
+    Raises: NodeError; also where the job alone holds a GPU that is to be exclusive, and a process is there.
+    """
+    alone = len(entry.holders) == 1
+    if alone and mode == EXCLUSIVE_PROCESS and (there := job.gpus.processes(gpu)):
         raise _InUseError(gpu, there)
+    if entry.mode_found is None and mode is not None:
+        entry = replace(entry, mode_found=job.gpus.compute_mode(gpu))
+    job.state.ledgers.write(gpu, entry)
+    if mode is not None and job.gpus.compute_mode(gpu) != mode:
+        job.gpus.set_compute_mode(gpu, mode)
+
+
+def put_back(gpu: str, entry: LedgerEntry, gpus: Gpus) -> LedgerEntry:
+    """Put back the compute mode that was found. Returns: the entry of a GPU whose mode nobody has changed."""
+    if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
+        gpus.set_compute_mode(gpu, entry.mode_found)
+    return replace(entry, mode_found=None)
 
 
 def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
@@ -254,10 +264,8 @@ def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> Non
     """Take jobs, and whoever has no journal any more, out of a GPU's ledger, whose lock the caller has."""
     entry = state.ledgers.read(gpu)
     left = tuple(one for one in entry.holders if one.job_id not in jobs)
-    if not left and entry.daemon is None and entry.mode_found is not None:
-        if gpus.compute_mode(gpu) != entry.mode_found:
-            gpus.set_compute_mode(gpu, entry.mode_found)
-        entry = replace(entry, mode_found=None)
+    if not left and entry.daemon is None:
+        entry = put_back(gpu, entry, gpus)
     state.ledgers.write(gpu, replace(entry, holders=left))
 
 

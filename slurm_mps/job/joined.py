@@ -20,12 +20,12 @@ from ..node import control, processes
 from ..node.control import ControlDaemon, Limits, limit_commands
 from ..node.listen import BUSY, listener
 from ..node.messages import tell_admin
-from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
+from ..node.nvml import COMPUTE_MODES
 from ..node.wordfile import DamagedFileError, fields, with_fields
 from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
-from .actions import LOG_GROWS_TO, patience, refuse_another_way, see_it_free, under_lock, wait_for
+from .actions import LOG_GROWS_TO, claim, patience, put_back, refuse_another_way, under_lock, wait_for
 from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
 from .state import DAEMONS
 
@@ -136,15 +136,8 @@ class JoinGpu:
         self.refuse_beside(others)
         daemon = entry.daemon
         if daemon is None:
-            if not others and self.mode == EXCLUSIVE_PROCESS:
-                see_it_free(self.gpu, job.gpus)
-            found = entry.mode_found
-            if found is None and self.mode is not None:
-                found = job.gpus.compute_mode(self.gpu)
             daemon = SharedDaemon(ours.job_id, STARTING, self.server_uid)
-            job.state.ledgers.write(self.gpu, LedgerEntry((*others, ours), found, daemon))
-            if self.mode is not None and job.gpus.compute_mode(self.gpu) != self.mode:
-                job.gpus.set_compute_mode(self.gpu, self.mode)
+            claim(self.gpu, self.mode, LedgerEntry((*others, ours), entry.mode_found, daemon), job)
             return daemon
         if daemon.stage == OPEN and is_alive(daemon):
             job.state.ledgers.write(self.gpu, replace(entry, holders=(*others, ours)))
@@ -338,9 +331,7 @@ def leave(
 def _given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> LedgerEntry:
     """The entry of a GPU that nobody holds any more: it is in the compute mode that was found, and has no logs."""
     logs.forget(gpu, config)
-    if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
-        gpus.set_compute_mode(gpu, entry.mode_found)
-    return replace(entry, mode_found=None)
+    return put_back(gpu, entry, gpus)
 
 
 def _is_gone(daemon: SharedDaemon, holders: Sequence[Holder]) -> bool:
