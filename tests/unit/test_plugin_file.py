@@ -84,10 +84,10 @@ def test_make_builds_it_anew_when_slurms_headers_are_of_another_release(tmp_path
     header = tmp_path / "slurm/slurm_version.h"
     header.parent.mkdir()
     found = []
-    for patch in ("7f", "7e", "7f"):
+    for patch in ("7f", "7e"):
         header.write_text(re.sub(r"(define SLURM_VERSION_NUMBER 0x....)..", rf"\g<1>{patch}", version))
         os.utime(header, (0, 0))
         make = ["make", "-s", "-C", str(REPOSITORY / "spank"), f"BUILD={tmp_path}", f"CPPFLAGS=-I{tmp_path}"]
         subprocess.run(make, check=True)
         found.append(read_plugin(tmp_path / "spank_mps.so").slurm_release.rpartition(".")[2])
-    assert found == ["127", "126", "127"]
+    assert found == ["127", "126"]
