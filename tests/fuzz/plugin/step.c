@@ -221,7 +221,7 @@ pid_t helper_start(uid_t uid, char *const argv[], char *const given[], int outpu
 		(void)!write(output, said, strlen(said));
 		return choose() == 1 ? -1 : PID;
 	}
-	CHECK(!strcmp(argv[3], at_work->verdict.probe) && !argv[4]);
+	CHECK(!strcmp(argv[3], at_work->verdict.probe) && argv[4][strspn(argv[4], "0123456789.")] == 0 && !argv[5]);
 	pipe_directory = variable_of(given, "CUDA_MPS_PIPE_DIRECTORY");
 	CHECK(strlen(daemon_of(pipe_directory)->log_directory) == strlen(variable_of(given, "CUDA_MPS_LOG_DIRECTORY")) ||
 	      at_work->verdict.per_gpu);
