@@ -47,7 +47,7 @@ CONTROL_EXTRAS = {
 #: Where the file is silent these are unset, whatever slurmctld still has of an earlier one.
 UNSET_BY_DEFAULT = frozenset(
     {"prolog", "epilog", "prologflags", "grestypes", "prologtimeout", "epilogtimeout", "prologepilogtimeout"}
-    | {"jobcontainertype", "namespacetype", "usepam", "taskprolog"}
+    | {"jobcontainertype", "namespacetype", "taskprolog"}
 )
 
 

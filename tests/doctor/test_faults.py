@@ -338,14 +338,6 @@ FAULTS = {
     "a /run for each job": Fault(
         together(TMPFS, write(CONTAINER, "BasePath=/x Dirs=/tmp,/run\n")), problem("private-directories")
     ),
-    "a /run for each job by PAM": Fault(
-        together(
-            line("UsePAM", "1"),
-            write("/etc/pam.d/slurm", "session required pam_namespace.so\n"),
-            write("/etc/security/namespace.conf", "/run /run-inst/ user root\n"),
-        ),
-        problem("private-directories"),
-    ),
     "a /dev/shm for each job and an older driver": Fault(
         together(TMPFS, driver("driver.version=535.54.03")), warning("private-directories")
     ),
@@ -546,8 +538,7 @@ FAULTS = {
         together(write(GRES, "Name=gpu File=/dev/nvidia[0-2],/dev/nvidia99\n"), DRIVER),
         problem("gres-conf", "gres-order"),
     ),
-    "AutoDetect without NVML": Fault(write(GRES, "AutoDetect=nvml\n"), problem("gres-autodetect")),
-    "AutoDetect of others' GPUs": Fault(append(GRES, "AutoDetect=rsmi"), problem("gres-autodetect")),
+    "AutoDetect of others' GPUs": Fault(write(GRES, "AutoDetect=rsmi\n"), problem("gres-conf")),
     "GPUs in another order": Fault(together(write(GRES, REVERSED), DRIVER), problem("gres-order")),
     "a card that was changed": Fault(
         together(write(GRES, "Name=gpu File=/dev/nvidia0 UniqueId=GPU-0\nName=gpu File=/dev/nvidia[1-3]\n"), DRIVER),

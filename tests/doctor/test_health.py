@@ -64,7 +64,7 @@ def test_all_of_it_takes_less_than_two_seconds(patient: Patient) -> None:
     assert seconds(patient) < 2
     controller = " ".join(str(one.pid) for one in patient.site.machine.processes() if one.comm == "slurmctld")
     patient.shell(f"kill -STOP {controller}", undo=f"kill -CONT {controller}")
-    assert patient.examine("gres-autodetect", "driver").faults == {}, "who answers is not blamed for who does not"
+    assert patient.examine("gres-conf", "driver").faults == {}, "who answers is not blamed for who does not"
     patient.site.fault("n1", "nvml.init=hang")
     assert seconds(patient) < 2
     assert not [one for one in patient.site.machine.processes() if one.comm == "scontrol"]

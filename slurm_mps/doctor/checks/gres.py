@@ -114,22 +114,6 @@ def gres_conf(facts: Facts) -> Iterator[Finding]:
 
 
 @check(
-    "gres-autodetect",
-    "Slurm can find GPUs as gres.conf wants",
-    why="slurmd does not find the GPUs. It does not start, or offers none.",
-    where=GPU_NODE,
-)
-def gres_autodetect(facts: Facts) -> Iterator[Finding]:
-    kind, places = _autodetect(facts), facts.plugin_directories
-    where = f"{facts.conf_directory}/gres.conf has AutoDetect={kind}"
-    if kind not in ("off", *_FINDS_NVIDIA):
-        yield problem(f"{where}, which finds no NVIDIA GPU", "AutoDetect=nvml, or off with File= lines")
-    elif kind != "off" and places and not any(os.path.exists(f"{one}/gpu_{kind}.so") for one in places):
-        fix = "AutoDetect=off, with File= lines; or a Slurm that was built with it"
-        yield problem(f"{where}, and there is no gpu_{kind}.so in {places[0]}", fix)
-
-
-@check(
     "gres-order",
     "Slurm counts the GPUs as the driver does, and knows them by their own UUIDs",
     why="The prolog takes Slurm's index for NVML's. In another order it starts MPS on another job's GPU. With another "

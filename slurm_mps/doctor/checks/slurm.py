@@ -348,10 +348,6 @@ def _private(facts: Facts) -> list[tuple[str, str]]:
         for line in lines:
             directories = line.pairs().get("dirs", directories)
         found += [(name, path.rstrip("/")) for path in directories.split(",")]
-    if facts.value("UsePAM", "no").lower() in ("1", "yes") and "pam_namespace" in _text("/etc/pam.d/slurm"):
-        name = "/etc/security/namespace.conf"
-        lines_of_pam = (line.split() for line in _text(name).splitlines())
-        found += [(name, words[0].rstrip("/")) for words in lines_of_pam if words and words[0].startswith("/")]
     return found
 
 
