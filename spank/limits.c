@@ -31,10 +31,8 @@ static bool lower_priority(const struct verdict *verdict, const char *asked, str
 			   size_t size)
 {
 	limits->priority = verdict->priority;
-	if (limits->priority && client_priority(asked) == 0) {
-		(void)snprintf(message, size, "--mps-priority=normal is more than the job has (low); a step can only lower it");
-		return false;
-	}
+	if (limits->priority && client_priority(asked) == 0)
+		return refuse_with(message, size, "--mps-priority=normal is more than the job has (low); a step can only lower it");
 	if (client_priority(asked) == 1)
 		limits->priority = 1;
 	return true;
@@ -50,14 +48,12 @@ static bool lower_threads(const struct verdict *verdict, const char *asked, stru
 	limits->threads_tenths = verdict->threads_tenths;
 	if (tenths && tenths < verdict->threads_tenths_min) {
 		write_percentage(verdict->threads_tenths_min, has, sizeof(has));
-		(void)snprintf(message, size, "--mps-threads=%s: this site allows %s and more", asked, has);
-		return false;
+		return refuse_with(message, size, "--mps-threads=%s: this site allows %s and more", asked, has);
 	}
 	if (tenths > verdict->threads_tenths) {
 		write_percentage(verdict->threads_tenths, has, sizeof(has));
-		(void)snprintf(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it", asked,
-			       has);
-		return false;
+		return refuse_with(message, size, "--mps-threads=%s is more than the job has (%s); a step can only lower it",
+				   asked, has);
 	}
 	if (tenths)
 		limits->threads_tenths = tenths;
@@ -75,27 +71,23 @@ static bool lower_memory_of(const struct verdict *verdict, unsigned int gpu, uin
 	limits->mib[gpu] = mib ? mib : job;
 	if (job && mib > job) {
 		write_mib(job, has, sizeof(has));
-		(void)snprintf(message, size, "--mps-mem=%s%s is more than the job has (%s); a step can only lower it", word,
-			       asked, has);
-		return false;
+		return refuse_with(message, size, "--mps-mem=%s%s is more than the job has (%s); a step can only lower it",
+				   word, asked, has);
 	}
 	if (mib > verdict->gpus[gpu].mib) {
 		write_mib(verdict->gpus[gpu].mib, has, sizeof(has));
-		(void)snprintf(message, size, "--mps-mem=%s%s is more than %s has (%s)", word, asked, verdict->gpus[gpu].uuid, has);
-		return false;
+		return refuse_with(message, size, "--mps-mem=%s%s is more than %s has (%s)", word, asked,
+				   verdict->gpus[gpu].uuid, has);
 	}
 	if (mib && mib < verdict->mib_min) {
 		write_mib(verdict->mib_min, has, sizeof(has));
-		(void)snprintf(message, size, "--mps-mem=%s%s: this site allows %s and more", word, asked, has);
-		return false;
+		return refuse_with(message, size, "--mps-mem=%s%s: this site allows %s and more", word, asked, has);
 	}
-	if (mib && mib <= context_mib(verdict, limits->threads_tenths)) {
-		(void)snprintf(message, size,
-			       "--mps-mem=%s%s is less than a CUDA context costs with %u.%u %% of the threads (about %llu MiB)",
-			       word, asked, limits->threads_tenths / 10, limits->threads_tenths % 10,
-			       (unsigned long long)context_mib(verdict, limits->threads_tenths));
-		return false;
-	}
+	if (mib && mib <= context_mib(verdict, limits->threads_tenths))
+		return refuse_with(message, size,
+				   "--mps-mem=%s%s is less than a CUDA context costs with %u.%u %% of the threads (about %llu MiB)",
+				   word, asked, limits->threads_tenths / 10, limits->threads_tenths % 10,
+				   (unsigned long long)context_mib(verdict, limits->threads_tenths));
 	return true;
 }
 
@@ -106,15 +98,11 @@ static bool lower_memory(const struct verdict *verdict, const char *asked, struc
 	const char *problem = mem_option(asked, &mem);
 	char word[8] = "";
 
-	if (problem) { /* it was refused where it was given */
-		(void)snprintf(message, size, "--mps-mem: %s", problem);
-		return false;
-	}
-	if (mem.by_gpu && !verdict->per_gpu) {
-		(void)snprintf(message, size, "--mps-mem=%s needs a job with --mps=per-gpu: one control daemon cannot tell its "
-					      "GPUs apart", asked);
-		return false;
-	}
+	if (problem) /* it was refused where it was given */
+		return refuse_with(message, size, "--mps-mem: %s", problem);
+	if (mem.by_gpu && !verdict->per_gpu)
+		return refuse_with(message, size, "--mps-mem=%s needs a job with --mps=per-gpu: one control daemon cannot tell its "
+						  "GPUs apart", asked);
 	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++) {
 		if (mem.by_gpu)
 			(void)snprintf(word, sizeof(word), "%u:", gpu);
@@ -122,11 +110,9 @@ static bool lower_memory(const struct verdict *verdict, const char *asked, struc
 		if (gpu < verdict->gpu_count &&
 		    !lower_memory_of(verdict, gpu, mem.mib[gpu], word, limits, message, size))
 			return false;
-		if (gpu >= verdict->gpu_count && mem.by_gpu && mem.mib[gpu]) {
-			(void)snprintf(message, size, "--mps-mem has a limit for GPU %u, but this job's GPUs on this node are 0 to "
-						      "%u", gpu, verdict->gpu_count - 1);
-			return false;
-		}
+		if (gpu >= verdict->gpu_count && mem.by_gpu && mem.mib[gpu])
+			return refuse_with(message, size, "--mps-mem has a limit for GPU %u, but this job's GPUs on this node are 0 to "
+							  "%u", gpu, verdict->gpu_count - 1);
 	}
 	return true;
 }
@@ -140,11 +126,9 @@ bool limits_of_step(const struct verdict *verdict, const struct step_options *op
 	limits->share_tenths = WHOLE_GPU;
 	limits->says_memory = options->mem[0] || verdict->auto_memory;
 	if (daemons_option(options->daemons, &daemons) && daemons != DAEMONS_UNSAID &&
-	    (daemons == DAEMONS_PER_GPU) != verdict->per_gpu) {
-		(void)snprintf(message, size, "--mps=%s: the job has --mps=%s, and its control daemons are started with the job",
-			       options->daemons, verdict->per_gpu ? "per-gpu" : "per-node");
-		return false;
-	}
+	    (daemons == DAEMONS_PER_GPU) != verdict->per_gpu)
+		return refuse_with(message, size, "--mps=%s: the job has --mps=%s, and its control daemons are started with the job",
+				   options->daemons, verdict->per_gpu ? "per-gpu" : "per-node");
 	return lower_priority(verdict, options->priority, limits, message, size) &&
 	       lower_threads(verdict, options->threads, limits, message, size) &&
 	       lower_memory(verdict, options->mem, limits, message, size);
@@ -206,28 +190,24 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 	uint64_t context;
 	char least[24];
 
-	if (ranks > clients_of_job(verdict, limits)) {
-		(void)snprintf(message, size, "%u tasks of this step share a GPU, and an MPS server takes %u clients there; start "
-					      "fewer on this node, or give the job more GPUs", ranks,
-			       clients_of_job(verdict, limits));
-		return false;
-	}
+	if (ranks > clients_of_job(verdict, limits))
+		return refuse_with(message, size, "%u tasks of this step share a GPU, and an MPS server takes %u clients there; "
+						  "start fewer on this node, or give the job more GPUs",
+				   ranks, clients_of_job(verdict, limits));
 	if (limits->divide_threads && tenths < verdict->threads_tenths_min) {
 		write_percentage(verdict->threads_tenths_min, least, sizeof(least));
-		(void)snprintf(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, which is %u.%u %% of its "
-					      "threads for each; this site allows %s and more", ranks, tenths / 10, tenths % 10,
-			       least);
-		return false;
+		return refuse_with(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, which is %u.%u %% of its "
+						  "threads for each; this site allows %s and more",
+				   ranks, tenths / 10, tenths % 10, least);
 	}
 	if (tenths > limits->threads_tenths)
 		tenths = limits->threads_tenths;
 	context = context_mib(verdict, tenths);
 	if (limits->divide_memory[gpu] && (mib <= context || mib < verdict->mib_min)) {
 		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
-		(void)snprintf(message, size, "%s: %u tasks of this step share a GPU, which is %lluM of its memory for each; they "
-					      "need at least %s", limits->share_divides ? "a part of a GPU" : "--mps-mem=auto",
-			       ranks, (unsigned long long)mib, least);
-		return false;
+		return refuse_with(message, size, "%s: %u tasks of this step share a GPU, which is %lluM of its memory for each; "
+						  "they need at least %s",
+				   limits->share_divides ? "a part of a GPU" : "--mps-mem=auto", ranks, (unsigned long long)mib, least);
 	}
 	return true;
 }

@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 
 /* isdigit() depends on the locale of whoever loaded us; these do not. */
@@ -139,6 +141,16 @@ int client_priority(const char *text)
 	if (text && !strcmp(text, "normal"))
 		return 0;
 	return text && !strcmp(text, "low") ? 1 : -1;
+}
+
+bool refuse_with(char *message, size_t size, const char *format, ...)
+{
+	va_list values;
+
+	va_start(values, format);
+	(void)vsnprintf(message, size, format, values);
+	va_end(values);
+	return false;
 }
 
 void printable(char *out, size_t size, const char *text)

@@ -61,6 +61,9 @@ bool daemons_option(const char *text, enum daemons *daemons);
 /* Read a client priority: "normal" or "low". Returns: 0 or 1, as CUDA_MPS_CLIENT_PRIORITY counts; -1 for neither. */
 int client_priority(const char *text);
 
+/* Write why something is refused. Returns: false. */
+bool refuse_with(char *message, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
 /* Copy `text` for a message: cut to fit, anything but printable ASCII as '?'. */
 void printable(char *out, size_t size, const char *text);
 

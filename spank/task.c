@@ -41,20 +41,16 @@ static bool count_ranks(spank_t sp, const struct step *step, const struct task_g
 			unsigned int ranks[GPUS_MAX], char *problem, size_t size)
 {
 	if (!task_is_script(sp)) {
-		if (rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks))
-			return true;
-		(void)snprintf(problem, size, "some tasks of this step never reported their GPUs");
-		return false;
+		return rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks) ||
+		       refuse_with(problem, size, "some tasks of this step never reported their GPUs");
 	}
 	tasks = tasks_of_job(sp);
 	if (!tasks && step->limits.share_divides)
 		tasks = 1;
-	if (!tasks) {
-		(void)snprintf(problem, size, "--mps-%s=auto divides by the tasks that share a GPU, and the job does not say how "
-					      "many it has on this node; give -n or --ntasks-per-node",
-			       step->limits.divide_threads ? "threads" : "mem");
-		return false;
-	}
+	if (!tasks)
+		return refuse_with(problem, size, "--mps-%s=auto divides by the tasks that share a GPU, and the job does not say "
+						  "how many it has on this node; give -n or --ntasks-per-node",
+				   step->limits.divide_threads ? "threads" : "mem");
 	for (unsigned int i = 0; i < task->count; i++)
 		ranks[task->gpus[i] - step->verdict.gpus] = (tasks + task->count - 1) / task->count;
 	return true;
@@ -94,28 +90,22 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 	bool has_gpus = slurms_variable(sp, "SLURM_GPUS_ON_NODE", value, sizeof(value)) != NULL;
 	uint32_t tasks = 1;
 
-	if (!task_gpus(&step->verdict, variable_get(sp, VISIBLE_DEVICES, value, sizeof(value)), has_gpus, task)) {
-		(void)snprintf(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
-		return false;
-	}
+	if (!task_gpus(&step->verdict, variable_get(sp, VISIBLE_DEVICES, value, sizeof(value)), has_gpus, task))
+		return refuse_with(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 	if (step->verdict.per_gpu && task->count > 1 && task_is_script(sp)) {
 		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
 				"each task (--gpus-per-task=1, --ntasks-per-gpu)");
 		task->count = 0;
 		return true;
 	}
-	if (step->verdict.per_gpu && task->count > 1) {
-		(void)snprintf(problem, size, "with --mps=per-gpu a task can use one GPU, and it has %u; bind each to its own "
-					      "(--gpus-per-task=1, --ntasks-per-gpu, --gpu-bind=single:1), or ask for "
-					      "--mps=per-node", task->count);
-		return false;
-	}
+	if (step->verdict.per_gpu && task->count > 1)
+		return refuse_with(problem, size, "with --mps=per-gpu a task can use one GPU, and it has %u; bind each to its own "
+						  "(--gpus-per-task=1, --ntasks-per-gpu, --gpu-bind=single:1), or ask for "
+						  "--mps=per-node", task->count);
 	if (is_in_trouble(step, task, problem, size))
 		return false;
-	if (spank_get_item(sp, S_JOB_LOCAL_TASK_COUNT, &tasks) != ESPANK_SUCCESS) {
-		(void)snprintf(problem, size, "slurmstepd does not tell how many tasks it has");
-		return false;
-	}
+	if (spank_get_item(sp, S_JOB_LOCAL_TASK_COUNT, &tasks) != ESPANK_SUCCESS)
+		return refuse_with(problem, size, "slurmstepd does not tell how many tasks it has");
 	limits_of_share(&step->verdict, shards_of_step(sp), &step->limits);
 	if (!limits_need_ranks(&step->verdict, &step->limits, tasks))
 		return true;
@@ -212,8 +202,7 @@ static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t s
 	if (set_visible(sp, step, &task, hidden) && set_threads(sp, step) && set_memory(sp, step, &task) &&
 	    set_priority(sp, step) && set_connections(sp, step) && set_daemon(sp, step, &task))
 		return true;
-	(void)snprintf(problem, size, "the environment cannot be set");
-	return false;
+	return refuse_with(problem, size, "the environment cannot be set");
 }
 
 /* The program runs without MPS: no daemon of anybody's is to be found, and no variable promises what does not hold. */
@@ -225,8 +214,7 @@ static bool prepare_without(spank_t sp, const struct step *step, char *problem, 
 		variable_unset(sp, promises[i]);
 	if (variable_set(sp, PIPE_DIRECTORY, NO_PIPE_DIRECTORY) && variables_set_node_fault(sp, step->verdict.message))
 		return true;
-	(void)snprintf(problem, size, "the environment cannot be set");
-	return false;
+	return refuse_with(problem, size, "the environment cannot be set");
 }
 
 bool task_prepare(spank_t sp, struct step *step, char *problem, size_t size)
