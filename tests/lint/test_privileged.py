@@ -223,28 +223,13 @@ def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> N
     """All of job/, but for what only looks; of the other rooms no more than is listed here."""
     job = {str(path.relative_to(ROOT)) for path in (ROOT / "slurm_mps/job").glob("*.py")}
     assert job - PRIVILEGED.keys() == {"slurm_mps/job/preview.py", "slurm_mps/job/told.py"}
-    assert sorted(PRIVILEGED.keys() - job) == [
-        "slurm_mps/__init__.py",
-        "slurm_mps/config/load.py",
-        "slurm_mps/config/settings.py",
-        "slurm_mps/errors.py",
-        "slurm_mps/hook.py",
-        "slurm_mps/node/__init__.py",
-        "slurm_mps/node/control.py",
-        "slurm_mps/node/files.py",
-        "slurm_mps/node/listen.py",
-        "slurm_mps/node/messages.py",
-        "slurm_mps/node/nvml.py",
-        "slurm_mps/node/processes.py",
-        "slurm_mps/node/search.py",
-        "slurm_mps/node/wordfile.py",
-        "slurm_mps/record.py",
-        "slurm_mps/slurm/__init__.py",
-        "slurm_mps/slurm/hostlist.py",
-        "slurm_mps/slurm/jobs.py",
-        "slurm_mps/slurm/programs.py",
-        "slurm_mps/units.py",
-    ]
+    others = (
+        *("__init__", "config/load", "config/settings", "errors", "hook", "record", "units"),
+        *("node/__init__", "node/control", "node/files", "node/listen", "node/messages", "node/nvml"),
+        *("node/processes", "node/search", "node/wordfile"),
+        *("slurm/__init__", "slurm/hostlist", "slurm/jobs", "slurm/programs"),
+    )
+    assert PRIVILEGED.keys() - job == {f"slurm_mps/{name}.py" for name in others}
 
 
 @pytest.mark.parametrize("name", sorted(PRIVILEGED))

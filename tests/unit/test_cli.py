@@ -69,26 +69,6 @@ def test_a_number_of_seconds_that_cannot_be_meant_is_told_with_what_can(
     assert (caught.value.code, capsys.readouterr().err.endswith(said)) == (2, True)
 
 
-@pytest.mark.parametrize("wrong", [["--timeout", "abc"], ["--nonsense"], ["-o", "nonsense"]])
-@pytest.mark.parametrize(("rank", "says"), [("", True), ("2", True), ("3", False)])
-def test_what_all_ranks_did_wrong_the_first_of_a_node_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], rank: str, says: bool
-) -> None:
-    """With its one report, and with the exit status; a lone run says it, too."""
-    step = {"JOB_ID": "7", "STEP_ID": "0", "GTIDS": "2,3", "STEP_NODELIST": "n[1-2]", "PROCID": rank, "LOCALID": "0"}
-    for name, value in step.items() if rank else ():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(SystemExit) as caught:
-        main(["verify", "--json", *wrong])
-    said = capsys.readouterr()
-    assert caught.value.code == (2 if says else 0)
-    assert (said.out != "", said.err != "") == (says, says)
-    if says:
-        report = json.loads(said.out)
-        assert (report["report"], report["status"]) == ("verify/1", 2)
-        assert report["error"] in said.err
-
-
 def test_check_reports_for_programs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "mps.toml"
     file.write_text("[logs]\nmax_jobs = 0\n")

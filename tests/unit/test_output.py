@@ -1,12 +1,10 @@
 """How commands print: the fields asked for, nothing that forges a line, no decoration in a pipe."""
 
 import argparse
-import json
 
 import pytest
 
-from slurm_mps import __version__
-from slurm_mps.cli.output import Column, add_table_options, chosen, fitting, print_json, print_table
+from slurm_mps.cli.output import Column, add_table_options, chosen, fitting, print_table
 
 COLUMNS = (Column("job", "JOB", right=True), Column("user", "USER"), Column("command", "COMMAND", hidden=True))
 ROWS = ({"job": 7, "user": "alice", "command": "a\x1b[2Jb\nc", "style": "red"}, {"job": 4711, "user": None})
@@ -59,16 +57,3 @@ def test_what_is_spare_goes_first_where_room_is_short() -> None:
         25: ["job", "memory"],
         3: ["job"],
     }
-
-
-def test_an_unknown_field_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        chosen(COLUMNS, options("-o", "job,pid"))
-    assert caught.value.code == 2
-    assert "no field 'pid'; choose from job,user,command" in capsys.readouterr().err
-
-
-def test_a_report_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json(options("--json"), 1, jobs=[])
-    report = json.loads(capsys.readouterr().out)
-    assert report == {"report": "some/1", "slurm_mps": __version__, "status": 1, "jobs": []}

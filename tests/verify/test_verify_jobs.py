@@ -435,7 +435,12 @@ def test_outside_a_step_is_status_3(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [("--timeout abc", "expected seconds, 1 to 600"), ("-o nonsense", "there is no field")]
+    ("wrong", "message"),
+    [
+        ("--timeout abc", "expected seconds, 1 to 600"),
+        ("-o nonsense", "there is no field"),
+        ("--nonsense", "unrecognized arguments"),
+    ],
 )
 def test_wrong_usage_of_a_step_is_said_once_on_a_node(site: Site, wrong: str, message: str) -> None:
     script = f"srun sh -c '{VERIFY} --json {wrong}; echo ended $?'"
