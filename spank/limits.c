@@ -337,7 +337,8 @@ static bool is_printed_whole(uint64_t mib)
 }
 
 /* The step's limit of each of the task's devices, and what else than the daemon's own there is of them. A limit that
- * the daemon rounds where it prints it counts as other, so that the task knows its own. */
+ * the daemon rounds where it prints it counts as other, so that the task knows its own: of one device alone, for a
+ * list of several is dropped where the program sees fewer (O12). */
 static void fill(const struct verdict *verdict, const struct limits *limits, const struct task_gpus *task,
 		 unsigned int count, uint64_t mib[GPUS_MAX], bool *any, bool *other)
 {
@@ -348,7 +349,7 @@ static void fill(const struct verdict *verdict, const struct limits *limits, con
 		mib[device] = limits->mib[gpu - verdict->gpus];
 		*any |= mib[device] != 0;
 		*other |= verdict->joined || mib[device] != verdict_daemon_of(verdict, gpu)->mib ||
-			  !is_printed_whole(mib[device]);
+			  (count == 1 && !is_printed_whole(mib[device]));
 	}
 }
 
@@ -366,8 +367,7 @@ bool limits_memory_value(const struct verdict *verdict, const struct limits *lim
 		return false;
 	if (own && !lower_all(own, task, mib))
 		fill(verdict, limits, task, count, mib, &any, &other);
-	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib &&
-	       is_printed_whole(mib[count - 1]))
+	while (count > 1 && mib[count - 1] == verdict_daemon_of(verdict, task->gpus[count - 1])->mib)
 		count--;
 	out[0] = '\0';
 	for (unsigned int device = 0; device < count && used < size; device++) {

@@ -251,14 +251,15 @@ def _over_memory(found: Evidence) -> list[str]:
 
 
 def _memory_words(found: Evidence, rank: RankReport) -> str:
-    limit = memory_limit(rank, found.daemon(rank))
+    limit, own = memory_limit(rank, found.daemon(rank)), memory_limit(rank, None)
+    rounded_bytes = GIB if limit and limit >= GIB and limit != own else 0  # the daemon's word alone (O95)
     asked = f" although limited to {describe_memory(limit)}" if limit else ""
     try:
         own_memory_limit(rank)
     except ValueError:
         shown = printable(rank.memory, 60)
         return f"no memory limit{asked}: the driver cannot use CUDA_MPS_PINNED_DEVICE_MEM_LIMIT={shown}"
-    if limit is None or rank.free_bytes <= limit:
+    if limit is None or rank.free_bytes <= limit + rounded_bytes:
         return ""
     variable = _lost("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", rank.memory, rank.set_memory)
     return f"too much memory{asked}: {_why_over(found, rank, variable)}"

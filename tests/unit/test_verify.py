@@ -144,6 +144,12 @@ def test_more_memory_than_the_limit_is_a_problem() -> None:
     assert problem.endswith("; 100 GiB are free")
 
 
+def test_a_limit_that_the_daemon_alone_says_may_be_rounded_down() -> None:
+    """To GiB (O95): what is free of 8.9 GiB is within what it calls 8G."""
+    rounded = {"memory": "", "set_memory": "", "free_bytes": 8 * GIB + 400 * MIB}
+    assert problems(evidence(*four(*((number, rounded) for number in range(4))))) == []
+
+
 @pytest.mark.parametrize("value", ["junk", "2=1G", "GPU-cccc=1G", "0=8X", "0=1G,7=1G", "0=0G"])
 def test_a_memory_limit_that_lifts_all_limits_is_a_problem(value: str) -> None:
     """What the driver cannot use makes it drop every limit (O12)."""
