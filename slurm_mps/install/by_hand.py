@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import MpsError
 from ..job.verdict import JOBS
+from ..node.engines import OTHERS
 from ..node.reading import read_text
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, without_comments
 from .changes import Manifest
@@ -41,6 +42,11 @@ def left_to_do(options: Options, wanted: Wanted, host: Host, manifest: Manifest,
         todo.append(
             Todo("on this node, if you like", (f"systemctl enable {UNIT}",), "repairs at boot what a crash left")
         )
+    todo += [
+        Todo(f"{one.path}, if you like", (one.line,), f"{one.name} then gives containers MPS without a flag")
+        for one in OTHERS
+        if one.lacks_line
+    ]
     if anything:
         todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
     return todo

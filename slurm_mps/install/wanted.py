@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
 from ..job.verdict import VERDICT_VERSION
+from ..node.engines import ENROOT
 from ..node.paths import hidden_from_users, way_in
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Host, has_slurms_plugins
 from ..slurm.plugin_file import read_plugin
@@ -85,7 +86,15 @@ def find_wanted(options: Options, host: Host, manifest: Manifest) -> Wanted:
         changes = [*plugin, *_command(manifest), *stack]
     else:
         scripts = [_script(script_place(host, setting)) for setting in SCRIPTS]
-        changes = [*_config(manifest), *plugin, *scripts, *_command(manifest), *_unit(manifest), *stack]
+        changes = [
+            *_config(manifest),
+            *plugin,
+            *scripts,
+            *_command(manifest),
+            *_unit(manifest),
+            *_enroot(manifest),
+            *stack,
+        ]
     return Wanted(release, _with_directories(changes), directory, line)
 
 
@@ -214,6 +223,12 @@ def _unit(manifest: Manifest) -> list[Change]:
     program = f"{os.path.dirname(sys.executable)}/{_COMMAND}"
     text = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", _share(f"etc/{UNIT}").decode())
     return [Change(target, text.encode())]
+
+
+def _enroot(manifest: Manifest) -> list[Change]:
+    """A file of our own among enroot's mounts, unless the site has the line. Other engines have no place for one."""
+    wanted = ENROOT.lacks_line or ENROOT.path in manifest
+    return [Change(ENROOT.path, f"{ENROOT.line}\n".encode())] if wanted else []
 
 
 def _stack_file(host: Host, line: str, manifest: Manifest) -> list[Change]:

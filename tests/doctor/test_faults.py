@@ -358,6 +358,11 @@ FAULTS = {
         ),
         problem("plugstack"),
     ),
+    "pyxis after the plugin": Fault(stack("required spank_mps.so\noptional spank_pyxis.so\n"), warning("pyxis-order")),
+    "a container engine without the directory": Fault(
+        write("/etc/apptainer/apptainer.conf", "# bind path = /run/slurm-mps\nbind path = /etc/hosts\n"),
+        warning("containers"),
+    ),
     "the plugin twice": Fault(stack("required spank_mps.so\nrequired spank_mps.so\n"), problem("plugstack")),
     "no plugin": Fault(together(remove(PLUGIN), stack("required spank_mps.so\n")), problem("plugin-file")),
     "another file for the plugin": Fault(

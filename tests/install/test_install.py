@@ -110,6 +110,22 @@ def test_uninstall_leaves_exactly_what_was(machine: Machine) -> None:
     assert snapshot(machine) == before
 
 
+def test_container_engines_get_a_file_of_ours_or_a_line_to_add(machine: Machine) -> None:
+    """enroot reads all files of a directory; Apptainer has one file, the site's."""
+    mounts, apptainer = "/etc/enroot/mounts.d", "/etc/apptainer/apptainer.conf"
+    machine.run(["mkdir", "-p", mounts]).check()
+    machine.write(apptainer, "bind path = /etc/hosts\n")
+    done = report(install(machine, "--json"))
+    fstab = machine.read(f"{mounts}/50-slurm-mps.fstab")
+    again = report(install(machine, "--json"))
+    slurm_mps(machine, "uninstall").check()
+    left = machine.run(["ls", mounts]).stdout
+    machine.run(["rm", "-r", "/etc/enroot", "/etc/apptainer"]).check()
+    assert fstab.startswith("/run/slurm-mps /run/slurm-mps none x-create=dir,bind,ro,")
+    assert any(one["lines"] == ["bind path = /run/slurm-mps"] for one in done["by_hand"])
+    assert ({change["what"] for change in again["changes"]}, left) == ({"is there"}, "")
+
+
 def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machine: Machine) -> None:
     before = snapshot(machine)
     install(machine).check()

@@ -10,7 +10,7 @@ from ...errors import MpsError
 from ...slurm.host import NotKnownError
 from ...slurm.plugin_file import read_plugin
 from ..facts import Facts
-from ..finding import Finding, check, fine, problem
+from ..finding import Finding, check, fine, problem, warning
 from .installed import install_command
 
 
@@ -49,6 +49,19 @@ def plugstack(facts: Facts) -> Iterator[Finding]:
             "Slurm runs the plugin twice. It counts each task twice: --mps-threads=auto and --mps-mem=auto give too "
             "little, and tasks are refused as too many for their GPU.",
         )
+
+
+@check(
+    "pyxis-order",
+    "the line of pyxis in plugstack.conf comes before that of slurm-mps",
+    why="pyxis lets the image's variables win over those that a task has by then, CUDA_MPS_PIPE_DIRECTORY among them.",
+)
+def pyxis_order(facts: Facts) -> Iterator[Finding]:
+    lines = facts.plugstack.lines
+    for ours in facts.our_lines[:1]:
+        for line in lines[lines.index(ours.line) :]:
+            if "spank_pyxis.so" in line.text:
+                yield warning(f"{line.place}: pyxis, after {ours.line.place}", "let the line of pyxis come first")
 
 
 @check(

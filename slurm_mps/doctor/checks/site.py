@@ -21,12 +21,13 @@ from ...config.settings import (
 from ...errors import NodeError
 from ...job.reconcile import BUSY, KEPT, LEFT, Repair
 from ...node.control import SERVER_PROGRAM, server_path
+from ...node.engines import ENROOT, OTHERS
 from ...node.paths import closed_to_users, others_can_write, steps
 from ...node.reading import read_text
 from ...slurm.host import EPILOG, PROLOG
 from ...units import printable
 from ..facts import Facts
-from ..finding import COMPUTE, Finding, check, fine, problem, warning
+from ..finding import COMPUTE, GPU_NODE, Finding, check, fine, problem, warning
 
 _LITTLE_BYTES, _LITTLE_FILES = 16 * 2**20, 1000
 _NO_BYTES, _NO_FILES = 2**20, 20
@@ -113,6 +114,18 @@ def state_directory(_facts: Facts) -> Iterator[Finding]:
         if error.errno == errno.EOPNOTSUPP:
             fix = f"mount a tmpfs at {path}, or mount it with the option acl"
             yield problem(f"{path}: the file system has no POSIX ACLs", fix)
+
+
+@check(
+    "containers",
+    "container engines give their containers the state directory",
+    why="In a container without it a program finds no control daemon: it fails, or runs without MPS.",
+    where=GPU_NODE,
+)
+def containers(_facts: Facts) -> Iterator[Finding]:
+    for engine in (*OTHERS, ENROOT):
+        if engine.lacks_line:
+            yield warning(f"{engine.name} mounts no /run/slurm-mps", f"{engine.path}: {engine.line}")
 
 
 @check(
