@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -70,6 +71,16 @@ class JobInfo:
     reason: str
     nodes: str
     fields: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class FoundGpu:
+    """A GPU or MIG slice as AutoDetect=nvml finds it, acted by Slurm's own fake_gpus.conf; `uuid` is empty for a GPU
+    that Slurm names by index."""
+
+    type: str
+    files: tuple[str, ...]
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,8 @@ class Cluster(Throwaway):
         self._plugstack = plugstack
         self._scripts = {"Prolog": prolog, "Epilog": epilog, "PrologFlags": prolog_flags}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.found_gpus: Sequence[FoundGpu] = ()
+        """What Slurm finds on each node, instead of what gres.conf lists."""
 
     # ------------------------------------------------------------------------------------------ configuration
 
@@ -170,9 +183,11 @@ class Cluster(Throwaway):
     def _machine_lines(self) -> str:
         """The node and partition lines: every node is this host, at a port of its own."""
         parts = "".join(f",{name}:{count}" for name, count in self._shared_gres.items())
+        types = Counter(gpu.type for gpu in self.found_gpus)
+        gpus = ",".join(f"gpu:{name}:{count}" for name, count in types.items()) or f"gpu:{self._gpus_per_node}"
         lines = [
             f"NodeName={name} NodeHostname={HOSTNAME} NodeAddr={ADDRESS} Port={CONTROLLER_PORT + number}"
-            f" Gres=gpu:{self._gpus_per_node}{parts} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
+            f" Gres={gpus}{parts} CPUs={self._cpus_per_node} RealMemory=16000 State=UNKNOWN"
             for number, name in enumerate(self.node_names, start=1)
         ]
         return "\n".join([*lines, "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
@@ -189,7 +204,14 @@ class Cluster(Throwaway):
             f"NodeName={','.join(self.node_names)} Name={one[0]} Count={one[1]}{several}\n"
             for one in self._shared_gres.items()
         ]
-        lines = (gpus if self._gpus_per_node else "") + "".join(parts)
+        lines = (gpus if self._gpus_per_node and not self.found_gpus else "") + "".join(parts)
+        cpus = self._cpus_per_node
+        found = [
+            f"{gpu.type}|{cpus}|0-{cpus - 1}|(null)|{','.join(gpu.files)}|{gpu.uuid or '(null)'}|nvidia_gpu_env\n"
+            for gpu in self.found_gpus
+        ]
+        if found:
+            write("/etc/slurm/fake_gpus.conf", "".join(found))
         write("/etc/slurm/gres.conf", self._autodetect + lines)
         write(
             "/etc/slurm/cgroup.conf",

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import bundle, release
-from .cluster import CPUS_PER_NODE, REPOSITORY, SAMPLES, Cluster
+from .cluster import CPUS_PER_NODE, REPOSITORY, SAMPLES, Cluster, FoundGpu
 from .machine import GPU_DEVICES, Machine, Throwaway
 from .runtime import MOUNT_POINT, build_plugin, ensure_runtime, install_project, mpi_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from .cluster import Job
@@ -32,6 +33,7 @@ NEXT = "/next"
 PLUGIN_DIRECTORY = "/usr/lib/x86_64-linux-gnu/slurm-wlm"
 STATE_DIRECTORY = "/run/slurm-mps"
 PARTITIONS = "/etc/slurm/mps-partitions"
+CAPS_MAJOR = 236  # of nvidia-caps: the kernel gives it one that is free
 PYTHON = f"{MOUNT_POINT}/bin/python3"
 COMPUTE_MODES = {0: "DEFAULT", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
 
@@ -78,11 +80,31 @@ def _runtime_in(root: Path | None) -> Path:
     return runtime
 
 
-def simulated_gpus(machine: Machine, node: str | None = None) -> list[dict[str, Any]]:
-    """GPUs as the simulated driver has them."""
+def simulated_gpus(machine: Machine, node: str | None = None, *, kind: str = "gpus") -> list[dict[str, Any]]:
+    """GPUs, or MIG `slices`, as the simulated driver has them."""
     shown = json.loads(machine.run(["simulated-gpus", "show", "--json"], node=node).check().stdout)
-    gpus: list[dict[str, Any]] = shown["gpus"]
+    gpus: list[dict[str, Any]] = shown[kind]
     return gpus
+
+
+def show_slices(machine: Machine, node: str) -> list[FoundGpu]:
+    """Make the devices of a node's MIG slices and show them in /proc, as the driver does, by NVIDIA's MIG guide.
+
+    Returns: the node's GPUs and slices as Slurm's AutoDetect=nvml finds them.
+    """
+    shown = json.loads(machine.run(["simulated-gpus", "show", "--json"], node=node).check().stdout)
+    found = [FoundGpu("h200", (f"/dev/nvidia{gpu['index']}",), gpu["uuid"]) for gpu in shown["gpus"] if not gpu["mig"]]
+    machine.make_directory("/dev/nvidia-caps")
+    for one in shown["slices"]:
+        instance = f"/proc/driver/nvidia/capabilities/gpu{one['gpu']}/mig/gi{one['instance']}"
+        files = [f"/dev/nvidia{one['gpu']}"]
+        for place, minor in zip((instance, f"{instance}/ci0"), one["caps"], strict=True):
+            machine.write(f"{place}/access", f"DeviceFileMinor: {minor}\nDeviceFileMode: 292\n", node=node)
+            files.append(f"/dev/nvidia-caps/nvidia-cap{minor}")
+            make = 'test -e "$0" || mknod -m 444 "$0" c "$1" "$2"'
+            machine.run(["sh", "-c", make, files[-1], str(CAPS_MAJOR), str(minor)]).check()
+        found.append(FoundGpu(one["name"].rpartition(" ")[2], tuple(files), one["uuid"]))
+    return found
 
 
 def show_gpus_in_proc(machine: Machine, gpus: list[dict[str, Any]], node: str | None = None) -> None:
@@ -111,6 +133,7 @@ class Site(Throwaway):
     """A cluster with slurm-mps; use it as a context manager.
 
     config: the text of mps.toml; empty for defaults. upgraded_from: the release that it has until :meth:`upgrade`.
+    slices: into what each of these GPUs is cut, on a site of one node.
     """
 
     def __init__(
@@ -128,6 +151,7 @@ class Site(Throwaway):
         plugstack: str | None = None,
         real: bool = False,
         upgraded_from: str = "",
+        slices: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         chosen = release.chosen()
         now = release.RELEASES[upgraded_from] if upgraded_from else chosen
@@ -136,6 +160,7 @@ class Site(Throwaway):
         self._real = real
         self.gpus_per_node = gpus_per_node
         self._config = config
+        self._slices = slices or {}
         self.cluster = Cluster(
             self.machine,
             nodes=nodes,
@@ -165,7 +190,11 @@ class Site(Throwaway):
             if self._real:
                 continue
             self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
+            for gpu, profiles in self._slices.items():
+                self.node(name, "simulated-gpus", "mig", str(gpu), *profiles).check()
             self.show_gpus_in_proc(name, self.gpus(name))
+            if self._slices:
+                self.cluster.found_gpus = show_slices(self.machine, name)
         self.cluster.begin()
 
     def close(self) -> None:

@@ -273,10 +273,10 @@ static int initialise(void)
 		all.count = cuda.server.gpu_count;
 		memcpy(all.index, cuda.server.gpus, sizeof all.index);
 		for (int i = 0; i < all.count; i++)
-			if (all.index[i] < 0 || all.index[i] >= cuda.state->gpu_count)
+			if (!sim_is_there(cuda.state, all.index[i]))
 				all.count = i;
 	}
-	cuda.gpus = units_visible(cuda.state, units_openable(all), getenv("CUDA_VISIBLE_DEVICES"));
+	cuda.gpus = units_visible(cuda.state, units_openable(cuda.state, all), getenv("CUDA_VISIBLE_DEVICES"));
 	if (cuda.gpus.count == 0) {
 		leave_server();
 		return NO_DEVICE;

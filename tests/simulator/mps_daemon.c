@@ -372,7 +372,7 @@ static bool find_gpus(struct daemon *daemon)
 	daemon->state = sim_open();
 	if (!daemon->state)
 		return false;
-	struct units_gpus open_ones = units_openable(units_all(daemon->state));
+	struct units_gpus open_ones = units_openable(daemon->state, units_all(daemon->state));
 	daemon->gpus = units_visible(daemon->state, open_ones, getenv("CUDA_VISIBLE_DEVICES"));
 	daemon->pci_gpus = daemon->gpus;
 	qsort(daemon->pci_gpus.index, (size_t)daemon->pci_gpus.count, sizeof(int), compare_ints);

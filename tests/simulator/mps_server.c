@@ -222,7 +222,8 @@ static int most_contexts(const struct wire_client *client)
 	if (server.state->gpus[client->gpu].compute_capability < 70)
 		return 16;
 	bool few_connections = client->connections == 1 || client->connections == 2;
-	return server.state->cuda_version >= 13010 && few_connections ? 60 : 48;
+	int most = server.state->cuda_version >= 13010 && few_connections ? 60 : 48, parts = server.state->gpus[client->gpu].parts;
+	return parts ? most * parts / SIM_MIG_PARTS : most; /* "lowered proportionally" (NVIDIA's MIG guide) */
 }
 
 /* Whether a new connection is let in; a CUDA error otherwise. */

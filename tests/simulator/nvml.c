@@ -13,6 +13,7 @@ enum nvml_return {
 	SUCCESS = 0,
 	UNINITIALIZED = 1,
 	INVALID_ARGUMENT = 2,
+	NOT_SUPPORTED = 3,
 	NO_PERMISSION = 4,
 	NOT_FOUND = 6,
 	INSUFFICIENT_SIZE = 7,
@@ -38,6 +39,11 @@ struct nvml_process {
 	unsigned int pid;
 	unsigned long long used;
 	unsigned int gpu_instance, compute_instance;
+};
+
+struct nvml_attributes {
+	unsigned int multiprocessors, shared_engines[5], gpu_slices, compute_slices;
+	unsigned long long memory_mib;
 };
 
 struct nvml_pci {
@@ -111,9 +117,23 @@ static int begin_device(const char *function, const struct sim_gpu *gpu, const v
 	if (error)
 		return error;
 	uintptr_t at = (uintptr_t)gpu, first = (uintptr_t)state->gpus;
-	if (at < first || at >= first + (size_t)state->gpu_count * sizeof *gpu || (at - first) % sizeof *gpu || !result)
+	if (at < first || at >= first + SIM_MAX_GPUS * sizeof *gpu || (at - first) % sizeof *gpu ||
+	    !sim_is_there(state, gpu_index(gpu)) || !result)
 		return INVALID_ARGUMENT;
 	return sim_gpu_lost(gpu_index(gpu)) ? GPU_IS_LOST : SUCCESS;
+}
+
+/* The same of what NVML does not document for a MIG device, or not for a GPU in MIG mode. */
+static int begin_gpu(const char *function, const struct sim_gpu *gpu, const void *result)
+{
+	int error = begin_device(function, gpu, result);
+	return !error && gpu->parts ? NOT_SUPPORTED : error;
+}
+
+static int begin_mig(const char *function, const struct sim_gpu *gpu, const void *result)
+{
+	int error = begin_device(function, gpu, result);
+	return !error && !gpu->parts ? INVALID_ARGUMENT : error;
 }
 
 static int give_text(char *to, unsigned int size, const char *text)
@@ -297,13 +317,13 @@ API int nvmlDeviceGetIndex(nvml_device gpu, unsigned int *index)
 {
 	int error = begin_device("GetIndex", gpu, index);
 	if (!error)
-		*index = (unsigned int)gpu_index(gpu);
+		*index = (unsigned int)(gpu->parts ? gpu->instance - 1 : gpu_index(gpu));
 	return error;
 }
 
 API int nvmlDeviceGetMinorNumber(nvml_device gpu, unsigned int *minor)
 {
-	int error = begin_device("GetMinorNumber", gpu, minor);
+	int error = begin_gpu("GetMinorNumber", gpu, minor);
 	if (!error)
 		*minor = (unsigned int)gpu_index(gpu);
 	return error;
@@ -319,7 +339,7 @@ API int nvmlDeviceGetMultiGpuBoard(nvml_device gpu, unsigned int *multi)
 
 API int nvmlDeviceGetPersistenceMode(nvml_device gpu, int *mode)
 {
-	int error = begin_device("GetPersistenceMode", gpu, mode);
+	int error = begin_gpu("GetPersistenceMode", gpu, mode);
 	if (!error)
 		*mode = !sim_fault_is("nvml.GetPersistenceMode", "off");
 	return error;
@@ -327,17 +347,81 @@ API int nvmlDeviceGetPersistenceMode(nvml_device gpu, int *mode)
 
 API int nvmlDeviceGetMigMode(nvml_device gpu, unsigned int *current, unsigned int *pending)
 {
-	int error = begin_device("GetMigMode", gpu, current);
+	int error = begin_gpu("GetMigMode", gpu, current);
 	if (!error)
-		*current = sim_fault_is("nvml.GetMigMode", "on");
+		*current = gpu->mig || sim_fault_is("nvml.GetMigMode", "on");
 	if (!error && pending)
-		*pending = *current;
+		*pending = *current != sim_fault_is("nvml.GetMigMode", "changed");
 	return error;
+}
+
+API int nvmlDeviceIsMigDeviceHandle(nvml_device gpu, unsigned int *is_mig)
+{
+	int error = begin_device("IsMigDeviceHandle", gpu, is_mig);
+	if (!error)
+		*is_mig = gpu->parts > 0;
+	return error;
+}
+
+API int nvmlDeviceGetMaxMigDeviceCount(nvml_device gpu, unsigned int *count)
+{
+	int error = begin_gpu("GetMaxMigDeviceCount", gpu, count);
+	if (!error)
+		*count = gpu->mig ? SIM_MIG_PARTS : 0;
+	return error;
+}
+
+API int nvmlDeviceGetMigDeviceHandleByIndex(nvml_device gpu, unsigned int index, nvml_device *slice)
+{
+	int error = begin_gpu("GetMigDeviceHandleByIndex", gpu, slice);
+	for (int i = state->gpu_count; !error && i < SIM_MAX_GPUS; i++)
+		if (sim_is_there(state, i) && state->gpus[i].parent == gpu_index(gpu) &&
+		    state->gpus[i].instance == (int)index + 1) {
+			*slice = &state->gpus[i];
+			return SUCCESS;
+		}
+	return error ? error : NOT_FOUND;
+}
+
+API int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvml_device slice, nvml_device *gpu)
+{
+	int error = begin_mig("GetDeviceHandleFromMigDeviceHandle", slice, gpu);
+	if (!error)
+		*gpu = &state->gpus[slice->parent];
+	return error;
+}
+
+API int nvmlDeviceGetGpuInstanceId(nvml_device slice, unsigned int *id)
+{
+	int error = begin_mig("GetGpuInstanceId", slice, id);
+	if (!error)
+		*id = (unsigned int)slice->instance;
+	return error;
+}
+
+API int nvmlDeviceGetComputeInstanceId(nvml_device slice, unsigned int *id)
+{
+	int error = begin_mig("GetComputeInstanceId", slice, id);
+	if (!error)
+		*id = 0;
+	return error;
+}
+
+API int nvmlDeviceGetAttributes_v2(nvml_device slice, struct nvml_attributes *attributes)
+{
+	int error = begin_device("GetAttributes", slice, attributes);
+	if (error || !slice->parts)
+		return error ? error : NOT_SUPPORTED;
+	memset(attributes, 0, sizeof *attributes);
+	attributes->multiprocessors = (unsigned int)slice->sms;
+	attributes->gpu_slices = attributes->compute_slices = (unsigned int)slice->parts;
+	attributes->memory_mib = slice->memory_bytes / SIM_MIB;
+	return SUCCESS;
 }
 
 API int nvmlDeviceGetCudaComputeCapability(nvml_device gpu, int *major, int *minor)
 {
-	int error = begin_device("GetCudaComputeCapability", gpu, major);
+	int error = begin_gpu("GetCudaComputeCapability", gpu, major);
 	if (error || !minor)
 		return error ? error : INVALID_ARGUMENT;
 	*major = gpu->compute_capability / 10;
@@ -382,6 +466,8 @@ API int nvmlDeviceGetMemoryInfo_v2(nvml_device gpu, struct nvml_memory_v2 *memor
 API int nvmlDeviceGetComputeMode(nvml_device gpu, int *mode)
 {
 	int error = begin_device("GetComputeMode", gpu, mode);
+	if (!error && gpu->mig)
+		error = NOT_SUPPORTED;
 	if (!error)
 		*mode = gpu->mode;
 	return error;
@@ -396,6 +482,8 @@ API int nvmlDeviceSetComputeMode(nvml_device gpu, int mode)
 		return INVALID_ARGUMENT;
 	if (geteuid() != 0)
 		return NO_PERMISSION;
+	if (gpu->mig || gpu->parts)
+		return NOT_SUPPORTED;
 	if (sim_fault_is("nvml.SetComputeMode", "noop"))
 		return SUCCESS;
 	sim_lock(state);
@@ -404,9 +492,20 @@ API int nvmlDeviceSetComputeMode(nvml_device gpu, int mode)
 	return SUCCESS;
 }
 
+static unsigned int instance_of(const struct sim_context *entry)
+{
+	return state->gpus[entry->gpu].parts ? (unsigned int)state->gpus[entry->gpu].instance : ~0u;
+}
+
+static unsigned int compute_of(const struct sim_context *entry)
+{
+	return state->gpus[entry->gpu].parts ? 0 : ~0u;
+}
+
 static bool is_listed(const struct sim_context *entry, int gpu, bool mps)
 {
-	if (entry->gpu != gpu)
+	bool within = entry->gpu >= 0 && state->gpus[entry->gpu].parts && state->gpus[entry->gpu].parent == gpu;
+	if (entry->gpu != gpu && !within)
 		return false;
 	return mps ? entry->kind == SIM_CLIENT : entry->kind == SIM_PLAIN || entry->kind == SIM_SERVER;
 }
@@ -427,7 +526,7 @@ static unsigned int list_processes(int gpu, bool mps, struct nvml_process *rows,
 		if (!first)
 			continue;
 		if (count < room)
-			rows[count] = (struct nvml_process){(unsigned int)entry->pid, bytes, ~0u, ~0u};
+			rows[count] = (struct nvml_process){(unsigned int)entry->pid, bytes, instance_of(entry), compute_of(entry)};
 		count++;
 	}
 	return count;

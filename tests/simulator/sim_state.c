@@ -59,6 +59,55 @@ static void fill_gpu(struct sim_gpu *gpu, int index, const struct sim_node *node
 	gpu->memory_bytes = node->memory_mib * SIM_MIB;
 }
 
+bool sim_is_there(const struct sim_state *state, int gpu)
+{
+	return gpu >= 0 && gpu < SIM_MAX_GPUS && state->gpus[gpu].uuid[0];
+}
+
+/* As the driver numbers them in /proc/driver/nvidia-caps/mig-minors: 15 GPU instances of a GPU, 8 compute instances. */
+int sim_cap_minor(const struct sim_gpu *slice, bool of_compute_instance)
+{
+	return 3 + slice->parent * 15 * 9 + slice->instance * 9 + of_compute_instance;
+}
+
+static bool cut_one(struct sim_state *state, int gpu, int instance, const char *profile)
+{
+	int parts, gib, place = state->gpu_count, end = 0;
+	struct sim_gpu *slice, *parent = &state->gpus[gpu];
+	if (sscanf(profile, "%1dg.%3dgb%n", &parts, &gib, &end) != 2 || profile[end] || parts < 1)
+		return false;
+	while (place < SIM_MAX_GPUS && state->gpus[place].uuid[0])
+		place++;
+	if (place == SIM_MAX_GPUS)
+		return false;
+	slice = &state->gpus[place];
+	*slice = *parent;
+	slice->mig = 0;
+	slice->parts = parts;
+	slice->parent = gpu;
+	slice->instance = instance;
+	slice->sms = parts * 16 < parent->sms ? parts * 16 : parent->sms; /* an H100's 1g has 16 */
+	slice->memory_bytes = (uint64_t)gib * 1024 * 95 / 100 * SIM_MIB;  /* 1g.10gb: 9728 MiB */
+	snprintf(slice->uuid, sizeof slice->uuid, "MIG-51000000-%04x%.23s", (unsigned)++state->slices_made, parent->uuid + 17);
+	snprintf(slice->name, sizeof slice->name, "%s MIG %.16s", SIM_GPU_NAME, profile);
+	return true;
+}
+
+int sim_cut(struct sim_state *state, int gpu, int count, char **profiles)
+{
+	int parts = 0;
+	for (int i = state->gpu_count; i < SIM_MAX_GPUS; i++)
+		if (state->gpus[i].uuid[0] && state->gpus[i].parent == gpu)
+			memset(&state->gpus[i], 0, sizeof state->gpus[i]);
+	state->gpus[gpu].mig = count > 0;
+	for (int i = 0; i < count; i++) {
+		parts += atoi(profiles[i]);
+		if (parts > SIM_MIG_PARTS || !cut_one(state, gpu, i + 1, profiles[i]))
+			return EINVAL;
+	}
+	return 0;
+}
+
 static void init_lock(pthread_mutex_t *lock)
 {
 	pthread_mutexattr_t how;
@@ -167,7 +216,7 @@ static bool mode_allows(const struct sim_state *state, const struct sim_context 
 int sim_context_add(struct sim_state *state, const struct sim_context *wanted, int *slot)
 {
 	if (wanted->kind != SIM_ATTACHED) {
-		if (wanted->gpu < 0 || wanted->gpu >= state->gpu_count || sim_gpu_lost(wanted->gpu))
+		if (!sim_is_there(state, wanted->gpu) || sim_gpu_lost(wanted->gpu))
 			return CUDA_UNKNOWN;
 		if (!mode_allows(state, wanted))
 			return CUDA_DEVICE_UNAVAILABLE;
@@ -215,7 +264,7 @@ uint64_t sim_bytes_used(const struct sim_state *state, int gpu)
 
 uint64_t sim_cuda_total(const struct sim_gpu *gpu)
 {
-	uint64_t reserved = SIM_RESERVED_MIB * SIM_MIB;
+	uint64_t reserved = (uint64_t)SIM_RESERVED_MIB * (gpu->parts ? gpu->parts : SIM_MIG_PARTS) / SIM_MIG_PARTS * SIM_MIB;
 	return gpu->memory_bytes > reserved ? gpu->memory_bytes - reserved : 0;
 }
 
@@ -227,8 +276,8 @@ uint64_t sim_bytes_free(const struct sim_state *state, int gpu)
 
 int sim_gpu_by_uuid(const struct sim_state *state, const char *uuid)
 {
-	for (int i = 0; i < state->gpu_count; i++)
-		if (strcmp(state->gpus[i].uuid, uuid) == 0)
+	for (int i = 0; i < SIM_MAX_GPUS; i++)
+		if (*uuid && strcmp(state->gpus[i].uuid, uuid) == 0)
 			return i;
 	return -1;
 }

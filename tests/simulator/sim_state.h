@@ -17,7 +17,8 @@
 #define SIM_MIB ((uint64_t)1 << 20)
 
 enum {
-	SIM_MAX_GPUS = 16,
+	SIM_MAX_GPUS = 16, /* and MIG slices */
+	SIM_MIG_PARTS = 7,
 	SIM_MAX_CONTEXTS = 1024,
 	SIM_RESERVED_MIB = 616, /* NVML says 143771, CUDA 143155 */
 	SIM_PLAIN_CONTEXT_MIB = 526,
@@ -38,6 +39,7 @@ enum sim_kind {
 	SIM_ATTACHED, /* a client after cuInit: known to the server, on no GPU */
 };
 
+/* A GPU or, after those, a MIG slice: to CUDA and NVML each is a device. */
 struct sim_gpu {
 	char uuid[SIM_UUID_SIZE];
 	char name[64];
@@ -46,6 +48,9 @@ struct sim_gpu {
 	int32_t compute_capability; /* 10 * major + minor */
 	int32_t mode;
 	uint64_t memory_bytes; /* as NVML counts */
+	int32_t mig;           /* a GPU in MIG mode */
+	int32_t parts;         /* of its GPU's SIM_MIG_PARTS, that a slice has; 0 for a GPU */
+	int32_t parent, instance; /* a slice's GPU, and its GPU instance, which has the compute instance 0 alone */
 };
 
 struct sim_context {
@@ -65,6 +70,7 @@ struct sim_state {
 	int32_t gpu_count;
 	int32_t cuda_version; /* 1000 * major + 10 * minor */
 	int32_t driver;       /* its branch: 535, 550 or 580 */
+	int32_t slices_made;  /* since the node was made: no UUID comes again */
 	pthread_mutex_t lock; /* robust and shared: a SIGKILLed holder stops nobody, threads and forks included */
 	struct sim_gpu gpus[SIM_MAX_GPUS];
 	struct sim_context contexts[SIM_MAX_CONTEXTS];
@@ -101,8 +107,14 @@ uint64_t sim_bytes_used(const struct sim_state *state, int gpu);
 uint64_t sim_bytes_free(const struct sim_state *state, int gpu); /* as CUDA counts */
 uint64_t sim_cuda_total(const struct sim_gpu *gpu);
 
+/* Turn a GPU's MIG mode on and cut it into slices such as 1g.10gb; none: turn it off. Returns 0 or an errno. */
+int sim_cut(struct sim_state *state, int gpu, int count, char **profiles);
+
 /* Needs no lock. */
 pid_t sim_own_pid(void); /* as the machine of /proc counts, which the driver does, too (O60) */
+bool sim_is_there(const struct sim_state *state, int gpu); /* a GPU, or a slice that was not cut away */
+/* A slice's device below /dev/nvidia-caps: of its GPU instance, or of its compute instance. */
+int sim_cap_minor(const struct sim_gpu *slice, bool of_compute_instance);
 uint64_t sim_process_started(pid_t pid); /* 0: there is no such living process */
 int sim_gpu_by_uuid(const struct sim_state *state, const char *uuid);
 bool sim_gpu_lost(int gpu);

@@ -56,28 +56,39 @@ uint64_t units_context_mib(int sms)
 
 struct units_gpus units_all(const struct sim_state *state)
 {
-	struct units_gpus all = {.count = state->gpu_count};
-	for (int i = 0; i < all.count; i++)
-		all.index[i] = i;
+	struct units_gpus all = {0};
+	for (int i = 0; i < SIM_MAX_GPUS; i++)
+		if (sim_is_there(state, i) && !state->gpus[i].mig)
+			all.index[all.count++] = i;
 	return all;
 }
 
-static bool openable(int minor)
+static bool can_open(const char *format, int minor, int how)
 {
-	char path[32];
-	snprintf(path, sizeof path, "/dev/nvidia%d", minor);
-	int fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+	char path[64];
+	snprintf(path, sizeof path, format, minor);
+	int fd = open(path, how | O_CLOEXEC | O_NONBLOCK);
 	if (fd >= 0)
 		close(fd);
 	/* Only a refusal counts: the node of a simulated card has no driver behind it, or is not there. */
 	return fd >= 0 || (errno != EPERM && errno != EACCES);
 }
 
-struct units_gpus units_openable(struct units_gpus all)
+static bool openable(const struct sim_state *state, int gpu)
+{
+	const struct sim_gpu *slice = &state->gpus[gpu];
+	if (!slice->parts)
+		return can_open("/dev/nvidia%d", gpu, O_RDWR);
+	return can_open("/dev/nvidia%d", slice->parent, O_RDWR) &&
+	       can_open("/dev/nvidia-caps/nvidia-cap%d", sim_cap_minor(slice, false), O_RDONLY) &&
+	       can_open("/dev/nvidia-caps/nvidia-cap%d", sim_cap_minor(slice, true), O_RDONLY);
+}
+
+struct units_gpus units_openable(const struct sim_state *state, struct units_gpus all)
 {
 	struct units_gpus open_ones = {0};
 	for (int i = 0; i < all.count; i++)
-		if (openable(all.index[i]))
+		if (openable(state, all.index[i]))
 			open_ones.index[open_ones.count++] = all.index[i];
 	return open_ones;
 }
@@ -85,7 +96,7 @@ struct units_gpus units_openable(struct units_gpus all)
 static int place_of_uuid(const struct sim_state *state, const struct units_gpus *list, const char *prefix)
 {
 	int found = -1;
-	if (strncmp(prefix, "GPU-", 4) != 0)
+	if (strncmp(prefix, "GPU-", 4) != 0 && strncmp(prefix, "MIG-", 4) != 0)
 		return -1;
 	for (int i = 0; i < list->count; i++) {
 		if (strncmp(state->gpus[list->index[i]].uuid, prefix, strlen(prefix)) != 0)
@@ -114,11 +125,19 @@ static bool holds(const struct units_gpus *list, int gpu)
 	return false;
 }
 
+static struct units_gpus one_slice(const struct sim_state *state, struct units_gpus from)
+{
+	for (int i = 0; i < from.count; i++)
+		if (state->gpus[from.index[i]].parts)
+			return (struct units_gpus){.count = 1, .index = {from.index[i]}};
+	return from;
+}
+
 struct units_gpus units_visible(const struct sim_state *state, struct units_gpus from, const char *variable)
 {
-	struct units_gpus visible = {0};
+	struct units_gpus visible = {0}, counted = one_slice(state, from);
 	if (!variable)
-		return from;
+		return counted;
 	while (visible.count < SIM_MAX_GPUS) {
 		char word[SIM_UUID_SIZE + 8];
 		while (*variable == ' ')
@@ -129,13 +148,14 @@ struct units_gpus units_visible(const struct sim_state *state, struct units_gpus
 		memcpy(word, variable, length);
 		word[length] = '\0';
 		word[strcspn(word, " ")] = '\0';
-		int place = units_place(state, &from, word);
-		if (place < 0 || holds(&visible, from.index[place]))
+		const struct units_gpus *list = *word >= '0' && *word <= '9' ? &counted : &from;
+		int place = units_place(state, list, word);
+		if (place < 0 || holds(&visible, list->index[place]))
 			break;
-		visible.index[visible.count++] = from.index[place];
+		visible.index[visible.count++] = list->index[place];
 		if (variable[length] == '\0')
 			break;
 		variable += length + 1;
 	}
-	return visible;
+	return one_slice(state, visible);
 }

@@ -26,10 +26,12 @@ struct units_gpus {
 	int index[SIM_MAX_GPUS];
 };
 
+/* What CUDA can show: a GPU in MIG mode is there by its slices alone. */
 struct units_gpus units_all(const struct sim_state *state);
-/* Those whose device node this process may open: what a device cgroup leaves. */
-struct units_gpus units_openable(struct units_gpus all);
-/* Apply CUDA_VISIBLE_DEVICES, or NULL, to a list: ordinals into it or UUIDs; the first bad entry ends it. */
+/* Those whose device nodes this process may open: what a device cgroup leaves. */
+struct units_gpus units_openable(const struct sim_state *state, struct units_gpus all);
+/* Apply CUDA_VISIBLE_DEVICES, or NULL, to a list: ordinals into it or UUIDs; the first bad entry ends it.
+ * Where there is a slice, the first is all that a process sees (NVIDIA's MIG guide). */
 struct units_gpus units_visible(const struct sim_state *state, struct units_gpus from, const char *variable);
 /* A device as a limit names it, ordinal or UUID: its place in the list, or -1. */
 int units_place(const struct sim_state *state, const struct units_gpus *list, const char *device);

@@ -16,6 +16,7 @@ static const char usage[] =
     "                            [--driver 580] [--seed TEXT]       the seed makes the UUIDs\n"
     "simulated-gpus show [--json]\n"
     "simulated-gpus set-mode INDEX MODE          0, 2 or 3, or a name\n"
+    "simulated-gpus mig INDEX [PROFILE ...]      MIG mode, cut into slices such as 1g.10gb; none: off again\n"
     "simulated-gpus fault [KEY=VALUE ...]        add faults (KEY= takes one back), or print them\n"
     "simulated-gpus fault --clear\n"
     "simulated-gpus client [--device N] [--alloc-mib N] [--hold SECONDS] [--work SECONDS] [--fault] [--trap] [--spin]\n";
@@ -127,12 +128,25 @@ static void show_json(const struct sim_state *state)
 	for (int i = 0; i < state->gpu_count; i++) {
 		const struct sim_gpu *gpu = &state->gpus[i];
 		printf("%s{\"index\": %d, \"uuid\": \"%s\", \"name\": \"%s\", \"pci_bus_id\": \"%08X:%02X:%02X.0\", \"sms\": %d, "
-		       "\"memory_bytes\": %llu, \"used_bytes\": %llu, \"compute_mode\": %d, \"lost\": %s}",
+		       "\"memory_bytes\": %llu, \"used_bytes\": %llu, \"compute_mode\": %d, \"mig\": %s, \"lost\": %s}",
 		       i ? ", " : "", i, gpu->uuid, gpu->name, gpu->domain, gpu->bus, gpu->device, gpu->sms,
 		       (unsigned long long)gpu->memory_bytes, (unsigned long long)sim_bytes_used(state, i), gpu->mode,
-		       sim_gpu_lost(i) ? "true" : "false");
+		       gpu->mig ? "true" : "false", sim_gpu_lost(i) ? "true" : "false");
+	}
+	printf("], \"slices\": [");
+	comma = "";
+	for (int i = state->gpu_count; i < SIM_MAX_GPUS; i++) {
+		const struct sim_gpu *slice = &state->gpus[i];
+		if (!sim_is_there(state, i))
+			continue;
+		printf("%s{\"uuid\": \"%s\", \"name\": \"%s\", \"gpu\": %d, \"instance\": %d, \"caps\": [%d, %d], \"sms\": %d, "
+		       "\"memory_bytes\": %llu}",
+		       comma, slice->uuid, slice->name, slice->parent, slice->instance, sim_cap_minor(slice, false),
+		       sim_cap_minor(slice, true), slice->sms, (unsigned long long)slice->memory_bytes);
+		comma = ", ";
 	}
 	printf("], \"contexts\": [");
+	comma = "";
 	for (int c = 0; c < SIM_MAX_CONTEXTS; c++) {
 		const struct sim_context *entry = &state->contexts[c];
 		if (entry->kind == SIM_NONE)
@@ -184,6 +198,22 @@ static int set_mode(int count, char **arguments)
 		return 0;
 	}
 	return complain("the modes are 0 DEFAULT, 2 PROHIBITED and 3 EXCLUSIVE_PROCESS");
+}
+
+static int mig(int count, char **arguments)
+{
+	struct sim_state *state = sim_open();
+	if (count < 2)
+		return misused();
+	if (!state)
+		return complain("there is no simulated node here: see create");
+	int index = atoi(arguments[1]);
+	if (index < 0 || index >= state->gpu_count)
+		return complain("no such GPU");
+	sim_lock(state);
+	int error = sim_cut(state, index, count - 2, arguments + 2);
+	sim_unlock(state);
+	return error ? complain("mig: slices such as 1g.10gb, of seven parts in all") : 0;
 }
 
 /* ---- fault ---- */
@@ -252,6 +282,7 @@ static struct {
 	int (*init)(unsigned int);
 	int (*create)(void **, unsigned int, int);
 	int (*get_uuid)(unsigned char *, int);
+	int (*get_name)(char *, int, int);
 	int (*attribute)(int *, int, int);
 	int (*memory)(size_t *, size_t *);
 	int (*allocate)(uint64_t *, size_t);
@@ -264,7 +295,7 @@ static struct {
 
 static bool load_cuda(void)
 {
-	static const char *const names[] = {"cuInit", "cuCtxCreate_v2", "cuDeviceGetUuid_v2", "cuDeviceGetAttribute",
+	static const char *const names[] = {"cuInit", "cuCtxCreate_v2", "cuDeviceGetUuid_v2", "cuDeviceGetName", "cuDeviceGetAttribute",
 					    "cuMemGetInfo_v2", "cuMemAlloc_v2", "cuCtxSynchronize", "cuGetErrorName",
 					    "simFault", "simSpin", "simServerPid"};
 	void *library = dlopen("libcuda.so.1", RTLD_NOW), *found[sizeof names / sizeof *names];
@@ -292,12 +323,14 @@ static void check(const char *call, int error, int status)
 static void print_device(int device)
 {
 	unsigned char bytes[16];
+	char name[96];
 	int sms = 0, server = cuda.server_pid();
 	size_t free_bytes = 0, total = 0;
 	check("uuid", cuda.get_uuid(bytes, device), 3);
 	check("sms", cuda.attribute(&sms, 16, device), 3);
 	check("memory", cuda.memory(&free_bytes, &total), 3);
-	printf("uuid=GPU-");
+	check("name", cuda.get_name(name, sizeof name, device), 3);
+	printf("uuid=%s-", strstr(name, " MIG ") ? "MIG" : "GPU");
 	for (int i = 0; i < 16; i++)
 		printf("%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", bytes[i]);
 	printf(" sms=%d free=%zu total=%zu mps=", sms, free_bytes >> 20, total >> 20);
@@ -375,7 +408,7 @@ int main(int count, char **arguments)
 	static const struct {
 		const char *name;
 		int (*run)(int, char **);
-	} commands[] = {{"create", create}, {"show", show}, {"set-mode", set_mode}, {"fault", fault}, {"client", client}};
+	} commands[] = {{"create", create}, {"show", show}, {"set-mode", set_mode}, {"mig", mig}, {"fault", fault}, {"client", client}};
 	for (size_t i = 0; count > 1 && i < sizeof commands / sizeof *commands; i++)
 		if (strcmp(arguments[1], commands[i].name) == 0)
 			return commands[i].run(count - 1, arguments + 1);
