@@ -7,14 +7,20 @@
 #include <string.h>
 #include <unistd.h>
 
+bool device_is_slice(const struct verdict_gpu *gpu)
+{
+	return !strncmp(gpu->uuid, "MIG-", strlen("MIG-"));
+}
+
 /* EPERM is the device cgroup's answer; every other failure says nothing about who the GPU belongs to. */
 bool device_may_open(const struct verdict_gpu *gpu)
 {
-	char path[32];
+	bool slice = device_is_slice(gpu);
+	char path[64];
 	int fd;
 
-	(void)snprintf(path, sizeof(path), "/dev/nvidia%u", gpu->minor);
-	fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+	(void)snprintf(path, sizeof(path), slice ? "/dev/nvidia-caps/nvidia-cap%u" : "/dev/nvidia%u", gpu->minor);
+	fd = open(path, (slice ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK); /* a capability's node is read-only */
 	if (fd < 0)
 		return errno != EPERM;
 	(void)close(fd);
@@ -32,7 +38,7 @@ static void find_openable(const struct verdict *verdict, struct task_gpus *open)
 		}
 }
 
-static unsigned int entries(const char *list)
+unsigned int gpus_named(const char *list)
 {
 	unsigned int count = *list ? 1 : 0;
 
@@ -74,7 +80,7 @@ bool task_gpus(const struct verdict *verdict, const char *visible, bool has_gpus
 	}
 	if (!visible || !*visible || !strcmp(visible, NO_DEVICES) || !open.count)
 		return true; /* a step without GPUs, such as srun --gres=none */
-	if (entries(visible) >= open.count) {
+	if (gpus_named(visible) >= open.count) {
 		*task = open;
 		return true;
 	}

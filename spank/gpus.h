@@ -16,6 +16,9 @@ struct task_gpus {
 /* What Slurm, and the plugin, write into CUDA_VISIBLE_DEVICES of a task that has no GPU. */
 #define NO_DEVICES "NoDevFiles"
 
+/* Whether it is a MIG slice of a GPU, of which CUDA shows a process no more than one. */
+bool device_is_slice(const struct verdict_gpu *gpu);
+
 /* Whether the device cgroup lets this process open a GPU. */
 bool device_may_open(const struct verdict_gpu *gpu);
 
@@ -31,6 +34,9 @@ bool device_may_open(const struct verdict_gpu *gpu);
  * job does not have.
  */
 bool task_gpus(const struct verdict *verdict, const char *visible, bool has_gpus, struct task_gpus *task);
+
+/* How many GPUs a CUDA_VISIBLE_DEVICES names. */
+unsigned int gpus_named(const char *list);
 
 /* Write the GPUs as CUDA_VISIBLE_DEVICES takes them, comma separated: UUIDs, or the client's ordinals. */
 void task_gpus_list(const struct task_gpus *task, bool ordinals, char *out, size_t size);

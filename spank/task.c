@@ -82,15 +82,29 @@ static unsigned int shards_of_step(spank_t sp)
 	return (unsigned int)strtoul(value, NULL, 10);
 }
 
+/* Unbound tasks have all slices of their step; CUDA would show the first to each of them. */
+static void take_one(struct task_gpus *task, unsigned int which)
+{
+	task->gpus[0] = task->gpus[which];
+	task->ordinals[0] = task->ordinals[which];
+	task->count = 1;
+}
+
 /* Find the task's GPUs, and its part of those that it shares. Returns: false with `problem` filled. */
 static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, char *problem, size_t size)
 {
 	static char value[VALUE_MAX];
 	unsigned int ranks[GPUS_MAX] = { 0 };
 	bool has_gpus = slurms_variable(sp, "SLURM_GPUS_ON_NODE", value, sizeof(value)) != NULL;
+	const char *visible;
 	uint32_t tasks = 1;
+	int local_id = 0;
 
-	if (!task_gpus(&step->verdict, variable_get(sp, VISIBLE_DEVICES, value, sizeof(value)), has_gpus, task))
+	visible = variable_get(sp, VISIBLE_DEVICES, value, sizeof(value));
+	if (visible && gpus_named(visible) > step->verdict.gpu_count) /* S26 */
+		return refuse_with(problem, size, "it has %u GPUs here, and Slurm told the prolog of %u; ask for GPUs of one type",
+				   gpus_named(visible), step->verdict.gpu_count);
+	if (!task_gpus(&step->verdict, visible, has_gpus, task))
 		return refuse_with(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 	if (step->verdict.per_gpu && task->count > 1 && task_is_script(sp)) {
 		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
@@ -98,6 +112,8 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 		task->count = 0;
 		return true;
 	}
+	if (task->count > 1 && device_is_slice(task->gpus[0]) && spank_get_item(sp, S_TASK_ID, &local_id) == ESPANK_SUCCESS)
+		take_one(task, (unsigned int)local_id % task->count);
 	if (step->verdict.per_gpu && task->count > 1)
 		return refuse_with(problem, size, "with --mps=per-gpu a task can use one GPU, and it has %u; bind each to its own "
 						  "(--gpus-per-task=1, --ntasks-per-gpu, --gpu-bind=single:1), or ask for "

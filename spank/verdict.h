@@ -38,7 +38,7 @@ enum verdict_status {
 
 struct verdict_gpu {
 	unsigned int slurm_index; /* what Slurm calls it in SLURM_JOB_GPUS and CUDA_VISIBLE_DEVICES */
-	unsigned int minor;       /* its device node is /dev/nvidia<minor> */
+	unsigned int minor;       /* of its device node (gpus.c) */
 	uint64_t mib_for_clients; /* how much of its memory they can share out */
 	uint64_t mib;             /* all of it */
 	char uuid[48];

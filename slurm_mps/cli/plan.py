@@ -178,7 +178,7 @@ def _print(plan: Plan, options: argparse.Namespace, of_partition: dict[str, obje
             }
         )
     if options.json:
-        gpus = [{"index": gpu.index, "uuid": gpu.uuid} for gpu in plan.gpus]
+        gpus = [{"index": gpu.index, "uuid": gpu.uuid, "mig_profile": gpu.profile or None} for gpu in plan.gpus]
         print_json(
             options,
             Exit.FINE,
@@ -189,6 +189,9 @@ def _print(plan: Plan, options: argparse.Namespace, of_partition: dict[str, obje
             actions=actions,
         )
         return
+    for gpu in plan.gpus:
+        if gpu.profile:
+            print(f"{gpu.called} is a slice of GPU {gpu.index}")
     for number, one in enumerate(actions, start=1):
         print(f"{number:2}. {one['action']}")
         if one["undo"]:

@@ -183,7 +183,7 @@ def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
 
 def _gpu_cells(gpu: GpuView) -> dict[str, object]:
     return {
-        "gpu": gpu.uuid[:_GPU_LETTERS],
+        "gpu": f"{gpu.uuid[:_GPU_LETTERS]} {gpu.profile}".strip(),
         "uuid": gpu.uuid,
         "mode": None if gpu.mode is None else MODE_WORDS.get(gpu.mode, gpu.mode),
         "found": None if gpu.mode_found is None else MODE_WORDS.get(gpu.mode_found, gpu.mode_found),
@@ -252,6 +252,7 @@ def _gpu(gpu: GpuView) -> dict[str, Any]:
 
     return {
         "uuid": gpu.uuid,
+        "mig_profile": gpu.profile or None,
         "compute_mode": None if gpu.mode is None else COMPUTE_MODES.get(gpu.mode),
         "compute_mode_found": None if gpu.mode_found is None else COMPUTE_MODES.get(gpu.mode_found),
         "clients": [vars(client) for client in gpu.clients],

@@ -22,6 +22,7 @@ class GpuFacts:
     compute_mode: int | None = None
     persistence: bool | None = None
     mig: bool | None = None
+    mig_pending: bool | None = None
     compute_capability: tuple[int, int] | None = None
     processes: tuple[int, ...] = ()
     memory_bytes: int = 0
@@ -61,7 +62,6 @@ def _look(nvml: Any, index: int) -> GpuFacts:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         uuid = nvml.nvmlDeviceGetUUID(handle)
-        mode = nvml.nvmlDeviceGetComputeMode(handle)
     except nvml.NVMLError as error:
         return GpuFacts(index, error=str(error))
 
@@ -72,7 +72,8 @@ def _look(nvml: Any, index: int) -> GpuFacts:
             return None
 
     persistence = ask(lambda: nvml.nvmlDeviceGetPersistenceMode(handle))
-    mig = ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    mig, pending = ask(lambda: nvml.nvmlDeviceGetMigMode(handle)) or (None, None)
+    mode = None if mig else ask(lambda: nvml.nvmlDeviceGetComputeMode(handle))  # slices have modes then
     capability = ask(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
     rows = ask(lambda: nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
     return GpuFacts(
@@ -83,6 +84,7 @@ def _look(nvml: Any, index: int) -> GpuFacts:
         mode,
         None if persistence is None else bool(persistence),
         None if mig is None else bool(mig),
+        None if pending is None else bool(pending),
         None if capability is None else (int(capability[0]), int(capability[1])),
         tuple(row.pid for row in rows or ()),
         int(ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total) or 0),

@@ -9,7 +9,7 @@ from ..config.settings import SiteConfig, joins_all, memory_bytes
 from ..errors import NodeError, RequestError
 from ..node.control import ControlDaemon, Limits
 from ..node.nvml import DEFAULT, EXCLUSIVE_PROCESS, Gpu
-from ..record import record
+from ..record import record, replace
 from ..units import GPUS_MAX, MIB, describe_memory, format_memory
 from .actions import (
     WHOLE_JOB,
@@ -24,7 +24,7 @@ from .actions import (
 )
 from .joined import JoinGpu, daemon_path, link_name, log_path
 from .ledger import JOINED, JOINED_ALL, SEPARATE, WHOLE
-from .request import PER_GPU
+from .request import PER_GPU, PER_NODE
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
 
 TYPE_CHECKING = False
@@ -136,7 +136,9 @@ def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
 
 
 def _clients_per_gpu(gpus: tuple[Gpu, ...], config: SiteConfig) -> int:
-    """How many client contexts a server takes on a GPU (O42, M5)."""
+    """How many client contexts a server takes on a GPU (O42, M5), and on a MIG slice in proportion to its part."""
+    if gpus[0].profile:
+        return min(max(1, (config.gpus_clients_max or 48) * part // of) for part, of in (gpu.parts for gpu in gpus))
     if config.gpus_clients_max:
         return config.gpus_clients_max
     if min(gpu.compute_capability for gpu in gpus) < (7, 0):
@@ -208,7 +210,7 @@ def _checked_limit(
 ) -> int:
     """A memory limit in bytes that a client of this GPU can have; `by_default` when the job did not ask for it."""
     asked = _default_word(limit) if by_default else f"--mps-mem={gpu_word}{format_memory(limit)}"
-    refused = _too_much(asked, limit, smallest.uuid, smallest.memory_bytes)
+    refused = _too_much(asked, limit, smallest.called, smallest.memory_bytes)
     if refused:
         most = format_memory(smallest.memory_bytes // MIB * MIB)
         hint = f"ask for at most {most}"
@@ -330,6 +332,30 @@ def _has_refused_part(request: JobRequest, config: SiteConfig) -> bool:
     return request.share_percentage is not None and config.gpus_sharing == "refuse"
 
 
+def _on_slices(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> tuple[JobRequest, SiteConfig]:
+    """What holds where the job's GPUs are MIG slices (docs/decisions/0025): a daemon and one job for each, by UUID.
+
+    There is no compute mode to set. Raises: RequestError.
+    """
+    if not all(gpu.profile for gpu in gpus):
+        raise RequestError(
+            "it has a whole GPU and a MIG slice on this node, and a program can use one kind",
+            hint="ask for one kind",
+            reason="mig",
+        )
+    if request.share_percentage is not None:
+        raise RequestError("--gres=mps gives it a part of a MIG slice, which has one job at a time", reason="mig")
+    if len(gpus) > 1 and request.daemons == PER_NODE:
+        raise RequestError(
+            f"--mps=per-node: its {len(gpus)} MIG slices on this node need a control daemon each",
+            hint="leave it out, or ask for --mps=per-gpu",
+            reason="per_node",
+        )
+    several = PER_GPU if len(gpus) > 1 else request.daemons
+    alone = {"gpus_sharing": "refuse", "gpus_compute_mode": "unchanged", "gpus_client_visible_devices": "uuid"}
+    return replace(request, daemons=several), replace(config, **alone)
+
+
 def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) -> Plan:
     """Decide what the job gets.
 
@@ -342,7 +368,9 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     if len(gpus) > GPUS_MAX:
         raise NodeError(f"Slurm gave the job {len(gpus)} GPUs on this node; slurm-mps serves {GPUS_MAX}")
     numbered = zip(gpus, request.slurm_indices or tuple(gpu.index for gpu in gpus), strict=True)
-    gpus, slurm_indices = zip(*sorted(numbered, key=lambda pair: pair[0].index), strict=True)
+    gpus, slurm_indices = zip(*sorted(numbered, key=lambda one: (one[0].index, one[0].slice_index)), strict=True)
+    if any(gpu.profile for gpu in gpus):
+        request, config = _on_slices(request, config, gpus)
     if _has_refused_part(request, config):
         raise RequestError(
             f"--gres=mps gives it {request.share_percentage:g} % of a GPU, and this site gives MPS jobs whole ones",

@@ -84,7 +84,12 @@ def rehearse(wish: Wish, uid: int, gpus: Gpus) -> Plan:
     Raises: RequestError with what the job's user would read, also where another job holds one of the GPUs, as far as
     sees_holders(); NoGpuError; NodeError, ConfigError with what the admin would read.
     """
-    gpus.resolve("0")  # raises what is wrong with the driver, before anything is said of one GPU
+    try:
+        gpus.resolve("0")  # raises what is wrong with the driver, before anything is said of one GPU
+    except RequestError:
+        if wish.gres and wish.devices is None:
+            named = "name those that Slurm would give, as nvidia-smi -L lists them: --devices=MIG-..."
+            raise NoGpuError(f"--gres={printable(wish.gres)}: this node has MIG slices; {named}") from None
     config = load_config(None, _COMPILE_SECONDS, wish.partition)
     request = read_request(_environment_of(wish, uid))
     plan = make_plan(request, config, tuple(_resolve(name, wish, gpus) for name in request.gpus))

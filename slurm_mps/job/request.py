@@ -34,7 +34,7 @@ VARIABLES = {
 }
 ID_MAX = 2**32 - 1
 PER_NODE, PER_GPU = "per-node", "per-gpu"
-_DAEMONS = {"1": PER_NODE, PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
+_DAEMONS = {"1": "", PER_NODE: PER_NODE, PER_GPU: PER_GPU}  # "1": --mps without a value
 
 
 @record
@@ -44,11 +44,11 @@ class JobRequest:
     ``gpus`` are the job's GPUs here as Slurm names them: indices, or UUIDs (Slurm 25.11 and later, S17); with UUIDs
     ``slurm_indices`` may have Slurm's index of each, in the same order, which is what a task's variables count by.
     ``thread_percentage`` is in percent, ``memory_limit_bytes`` per client process and GPU, ``client_priority`` 0 for
-    normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE or PER_GPU; with
-    the latter ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0. ``auto_threads`` and
-    ``auto_memory``: each step divides by the ranks that share a GPU. ``share_percentage``: how much of a GPU Slurm gave
-    the job (gres/mps); None: whole GPUs, or shards, of which Slurm tells the prolog nothing. ``tasks``: how many the
-    job has on this node, 0 where that is not known.
+    normal and 1 for low. None: not asked for. ``daemons`` says how many control daemons: PER_NODE, PER_GPU, or "" for
+    what suits the GPUs; with PER_GPU ``memory_by_gpu`` may have a limit for each GPU, by the job's own count from 0.
+    ``auto_threads`` and ``auto_memory``: each step divides by the ranks that share a GPU. ``share_percentage``: how
+    much of a GPU Slurm gave the job (gres/mps); None: whole GPUs, or shards, of which Slurm tells the prolog nothing.
+    ``tasks``: how many the job has on this node, 0 where that is not known.
     """
 
     job_id: int
@@ -57,7 +57,7 @@ class JobRequest:
     thread_percentage: float | None = None
     memory_limit_bytes: int | None = None
     client_priority: int | None = None
-    daemons: str = PER_NODE
+    daemons: str = ""
     memory_by_gpu: tuple[tuple[int, int], ...] = ()
     auto_threads: bool = False
     auto_memory: bool = False
@@ -109,9 +109,7 @@ def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     names = visible if "-" in visible else environment.get("SLURM_JOB_GPUS", "") or visible
     gpus = tuple(name for name in names.split(",") if name)
     for name in gpus:
-        if name.startswith("MIG-"):
-            raise RequestError(f"{printable(name, 48)} is a MIG device; slurm-mps serves whole GPUs only", reason="mig")
-        if not (name.startswith("GPU-") or (name.isascii() and name.isdigit() and len(name) <= 4)):
+        if not (name.isascii() and (name.startswith(("GPU-", "MIG-")) or (name.isdigit() and len(name) <= 4))):
             raise NodeError(f"slurmd gave the prolog a GPU it cannot name: {printable(name)!r}")
     return gpus
 
@@ -120,7 +118,7 @@ def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tup
     """Slurm's indices of GPUs that are named by UUID; none where it does not say them one by one."""
     indices = [name for name in environment.get("SLURM_JOB_GPUS", "").split(",") if name]
     numbers = all(name.isascii() and name.isdigit() and len(name) <= 4 for name in indices)
-    by_uuid = any(name.startswith("GPU-") for name in gpus)
+    by_uuid = any(not name.isdigit() for name in gpus)
     return tuple(map(int, indices)) if by_uuid and numbers and len(indices) == len(gpus) else ()
 
 
@@ -165,7 +163,7 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
         )
     if _OFF in environment and SHARE in environment:
         raise RequestError("--mps=off: only MPS limits a job to the part of a GPU that --gres=mps gives it")
-    daemons = _option(environment, "--mps", _daemons) or PER_NODE
+    daemons = _option(environment, "--mps", _daemons) or ""
     memory = _option(environment, "--mps-mem", _memory)
     by_gpu = memory if isinstance(memory, tuple) else ()
     if by_gpu and daemons != PER_GPU:

@@ -72,10 +72,16 @@ class Cuda:
         return device
 
     def uuid(self, ordinal: int) -> str:
-        """A visible device's UUID, without a context."""
+        """A visible device's UUID, without a context; of a MIG slice, the slice's."""
         uuid = (ctypes.c_ubyte * 16)()
         self._call("cuDeviceGetUuid_v2", uuid, self._device(ordinal))
-        return _uuid_text(bytes(uuid))
+        return _uuid_text(bytes(uuid), "MIG" if self.profile(ordinal) else "GPU")
+
+    def profile(self, ordinal: int) -> str:
+        """The size of a MIG slice, such as 1g.10gb, which its name ends with; "" for a whole GPU. Without a context."""
+        name = ctypes.create_string_buffer(128)
+        self._call("cuDeviceGetName", name, len(name), self._device(ordinal))
+        return name.value.decode("ascii", "replace").partition(" MIG ")[2]
 
     def multiprocessors(self, ordinal: int) -> int:
         """How many SMs this process may use of a device: all of them unless it is an MPS client. Without a context."""
@@ -110,6 +116,6 @@ class Cuda:
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size_bytes))
 
 
-def _uuid_text(data: bytes) -> str:
+def _uuid_text(data: bytes, kind: str) -> str:
     text = data.hex()
-    return f"GPU-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return f"{kind}-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

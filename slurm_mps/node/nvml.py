@@ -1,6 +1,6 @@
 """The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
 
-A binding of the thirteen functions that prolog and epilog need. Everything off the job's path uses the maintained
+A binding of the functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
 its other work, and would have root run third-party code for every job (docs/decisions/0003).
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 
-from ..errors import NodeError
+from ..errors import NodeError, RequestError
 from ..record import record
 from .files import open_trusted
 
@@ -37,6 +37,7 @@ NEEDED = "CUDA 11.5 (driver 495) or newer"
 _VERSION_BYTES = 80
 #: The kernel's own list of GPUs: a directory each, named by PCI address, with a file of ``Name: value`` lines (O69).
 _KERNEL_LIST = "/proc/driver/nvidia/gpus"
+_CAPABILITIES = "/proc/driver/nvidia/capabilities"
 _HEXADECIMAL = frozenset("0123456789abcdef-")
 
 
@@ -49,16 +50,28 @@ class _Process(ctypes.Structure):  # nvmlProcessInfo_t, of NVML's third form (O6
     )
 
 
+class _Attributes(ctypes.Structure):  # nvmlDeviceAttributes_t, of a MIG device alone
+    _fields_ = (
+        ("multiprocessors", ctypes.c_uint),
+        ("shared_engines", ctypes.c_uint * 5),
+        ("gpu_parts", ctypes.c_uint),
+        ("compute_parts", ctypes.c_uint),
+        ("memory_mib", ctypes.c_ulonglong),
+    )
+
+
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
 @record
 class Gpu:
-    """A GPU of this node. ``index`` counts in PCI order as NVML does; its device node is ``/dev/nvidia<minor>``.
+    """A GPU of this node, or a MIG slice of one. ``index`` counts GPUs in PCI order as NVML does.
 
-    ``free_bytes`` is what nobody used when it was asked; ``compute_capability`` such as (9, 0); ``cuda_version`` the
-    newest CUDA that the driver speaks, such as (13, 0).
+    Its device node is ``/dev/nvidia<minor>``, a slice's own ``/dev/nvidia-caps/nvidia-cap<minor>``. ``free_bytes`` is
+    what nobody used when it was asked; ``compute_capability`` such as (9, 0); ``cuda_version`` the newest CUDA that the
+    driver speaks, such as (13, 0). ``profile`` is NVIDIA's name of a slice's size, such as 1g.10gb, and "" for a GPU;
+    ``slice_index`` counts the slices of a GPU; ``parts``: how many of how many parts of the GPU compute for it.
     """
 
     uuid: str
@@ -69,6 +82,14 @@ class Gpu:
     free_bytes: int
     compute_capability: tuple[int, int]
     cuda_version: tuple[int, int]
+    profile: str = ""
+    slice_index: int = 0
+    parts: tuple[int, int] = (1, 1)
+
+    @property
+    def called(self) -> str:
+        """Its name in messages."""
+        return f"{self.uuid} ({self.profile})" if self.profile else self.uuid
 
 
 def expected_uuids(names: Sequence[str]) -> tuple[str, ...]:
@@ -104,6 +125,31 @@ def _listed_by_kernel() -> list[str]:
     return found if whole else []
 
 
+def _has_slices() -> bool:
+    """Whether a GPU of this node is cut into MIG slices, as the kernel lists them."""
+    cards = (card for card in _listed(_CAPABILITIES) if card.startswith("gpu"))
+    return any(name.startswith("gi") for card in cards for name in _listed(f"{_CAPABILITIES}/{card}/mig"))
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        with open_trusted(directory) as here:
+            return here.names()
+    except (OSError, NodeError):  # a driver or a GPU that knows no MIG
+        return []
+
+
+def _capability_minor(minor: int, gpu_instance: int, compute_instance: int) -> int:
+    """The minor number of the device that the kernel asks whoever uses a MIG slice for."""
+    place = f"{_CAPABILITIES}/gpu{minor}/mig/gi{gpu_instance}/ci{compute_instance}"
+    try:
+        with open_trusted(place) as here:
+            words = here.read("access").split()
+        return int(words[words.index(b"DeviceFileMinor:") + 1])
+    except (OSError, ValueError, IndexError) as error:
+        raise NodeError(f"{place}/access does not name the device of a MIG slice: {error}") from None
+
+
 def _describe(library: ctypes.CDLL, status: int) -> str:
     library.nvmlErrorString.restype = ctypes.c_char_p
     words: bytes | None = library.nvmlErrorString(status)
@@ -116,6 +162,7 @@ class Gpus:
     def __init__(self) -> None:
         self._nvml: ctypes.CDLL | None = None
         self._handles: dict[str, ctypes.c_void_p] = {}
+        self._has_slices: bool | None = None
 
     def open(self) -> None:
         """Open NVML now, which takes 17 ms with the first handle (O29): while something else has to be waited for.
@@ -155,7 +202,11 @@ class Gpus:
     def _handle(self, uuid: str) -> ctypes.c_void_p:
         if uuid not in self._handles:
             handle = ctypes.c_void_p()
-            self._call("nvmlDeviceGetHandleByUUID", uuid, uuid.encode("ascii"), ctypes.byref(handle))
+            try:
+                self._call("nvmlDeviceGetHandleByUUID", uuid, uuid.encode("ascii"), ctypes.byref(handle))
+            except NodeError as error:
+                cut = "was the GPU cut anew? restart slurmd, which keeps the slices that it found"
+                raise NodeError(error.message, hint=cut if uuid.startswith("MIG-") else "") from None
             self._handles[uuid] = handle
         return self._handles[uuid]
 
@@ -170,30 +221,58 @@ class Gpus:
         return number.value
 
     def resolve(self, name: str) -> Gpu:
-        """Find a GPU by what Slurm calls it: an index, which counts as NVML does, or a UUID.
+        """Find a GPU by what Slurm calls it: an index, which counts as NVML does, or a UUID, also of a MIG slice.
 
-        Raises: NodeError when the node has no such GPU, its driver is older than CUDA_NEEDED, or NVML fails.
+        Raises: NodeError when the node has no such GPU, its driver is older than CUDA_NEEDED, or NVML fails;
+        RequestError for an index on a node with MIG slices.
         """
-        handle = ctypes.c_void_p()
-        if name.isdigit():
-            self._call("nvmlDeviceGetHandleByIndex_v2", f"GPU {name}", int(name), ctypes.byref(handle))
-        else:
-            handle = self._handle(name)
         subject = f"GPU {name}"
+        handle = self._by_index(name) if name.isdigit() else self._handle(name)
+        part = self._slice(subject, handle) if name.startswith("MIG-") else {}
+        card = part.pop("card", handle)
         uuid = self._text("nvmlDeviceGetUUID", subject, handle, _UUID_BYTES)
         self._handles[uuid] = handle
         memory = _Memory()
         self._call("nvmlDeviceGetMemoryInfo", subject, handle, ctypes.byref(memory))
         return Gpu(
             uuid=uuid,
-            index=self._number("nvmlDeviceGetIndex", subject, handle),
-            minor=self._number("nvmlDeviceGetMinorNumber", subject, handle),
+            index=self._number("nvmlDeviceGetIndex", subject, card),
             memory_bytes=memory.total,
             name=self._text("nvmlDeviceGetName", subject, handle, _NAME_BYTES),
             free_bytes=memory.free,
-            compute_capability=self._compute_capability(subject, handle),
+            compute_capability=self._compute_capability(subject, card),
             cuda_version=self._cuda_version(),
+            **(part or {"minor": self._number("nvmlDeviceGetMinorNumber", subject, card)}),
         )
+
+    def _by_index(self, name: str) -> ctypes.c_void_p:
+        if self._has_slices is None:
+            self._has_slices = _has_slices()
+        if self._has_slices:
+            raise RequestError(
+                f"Slurm names its GPU {name} and not by UUID, and this node has MIG slices, which Slurm may count",
+                hint="tell your admin: AutoDetect=nvml has UUIDs of slices, and from Slurm 25.11 on of GPUs, too",
+                reason="mig",
+            )
+        handle = ctypes.c_void_p()
+        self._call("nvmlDeviceGetHandleByIndex_v2", f"GPU {name}", int(name), ctypes.byref(handle))
+        return handle
+
+    def _slice(self, subject: str, handle: ctypes.c_void_p) -> dict[str, Any]:
+        """What a MIG slice is, beside what every GPU is, and its card's handle. From documentation, not seen."""
+        card, attributes = ctypes.c_void_p(), _Attributes()
+        self._call("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", subject, handle, ctypes.byref(card))
+        self._call("nvmlDeviceGetAttributes_v2", subject, handle, ctypes.byref(attributes))
+        minor = self._number("nvmlDeviceGetMinorNumber", subject, card)
+        gpu_instance = self._number("nvmlDeviceGetGpuInstanceId", subject, handle)
+        compute_instance = self._number("nvmlDeviceGetComputeInstanceId", subject, handle)
+        return {
+            "card": card,
+            "minor": _capability_minor(minor, gpu_instance, compute_instance),
+            "profile": self._text("nvmlDeviceGetName", subject, handle, _NAME_BYTES).rpartition(" MIG ")[2],
+            "slice_index": self._number("nvmlDeviceGetIndex", subject, handle),
+            "parts": (attributes.compute_parts, self._number("nvmlDeviceGetMaxMigDeviceCount", subject, card)),
+        }
 
     def _compute_capability(self, subject: str, handle: ctypes.c_void_p) -> tuple[int, int]:
         major, minor = ctypes.c_int(), ctypes.c_int()

@@ -64,5 +64,7 @@ def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str
         if not is_below or processes.identify(pid) != process:
             continue
         gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        uuids = [gpu for gpu in gpus if gpu.startswith("GPU-") and len(gpu) < _UUID_MAX and _PLAIN.issuperset(gpu)]
+        uuids = [
+            gpu for gpu in gpus if gpu.startswith(("GPU-", "MIG-")) and len(gpu) < _UUID_MAX and _PLAIN.issuperset(gpu)
+        ]
         yield f"{pid} {process.start_ticks} {uid} {name} {pipe} {','.join(uuids) or '-'}\n"

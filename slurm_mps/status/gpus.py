@@ -13,11 +13,13 @@ class GpuState:
     """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66).
 
     others: the same of processes with a context that are no clients (O60): MPS servers, and programs without MPS.
+    Of a MIG slice there is no mode, but its profile, such as 1g.10gb.
     """
 
-    compute_mode: int
+    compute_mode: int | None
     memory_bytes: Mapping[int, int]
     others: Mapping[int, int]
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def _look(uuids: Iterable[str]) -> NvmlAnswer:
             used = _used(pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle))
             for pid in before.keys() | used.keys():  # also a client that came or went between the calls
                 others.pop(pid, None)
-            found[uuid] = GpuState(pynvml.nvmlDeviceGetComputeMode(handle), used, others)
+            is_slice = uuid.startswith("MIG-")
+            profile = pynvml.nvmlDeviceGetName(handle).rpartition(" MIG ")[2] if is_slice else ""
+            mode = None if is_slice else pynvml.nvmlDeviceGetComputeMode(handle)
+            found[uuid] = GpuState(mode, used, others, profile)
         except pynvml.NVMLError as error:
             problem = f"{uuid}: NVML: {error}"
     return NvmlAnswer(found, problem)

@@ -66,7 +66,8 @@ class ClientView(ProgramView):
 class GpuView:
     """A GPU of a job: the mode it is in, the one that was found (None: it was not changed, or only root may know).
 
-    without_mps: the job's programs that have a context on it and are no clients.
+    without_mps: the job's programs that have a context on it and are no clients. profile: of a MIG slice, such as
+    1g.10gb.
     """
 
     uuid: str
@@ -74,6 +75,7 @@ class GpuView:
     mode_found: int | None
     clients: tuple[ClientView, ...]
     without_mps: tuple[ProgramView, ...]
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,7 @@ def _daemon_view(
             for pid, used in sorted(outside.items())
             if _is_of(job, pid, environments)
         )
-        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order, without))
+        views.append(GpuView(uuid, mode, job.modes_found.get(uuid), in_order, without, state.profile if state else ""))
     return DaemonView(place, answer.pid, answer.problem, answer.servers, tuple(views))
 
 

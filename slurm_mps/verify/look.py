@@ -116,6 +116,7 @@ def _use_gpu(report: RankReport, local_id: int, libraries: str) -> RankReport:
         visible = ",".join(cuda.uuid(number) for number in range(count))
         numa = gpu_numa(cuda.pci_address(ordinal))
         report = replace(report, ordinal=ordinal, visible=visible, gpu=cuda.uuid(ordinal), gpu_numa=numa)
+        report = replace(report, profile=cuda.profile(ordinal))
         device = cuda.open_device(ordinal)
     except OSError as error:
         return replace(report, error=str(error), no_driver=True)

@@ -33,7 +33,7 @@ class RankReport:
     threads, memory, priority: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
     user had set nothing. node_fault: why the node runs the job without MPS, on a site that allows it. other_job: the
     job whose pipe directory the rank has instead of its own job's. pid_namespace: by its inode. card_multiprocessors:
-    SMs of the whole GPU, from one rank for each GPU.
+    SMs of the whole GPU, from one rank for each GPU. profile: of a MIG slice, such as 1g.10gb.
     """
 
     rank: int
@@ -54,6 +54,7 @@ class RankReport:
     ordinal: int = 0
     visible: str = ""
     gpu: str = ""
+    profile: str = ""
     gpu_numa: str = ""
     multiprocessors: int = 0
     card_multiprocessors: int = 0
@@ -146,7 +147,7 @@ def parse_daemon_answer(lines: list[str]) -> DaemonReport:
             memory[ordinal] = text
         elif text in ("0", "1"):
             priority = text
-        elif len(columns) > 3 and columns[2].startswith("GPU-"):
+        elif len(columns) > 3 and columns[2].startswith(("GPU-", "MIG-")):
             gpus.append(columns[2])
         elif len(words) > 4 and words[0].isdecimal() and words[2].isdecimal():
             clients[int(words[0])] = int(words[2])

@@ -20,7 +20,7 @@ def _row(found: Evidence, rank: RankReport) -> dict[str, object]:
     limit = memory_limit(rank, found.daemon(rank))
     return {
         "node": found.node,
-        "gpu": rank.gpu[:_SHORT_GPU] or "none",
+        "gpu": f"{rank.gpu[:_SHORT_GPU]} {rank.profile}".strip() or "none",
         "uuid": rank.gpu,
         "rank": rank.rank,
         "pid": rank.pid,
@@ -66,6 +66,7 @@ def _rank(found: Evidence, rank: RankReport) -> dict[str, Any]:
         "rank": rank.rank,
         "pid": rank.pid,
         "gpu": rank.gpu or None,
+        "mig_profile": rank.profile or None,
         "visible": [gpu for gpu in rank.visible.split(",") if gpu],
         "client": bool(found.server(rank)),
         "server": found.server(rank) or None,

@@ -591,7 +591,8 @@ FAULTS = {
         control_program(f"cp /usr/bin/nvidia-cuda-mps-server .; {OLD_PROGRAM}", "control"), problem("control-program")
     ),
     "no persistence mode": Fault(driver("nvml.GetPersistenceMode=off"), warning("persistence-mode")),
-    "MIG": Fault(driver("nvml.GetMigMode=on"), warning("mig")),
+    "MIG without AutoDetect": Fault(driver("nvml.GetMigMode=on"), warning("mig")),
+    "MIG mode that waits for a reset": Fault(driver("nvml.GetMigMode=changed"), warning("mig")),
     "a PROHIBITED GPU": Fault(set_mode(2), problem("compute-mode")),
     "an EXCLUSIVE_PROCESS that nobody holds": Fault(set_mode(3), warning("compute-mode")),
     "a default limit that no GPU has": Fault(

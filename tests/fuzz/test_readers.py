@@ -98,7 +98,7 @@ def test_any_request_is_within_bounds_or_refused_in_one_printable_line(asked: di
 @example(given_by_slurm={"SLURM_JOB_GPUS": "٣"})
 @settings(max_examples=examples(300), deadline=None)
 def test_whatever_slurmd_says_is_understood_or_refused(given_by_slurm: dict[str, str]) -> None:
-    """Nonsense of slurmd's is a fault of the node; a GPU that is a MIG device is the user's."""
+    """Nonsense of slurmd's is a fault of the node."""
     try:
         request = read_request({**SLURMS, **given_by_slurm})
     except (NodeError, RequestError) as error:

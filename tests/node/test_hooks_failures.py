@@ -74,7 +74,6 @@ def test_a_job_that_cannot_have_it_is_told_why(gpu_node: GpuNode) -> None:
         (asked(mem="256M"), "0", "less than a CUDA context costs with 100 % of the threads (about 514 MiB)"),
         (asked("25", "145M"), "0", "less than a CUDA context costs with 25 % of the threads (about 145 MiB)"),
         ({**asked(), "SPANK_MPS_FOO": "1"}, "0", "the request has SPANK_MPS_FOO, which slurm-mps on this node"),
-        (asked(), "MIG-11111111-2222-3333-4444-555555555555", "is a MIG device; slurm-mps serves whole GPUs only"),
     ):
         result = gpu_node.prolog(4711, gpus=gpus, **spank)
         assert (result.returncode, result.stderr) == (0, ""), message

@@ -216,7 +216,7 @@ def test_people_read_numbered_actions(gpu_node: GpuNode) -> None:
         (["--mps", "--devices=GPU-1234"], 1, "--devices=GPU-1234: this node has no GPU GPU-1234 that answers"),
         (["--mps", "--devices=0-1"], 2, "--devices=0-1: expected indices or UUIDs of GPUs, with commas"),
         (["--mps", "--devices=1,1"], 2, "--devices=1,1: it names a GPU twice"),
-        (["--mps", "--devices=MIG-1234"], 1, "MIG-1234 is a MIG device; slurm-mps serves whole GPUs only"),
+        (["--mps", "--devices=MIG-1234"], 1, "--devices=MIG-1234: this node has no GPU MIG-1234 that answers"),
     ],
 )
 def test_what_cannot_be_planned_is_said(gpu_node: GpuNode, argv: list[str], status: int, said: str) -> None:

@@ -45,6 +45,23 @@ def verdict(plan: Plan) -> Verdict:
     )
 
 
+def test_slices_have_a_daemon_and_one_job_each_whatever_the_site_says_of_gpus() -> None:
+    """Clients are few, in proportion to the smallest; a part of a slice by gres/mps is refused."""
+    one = replace(H200, uuid="MIG-1", profile="1g.10gb", slice_index=1, parts=(1, 7), minor=22)
+    two = replace(one, uuid="MIG-0", profile="2g.20gb", slice_index=0, parts=(2, 7), minor=31)
+    site = SiteConfig(gpus_sharing="joined", gpus_client_visible_devices="ordinal", gpus_clients_max=28)
+    plan = make_plan(replace(ask(), slurm_indices=(3, 2)), site, (one, two))
+    assert [daemon.gpus for daemon in plan.daemons] == [("MIG-0",), ("MIG-1",)]
+    assert [action for action in plan.actions if isinstance(action, HoldGpu)] == [
+        HoldGpu("MIG-0", None),
+        HoldGpu("MIG-1", None),
+    ]
+    assert (plan.clients_per_gpu, values(plan, "visible_devices")) == (4, ["uuid"])
+    assert [words.split()[:3] for words in values(plan, "gpu")] == [["2", "31", "MIG-0"], ["3", "22", "MIG-1"]]
+    with pytest.raises(RequestError, match="a part of a MIG slice"):
+        make_plan(replace(ask(), share_percentage=25.0), site, (one,))
+
+
 def values(plan: Plan, key: str) -> list[str]:
     return [value for name, value in verdict(plan).settings() if name == key]
 

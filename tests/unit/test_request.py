@@ -14,7 +14,7 @@ def test_a_full_request() -> None:
     assert request == JobRequest(4711, 20001, ("2", "3"), 12.5, 8 * GIB)
 
 
-@pytest.mark.parametrize(("text", "daemons"), [("1", PER_NODE), ("per-node", PER_NODE), ("per-gpu", PER_GPU)])
+@pytest.mark.parametrize(("text", "daemons"), [("1", ""), ("per-node", PER_NODE), ("per-gpu", PER_GPU)])
 def test_how_many_daemons(text: str, daemons: str) -> None:
     assert read_request({**SLURM, "SPANK_MPS": text}).daemons == daemons
 
@@ -116,9 +116,9 @@ def test_a_part_of_a_gpu_cannot_be_had_without_mps() -> None:
         read_request({**SLURM, "SPANK_NO_MPS": "1", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"})
 
 
-def test_mig_devices_are_refused_with_their_name() -> None:
-    with pytest.raises(RequestError, match="MIG"):
-        read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "MIG-0123-4567"})
+def test_mig_slices_go_by_uuid_beside_slurms_numbers() -> None:
+    request = read_request({**SLURM, "CUDA_VISIBLE_DEVICES": "MIG-0123,MIG-4567", "SLURM_JOB_GPUS": "2,4"})
+    assert (request.gpus, request.slurm_indices) == (("MIG-0123", "MIG-4567"), (2, 4))
 
 
 def test_a_gpu_slurm_cannot_mean_is_the_nodes_fault() -> None:

@@ -141,18 +141,6 @@ def persistence_mode(facts: Facts) -> Iterator[Finding]:
 
 
 @check(
-    "mig",
-    "no GPU is in MIG mode",
-    why="slurm-mps serves whole GPUs and refuses a job that asks for MPS on a part of one.",
-    where=GPU_NODE,
-)
-def mig(facts: Facts) -> Iterator[Finding]:
-    on = [str(gpu.index) for gpu in facts.gpus if gpu.mig]
-    if on:
-        yield warning(f"GPU {', '.join(on)}: MIG mode is on", "keep MPS jobs off this node, or nvidia-smi -mig 0")
-
-
-@check(
     "compute-mode",
     "every GPU that no MPS job holds is in a mode that programs can use",
     why="PROHIBITED lets no program in. EXCLUSIVE_PROCESS, left behind, makes the second program on the GPU fail.",

@@ -49,6 +49,14 @@ _SHARED_FAULTS = (
 )
 
 
+#: What was wrong with MIG until a release, by Slurm's own changelog.
+_MIG_FAULTS = (
+    ("22.05.6", "the wrong devices of slices where a GPU's minor number is not its index"),
+    ("23.02.7", "the wrong slices confined to a job, and faults with several in one"),
+    ("23.11.4", "one slice in CUDA_VISIBLE_DEVICES of all tasks with --gpus-per-task"),
+)
+
+
 @check(
     "gres-types",
     "Slurm hands out GPUs, and parts of them only where MPS jobs may share one",
@@ -111,6 +119,31 @@ def gres_conf(facts: Facts) -> Iterator[Finding]:
             wrong = str(error.strerror)
         if wrong:
             yield problem(f"{at.place}: {device}: {wrong}", "nvidia-smi makes the device files; or correct the line")
+
+
+@check(
+    "mig",
+    "Slurm finds MIG slices by UUID, and its release has no known faults there",
+    why="slurm-mps refuses a job on a slice, and on a whole GPU beside one, that Slurm names by number. A fault of "
+    "Slurm's can give a task another job's slice, or none.",
+    where=GPU_NODE,
+)
+def mig(facts: Facts) -> Iterator[Finding]:
+    on = ", ".join(str(gpu.index) for gpu in facts.gpus if gpu.mig)
+    changing = ", ".join(str(gpu.index) for gpu in facts.gpus if gpu.mig_pending not in (None, gpu.mig))
+    if changing:
+        fix = "drain the node, nvidia-smi --gpu-reset, restart slurmd"
+        yield warning(f"GPU {changing}: MIG mode was changed and waits for a reset of the GPU", fix)
+    if not on:
+        return
+    kind = _autodetect(facts)
+    if kind != "nvml":
+        where = f"{facts.conf_directory}/gres.conf"
+        yield warning(f"GPU {on}: MIG mode is on, and {where} has AutoDetect={kind}", f"{where}: AutoDetect=nvml")
+    number = tuple(int(word) for word in facts.release.split(".")[:3])
+    faults = [f"{what} (until {fixed})" for fixed, what in _MIG_FAULTS if number < tuple(map(int, fixed.split(".")))]
+    if faults:
+        yield warning(f"GPU {on}: MIG mode is on, and Slurm {facts.release} has {'; '.join(faults)}", "upgrade Slurm")
 
 
 @check(
