@@ -77,8 +77,9 @@ def open_device(ordinal: int) -> dict[str, object]:
     call("cuDeviceGetAttribute", ctypes.byref(mode), COMPUTE_MODE, device)
     call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     digits = bytes(uuid).hex()
+    kind = "MIG-" if b" MIG " in name.value else "GPU-"
     return {
-        "uuid": "GPU-" + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])),
+        "uuid": kind + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])),
         "name": name.value.decode(),
         "sms": sms.value,
         "free": free.value >> 20,

@@ -132,6 +132,10 @@ class Place:
         )
         return answers
 
+    def ask_ours(self, gpu: str, field: str) -> Any:
+        """What our binding says of a GPU that pynvml has no word for."""
+        return self.ask_nvml("ours", gpu, field)[0]["value"]
+
 
 @dataclass(frozen=True)
 class Device:

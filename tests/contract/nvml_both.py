@@ -1,8 +1,9 @@
 """Put one question to NVML twice, through slurm_mps's own binding and through the maintained pynvml.
 
-Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.gpus.Gpu``, ``mode UUID``, ``processes UUID``,
-``clients UUID`` (each MPS client's pid and MiB), ``expected INDEX`` (the UUID, ours from the kernel's list),
-``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads what it is now.
+Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.nvml.Gpu``, ``ours`` the same of our binding alone, ``mode
+UUID``, ``processes UUID``, ``clients UUID`` (each MPS client's pid and MiB), ``expected INDEX`` (the UUID, ours from
+the kernel's list), ``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads
+what it is now.
 Prints a line of JSON, [ours, pynvml's]; each is {"value": …} or {"number": …, "words": …} of an NVML error, ours with
 the "function" that it names. With MINORS_FROM=N in the environment the first GPU's minor number reads N, and so on: on
 many nodes, the simulated ones among them, it is the index, and nobody would see one taken for the other.
@@ -63,7 +64,7 @@ class Shifted:
 def ours(question: str, name: str, detail: str) -> Answer:
     gpus = Gpus()
     try:
-        if question == "ask":
+        if question in ("ask", "ours"):
             return {"value": getattr(gpus.resolve(name), detail)}
         if question == "processes":
             return {"value": sorted(gpus.processes(name))}

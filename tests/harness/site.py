@@ -87,7 +87,7 @@ def simulated_gpus(machine: Machine, node: str | None = None, *, kind: str = "gp
     return gpus
 
 
-def show_slices(machine: Machine, node: str) -> list[FoundGpu]:
+def show_slices(machine: Machine, node: str | None = None) -> list[FoundGpu]:
     """Make the devices of a node's MIG slices and show them in /proc, as the driver does, by NVIDIA's MIG guide.
 
     Returns: the node's GPUs and slices as Slurm's AutoDetect=nvml finds them.
