@@ -95,7 +95,7 @@ def test_whatever_a_server_says_a_search_prints_lines_that_are_read(
     pipe += b"x" * more  # no more of an environment is read than 64 KiB
     environment = {b"CUDA_MPS_PIPE_DIRECTORY": pipe, b"CUDA_VISIBLE_DEVICES": gpus}
     directory = "" if everybodys else JOBS
-    with running(program, environment) as pid, patch.object(search, "pids", return_value=[pid]):
+    with running(program, environment) as pid, patch.object(processes, "pids", return_value=[pid]):
         said = "".join(search.search_lines(directory, (control.SERVER_PROGRAM,)))
         found = control.search(directory, 1)
         known = processes.identify(pid)
