@@ -66,7 +66,7 @@ def breaks(fuzzer: Path, target: str) -> bool:
         )
     broken = done.returncode != 0
     assert (" cov: " in done.stderr) is not broken, done.stderr[-3000:]
-    print(f"{target}: {done.stderr.strip().splitlines()[-1]}")
+    print(f"{target}: {done.stderr[-3000:]}")
     return broken
 
 
