@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         """Where the compiled form is kept between jobs."""
 
         def read_compiled_config(self, stamp: str = "", partition: str = "") -> SiteConfig | None: ...
-        def keep_compiled_config(self, stamp: str, lines: list[str], timeout_seconds: float) -> None: ...
+        def keep_compiled_config(self, stamp: str, lines: list[str]) -> None: ...
+        def lock_config(self, timeout_seconds: float) -> None: ...
+        def unlock_config(self) -> None: ...
 
 
 def load_config(cache: Cache | None, timeout_seconds: float, partition: str = "") -> SiteConfig:
@@ -35,12 +37,19 @@ def load_config(cache: Cache | None, timeout_seconds: float, partition: str = ""
             status = os.stat(CONFIG_NAME, dir_fd=directory.fd)
             place = f"{status.st_dev}:{status.st_ino}:{status.st_size}"
             stamp = f"{__version__}:{place}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-            config = cache.read_compiled_config(stamp, partition) if cache else None
+            if cache is None:
+                return from_lines(_compile(directory.read(CONFIG_NAME), timeout_seconds), partition)
+            config = cache.read_compiled_config(stamp, partition)
             if config is None:
-                lines = _compile(directory.read(CONFIG_NAME), timeout_seconds)
-                if cache:
-                    cache.keep_compiled_config(stamp, lines, timeout_seconds)
-                config = from_lines(lines, partition)
+                cache.lock_config(timeout_seconds)  # of the prologs that start together, one compiles
+                try:
+                    config = cache.read_compiled_config(stamp, partition)
+                    if config is None:
+                        lines = _compile(directory.read(CONFIG_NAME), timeout_seconds)
+                        cache.keep_compiled_config(stamp, lines)
+                        config = from_lines(lines, partition)
+                finally:
+                    cache.unlock_config()
             return config
     except FileNotFoundError:
         return DEFAULTS

@@ -1,7 +1,7 @@
 """What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
 
     /run/slurm-mps/          root 0711
-      lock                   locks by number: a job's id, 0 for what all share: ledgers, config
+      lock                   locks by number: a job's id, 0 for the ledgers
       config                 the compiled site configuration
       last-fault             what the last prolog or epilog that failed had to say
       events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
@@ -39,7 +39,7 @@ _SKELETON = ("jobs", "gpus", "lock")
 DAEMONS = "daemons"
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
 _EVENTS_LIMIT_BYTES = 1024**2
-_METRICS_LOCK = 1 << 40  # beyond all job ids
+_METRICS_LOCK, _CONFIG_LOCK = 1 << 40, (1 << 40) + 1  # beyond all job ids
 
 
 class NodeState:
@@ -172,16 +172,17 @@ class NodeState:
         except (FileNotFoundError, NodeError, ValueError):
             return None  # made anew from the file, which is what counts
 
-    def keep_compiled_config(self, stamp: str, lines: list[str], timeout_seconds: float) -> None:
-        """Keep the compiled form for the jobs to come. Takes the lock of all jobs, since jobs that start together write
-        the same file. Failing to keep it is no fault: it is compiled again.
-        """
+    def lock_config(self, timeout_seconds: float) -> None:
+        """Keep others from compiling the site configuration."""
+        self._locks.acquire(_CONFIG_LOCK, timeout_seconds)
+
+    def unlock_config(self) -> None:
+        self._locks.release(_CONFIG_LOCK)
+
+    def keep_compiled_config(self, stamp: str, lines: list[str]) -> None:
+        """Keep the compiled form for the jobs to come. Failing to is no fault: it is compiled again."""
         try:
-            self.ledgers.lock(timeout_seconds)
-            try:
-                self.root.write("config", encode("config", CONFIG_VERSION, [stamp, *lines]))
-            finally:
-                self.ledgers.unlock()
+            self.root.write("config", encode("config", CONFIG_VERSION, [stamp, *lines]))
         except NodeError:
             pass
 

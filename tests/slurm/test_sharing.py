@@ -265,7 +265,6 @@ def test_an_array_of_small_jobs_over_shared_gpus(parted: Site) -> None:
     """Thirty jobs come and go on two GPUs: each has its part, no node drains, nothing is left."""
     parted.configure(f"{JOINED}[deadlines]\nprolog = 30\n")  # a job that waits longer than 4.5 s is refused
     before = parted.snapshot()
-    parted.cluster.run_batch("-n1", "--gres=mps:25", script="true")  # compiles mps.toml: eight at once would be slow
     parted.cluster.sbatch("-n1", "--array=1-30", "--gres=mps:25", "-o", "array-%a.out", script=LOOK)
     parted.cluster.wait_idle(120)
     said = parted.machine.run(["sh", "-c", "cat /home/alice/array-*.out"]).check().stdout.splitlines()

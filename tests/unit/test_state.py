@@ -84,7 +84,7 @@ def test_only_the_verdict_can_be_read(state: NodeState, place: Path) -> None:
     assert modes(place)["jobs/4711"] == 0o700, "until the user is let in"
     journal.admit_user()
     state.ledgers.write(GPU, LedgerEntry((Holder(4711),), 0))
-    state.keep_compiled_config("stamp", to_lines(DEFAULTS), 1)
+    state.keep_compiled_config("stamp", to_lines(DEFAULTS))
     assert place.stat().st_mode & 0o7777 == 0o711
     assert modes(place) == {
         "jobs": 0o711,
@@ -234,7 +234,7 @@ def test_the_compiled_configuration_is_of_one_file(state: NodeState, place: Path
     """It is used for the very file it was made of, and for no other; damaged, of another version or none: made anew."""
     config = SiteConfig(policy_node_fault="fail_job")
     assert state.read_compiled_config("stamp") is None
-    state.keep_compiled_config("stamp", to_lines(config), 1)
+    state.keep_compiled_config("stamp", to_lines(config))
     assert state.read_compiled_config("stamp") == config
     assert state.read_compiled_config("another") is None
     whole = (place / "config").read_bytes()
