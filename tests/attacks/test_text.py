@@ -138,6 +138,6 @@ def test_whatever_is_sent_the_node_is_well(asked_often: GpuNode, values: dict[st
     verdict = asked_often.verdict(4711)
     assert (result.returncode, result.stderr) == (0, "")
     assert verdict["status"] in ("ready", "refused")
-    assert verdict.keys() <= {"uid", "status", "message"} or verdict["daemon"].startswith(JOBS_OWN)
+    assert verdict.keys() <= {"uid", "status", "message", "exit"} or verdict["daemon"].startswith(JOBS_OWN)
     assert all(value.isascii() and value.isprintable() and len(value) <= 480 for value in verdict.values())
     assert not asked_often.machine.path("/tmp/owned").exists()

@@ -143,11 +143,11 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
         Change(
             CONTROL,
-            "else [format_memory(limits.memory_bytes)] * device_count",
-            'else [processes.os.environ["SPANK_MPS_MEM"]] * device_count',
+            "sizes = [[]] if size is None else [[format_memory(printed_memory(size))],",
+            'sizes = [[]] if size is None else [[processes.os.environ["SPANK_MPS_MEM"]],',
         ),
     ),
-    "what was set is read back": (Change(CONTROL, "        elif answer != expected:", "        elif False:"),),
+    "what was set is read back": (Change(CONTROL, "        elif answer not in expected:", "        elif False:"),),
     "user's text is made printable": (
         Change(
             UNITS, '    shown = "".join(c if " " <= c <= "~" else "?" for c in text[: limit + 1])', "    return text"
@@ -232,9 +232,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a GPU's ledger is locked": (
         Change(
             ACTIONS,
-            "    def apply(self, job: JobOnNode) -> None:\n"
-            "        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))\n",
-            "    def apply(self, job: JobOnNode) -> None:\n",
+            "        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))\n        try:\n",
+            "        try:\n",
         ),
     ),
     "a ledger is read and written at once": (
@@ -243,7 +242,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "        entry = job.state.ledgers.read(self.gpu)\n",
             '        entry = job.state.ledgers.read(self.gpu)\n        __import__("time").sleep(0.3)\n',
         ),
-        Change(ACTIONS, "while there := gpus.processes(gpu):", "while there := ():"),
+        Change(ACTIONS, "(there := job.gpus.processes(gpu))", "(there := ())"),
     ),
     "the undo is on disk first": (Change(LIFECYCLE, "job.journal.note(*new)", "job.journal.undo += new"),),
     # ------------------------------------------------------------------------------------------------ jobs that share
@@ -318,7 +317,11 @@ WALLS: dict[str, tuple[Change, ...]] = {
             "	while (given && *given)\n"
             "		(void)putenv(strdup(*given++));\n",
         ),
-        Change("spank/spank_mps.c", "#include <stdlib.h>\n", "#include <stdlib.h>\n#include <string.h>\n"),
+        Change(
+            "spank/spank_mps.c",
+            "#include <unistd.h>\n",
+            "#include <stdlib.h>\n#include <string.h>\n#include <unistd.h>\n",
+        ),
         Change(HEALTH, '"-I", "-S", ', ""),
         Change(
             HELPER,

@@ -105,7 +105,7 @@ def test_whatever_slurmd_says_is_understood_or_refused(given_by_slurm: dict[str,
         check_message(str(error))
         return
     assert 0 <= request.job_id < 2**32
-    assert all(name.startswith("GPU-") or name.isdigit() for name in request.gpus)
+    assert all(name.startswith(("GPU-", "MIG-")) or name.isdigit() for name in request.gpus)
 
 
 # ----------------------------------------------------------------------------------------------- the state on disk
