@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from time import monotonic
 
 from .. import __version__
 from ..node import processes
@@ -41,11 +42,13 @@ def load_config(cache: Cache | None, timeout_seconds: float, partition: str = ""
                 return from_lines(_compile(directory.read(CONFIG_NAME), timeout_seconds), partition)
             config = cache.read_compiled_config(stamp, partition)
             if config is None:
-                cache.lock_config(timeout_seconds)  # of the prologs that start together, one compiles
+                end = monotonic() + timeout_seconds
+                # Of prologs that start together one compiles. Where that takes long, or cannot be kept, each does.
+                cache.lock_config(timeout_seconds / 3)
                 try:
                     config = cache.read_compiled_config(stamp, partition)
                     if config is None:
-                        lines = _compile(directory.read(CONFIG_NAME), timeout_seconds)
+                        lines = _compile(directory.read(CONFIG_NAME), end - monotonic())
                         cache.keep_compiled_config(stamp, lines)
                         config = from_lines(lines, partition)
                 finally:

@@ -272,11 +272,13 @@ class LeaveGpu:
         return entry.daemon.process is not None and ours in (entry.daemon.process.pid, BUSY)
 
     def run(self, job: JobOnNode) -> None:
-        job_id = job.journal.job_id
-        job.journal.directory.remove_tree(link_name(self.number))
-        end_clients(job_id, job.journal.uid)
-        logs.keep_part(job_id, self.gpu, f"gpu-{self.number}", job.config)
+        job_id, name = job.journal.job_id, link_name(self.number)
+        job.journal.directory.remove_tree(name)
+        if any(one.job_id == job_id for one in job.state.ledgers.read(self.gpu).holders):  # it was not refused
+            end_clients(job_id, job.journal.uid)
+            logs.keep_part(job_id, self.gpu, f"gpu-{self.number}", job.config)
         daemon = leave(self.gpu, (job_id,), job.state, job.gpus, job.config, job.seconds)
+        job.journal.directory.remove_tree(name)  # who started a dead daemon again put it back, up to here
         if daemon is not None:
             close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds, job.meanwhile)
         logs.keep(job_id, job.config, job.state.job_ids())

@@ -77,12 +77,12 @@ class Plan:
     def shared(self, job: JobOnNode) -> list[str]:
         """The directories of the plan's daemons, where other jobs have them, too; else none.
 
-        Empty for a daemon that another job has found dead since.
+        ``-`` for a daemon that another job has found dead since, and starts again.
         """
         if self.config.gpus_sharing != JOINED:
             return []
         found = ((one.gpus[0], job.state.ledgers.read(one.gpus[0]).daemon) for one in self.daemons)
-        return [daemon_path(gpu, daemon) if daemon else "" for gpu, daemon in found]
+        return [daemon_path(gpu, daemon) if daemon else "-" for gpu, daemon in found]
 
     def verdict(self, running: Sequence[ControlDaemon], shared: Sequence[str] = ()) -> Verdict:
         """What the plugin reads in the job's tasks; `running` are the plan's daemons, `shared` the joined jobs' places.
@@ -421,17 +421,17 @@ def _joining(
     actions: list[Action] = []
     for number, (gpu, daemon) in enumerate(zip(gpus, daemons, strict=True)):
         limits = Limits(config.limits_thread_percentage_max, _most_memory(gpu, config))
-        mib = _promised_mib(request, config, gpu, daemon)
+        mib = _promised_mib(request, config, gpu, daemon, -(-request.tasks // len(gpus)))
         actions.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config), way))
     return (*actions, AdmitUser(request.uid))
 
 
-def _promised_mib(request: JobRequest, config: SiteConfig, gpu: Gpu, daemon: JobDaemon) -> int:
-    """How much of a GPU's memory the job's processes may have together; 0 where that is not known."""
+def _promised_mib(request: JobRequest, config: SiteConfig, gpu: Gpu, daemon: JobDaemon, tasks: int) -> int:
+    """How much of a GPU's memory the job's processes there may have together; 0 where that is not known."""
     share = request.share_percentage
     if share is not None and (request.auto_memory or _divides_share(request, config)):
         return int(_for_clients(gpu, config) * share / 100)
     if config.limits_memory_default == "none" and _divides_share(request, config):
         return 0  # its shards' part, which Slurm counts and the plugin sets
     limit = daemon.limits.memory_bytes
-    return 0 if limit is None or request.auto_memory else limit // MIB * max(1, request.tasks)
+    return 0 if limit is None or request.auto_memory else limit // MIB * max(1, tasks)

@@ -62,7 +62,7 @@ class Prolog(Script):
         node = self.environment.get("SLURMD_NODENAME", "")
         self._journal = journal = state.begin_journal(job_id, uid, run, node)
         request = read_request(self.environment)
-        if self.config.gpus_sharing == JOINED:
+        if self.config.gpus_sharing == JOINED and not any(name.startswith("MIG-") for name in request.gpus):
             self._see_devices_confined()
         journal.write_config(self.config)
         bring_up(request, self._on_node(state, journal, self.config))

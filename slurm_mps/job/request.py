@@ -138,6 +138,9 @@ def _share(environment: Mapping[str, str]) -> float | None:
     try:
         return None if text is None else parse_thread_percentage(text)
     except ValueError:
+        if text and text.isdecimal() and int(text) > 100:  # of the first GPU's count, for parts of several
+            what = f"--gres=mps gives it {printable(text)} % of a GPU"
+            raise RequestError(what, hint="ask for whole GPUs with --gres=gpu", reason="threads") from None
         raise NodeError(f"slurmd gave the prolog no usable {SHARE}: {printable(text or '')!r}") from None
 
 

@@ -232,8 +232,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a GPU's ledger is locked": (
         Change(
             ACTIONS,
-            "        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))\n        try:\n",
-            "        try:\n",
+            "    while True:\n        job.state.ledgers.lock(job.seconds(job.config.deadlines_command))\n",
+            "    while True:\n",
         ),
     ),
     "a ledger is read and written at once": (

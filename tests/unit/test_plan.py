@@ -305,3 +305,10 @@ def test_a_job_without_gpu_is_told_how_to_get_one() -> None:
 def test_one_gpu_named_twice_is_slurms_mistake() -> None:
     with pytest.raises(NodeError, match="twice"):
         make_plan(ask(), DEFAULTS, (GPUS[0], GPUS[0]))
+
+
+def test_tasks_of_a_joined_job_are_counted_once_and_not_on_each_gpu() -> None:
+    config = SiteConfig(gpus_sharing="joined")
+    request = replace(ask(memory=20 * GIB), daemons=PER_GPU, tasks=3)
+    joins = [one for one in make_plan(request, config, GPUS).actions if isinstance(one, JoinGpu)]
+    assert [join.mib for join in joins] == [2 * 20 * 1024] * 2

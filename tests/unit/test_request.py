@@ -110,6 +110,12 @@ def test_what_slurmd_says_wrongly_is_the_nodes_fault(name: str, value: str) -> N
         read_request({**SLURM, "SPANK_MPS": "1", name: value})
 
 
+def test_more_than_a_gpu_is_the_users_mistake() -> None:
+    """Slurm counts the parts of several GPUs as a percentage of the first; no node drains for it."""
+    with pytest.raises(RequestError, match="200 % of a GPU"):
+        read_request({**SLURM, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "200"})
+
+
 def test_a_part_of_a_gpu_cannot_be_had_without_mps() -> None:
     """The job would have all of a GPU of which others have parts, too."""
     with pytest.raises(RequestError, match=r"--mps=off: only MPS limits"):
