@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..node.files import Directory, LockFile
 
 _VERSION = 1
-_LOCK = 0  # of all ledgers, and of the compiled configuration
+_LOCK = 0  # of all ledgers
 #: How a job holds a GPU: no other MPS job beside it, others that each have a daemon of their own, or one daemon for
 #: jobs of one user, or for jobs of all users.
 WHOLE, SEPARATE, JOINED, JOINED_ALL = "whole", "separate", "joined", "joined-all"

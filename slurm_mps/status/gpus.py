@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GpuState:
-    """compute_mode: a key of node.gpus.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66).
+    """compute_mode: a key of node.nvml.COMPUTE_MODES. memory_bytes: what each of its MPS clients uses, by pid (O66).
 
     others: the same of processes with a context that are no clients (O60): MPS servers, and programs without MPS.
     Of a MIG slice there is no mode, but its profile, such as 1g.10gb.

@@ -7,7 +7,7 @@ from tests.lab.scale.load import MPS, PATIENT, rpcs_of, run_jobs, run_on_all_nod
 
 
 def test_an_mps_job_calls_the_controller_no_more_than_any_other(site: Site) -> None:
-    """By slurmctld's own count of its calls (S1: a prolog that asks it something stops a large cluster)."""
+    """By slurmctld's own count of its calls: a prolog that asks it something stops a large cluster."""
     assert rpcs_of(site, 5, *MPS) == rpcs_of(site, 5)
 
 
