@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what this host allows, and what is wrong with it",
         description="Checks this host's Slurm files, plugin, prolog, epilog, driver and GPUs: a login node's, a "
         "compute node's or the controller's. Each finding says what is wrong, why it matters and what fixes it. The "
-        "command changes nothing; root sees more than a user. Exit status: 0 fine, 1 a problem was found (with "
+        "command changes no file; root sees more than a user. Exit status: 0 fine, 1 a problem was found (with "
         "--strict also a warning), 2 usage, 3 nothing to look at: there is no Slurm here, or the checks that were "
         "named are for other hosts, 4 the same, and root could look.",
     )
