@@ -102,6 +102,9 @@ class Prolog(Script):
         if self._journal is None:
             return self.node_fault(str(error))
         try:
+            if self.state and not self._asked and error.reason == "mig":  # it runs as before
+                self.state.remove_journal(self._journal)
+                return 0
             self._tell_tasks(refused(str(error), error.reason))
         except NodeError as fault:
             return self.node_fault(f"{error}; and the verdict cannot be written: {fault}")

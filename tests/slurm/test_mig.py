@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.cluster import waits_for
-from tests.harness.site import Site, simulated_gpus
+from tests.harness.gpunode import PROLOG, job_environment
+from tests.harness.site import PARTITIONS, STATE_DIRECTORY, Site, simulated_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,3 +139,13 @@ def test_an_index_on_a_node_with_slices_is_refused(cut: Site) -> None:
     """Slurm before 25.11 names whole GPUs by index, and counts slices, too, in an order of its own."""
     said = cut.node("n1", "slurm-mps", "plan", "--mps", "--devices=0").stderr
     assert "Slurm names its GPU 0 and not by UUID, and this node has MIG slices" in said
+
+
+def test_a_job_named_by_index_that_did_not_ask_runs_as_before(cut: Site) -> None:
+    """Its partition gives MPS to jobs that do not ask."""
+    cut.machine.write(f"{PARTITIONS}/gpu", "per-node\n")
+    environment = job_environment(4711, gpus="0", SLURM_JOB_PARTITION="gpu")
+    result = cut.node("n1", "env", *(f"{name}={value}" for name, value in environment.items()), PROLOG)
+    cut.machine.run(["rm", "-r", PARTITIONS]).check()
+    result.check()
+    assert cut.node("n1", "ls", f"{STATE_DIRECTORY}/jobs").stdout == ""
