@@ -81,7 +81,7 @@ def test_the_last_of_two_sharing_jobs_leaves_the_gpu_as_the_first_found_it(
     gpu_node.set_compute_modes(0)
 
 
-@pytest.mark.parametrize(("first", "then"), permutations(("", SEPARATE, JOINED), 2))
+@pytest.mark.parametrize(("first", "then"), list(permutations(("", SEPARATE, JOINED), 2)))
 def test_a_job_does_not_come_beside_one_that_holds_the_gpu_in_another_way(
     gpu_node: GpuNode, first: str, then: str
 ) -> None:
