@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
         def read_compiled_config(self, stamp: str = "", partition: str = "") -> SiteConfig | None: ...
         def keep_compiled_config(self, stamp: str, lines: list[str]) -> None: ...
-        def lock_config(self, timeout_seconds: float) -> None: ...
+        def lock_config(self, timeout_seconds: float) -> bool: ...
         def unlock_config(self) -> None: ...
 
 
@@ -44,15 +44,17 @@ def load_config(cache: Cache | None, timeout_seconds: float, partition: str = ""
             if config is None:
                 end = monotonic() + timeout_seconds
                 # Of prologs that start together one compiles. Where that takes long, or cannot be kept, each does.
-                cache.lock_config(timeout_seconds / 3)
+                locked = cache.lock_config(timeout_seconds / 3)
                 try:
                     config = cache.read_compiled_config(stamp, partition)
                     if config is None:
                         lines = _compile(directory.read(CONFIG_NAME), end - monotonic())
-                        cache.keep_compiled_config(stamp, lines)
+                        if locked:  # two would write the same file
+                            cache.keep_compiled_config(stamp, lines)
                         config = from_lines(lines, partition)
                 finally:
-                    cache.unlock_config()
+                    if locked:
+                        cache.unlock_config()
             return config
     except FileNotFoundError:
         return DEFAULTS

@@ -172,12 +172,13 @@ class NodeState:
         except (FileNotFoundError, NodeError, ValueError):
             return None  # made anew from the file, which is what counts
 
-    def lock_config(self, timeout_seconds: float) -> None:
-        """Keep others from compiling the site configuration, if that can be had in time."""
+    def lock_config(self, timeout_seconds: float) -> bool:
+        """Keep others from compiling the site configuration. Returns: whether that could be had in time."""
         try:
             self._locks.acquire(_CONFIG_LOCK, timeout_seconds)
         except DeadlineError:
-            pass
+            return False
+        return True
 
     def unlock_config(self) -> None:
         self._locks.release(_CONFIG_LOCK)
