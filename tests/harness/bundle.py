@@ -1,10 +1,11 @@
-"""What a GPU machine without a registry lacks to run a throw-away site: Slurm, munge, their libraries, and wheels.
+"""What a GPU machine without a registry lacks to run a throw-away site: Slurm, munge, a container engine, the libraries
+of all three, and wheels.
 
 ``python3 -m tests.harness.bundle DIRECTORY`` collects it on a machine where ``make test`` runs; the plugin, which is
 built for this very Slurm, travels in ``build/spank``. With ``--release`` it is another release's whole root file system
-(release.py), with its plugin. On the other machine the variable SLURM_MPS_BUNDLE names the directory. Promises: it is
-laid over the throw-away machine alone, so that the GPU machine itself gets no file but for the root in ``.cache``; of
-the libraries only those that the throw-away machine does not have are used.
+(release.py), with its plugin, and this machine's container engine. On the other machine the variable SLURM_MPS_BUNDLE
+names the directory. Promises: it is laid over the throw-away machine alone, so that the GPU machine itself gets no file
+but for the root in ``.cache``; of the libraries only those that the throw-away machine does not have are used.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 PLUGINS = "usr/lib/x86_64-linux-gnu/slurm-wlm"
 DAEMONS = ("slurmd", "slurmctld", "slurmstepd", "munged", "mungekey")
 COMMANDS = ("srun", "sbatch", "salloc", "scontrol", "squeue", "sinfo", "scancel", "sdiag", "munge", "unmunge")
+ENGINE = "ch-run"
+"""Charliecloud's: of the container engines the one that is small and asks a node for nothing but user namespaces."""
 DRIVER_PROGRAMS = ("nvidia-smi", "nvidia-cuda-mps-control", "nvidia-cuda-mps-server")
 _LIBRARIES = "opt/bundle/lib"
 _USED = "/opt/bundle/used"
@@ -68,12 +71,12 @@ def shown() -> list[str | Path]:
     if carried_root() is None:
         return []
     files = [Path(found) for found in map(shutil.which, DRIVER_PROGRAMS) if found]
-    for place in _driver_places():
+    for place in driver_places():
         files += [path for word in ("cuda", "nvidia") for path in Path(place).glob(f"lib{word}*.so.*")]
     return list({path.resolve(): None for path in files})
 
 
-def _driver_places() -> list[str]:
+def driver_places() -> list[str]:
     """Where this machine's loader, as this program was started, finds the driver's libraries."""
     listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
     known = re.findall(r"^\tlibcuda\.so\.1 .*x86-64.* => (.*)/libcuda", listed, re.MULTILINE)
@@ -95,7 +98,7 @@ def settle(machine: Machine) -> None:
     machine.make_directory(_USED)
     for name in used:
         machine.path(f"{_USED}/{name}").symlink_to(f"/{_LIBRARIES}/{name}")
-    machine.write("/etc/ld.so.conf.d/slurm-mps-bundle.conf", "\n".join([*_driver_places(), _USED, ""]))
+    machine.write("/etc/ld.so.conf.d/slurm-mps-bundle.conf", "\n".join([*driver_places(), _USED, ""]))
     machine.run(["ldconfig"]).check()
     for program in DRIVER_PROGRAMS:
         found = shutil.which(program)
@@ -121,16 +124,18 @@ def _needed(programs: list[Path]) -> dict[str, str]:
     return {name: path for name, path in found if not _OF_THE_C_LIBRARY.fullmatch(name) and "slurm-wlm" not in path}
 
 
-def collect(target: Path) -> None:
-    """This machine's own Slurm, into an empty directory."""
+def collect(target: Path, *, slurm: bool) -> None:
+    """This machine's own container engine, and its own Slurm if asked, into an empty directory."""
     root = target / "root"
-    for place, names in (("usr/sbin", DAEMONS), ("usr/bin", COMMANDS)):
-        for name in names:
-            _copy(f"/{place}/{name}", root / place / name)
-    shutil.copytree(f"/{PLUGINS}", root / PLUGINS, ignore=shutil.ignore_patterns("*.a"), symlinks=True)
-    (root / "usr/sbin/slurmstepd-wlm").symlink_to("slurmstepd")
-    programs = [path for place in ("usr/sbin", "usr/bin") for path in (root / place).iterdir()]
-    for name, path in _needed(programs + [root / PLUGINS / name for name in _LOADED]).items():
+    places = {"usr/sbin": DAEMONS, "usr/bin": (*COMMANDS, ENGINE)} if slurm else {"usr/bin": (ENGINE,)}
+    programs = [root / place / name for place, names in places.items() for name in names]
+    for program in programs:
+        _copy(f"/{program.relative_to(root)}", program)
+    if slurm:
+        shutil.copytree(f"/{PLUGINS}", root / PLUGINS, ignore=shutil.ignore_patterns("*.a"), symlinks=True)
+        (root / "usr/sbin/slurmstepd-wlm").symlink_to("slurmstepd")
+        programs += [root / PLUGINS / name for name in _LOADED]
+    for name, path in _needed(programs).items():
         _copy(path, root / _LIBRARIES / name)
 
 
@@ -163,9 +168,8 @@ def main() -> int:
     options.directory.mkdir(parents=True)
     (options.directory / "release").write_text(f"{options.release}\n")
     root = ensure_root(RELEASES[options.release], CACHE)
-    if root is None:
-        collect(options.directory)
-    else:
+    collect(options.directory, slurm=root is None)
+    if root is not None:
         shutil.copytree(build_plugin(CACHE, REPOSITORY, root), options.directory / "plugin")
         pack(root, options.directory / ROOT_ARCHIVE)
     for python in {options.python, python_version(root)} if root else {options.python}:
