@@ -113,6 +113,9 @@ test-gpu: $(GPU_TOOLS) ## the simulated GPUs' tests on real GPUs
 hardware: $(GPU_TOOLS) ## everything else that real GPUs can show
 	@$(GPU_PYTHON) -m tests.lab.hardware
 
+containers: $(GPU_TOOLS) ## programs in containers on a real GPU (a minute)
+	@$(GPU_PYTHON) -m tests.lab.hardware.containers
+
 bench-gpu: $(GPU_TOOLS) ## the benchmarks on real GPUs
 	@$(GPU_PYTHON) -m tests.lab.bench --real-gpu --json $$($(GPU_PYTHON) -m tests.lab.hardware.site scripts) $(BENCH)
 	@$(GPU_PYTHON) -m tests.lab.hardware.cost $(COST)
@@ -162,4 +165,4 @@ clean: ## remove build; the tools and roots in .cache stay
 
 SHELL = /bin/bash
 .PHONY: plugin simulator help dev build build-tests demo shell check test test-accounting test-matrix test-vm check-clones torture bench scale bundle test-gpu \
-	hardware bench-gpu worth sharing monitors plots install install-hooks docs man deb rpm clean
+	hardware containers bench-gpu worth sharing monitors plots install install-hooks docs man deb rpm clean

@@ -8,85 +8,16 @@ The GPUs' compute mode is left alone.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import time
-from typing import TYPE_CHECKING
 
-from tests.harness.cluster import REPOSITORY, SlurmError
-from tests.harness.runtime import mpi_environment
 from tests.lab.demo import Demo, run_job
 
-from .site import NODE, PLACE, RealSite, host_traces, measured_on
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.harness.cluster import Job
-    from tests.harness.site import Site
+from .show import Show, conclude, heading
+from .site import PLACE, RealSite, host_traces
 
 CLIENT = f"/usr/bin/python3 {PLACE}/client.py"
 VERIFY = "/opt/slurm-mps/bin/slurm-mps verify"
 MPI = "--mpi=pmi2 "
-
-
-class Show:
-    """Runs things on a site, prints them as a session of a user, and holds them to what must come of them."""
-
-    def __init__(self, site: RealSite, problems: list[str]) -> None:
-        self._site = site
-        self._problems = problems
-
-    def _judge(self, what: str, said: str, expected: str) -> None:
-        if not re.search(expected, said, re.DOTALL):
-            self._problems.append(f"{what}: expected {expected!r}")
-
-    def srun(self, options: str, command: str, expected: str) -> None:
-        """`expected` is a pattern of the output with its last line, ``[exit 0, ...]``."""
-        began = time.monotonic()
-        result = self._site.cluster.srun(*options.split(), *command.split(), timeout=120, env=mpi_environment())
-        print(f"alice$ srun {options} {command.replace('/opt/slurm-mps/bin/', '')}")
-        end = f"[exit {result.returncode}, {time.monotonic() - began:.1f} s]"
-        said = f"{result.stdout}{result.stderr}{end}\n"
-        print(said, flush=True)
-        self._judge(f"srun {options}", said, expected)
-
-    def sbatch(self, options: str, script: str, expected: str, until: Callable[[str], bool] | None = None) -> None:
-        """Run a script; once `until` holds of its output its first step is cancelled."""
-        cluster = self._site.cluster
-        job = cluster.sbatch(*options.split(), script=script)
-        print(f"alice$ sbatch {options} <<'END'\n{script}END")
-        try:
-            if until:
-                cluster.until("the step", lambda: until(cluster.output(job)) or None, 60)
-                self._cancel_step(job)
-            state = cluster.wait(job, 90).state
-        except SlurmError:
-            state = "still there; cancelled"
-            cluster.scancel(job)
-        said = f"{cluster.output(job)}[{state}]\n"
-        print(said, flush=True)
-        self._judge(f"sbatch {options}", said, expected)
-
-    def _cancel_step(self, job: Job) -> None:
-        print(f"alice$ scancel {job}.0")
-        self._site.machine.run(["scancel", f"{job}.0"], user=job.user).check()
-
-
-def _heading(site: Site) -> None:
-    on = measured_on()
-    commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    slurm = site.node(NODE, "slurmd", "-V").stdout.strip()
-    plugin = site.machine.read("/etc/slurm/cgroup.conf").partition("CgroupPlugin=")[2].split()[0]
-    print(f"# Jobs on real GPUs: {len(on['gpus'])} x {on['gpus'][0].replace(', ', ', driver ')}\n")
-    print(
-        f"{on['date']}, commit {commit.stdout.strip() or 'unknown'}, {slurm}, {on['cpu']}, {on['cores']} cores, tasks "
-        f"confined to their GPUs ({plugin}), compute mode left alone. Each client is an ordinary CUDA program with "
-        "kernels of its own; error 700 is CUDA_ERROR_ILLEGAL_ADDRESS. What `make hardware` printed:\n"
-    )
 
 
 def _jobs(show: Show, site: RealSite, gpus: int) -> None:
@@ -124,17 +55,11 @@ def main() -> int:
     on_host = host_traces()
     with RealSite() as site:
         before = site.snapshot()
-        _heading(site)
-        print("```console", flush=True)
+        heading(site, "Jobs on real GPUs", "make hardware")
         run_job(demo, site, site.gpus_per_node, exclusive=False)
         _jobs(Show(site, demo.problems), site, site.gpus_per_node)
         after = site.snapshot()
-    left = sorted(host_traces() - on_host)
-    print("```\n")
-    print(f"Processes, files and compute modes as before: {after == before}. Left on the host: {left or 'nothing'}.")
-    for problem in demo.problems:
-        print(f"NOT AS IT SHOULD BE: {problem}")
-    return 0 if after == before and not demo.problems and not left else 1
+    return conclude(after == before, on_host, demo.problems)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
 
-from . import cost, site, worth
+from . import containers, cost, show, site, worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +45,8 @@ cuda = _Idle()
 class SimulatedSite(site.RealSite):
     """The same site on a simulated node."""
 
-    def __init__(self) -> None:
-        Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS)
+    def __init__(self, config: str = "") -> None:
+        Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS, config=config)
         self._meetings = 0
 
     def begin(self) -> None:
@@ -103,3 +104,13 @@ def test_what_it_costs_a_user_has_a_sample_a_round(
     shown = capsys.readouterr().out
     assert "from the program's start" in shown
     simulated.end_meetings()
+
+
+def test_what_is_shown_of_containers_is_as_it_should_be() -> None:
+    problems: list[str] = []
+    with SimulatedSite(UNCHANGED) as unchanged:
+        before = unchanged.snapshot()
+        containers.lay(unchanged, "/run/simulated-gpus")
+        containers.jobs(show.Show(unchanged, problems), unchanged)
+        assert unchanged.snapshot() == before
+    assert "\n".join(problems) == ""
