@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _find(job_id: int) -> tuple[dict[str, DaemonPlace], list[DaemonLogs]]:
     """The job's daemons, by name, where it still runs; and where the logs of each lie."""
-    from ..job.told import read_verdict
+    from ..job.verdict_file import read_verdict
     from ..job_log.read import DaemonLogs, find_logs
 
     verdict = read_verdict(job_id)

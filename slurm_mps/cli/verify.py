@@ -66,8 +66,8 @@ def _first_rank_says_it() -> bool:
 def _is_component_without_gpu(step: Step) -> bool:
     """Whether this node's part of a heterogeneous job was refused MPS for having no GPU, and runs all the same."""
     from ..errors import NodeError
-    from ..job.told import read_verdict
     from ..job.verdict import NO_GPU
+    from ..job.verdict_file import read_verdict
 
     try:
         verdicts = [read_verdict(int(job_id)) for job_id in step.job_ids] if len(step.job_ids) > 1 else []

@@ -25,7 +25,7 @@
     end <checksum>
 
 It lies in /run/slurm-mps/jobs/<job id>/verdict or, where nothing of the job can be kept there, in
-/var/log/slurm-mps/<job id>/verdict (job/logs.py). Only root can write either. job/told.py reads it for commands.
+/var/log/slurm-mps/<job id>/verdict (job/logs.py). Only root can write either. Commands read it by job/verdict_file.py.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from ..config.settings import DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError, NodeError
 from ..job.journal import Journal
 from ..job.state import NodeState
-from ..job.told import read_verdict
 from ..job.verdict import JOBS, DaemonPlace, Verdict
+from ..job.verdict_file import read_verdict
 from ..node import processes
 from ..node.control import DAEMON_PROGRAM
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS

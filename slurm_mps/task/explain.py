@@ -24,7 +24,7 @@ _LINE_MAX = 900
 
 def main() -> int:
     sys.path.append(os.path.abspath(f"{__file__}/../../.."))  # last: it may not hide a module
-    from slurm_mps.job.told import read_verdict
+    from slurm_mps.job.verdict_file import read_verdict
     from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, nobody_came, seen_since, suspect_limit
     from slurm_mps.job_log.read import DaemonLogs, events_of
     from slurm_mps.node.listen import listener

@@ -222,7 +222,7 @@ PRIVILEGED = privileged()
 def test_the_privileged_code_is_the_room_of_the_job_and_what_it_stands_on() -> None:
     """All of job/, but for what only looks; of the other rooms no more than is listed here."""
     job = {str(path.relative_to(ROOT)) for path in (ROOT / "slurm_mps/job").glob("*.py")}
-    assert job - PRIVILEGED.keys() == {"slurm_mps/job/preview.py", "slurm_mps/job/told.py"}
+    assert job - PRIVILEGED.keys() == {"slurm_mps/job/preview.py", "slurm_mps/job/verdict_file.py"}
     others = (
         *("__init__", "config/load", "config/settings", "errors", "hook", "record", "units"),
         *("node/__init__", "node/control", "node/files", "node/listen", "node/messages", "node/nvml"),

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "slurm": ("node",),
     "config": ("node",),
     "job": ("slurm", "config", "node"),
-    "task": ("node", "job_log", "job.verdict", "job.told"),
+    "task": ("node", "job_log", "job.verdict", "job.verdict_file"),
     **dict.fromkeys(COMMANDS, (*COMMANDS, "job", "slurm", "config", "node")),
     "cli": (*COMMANDS, "job", "slurm", "config", "node"),
     "hook": ("job", "node"),

@@ -12,8 +12,8 @@ from ...job.journal import Journal
 from ...job.plan import CUDA_OF_ALL_USERS, refusal_of_default
 from ...job.reconcile import BUSY, KEPT
 from ...job.state import NodeState
-from ...job.told import read_verdict
 from ...job.verdict import JOBS
+from ...job.verdict_file import read_verdict
 from ...node.control import DAEMON_PROGRAM, SERVER_PROGRAM, search, server_path, why_not_run
 from ...node.listen import listener
 from ...node.nvml import COMPUTE_MODES, CUDA_NEEDED, EXCLUSIVE_PROCESS, NEEDED
