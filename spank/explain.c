@@ -93,10 +93,10 @@ static void tasks_text(char *out, size_t size)
  * A script that ends badly because a step of it did: that was told by the step.
  * Returns: whether it is the time of that, and not when the tasks were forked.
  */
-static bool since_text(int directory, bool script, char *out, size_t size)
+static bool since_text(int directory, bool job_script, char *out, size_t size)
 {
 	struct timespec since = seen.since, told;
-	bool was_told = script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
+	bool was_told = job_script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
 			(told.tv_sec > since.tv_sec || (told.tv_sec == since.tv_sec && told.tv_nsec > since.tv_nsec));
 
 	if (was_told)
@@ -106,12 +106,12 @@ static bool since_text(int directory, bool script, char *out, size_t size)
 }
 
 /* What the program prints, without its line end; empty when it has nothing to say, or is not done in time. */
-static void ask(const struct step *step, uid_t uid, int directory, bool script, char *line, size_t size)
+static void ask(const struct step *step, uid_t uid, int directory, bool job_script, char *line, size_t size)
 {
 	static char job_id[16], since[32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
-	bool was_told = since_text(directory, script, since, sizeof(since));
+	bool was_told = since_text(directory, job_script, since, sizeof(since));
 	char *const argv[] = { (char *)(uintptr_t)step->verdict.python, "-I", "-S",
-			       (char *)(uintptr_t)step->verdict.explain, job_id, since, script ? "script" : "step", memory,
+			       (char *)(uintptr_t)step->verdict.explain, job_id, since, job_script ? "script" : "step", memory,
 			       tasks, was_told ? TOLD : NULL, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", NULL };
 	int pipes[2], tries = TRIES;
@@ -147,12 +147,12 @@ static void tell(uint32_t job_id, const char *line, const char *on_node)
 		slurm_error("mps: %s", shown);
 }
 
-static void look(const struct step *step, uid_t uid, bool script, const char *on_node)
+static void look(const struct step *step, uid_t uid, bool job_script, const char *on_node)
 {
 	static char line[LINE_MAX_BYTES];
 	int directory = jobdir_open(step->job_id);
 
-	ask(step, uid, directory, script, line, sizeof(line));
+	ask(step, uid, directory, job_script, line, sizeof(line));
 	if (line[0]) {
 		seen.told = true;
 		tell(step->job_id, line, on_node);
@@ -163,7 +163,7 @@ static void look(const struct step *step, uid_t uid, bool script, const char *on
 		(void)close(directory);
 }
 
-void explain_exit(const struct step *step, uid_t uid, bool script, const char *on_node, uint32_t rank, int status)
+void explain_exit(const struct step *step, uid_t uid, bool job_script, const char *on_node, uint32_t rank, int status)
 {
 	bool first, last = ++seen.ended >= seen.forked, unnoticed;
 
@@ -175,9 +175,9 @@ void explain_exit(const struct step *step, uid_t uid, bool script, const char *o
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	unnoticed = script && last && step->verdict.unguarded; /* perhaps it ran without MPS, and well */
+	unnoticed = job_script && last && step->verdict.unguarded; /* perhaps it ran without MPS, and well */
 	if (seen.told || !(unnoticed || (seen.bad && (first || last))))
 		return;
 	seen.looked = true;
-	look(step, uid, script, on_node);
+	look(step, uid, job_script, on_node);
 }

@@ -17,6 +17,6 @@ void explain_task(uint32_t rank, pid_t pid);
  * job's user, and what it finds is said in the job's output, with `on_node` behind the job's number. Takes two seconds at
  * most, and nothing where all is well.
  */
-void explain_exit(const struct step *step, uid_t uid, bool script, const char *on_node, uint32_t rank, int status);
+void explain_exit(const struct step *step, uid_t uid, bool job_script, const char *on_node, uint32_t rank, int status);
 
 #endif

@@ -138,6 +138,6 @@ int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 		health_mark(step.job_id, &step.verdict);
 	if (spank_get_item(sp, S_TASK_GLOBAL_ID, &rank) == ESPANK_SUCCESS &&
 	    spank_get_item(sp, S_JOB_UID, &uid) == ESPANK_SUCCESS)
-		explain_exit(&step, uid, task_is_script(sp), stepd_on_node(), rank, status);
+		explain_exit(&step, uid, task_is_job_script(sp), stepd_on_node(), rank, status);
 	return ESPANK_SUCCESS;
 }

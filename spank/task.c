@@ -16,7 +16,7 @@ static const char *slurms_variable(spank_t sp, const char *name, char *value, si
 	return spank_getenv(sp, name, value, (int)size) == ESPANK_SUCCESS ? value : NULL;
 }
 
-bool task_is_script(spank_t sp)
+bool task_is_job_script(spank_t sp)
 {
 	uint32_t step_id = 0;
 
@@ -40,7 +40,7 @@ static unsigned int tasks_of_job(spank_t sp)
 static bool count_ranks(spank_t sp, const struct step *step, const struct task_gpus *task, unsigned int tasks,
 			unsigned int ranks[GPUS_MAX], char *problem, size_t size)
 {
-	if (!task_is_script(sp)) {
+	if (!task_is_job_script(sp)) {
 		return rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks) ||
 		       refuse_with(problem, size, "some tasks of this step never reported their GPUs");
 	}
@@ -106,7 +106,7 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 				   gpus_named(visible), step->verdict.gpu_count);
 	if (!task_gpus(&step->verdict, visible, has_gpus, task))
 		return refuse_with(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
-	if (step->verdict.per_gpu && task->count > 1 && task_is_script(sp)) {
+	if (step->verdict.per_gpu && task->count > 1 && task_is_job_script(sp)) {
 		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
 				"each task (--gpus-per-task=1, --ntasks-per-gpu)");
 		task->count = 0;
@@ -214,7 +214,7 @@ static bool prepare_ready(spank_t sp, struct step *step, char *problem, size_t s
 
 	if (!find_gpus(sp, step, &task, problem, size))
 		return false;
-	hidden = step->verdict.per_gpu && !task.count && task_is_script(sp);
+	hidden = step->verdict.per_gpu && !task.count && task_is_job_script(sp);
 	if (set_visible(sp, step, &task, hidden) && set_threads(sp, step) && set_memory(sp, step, &task) &&
 	    set_priority(sp, step) && set_connections(sp, step) && set_daemon(sp, step, &task))
 		return true;

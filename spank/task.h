@@ -18,6 +18,6 @@
 bool task_prepare(spank_t sp, struct step *step, char *problem, size_t size);
 
 /* Whether this is the job's script or an interactive shell: one task, which starts the programs that count. */
-bool task_is_script(spank_t sp);
+bool task_is_job_script(spank_t sp);
 
 #endif

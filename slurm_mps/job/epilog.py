@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from ..config.settings import DEFAULTS
 from .actions import JobOnNode
+from .hook import Hook
 from .lifecycle import take_down
-from .script import Script
 from .state import NodeState
 from .watch import UNDO_SHARE
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Epilog(Script):
+class Epilog(Hook):
     name = "epilog"
     seconds = DEFAULTS.deadlines_epilog
 

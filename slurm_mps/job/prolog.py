@@ -11,11 +11,11 @@ from ..errors import MpsError, NodeError, RequestError
 from ..record import replace
 from . import logs
 from .actions import JobOnNode
+from .hook import Hook
 from .joined import unconfined
 from .ledger import JOINED
 from .lifecycle import bring_up, is_up, take_down, undo_all
 from .request import VARIABLES, asks_for_mps, may_have_mps_unasked, read_request, run_of_job, slurm_number
-from .script import Script
 from .state import NodeState
 from .verdict import refused, without
 from .watch import BRING_UP_SHARE, UNDO_SHARE
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _UNDO_SECONDS = 0.3  # of the watch's last words
 
 
-class Prolog(Script):
+class Prolog(Hook):
     name = "prolog"
     done = "ready"
     seconds = DEFAULTS.deadlines_prolog

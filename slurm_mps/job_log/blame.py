@@ -88,13 +88,13 @@ def seen_since(
 
 @dataclass(frozen=True)
 class FailedStep:
-    """A step whose tasks ended badly on this node. script: it is the job's script.
+    """A step whose tasks ended badly on this node, or with `is_job_script` the job's script.
 
     memory: MiB of a client on a GPU, ``auto``, or ``-``.
     """
 
     tasks: tuple[Task, ...]
-    script: bool
+    is_job_script: bool
     memory: str
 
 
@@ -105,7 +105,7 @@ class _Names:
         self._jobs = jobs
         self._shared = any(one.shared for one in seen)
         self._ranks = {task.pid: task.rank for task in step.tasks}
-        self._script = step.script
+        self._is_job_script = step.is_job_script
         clients = {event.pid for one in seen for event in one.events if event.kind in (CONNECTED, CONTEXT)}
         #: Programs that a wrapper or mpirun started are not known by their pids; then all clients may be the step's.
         self.any_may_be_ours = not clients & self._ranks.keys()
@@ -114,10 +114,10 @@ class _Names:
         return self.any_may_be_ours or bool(self._ranks.keys() & set(pids))
 
     def who(self, pids: Collection[int]) -> str:
-        if self._script and len(pids) == 1 and self._ranks.keys() & set(pids):
+        if self._is_job_script and len(pids) == 1 and self._ranks.keys() & set(pids):
             return "the script"
-        ranks = sorted(self._ranks[pid] for pid in pids if pid in self._ranks and not self._script)
-        others = [pid for pid in pids if pid not in self._ranks or self._script]
+        ranks = sorted(self._ranks[pid] for pid in pids if pid in self._ranks and not self._is_job_script)
+        others = [pid for pid in pids if pid not in self._ranks or self._is_job_script]
         words = [f"{'rank' if len(ranks) == 1 else 'ranks'} {join_numbers(ranks)}"] if ranks else []
         anothers = sorted({self._jobs[pid] for pid in others if pid in self._jobs})
         if anothers:
@@ -127,7 +127,7 @@ class _Names:
         if others:
             more = f" and {len(others) - _NAMED_PIDS} more" if len(others) > _NAMED_PIDS else ""
             listed = ", ".join(map(str, others[:_NAMED_PIDS]))
-            whose = ", perhaps another job's of yours," if self._shared and not self._script else ""
+            whose = ", perhaps another job's of yours," if self._shared and not self._is_job_script else ""
             words.append(f"{'process' if len(others) == 1 else 'processes'} {listed}{more}{whose}")
         return " and ".join(words)
 

@@ -57,7 +57,7 @@ def main() -> int:
     found = explain(step, seen, jobs) if any(task.status for task in tasks) else []
     hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
     words = "; ".join(found) or suspect_limit(step, seen)
-    if not words and verdict.unguarded and step.script:
+    if not words and verdict.unguarded and step.is_job_script:
         words = nobody_came(events)
     if words:
         line = f"job {job_id}: {words}"

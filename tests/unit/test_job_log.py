@@ -189,7 +189,7 @@ def test_no_line_costs_more_for_those_before_it(first: str, second: str) -> None
     lines = [LINES[kind].format(n=n + 1) for kind in (first, second) for n in range(many)]
     start = process_time()
     found = told((), lines) if first != "new client" else told(lines[:many], lines[many:])
-    step = FailedStep((Task(0, 5, 256),), script=False, memory="1024")
+    step = FailedStep((Task(0, 5, 256),), is_job_script=False, memory="1024")
     explain(step, [seen_since(0, GPUS, gone=False, events=found)])
     assert process_time() - start < 1.5
 
@@ -206,8 +206,8 @@ def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, st
 # --------------------------------------------------------------------------------------------------------- who is told
 
 
-def explained(found: list[Event], tasks: Iterable[Task], *, script: bool = False) -> list[str]:
-    return explain(FailedStep(tuple(tasks), script, "-"), [seen_since(0, GPUS, gone=False, events=found)])
+def explained(found: list[Event], tasks: Iterable[Task], *, is_job_script: bool = False) -> list[str]:
+    return explain(FailedStep(tuple(tasks), is_job_script, "-"), [seen_since(0, GPUS, gone=False, events=found)])
 
 
 def suspected(found: list[Event], tasks: Iterable[Task], memory: str) -> str:

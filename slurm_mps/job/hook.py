@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .state import NodeState
 
 
-class Script:
+class Hook:
     """A prolog or an epilog of one job; remembers as much as is needed to say how it failed."""
 
     name = ""
