@@ -4,11 +4,11 @@
 # Slurm's own reason is "Prolog error" or "Epilog error", and a prolog must not call slurmctld. slurmd runs this one
 # between jobs, and it calls slurmctld only after a fault; then `sinfo -R` shows what happened.
 fault=/run/slurm-mps/last-fault
-told=/run/slurm-mps/last-fault-told
+reported=/run/slurm-mps/last-fault-reported
 [ -e "$fault" ] || exit 0
 PATH=/usr/local/bin:/usr/bin:/bin
 export PATH
-[ ! -e "$told" ] || [ -n "$(find "$fault" -newer "$told")" ] || exit 0
+[ ! -e "$reported" ] || [ -n "$(find "$fault" -newer "$reported")" ] || exit 0
 node=${SLURMD_NODENAME:-$(uname -n)}
 case $(scontrol -o show node "$node") in
 *" Reason=Prolog error "* | *" Reason=Epilog error "*)
@@ -19,4 +19,4 @@ case $(scontrol -o show node "$node") in
 	[ -z "$(find "$fault" -mmin -5)" ] || exit 0
 	;;
 esac
-: >"$told"
+: >"$reported"

@@ -3,7 +3,8 @@
     /run/slurm-mps/          root 0711
       lock                   locks by number: a job's id, 0 for the ledgers
       config                 the compiled site configuration
-      last-fault             what the last prolog or epilog that failed had to say
+      last-fault             the message of the last prolog or epilog that failed
+      last-fault-reported    when etc/health-check.sh gave that message to slurmctld
       events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
       metrics                what was counted since the boot
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _SKELETON = ("jobs", "gpus", "lock")
 DAEMONS = "daemons"
+_LAST_FAULT = ("last-fault", "last-fault-reported")
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
 _EVENTS_LIMIT_BYTES = 1024**2
 _METRICS_LOCK, _CONFIG_LOCK = 1 << 40, (1 << 40) + 1  # beyond all job ids
@@ -91,7 +93,7 @@ class NodeState:
 
     def strangers(self) -> list[str]:
         """The paths of what no slurm-mps of this version puts where they are."""
-        ours = (*_SKELETON, DAEMONS, "config", "last-fault", EVENTS, EVENTS_TAKEN, METRICS)
+        ours = (*_SKELETON, DAEMONS, "config", *_LAST_FAULT, EVENTS, EVENTS_TAKEN, METRICS)
         root = [name for name in self.root.names() if whole_name(name) not in ours]
         jobs = [name for name in self._jobs.names() if not name.isdigit()]
         return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
@@ -202,4 +204,4 @@ class NodeState:
         self._locks.acquire(_METRICS_LOCK, timeout_seconds)
 
     def write_last_fault(self, text: str) -> None:
-        self.root.write("last-fault", text.encode("utf-8", "replace"))
+        self.root.write(_LAST_FAULT[0], text.encode("utf-8", "replace"))

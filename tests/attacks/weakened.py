@@ -44,7 +44,7 @@ class Change:
 FILES, PROCESSES, CONTROL = "slurm_mps/node/files.py", "slurm_mps/node/processes.py", "slurm_mps/node/control.py"
 SEARCH, READING = "slurm_mps/node/search.py", "slurm_mps/node/reading.py"
 ACTIONS, STATE, VERDICTS = "slurm_mps/job/actions.py", "slurm_mps/job/state.py", "slurm_mps/job/verdict.py"
-UNITS, LOGS, HOOK = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/hook.py"
+UNITS, LOGS, HOOKS = "slurm_mps/units.py", "slurm_mps/job/logs.py", "slurm_mps/job/hook.py"
 HOOK, LIFECYCLE = "slurm_mps/hook.py", "slurm_mps/job/lifecycle.py"
 LIMITS, HEALTH, VERDICT = "spank/limits.c", "spank/health.c", "spank/verdict.c"
 HELPER, JOBDIR = "spank/helper.c", "spank/jobdir.c"
@@ -157,7 +157,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(VERDICTS, '    return "".join(c if " " <= c <= "~" else "?" for c in text)[:480]', "    return text"),
     ),
     "a user's mistake is not the node's fault": (
-        Change(HOOK, "return self.refuse(error)", "return self.node_fault(str(error))"),
+        Change(HOOKS, "return self.refuse(error)", "return self.node_fault(str(error))"),
     ),
     # --------------------------------------------------------------------------------------------------- processes
     "the pid file is root's alone to write": (

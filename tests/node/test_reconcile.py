@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.harness.site import Site
 
-UNIT = Path(__file__).parents[2] / "etc/slurm-mps-reconcile.service"
+ETC = Path(__file__).parents[2] / "etc"
 LOGS = "/var/log/slurm-mps"
 SHORT = "[deadlines]\nepilog = 1\nquit = 0.3\nsignal = 0.3\n"
 UNKNOWN: dict[int, str] = {}
@@ -315,12 +315,16 @@ def test_what_is_not_ours_is_named_and_left(node: MistreatedNode) -> None:
 
 
 def test_the_last_fault_is_ours(node: MistreatedNode) -> None:
-    """The prolog leaves it for the health check, for good."""
+    """The prolog leaves it for the health check, for good; the health check leaves beside it that it was reported."""
     node.fault("nvml.init=9")
     assert node.prolog(4711).returncode == 1
     node.fault()
-    assert node.machine.path(f"{STATE_DIRECTORY}/last-fault").exists()
+    node.run("touch", "-d", "1 hour ago", f"{STATE_DIRECTORY}/last-fault").check()
+    node.run("sh", "-s", text=(ETC / "health-check.sh").read_text()).check()
+    kept = node.run("sh", "-c", f"cd {STATE_DIRECTORY} && echo last-fault*").stdout.split()
+    assert kept == ["last-fault", "last-fault-reported"]
     assert node.repairs() == {}
+    node.run("rm", f"{STATE_DIRECTORY}/last-fault-reported").check()
 
 
 # ---------------------------------------------------------------------------------------------------------- the logs
@@ -461,7 +465,7 @@ def test_the_unit_runs_it_at_boot_before_slurmd() -> None:
     """systemd finds nothing wrong with the sample unit but that the program is not installed here."""
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[method-assign,assignment]
-    unit.read(UNIT)
+    unit.read(ETC / "slurm-mps-reconcile.service")
     assert unit["Service"]["ExecStart"] == "/opt/slurm-mps/bin/slurm-mps reconcile"
     assert "slurmd.service" in unit["Unit"]["Before"].split()
     assert unit["Service"]["SuccessExitStatus"] == "3"
