@@ -19,7 +19,7 @@
 #define TASK_TEXT sizeof("4294967295:2147483647:65535,")
 #define TRIES (2000 / HELPER_PAUSE_MS)
 #define LINE_MAX_BYTES 1024
-#define TOLD "told"
+#define EXPLAINED "explained"
 
 struct task_note {
 	uint32_t rank;
@@ -31,9 +31,9 @@ struct task_note {
 static struct {
 	struct timespec since;
 	unsigned int forked, ended;
-	bool bad, looked, told;
+	bool bad, looked, explained;
 	unsigned int count;
-	struct task_note tasks[TASKS_MAX]; /* as many as are told by name */
+	struct task_note tasks[TASKS_MAX]; /* more than these are not named to the program */
 } seen;
 
 void explain_task(uint32_t rank, pid_t pid)
@@ -49,7 +49,7 @@ static bool is_a_signal_that_somebody_sent(int number)
 	return number == SIGTERM || number == SIGKILL || number == SIGINT || number == SIGHUP;
 }
 
-/* A task that was told to end did what it was told; a shell says the same of its program by 128 and the signal. */
+/* A task that a signal asked to end did not end badly; a shell reports its program's signal as 128 and the number. */
 static bool ended_badly(int status)
 {
 	if (WIFSIGNALED(status))
@@ -90,29 +90,31 @@ static void tasks_text(char *out, size_t size)
 }
 
 /*
- * A script that ends badly because a step of it did: that was told by the step.
- * Returns: whether it is the time of that, and not when the tasks were forked.
+ * Write since when the logs count. For a script that is the time at which one of its steps explained a failure, if one
+ * did: what the step explained is not explained again. Otherwise it is the time at which the tasks were forked.
+ * Returns: whether a step explained a failure.
  */
 static bool since_text(int directory, bool job_script, char *out, size_t size)
 {
-	struct timespec since = seen.since, told;
-	bool was_told = job_script && directory >= 0 && jobdir_read_mark(directory, TOLD, &told) &&
-			(told.tv_sec > since.tv_sec || (told.tv_sec == since.tv_sec && told.tv_nsec > since.tv_nsec));
+	struct timespec since = seen.since, explained;
+	bool was_explained = job_script && directory >= 0 && jobdir_read_mark(directory, EXPLAINED, &explained) &&
+			(explained.tv_sec > since.tv_sec ||
+			 (explained.tv_sec == since.tv_sec && explained.tv_nsec > since.tv_nsec));
 
-	if (was_told)
-		since = told;
+	if (was_explained)
+		since = explained;
 	(void)snprintf(out, size, "%lld.%03ld", (long long)since.tv_sec, since.tv_nsec / 1000000);
-	return was_told;
+	return was_explained;
 }
 
 /* What the program prints, without its line end; empty when it has nothing to say, or is not done in time. */
 static void ask(const struct step *step, uid_t uid, int directory, bool job_script, char *line, size_t size)
 {
 	static char job_id[16], since[32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
-	bool was_told = since_text(directory, job_script, since, sizeof(since));
+	bool was_explained = since_text(directory, job_script, since, sizeof(since));
 	char *const argv[] = { (char *)(uintptr_t)step->verdict.python, "-I", "-S",
 			       (char *)(uintptr_t)step->verdict.explain, job_id, since, job_script ? "script" : "step", memory,
-			       tasks, was_told ? TOLD : NULL, NULL };
+			       tasks, was_explained ? EXPLAINED : NULL, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", NULL };
 	int pipes[2], tries = TRIES;
 	ssize_t got = 0;
@@ -154,10 +156,10 @@ static void look(const struct step *step, uid_t uid, bool job_script, const char
 
 	ask(step, uid, directory, job_script, line, sizeof(line));
 	if (line[0]) {
-		seen.told = true;
+		seen.explained = true;
 		tell(step->job_id, line, on_node);
 		if (directory >= 0)
-			jobdir_write_mark(directory, TOLD);
+			jobdir_write_mark(directory, EXPLAINED);
 	}
 	if (directory >= 0)
 		(void)close(directory);
@@ -175,8 +177,8 @@ void explain_exit(const struct step *step, uid_t uid, bool job_script, const cha
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	unnoticed = job_script && last && step->verdict.unguarded; /* perhaps it ran without MPS, and well */
-	if (seen.told || !(unnoticed || (seen.bad && (first || last))))
+	unnoticed = job_script && last && step->verdict.unguarded; /* it may have run without MPS, and succeeded */
+	if (seen.explained || !(unnoticed || (seen.bad && (first || last))))
 		return;
 	seen.looked = true;
 	look(step, uid, job_script, on_node);

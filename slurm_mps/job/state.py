@@ -11,8 +11,8 @@
         journal              0600  what is to be undone, from the last line to the first
         config               0600  the configuration the job was brought up with
         verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
-        suspect-<n>          0600  a task with the job's n-th GPU ended badly since its server was seen well (plugin's)
-        told                 0600  the job's user has been told why a step ended badly, at that time (plugin's)
+        suspect-<n>          0600  a task of the job's n-th GPU ended badly; the plugin has not tested its server since
+        explained            0600  when the plugin last explained to the job's user why a step ended badly
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
       daemons/<uuid>.<job>/  0755  the control daemon of joined jobs, by the job that started it (joined.py)
@@ -151,7 +151,7 @@ class NodeState:
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
-        for name in ("verdict", "config", "told"):
+        for name in ("verdict", "config", "explained"):
             journal.directory.unlink(name)
         for name in journal.directory.names():
             if name.startswith("suspect"):

@@ -72,18 +72,18 @@ def seen_since(
     *,
     gone: bool,
     events: Sequence[Event],
-    told: bool = False,
+    explained: bool = False,
     shared: bool = False,
 ) -> Seen:
-    """What a step that began then is to be told of a daemon; `events` are all that its logs have.
+    """What a daemon's logs say since then to the tasks of a step; `events` are all that the logs have.
 
-    What came before the step explains what came after: which server was ready, that the daemon ended. `told`: it is a
-    script, of which a step was told something then; a daemon that is gone was so before, unless its logs go on.
+    Earlier events explain later ones: which server was ready, that the daemon ended. With `explained` the tasks are a
+    script, one of whose steps explained a failure then: a daemon that is gone was gone before, unless its logs go on.
     """
     lives = [event for event in events if event.kind in (DAEMON_STARTED, DAEMON_ENDED)]
     ended = lives[-1] if lives and lives[-1].kind == DAEMON_ENDED else None
     news = [event for event in events if event.seconds >= since_seconds]
-    return Seen(gpus, news, gone and bool(news or not told), ended, shared)
+    return Seen(gpus, news, gone and bool(news or not explained), ended, shared)
 
 
 @dataclass(frozen=True)

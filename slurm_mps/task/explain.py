@@ -1,11 +1,12 @@
 """A program that prints one line on why tasks of a step ended badly, where MPS explains it, and nothing otherwise.
 
-Run by the plugin, as the job's user, when a task has ended badly (docs/decisions/0012), and at the end of a job whose
-programs can run without MPS: they end well, and nobody is told. Arguments: the job's id; when
-the step's tasks were forked, in seconds since 1970; ``step`` or ``script``; a client's memory limit on a GPU in MiB,
-``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between, where the status is as
-wait(2) has it and nothing for a task that runs. For a script of which a step was told something there is one more,
-``told``, and the time is that of it.
+The plugin runs it as the job's user (docs/decisions/0012): when a task has ended badly, and at the end of a job whose
+programs can run without MPS, since such a program ends with status 0.
+
+Arguments: the job's id; since when the logs count, in seconds since 1970; ``step`` or ``script``; a client's memory
+limit on a GPU in MiB, ``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between.
+The status is wait(2)'s, and empty for a task that runs. The logs count since the step's tasks were forked. With a last
+argument ``explained`` they count since a step of the script explained a failure.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def main() -> int:
     gone = [listener(place.pipe_directory) is None for place in verdict.daemons]  # before its last words are read
     events = [events_on(place) for place in verdict.daemons]
     seen = [
-        seen_since(float(since), place.gpus, gone=went, events=said, told="told" in more, shared=bool(place.shared))
-        for place, went, said in zip(verdict.daemons, gone, events, strict=True)
+        seen_since(
+            float(since), place.gpus, gone=went, events=read, explained="explained" in more, shared=bool(place.shared)
+        )
+        for place, went, read in zip(verdict.daemons, gone, events, strict=True)
     ]
     step = FailedStep(tasks, kind == "script", memory)
     pids = {pid for one in seen if one.shared for event in one.events for pid in event.pids}

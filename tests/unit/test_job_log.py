@@ -203,7 +203,7 @@ def test_lines_in_any_order_and_cut_anywhere_are_read(lines: list[tuple[bool, st
         assert event.pid >= 0
 
 
-# --------------------------------------------------------------------------------------------------------- who is told
+# ------------------------------------------------------------------------------------------------- what is explained
 
 
 def explained(found: list[Event], tasks: Iterable[Task], *, is_job_script: bool = False) -> list[str]:
@@ -284,7 +284,7 @@ def test_what_a_step_was_told_of_a_daemon_that_is_gone_its_script_is_not(
 ) -> None:
     """Unless the daemon was there then, as its logs show."""
     events = told(log, server=["Client {PID: 1, Context ID: 0} connected"])
-    seen = seen_since(since, GPUS, gone=True, events=events, told=True)
+    seen = seen_since(since, GPUS, gone=True, events=events, explained=True)
     assert bool(explain(FailedStep(tuple(ranks(1)), True, "-"), [seen])) == again
 
 
