@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from dataclasses import dataclass
 
 from .reading import read_text
@@ -11,6 +12,8 @@ from .reading import read_text
 _STATE = "/run/slurm-mps"
 _MOUNTS = "/etc/enroot/mounts.d"
 _BIND = f"bind path = {_STATE}"
+#: A line of apptainer.conf (SOURCE, or SOURCE:TARGET and more), or of an fstab.
+_BIND_LINE = re.compile(r"\s*(?:bind path\s*=\s*)?(/[^\s:]*)(?:[\s:]+(/[^\s:]*))?")
 _FSTAB = f"{_STATE} {_STATE} none x-create=dir,bind,ro,nosuid,nodev,nofail,silent"
 
 
@@ -26,15 +29,19 @@ class Engine:
 
     @property
     def lacks_line(self) -> bool:
-        return os.path.exists(self.there) and not any(map(_names_state, glob.glob(self.pattern)))
+        return os.path.exists(self.there) and not any(map(_binds_state, glob.glob(self.pattern)))
 
 
-def _names_state(path: str) -> bool:
+def _binds_state(path: str) -> bool:
+    """Whether a line of the file binds the state directory, or one above it, to its own place."""
     try:
-        lines = read_text(path).splitlines()
+        found = map(_BIND_LINE.match, read_text(path).splitlines())
     except OSError:
         return False
-    return any(_STATE in line.partition("#")[0] for line in lines)
+    binds = [line.groups() for line in found if line]
+    return any(
+        target in (None, source) and f"{_STATE}/".startswith(f"{source.rstrip('/')}/") for source, target in binds
+    )
 
 
 def _of_one_file(name: str, path: str) -> Engine:
