@@ -57,6 +57,19 @@ def _step() -> Step | None:
     return read_step(os.environ, os.uname().nodename)
 
 
+def _why_no_step() -> str:
+    from ..verify.step import VARIABLES
+
+    why = "verify looks at the ranks of a Slurm step; start it with srun in a job"
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if not missing:
+        return why
+    return (
+        f"{why}; if you did, its container lacks {', '.join(missing)}: let SLURM_* in "
+        "(podman run -e 'SLURM_*', enroot start --env NAME, apptainer without --cleanenv)"
+    )
+
+
 def _first_rank_says_it() -> bool:
     """Whether the first rank of this node has the same command line, and says what is wrong with it."""
     step = _step()
@@ -81,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     columns = chosen(COLUMNS, options)
     step = _step()
     if step is None:
-        return refuse(options, Exit.NOT_HERE, "verify looks at the ranks of a Slurm step; start it with srun in a job")
+        return refuse(options, Exit.NOT_HERE, _why_no_step())
     if _is_component_without_gpu(step):
         if step.is_first:
             complain(f"{step.node}: this component of the job has no GPU and runs without MPS")

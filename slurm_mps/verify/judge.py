@@ -31,6 +31,7 @@ def problems(found: Evidence) -> list[str]:
         *_of_another_job(found),
         *_apart(found),
         *_piled_up(found),
+        *_unknown_limits(found),
         *_over_threads(found),
         *_over_memory(found),
         *_over_priority(found),
@@ -155,6 +156,15 @@ def percentage(text: str) -> float | None:
         return parse_thread_percentage(text)
     except ValueError:
         return None
+
+
+def _unknown_limits(found: Evidence) -> list[str]:
+    """Clients without the plugin's note, of whose step a limit may be lower than the job's."""
+    return _grouped(
+        found.ranks,
+        lambda rank: "CUDA_MPS_SET_BY_SLURM was removed" if rank.note_lost and found.server(rank) else "",
+        lambda ranks, why: f"cannot tell which limits the step set for {_ranks(ranks)}: {why}; let all CUDA_* in",
+    )
 
 
 def _over_threads(found: Evidence) -> list[str]:

@@ -87,6 +87,7 @@ def look(step: Step, meeting: Meeting, environment: Mapping[str, str], timeout_s
         priority=given("CUDA_MPS_CLIENT_PRIORITY"),
         set_threads=by_plugin.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", ""),
         set_memory=by_plugin.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", ""),
+        note_lost=owner in step.job_ids and "CUDA_MPS_PIPE_DIRECTORY" not in by_plugin,
         node_fault=given("SLURM_MPS_NODE_FAULT"),
         other_job="" if owner in step.job_ids else owner,
         cpu_numa=cpu_numa(os.sched_getaffinity(0), _NODES),

@@ -31,9 +31,10 @@ class RankReport:
     """What one rank has and was given; "" and 0 where there is nothing. ``visible``: GPU UUIDs, joined by commas.
 
     threads, memory, priority: the rank's own variables. set_threads, set_memory: what the plugin put there, where the
-    user had set nothing. node_fault: why the node runs the job without MPS, on a site that allows it. other_job: the
-    job whose pipe directory the rank has instead of its own job's. pid_namespace: by its inode. card_multiprocessors:
-    SMs of the whole GPU, from one rank for each GPU. profile: of a MIG slice, such as 1g.10gb.
+    user had set nothing. note_lost: what says so was removed. node_fault: why the node runs the job without MPS, on a
+    site that allows it. other_job: the job whose pipe directory the rank has instead of its own job's. pid_namespace:
+    by its inode. card_multiprocessors: SMs of the whole GPU, from one rank for each GPU. profile: of a MIG slice, such
+    as 1g.10gb.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class RankReport:
     priority: str = ""
     set_threads: str = ""
     set_memory: str = ""
+    note_lost: bool = False
     node_fault: str = ""
     other_job: str = ""
     cpu_numa: str = ""

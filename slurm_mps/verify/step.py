@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from ..slurm.hostlist import expand_hosts
 
+#: What read_step() needs.
+VARIABLES = (
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"),
+    *("SLURM_GTIDS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+
 
 @dataclass(frozen=True)
 class Step:

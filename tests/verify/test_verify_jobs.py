@@ -434,6 +434,23 @@ def test_outside_a_step_is_status_3(site: Site) -> None:
     assert site.machine.run(VERIFY.split()).returncode == 3
 
 
+def test_a_container_without_slurms_variables_is_told_which_it_needs(site: Site) -> None:
+    few = "env -i CUDA_MPS_PIPE_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY SLURM_JOB_ID=$SLURM_JOB_ID"
+    result = site.cluster.srun("-N1", "-n1", "--gres=gpu:1", *ASKED, "sh", "-c", f"{few} {VERIFY}")
+    assert result.returncode == 3, result
+    assert "lacks SLURM_STEP_ID, SLURM_STEP_NODELIST, SLURM_GTIDS, SLURM_PROCID, SLURM_LOCALID: let" in result.stderr
+
+
+def test_whether_a_steps_own_limits_were_lost_is_not_passed_over(site: Site) -> None:
+    """As in a container that is given the pipe directory alone: the job's limits hold, which are higher."""
+    task = f"unset ${{!CUDA_MPS_ACT*}} CUDA_MPS_SET_BY_SLURM; exec {VERIFY}"
+    script = f"srun --mps-threads=10 bash -c '{task}'; exit $?"
+    job = site.cluster.sbatch("-N1", "-n2", "--gres=gpu:1", *ASKED, script=script)
+    assert site.cluster.wait(job).exit_code == 1
+    words = "cannot tell which limits the step set for ranks 0-1: CUDA_MPS_SET_BY_SLURM was removed; let all CUDA_* in"
+    assert words in site.cluster.output(job)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
