@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..job.plan import Plan
 
 _DEADLINE_SECONDS = 20.0
+_NOTHING = "add --mps: for a job without an --mps option the prolog does nothing"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
     from ..job.preview import part_of_gres
 
     asks = bool(_asked(options) or part_of_gres(options.gres or ""))
-    options.mps = options.mps if asks else _unasked(options.partition)
+    options.mps = options.mps if asks else _unasked(options)
     if not (asks or options.mps):
-        return refuse(options, Exit.USAGE, "add --mps: for a job without an --mps option the prolog does nothing")
+        return refuse(options, Exit.USAGE, _NOTHING)
     if options.mps == "off":
         return refuse(options, Exit.USAGE, "--mps=off: the job runs without MPS, and the prolog does nothing")
     from ..job.watch import Watch
@@ -59,19 +60,21 @@ def run(options: argparse.Namespace) -> int:
         return refuse(options, Exit.PROBLEM, message)
 
     Watch(_DEADLINE_SECONDS, give_up)
-    status = _answer(options, uid)
+    status = _answer(options, uid, asks=asks)
     sys.stdout.flush()
     os._exit(status)  # the watch's thread may wake while an interpreter is torn down, and crash it
 
 
-def _unasked(partition: str) -> str | None:
-    """What a job in a partition gets that does not ask; None for nothing, or where that cannot be read."""
+def _unasked(options: argparse.Namespace) -> str | None:
+    """What a job with whole GPUs gets that does not ask, by its partition; None for nothing."""
     from ..config.load import mps_of_partition
-    from ..errors import NodeError
+    from ..errors import MpsError
+    from ..job.preview import gpus_of_gres
 
     try:
-        return mps_of_partition(partition) or None
-    except (NodeError, OSError):
+        gpus = options.devices or gpus_of_gres(options.gres or "gpu:0")
+        return (gpus and "MIG-" not in str(gpus) and mps_of_partition(options.partition)) or None
+    except (MpsError, OSError):
         return None
 
 
@@ -83,7 +86,7 @@ def _asked(options: argparse.Namespace) -> dict[str, str]:
     return {option: value for option, value in values.items() if value is not None}
 
 
-def _answer(options: argparse.Namespace, uid: int) -> int:
+def _answer(options: argparse.Namespace, uid: int, *, asks: bool) -> int:
     from ..config.settings import CONFIG_PATH
     from ..errors import NodeError, RequestError
     from ..job.ledger import SEPARATE
@@ -101,6 +104,8 @@ def _answer(options: argparse.Namespace, uid: int) -> int:
     except NoGpuError as error:
         return _refuse(str(error), "this node cannot run such a job", options)
     except RequestError as error:
+        if error.reason == "mig" and not asks:
+            return refuse(options, Exit.USAGE, _NOTHING)
         return _refuse(str(error), "the job's tasks would fail with this", options)
     except NodeError as error:
         if not os.path.exists("/dev/nvidiactl"):

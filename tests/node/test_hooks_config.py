@@ -185,9 +185,10 @@ def test_a_job_that_does_not_ask_has_what_its_partition_wants(
     gpu_node.run(PROLOG, env=environment).check()
     assert bool(gpu_node.mps_processes()) == has_mps
     gpu_node.epilog(4711).check()
-    if not job:
-        plan = gpu_node.run("slurm-mps", "plan", "--gres=gpu:1", "--partition=shared")
-        assert plan.returncode == (0 if has_mps else 2)
+    words = [f"--devices={job.get('CUDA_VISIBLE_DEVICES', environment['SLURM_JOB_GPUS'])}"]
+    words += [f"--partition={environment['SLURM_JOB_PARTITION']}", *(["--mps=off"] if "SPANK_NO_MPS" in job else [])]
+    plan = gpu_node.run("slurm-mps", "plan", *words)
+    assert plan.returncode == (0 if has_mps else 2), plan
     gpu_node.run("rm", "-r", PARTITIONS).check()
 
 

@@ -146,6 +146,8 @@ def test_a_job_named_by_index_that_did_not_ask_runs_as_before(cut: Site) -> None
     cut.machine.write(f"{PARTITIONS}/gpu", "per-node\n")
     environment = job_environment(4711, gpus="0", SLURM_JOB_PARTITION="gpu")
     result = cut.node("n1", "env", *(f"{name}={value}" for name, value in environment.items()), PROLOG)
+    planned = cut.node("n1", "slurm-mps", "plan", "--devices=0", "--partition=gpu")
     cut.machine.run(["rm", "-r", PARTITIONS]).check()
     result.check()
     assert cut.node("n1", "ls", f"{STATE_DIRECTORY}/jobs").stdout == ""
+    assert (planned.returncode, "the prolog does nothing" in planned.stderr) == (2, True)
