@@ -206,6 +206,12 @@ SEEDS: dict[str, dict[str, bytes]] = {
             bytes="\1\10\1\t\t\t\t",
         ),
         "shards": step(verdict(shards_per_gpu="4", share_memory="even"), shards="1"),
+        "slices": step(
+            verdict(**PER_GPU, gpu=[one.replace("GPU-", "MIG-") for one in gpus(2)]),
+            visible="0,1",
+            gpus_on_node="2",
+            bytes="\2",
+        ),
         "without": step(
             short("without", "this node cannot give it MPS"), own_threads="5", own_mem="0=1G", gpus_on_node=""
         ),

@@ -96,11 +96,14 @@ spank_err_t spank_get_item(spank_t sp, spank_item_t item, ...)
 	va_list arguments;
 	uint32_t *number;
 
-	CHECK(sp && (item == S_JOB_STEPID || item == S_JOB_LOCAL_TASK_COUNT));
+	CHECK(sp && (item == S_JOB_STEPID || item == S_JOB_LOCAL_TASK_COUNT || item == S_TASK_ID));
 	va_start(arguments, item);
 	number = va_arg(arguments, uint32_t *);
 	va_end(arguments);
-	*number = item == S_JOB_LOCAL_TASK_COUNT ? local_tasks : script ? SLURM_BATCH_SCRIPT : 0;
+	if (item == S_JOB_STEPID)
+		*number = script ? SLURM_BATCH_SCRIPT : 0;
+	else
+		*number = local_tasks - (item == S_TASK_ID); /* the last of them */
 	return ESPANK_SUCCESS;
 }
 
