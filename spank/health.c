@@ -15,23 +15,23 @@
 #define PROBE_SECONDS 4
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
 
-static const char *shared_of(const struct verdict *verdict, unsigned int gpu)
+static const char *joined_directory_of(const struct verdict *verdict, unsigned int gpu)
 {
-	return verdict_daemon_of(verdict, &verdict->gpus[gpu])->shared;
+	return verdict_daemon_of(verdict, &verdict->gpus[gpu])->joined_directory;
 }
 
 /* Beside a daemon that serves other jobs, too, all of them have one name for it. */
 static void mark_name(char *name, size_t size, const struct verdict *verdict, unsigned int gpu)
 {
-	(void)snprintf(name, size, MARK "-%u", *shared_of(verdict, gpu) ? 0 : gpu);
+	(void)snprintf(name, size, MARK "-%u", *joined_directory_of(verdict, gpu) ? 0 : gpu);
 }
 
 /* Where a GPU's mark is: beside a daemon that serves other jobs, too, or in the job's directory. */
 static int open_marks(uint32_t job_id, const struct verdict *verdict, unsigned int gpu)
 {
-	const char *shared = shared_of(verdict, gpu);
+	const char *joined = joined_directory_of(verdict, gpu);
 
-	return *shared ? open(shared, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : jobdir_open(job_id);
+	return *joined ? open(joined, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : jobdir_open(job_id);
 }
 
 static bool read_mark(uint32_t job_id, const struct verdict *verdict, unsigned int gpu, struct timespec *when)

@@ -58,13 +58,13 @@ static bool take_daemon(struct verdict *verdict, char *value)
 }
 
 /* Of the first daemon that has none yet. */
-static bool take_shared(struct verdict *verdict, const char *value)
+static bool take_joined(struct verdict *verdict, const char *value)
 {
 	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
 		struct verdict_daemon *daemon = &verdict->daemons[i];
 
-		if (!daemon->shared[0])
-			return verdict->joined = take(daemon->shared, sizeof(daemon->shared), value);
+		if (!daemon->joined_directory[0])
+			return verdict->joined = take(daemon->joined_directory, sizeof(daemon->joined_directory), value);
 	}
 	return false;
 }
@@ -161,7 +161,7 @@ static bool take_line(struct verdict *verdict, char *line)
 		return true;
 	}
 	if (!strcmp(line, "joined"))
-		return take_shared(verdict, value);
+		return take_joined(verdict, value);
 	if (!strcmp(line, "client_priority")) {
 		verdict->priority = !strcmp(value, "1");
 		return true;

@@ -49,7 +49,7 @@ struct verdict_daemon {
 	char pipe_directory[VERDICT_PATH_MAX];
 	char log_directory[VERDICT_PATH_MAX];
 	uint64_t mib; /* 0: no limit */
-	char shared[VERDICT_PATH_MAX]; /* the directory of one that serves other jobs, too; empty for the job's own */
+	char joined_directory[VERDICT_PATH_MAX]; /* of a daemon that serves other jobs, too; empty for the job's own */
 };
 
 struct verdict {

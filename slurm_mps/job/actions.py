@@ -153,7 +153,7 @@ def refuse_another_way(gpu: str, way: str, others: Sequence[Holder]) -> None:
                 if way == WHOLE
                 else "it began before this site changed how jobs share a GPU"
             )
-            raise RequestError(f"{gpu} is held by MPS job {other.job_id}", hint=hint, reason="shared_gpu")
+            raise RequestError(f"{gpu} is held by MPS job {other.job_id}", hint=hint, reason="held_gpu")
 
 
 class _InUseError(NodeError):
@@ -174,7 +174,7 @@ class _InUseError(NodeError):
             return self
         named = ", ".join(sorted(map(str, jobs)))
         held = f"{self.gpu} is in use by job {named}, which runs programs there without MPS"
-        return RequestError(held, hint="submit the job again", reason="shared_gpu")
+        return RequestError(held, hint="submit the job again", reason="held_gpu")
 
 
 def claim(gpu: str, mode: int | None, entry: LedgerEntry, job: JobOnNode) -> None:

@@ -26,7 +26,7 @@ from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
 from .actions import LOG_GROWS_TO, claim, patience, put_back, refuse_another_way, under_lock, wait_for
-from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, LedgerEntry, SharedDaemon
+from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, JoinedDaemon, LedgerEntry
 from .state import DAEMONS
 
 TYPE_CHECKING = False
@@ -53,11 +53,11 @@ def link_name(number: int) -> str:
     return f"joined-{number}"
 
 
-def daemon_name(gpu: str, daemon: SharedDaemon) -> str:
+def daemon_name(gpu: str, daemon: JoinedDaemon) -> str:
     return f"{gpu}.{daemon.starter}"
 
 
-def daemon_path(gpu: str, daemon: SharedDaemon) -> str:
+def daemon_path(gpu: str, daemon: JoinedDaemon) -> str:
     return f"{DIRECTORY}/{daemon_name(gpu, daemon)}"
 
 
@@ -65,12 +65,12 @@ def log_path(gpu: str, config: SiteConfig) -> str:
     return f"{config.paths_logs}/{gpu}"
 
 
-def _control(gpu: str, daemon: SharedDaemon, config: SiteConfig) -> ControlDaemon:
+def _control(gpu: str, daemon: JoinedDaemon, config: SiteConfig) -> ControlDaemon:
     pipe = f"{daemon_path(gpu, daemon)}/{_PIPE}"
     return ControlDaemon(config.paths_control_program, pipe, log_path(gpu, config))
 
 
-def is_alive(daemon: SharedDaemon) -> bool:
+def is_alive(daemon: JoinedDaemon) -> bool:
     """Whether the process is there that the ledger names. It is not asked: one silent client makes it deaf (O50)."""
     return daemon.process is not None and processes.identify(daemon.process.pid) == daemon.process
 
@@ -126,7 +126,7 @@ class JoinGpu:
             if daemon.stage == CLOSING:
                 self._help_to_close(daemon, job)
 
-    def _enter(self, ours: Holder, job: JobOnNode) -> SharedDaemon:
+    def _enter(self, ours: Holder, job: JobOnNode) -> JoinedDaemon:
         """Under the lock: become a holder where a daemon is open, or where there is none and this job is to start it.
 
         Returns: the daemon as the ledger has it now.
@@ -136,7 +136,7 @@ class JoinGpu:
         self.refuse_beside(others)
         daemon = entry.daemon
         if daemon is None:
-            daemon = SharedDaemon(ours.job_id, STARTING, self.server_uid)
+            daemon = JoinedDaemon(ours.job_id, STARTING, self.server_uid)
             claim(self.gpu, self.mode, LedgerEntry((*others, ours), entry.mode_found, daemon), job)
             return daemon
         if daemon.stage == OPEN and is_alive(daemon):
@@ -157,7 +157,7 @@ class JoinGpu:
         for other in others:
             if self.way == JOINED and other.uid != self.uid:
                 held = f"{self.gpu} is held by an MPS job of another user"
-                raise RequestError(held, hint="this site joins jobs of one user only", reason="shared_gpu")
+                raise RequestError(held, hint="this site joins jobs of one user only", reason="held_gpu")
         taken = sum(other.mib for other in others)
         if self.mib and taken + self.mib > self.mib_in_all:
             jobs = ", ".join(str(other.job_id) for other in others if other.uid == self.uid)
@@ -169,20 +169,20 @@ class JoinGpu:
                 reason="memory",
             )
 
-    def _is_linked(self, daemon: SharedDaemon, job: JobOnNode) -> bool:
+    def _is_linked(self, daemon: JoinedDaemon, job: JobOnNode) -> bool:
         """Whether root's daemon of the ledger listens behind the job's link; BUSY is one whose queue is full."""
         pid = daemon.process.pid if daemon.process else None
         return listener(f"{job.journal.directory.path}/{link_name(self.number)}") in (pid, BUSY)
 
-    def _help_to_close(self, daemon: SharedDaemon, job: JobOnNode) -> None:
+    def _help_to_close(self, daemon: JoinedDaemon, job: JobOnNode) -> None:
         try:
             close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds)
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: {error}")
 
-    def _start(self, daemon: SharedDaemon, job: JobOnNode) -> None:
+    def _start(self, daemon: JoinedDaemon, job: JobOnNode) -> None:
         """Start the daemon outside the lock, and open it to all holders. Raises: NodeError."""
-        shared, reader = _control(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
+        running, reader = _control(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
         anew = len(job.state.ledgers.read(self.gpu).holders) == 1
         with (
             job.state.daemons().make(daemon_name(self.gpu, daemon), 0o755) as place,
@@ -191,14 +191,14 @@ class JoinGpu:
             pipe.grant_user(reader)
             if not logs.make(self.gpu, reader, (), job.config, anew=anew):
                 pipe.make("log", 0o755).close()
-                shared = replace(shared, log_directory=f"{shared.pipe_directory}/log")
+                running = replace(running, log_directory=f"{running.pipe_directory}/log")
             seconds = job.seconds(job.config.deadlines_daemon_start)
             log_limit_bytes = LOG_GROWS_TO * job.config.logs_max_kib * 1024
-            child = shared.start((self.gpu,), log_limit_bytes, all_users=self.way == JOINED_ALL)
+            child = running.start((self.gpu,), log_limit_bytes, all_users=self.way == JOINED_ALL)
             (outcome,) = processes.wait_all([child], seconds)
-            shared.check_start(outcome, seconds, pipe)
-        control.set_limits([(shared, self.limits, 1)], job.seconds(job.config.deadlines_command))
-        process = shared.process()
+            running.check_start(outcome, seconds, pipe)
+        control.set_limits([(running, self.limits, 1)], job.seconds(job.config.deadlines_command))
+        process = running.process()
         if process is None:
             raise NodeError(f"{self.gpu}: its control daemon has ended again")
         opened = replace(daemon, stage=OPEN, process=process)
@@ -206,13 +206,13 @@ class JoinGpu:
         if not self._is_linked(opened, job):
             raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
         try:
-            asked = shared.ask([f"start_server -uid {self.server_uid}"])
+            asked = running.ask([f"start_server -uid {self.server_uid}"])
             processes.wait_all([asked], job.seconds(job.config.deadlines_command))
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
 
 
-def _open(gpu: str, daemon: SharedDaemon, job: JobOnNode) -> SharedDaemon:
+def _open(gpu: str, daemon: JoinedDaemon, job: JobOnNode) -> JoinedDaemon:
     """Under the lock: open a daemon that runs, and give all holders their links: they may have had one to another."""
     entry = job.state.ledgers.read(gpu)
     if entry.daemon != replace(daemon, stage=STARTING, process=None):
@@ -232,14 +232,14 @@ def _open(gpu: str, daemon: SharedDaemon, job: JobOnNode) -> SharedDaemon:
     return daemon
 
 
-def _link_all(gpu: str, daemon: SharedDaemon, journal: Journal, state: NodeState) -> None:
+def _link_all(gpu: str, daemon: JoinedDaemon, journal: Journal, state: NodeState) -> None:
     for kind, *words in (line.split(" ") for line in journal.undo):
         undo = read_leave_gpu(fields(words)) if kind == LEAVE_GPU else None
         if undo and undo.gpu == gpu:
             link(gpu, daemon, journal.directory, undo.number, state)
 
 
-def link(gpu: str, daemon: SharedDaemon, directory: Directory, number: int, state: NodeState) -> None:
+def link(gpu: str, daemon: JoinedDaemon, directory: Directory, number: int, state: NodeState) -> None:
     """Put a hard link to the daemon's socket into a job's directory, in place of one that is there."""
     with (
         state.daemons().subdirectory(daemon_name(gpu, daemon)) as place,
@@ -309,7 +309,7 @@ def leave(
     gpus: Gpus,
     config: SiteConfig,
     seconds: Callable[[float], float],
-) -> SharedDaemon | None:
+) -> JoinedDaemon | None:
     """Take jobs out of a GPU's ledger, and who has no journal any more; put back the compute mode where that is all.
 
     Returns: the daemon, where they are to end it: a job that was refused need not, whose neighbours do.
@@ -336,13 +336,13 @@ def _given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> L
     return put_back(gpu, entry, gpus)
 
 
-def _is_gone(daemon: SharedDaemon, holders: Sequence[Holder]) -> bool:
+def _is_gone(daemon: JoinedDaemon, holders: Sequence[Holder]) -> bool:
     return daemon.starter not in (one.job_id for one in holders)
 
 
 def close(
     gpu: str,
-    daemon: SharedDaemon,
+    daemon: JoinedDaemon,
     state: NodeState,
     gpus: Gpus,
     config: SiteConfig,

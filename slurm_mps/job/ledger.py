@@ -39,7 +39,7 @@ class Holder:
 
 
 @record
-class SharedDaemon:
+class JoinedDaemon:
     """The control daemon of joined jobs: the job that started it, what becomes of it, and which process it is.
 
     `uid` is the user of its server: root for jobs of all users. `closer` is the job whose undo ends it.
@@ -60,7 +60,7 @@ class LedgerEntry:
 
     holders: tuple[Holder, ...] = ()
     mode_found: int | None = None
-    daemon: SharedDaemon | None = None
+    daemon: JoinedDaemon | None = None
 
 
 class Ledgers:
@@ -142,16 +142,16 @@ def _holder_line(holder: Holder) -> str:
     return with_fields(f"holder {holder.job_id}", {"way": holder.way, **joined})
 
 
-def _daemon(words: str) -> SharedDaemon:
+def _daemon(words: str) -> JoinedDaemon:
     """Raises: KeyError, ValueError."""
     found = fields(words.split(" "))
     process = ProcessIdentity(int(found["pid"]), int(found["start"])) if "pid" in found else None
     if found["stage"] not in (STARTING, OPEN, CLOSING):
         raise ValueError(found["stage"])
-    return SharedDaemon(int(found["starter"]), found["stage"], int(found["uid"]), int(found["closer"]), process)
+    return JoinedDaemon(int(found["starter"]), found["stage"], int(found["uid"]), int(found["closer"]), process)
 
 
-def _daemon_line(daemon: SharedDaemon) -> str:
+def _daemon_line(daemon: JoinedDaemon) -> str:
     numbers = {"uid": daemon.uid, "closer": daemon.closer}
     if daemon.process:
         numbers |= {"pid": daemon.process.pid, "start": daemon.process.start_ticks}

@@ -140,10 +140,10 @@ def keep_part(job_id: int, gpu: str, part: str, config: SiteConfig) -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
             if config.logs_keep == "never" or not logs.exists(gpu):
                 return
-            with logs.subdirectory(gpu) as shared, logs.make(str(job_id), 0o700) as own, own.make(part, 0o755) as ours:
+            with logs.subdirectory(gpu) as joined, logs.make(str(job_id), 0o700) as own, own.make(part, 0o755) as ours:
                 for name in _LOGS:
-                    if shared.exists(name):
-                        ours.write(name, shared.read_tail(name, config.logs_max_kib * 1024), mode=0o644)
+                    if joined.exists(name):
+                        ours.write(name, joined.read_tail(name, config.logs_max_kib * 1024), mode=0o644)
                 own.grant_user(logs.user_let_in(gpu))
 
     _attempt(job_id, "kept", work)

@@ -74,7 +74,7 @@ class Plan:
             for one in self.daemons
         ]
 
-    def shared(self, job: JobOnNode) -> list[str]:
+    def joined_directories(self, job: JobOnNode) -> list[str]:
         """The directories of the plan's daemons, where other jobs have them, too; else none.
 
         ``-`` for a daemon that another job has found dead since, and starts again.
@@ -84,8 +84,8 @@ class Plan:
         found = ((one.gpus[0], job.state.ledgers.read(one.gpus[0]).daemon) for one in self.daemons)
         return [daemon_path(gpu, daemon) if daemon else "-" for gpu, daemon in found]
 
-    def verdict(self, running: Sequence[ControlDaemon], shared: Sequence[str] = ()) -> Verdict:
-        """What the plugin reads in the job's tasks; `running` are the plan's daemons, `shared` the joined jobs' places.
+    def verdict(self, running: Sequence[ControlDaemon], joined: Sequence[str] = ()) -> Verdict:
+        """What the plugin reads in the job's tasks. `running`: the plan's daemons; `joined`: joined_directories().
 
         GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
         serves the first GPU and so on.
@@ -95,7 +95,7 @@ class Plan:
         return Verdict(
             READY,
             daemons=tuple(
-                _place(*one) for one in zip(running, self.daemons, shared or [""] * len(running), strict=True)
+                _place(*one) for one in zip(running, self.daemons, joined or [""] * len(running), strict=True)
             ),
             gpus=tuple(
                 VerdictGpu(index, gpu.minor, gpu.uuid, _for_clients(gpu, self.config), gpu.memory_bytes // MIB)
@@ -119,10 +119,10 @@ class Plan:
         )
 
 
-def _place(daemon: ControlDaemon, planned: JobDaemon, shared: str) -> DaemonPlace:
+def _place(daemon: ControlDaemon, planned: JobDaemon, joined_directory: str) -> DaemonPlace:
     name = "" if planned.name == WHOLE_JOB else planned.name.replace("joined-", "gpu-")
     directories = daemon.pipe_directory, daemon.log_directory
-    return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus, shared)
+    return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus, joined_directory)
 
 
 def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
@@ -130,8 +130,8 @@ def _for_clients(gpu: Gpu, config: SiteConfig) -> int:
 
     Where other jobs may be on the GPU it is a part of the whole, whatever they use at the moment.
     """
-    shared = config.gpus_sharing != "refuse"
-    mib = gpu.memory_bytes // MIB - _DRIVER_MIB if shared else gpu.free_bytes // MIB
+    is_alone = config.gpus_sharing == "refuse"
+    mib = gpu.free_bytes // MIB if is_alone else gpu.memory_bytes // MIB - _DRIVER_MIB
     return max(0, mib - max(_SERVER_MIB, config.limits_memory_context_mib))
 
 
@@ -375,7 +375,7 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
         raise RequestError(
             f"--gres=mps gives it {request.share_percentage:g} % of a GPU, and this site gives MPS jobs whole ones",
             hint=f"ask for --gres=gpu:1 --mps-threads={request.share_percentage:g}, or your admin about gpus.sharing",
-            reason="shared_gpu",
+            reason="site",
         )
     uuids = tuple(gpu.uuid for gpu in gpus)
     if len(set(uuids)) < len(uuids):

@@ -164,7 +164,7 @@ class Reconciler:
                 self._locked(state, job_id, partial(self._end_strays, state, job_id, strays[job_id], why))
         for uuid in state.ledgers.names():
             self._guarded(uuid, partial(self._ledger, state, uuid))
-            self._guarded(uuid, partial(self._shared, state, uuid, config))
+            self._guarded(uuid, partial(self._joined, state, uuid, config))
         self._guarded(joined.DIRECTORY, partial(self._lost_daemons, state, config))
         for path in state.strangers():
             self._report(Repair(path, LEFT, "slurm-mps did not put it there"))
@@ -311,7 +311,7 @@ class Reconciler:
         finally:
             state.ledgers.unlock()
 
-    def _shared(self, state: NodeState, uuid: str, config: SiteConfig) -> Repair | None:
+    def _joined(self, state: NodeState, uuid: str, config: SiteConfig) -> Repair | None:
         """Take those who are gone out of the ledger of joined jobs, and end a daemon that nobody is going to end."""
         written, _ = state.ledgers.read_as_written(uuid)
         entry = state.ledgers.read(uuid)

@@ -51,7 +51,7 @@ _EXIT_STATUSES = {
     "no_gpu": NO_GPU,
     "threads": 82,
     "memory": 83,
-    "shared_gpu": 84,
+    "held_gpu": 84,
     "busy_gpu": 85,
     "mig": 86,
     "node_fault": 87,
@@ -73,8 +73,8 @@ class VerdictGpu:
 class DaemonPlace:
     """Where a control daemon is, which GPUs (UUIDs, in its own order) it serves, and what it gives each client.
 
-    ``name`` is that of its pipe directory where each GPU has a daemon, and empty for the only one. ``shared``: the
-    directory of one that serves other jobs, too (job/joined.py); limits are its clients' own then.
+    ``name`` is that of its pipe directory where each GPU has a daemon, and empty for the only one.
+    ``joined_directory``: of a daemon that serves other jobs, too (job/joined.py); its limits are its clients' own.
     """
 
     name: str
@@ -82,7 +82,7 @@ class DaemonPlace:
     log_directory: str
     memory_bytes: int | None
     gpus: tuple[str, ...]
-    shared: str = ""
+    joined_directory: str = ""
 
 
 @record
@@ -163,8 +163,8 @@ class Verdict:
         if self.share_memory:
             yield "share_memory", "even"
         for daemon in self.daemons:
-            if daemon.shared:
-                yield "joined", daemon.shared
+            if daemon.joined_directory:
+                yield "joined", daemon.joined_directory
 
 
 def refused(message: str, reason: str = "") -> Verdict:
@@ -204,7 +204,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
         raise ValueError(status)
     gpus = tuple(_gpu(value) for key, value in lines if key == "gpu")
     daemons = [value for key, value in lines if key == "daemon"]
-    shared = [value for key, value in lines if key == "joined"] or [""] * len(daemons)
+    joined = [value for key, value in lines if key == "joined"] or [""] * len(daemons)
     per_gpu = known.get("daemons") == PER_GPU
     uuids = tuple(gpu.uuid for gpu in gpus)
     served = tuple((uuid,) for uuid in uuids) if per_gpu else (uuids,)
@@ -215,7 +215,7 @@ def _parse(known: dict[str, str], lines: list[tuple[str, str]]) -> Verdict:
     return Verdict(
         status,
         uid=uid,
-        daemons=tuple(_daemon(*words) for words in zip(daemons, served, shared, strict=True)),
+        daemons=tuple(_daemon(*words) for words in zip(daemons, served, joined, strict=True)),
         gpus=gpus,
         per_gpu=per_gpu,
         thread_percentage=parse_thread_percentage(known["thread_percentage"]),
@@ -240,8 +240,8 @@ def _gpu(words: str) -> VerdictGpu:
     return VerdictGpu(int(index), int(minor), uuid, int(for_clients), int(mib))
 
 
-def _daemon(words: str, gpus: tuple[str, ...], shared: str) -> DaemonPlace:
+def _daemon(words: str, gpus: tuple[str, ...], joined_directory: str) -> DaemonPlace:
     pipe, log, limit = words.split(" ")
     name = os.path.basename(pipe).replace("joined-", "gpu-")
     memory = None if limit == "-" else parse_memory(limit)
-    return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus, shared)
+    return DaemonPlace(name if name.startswith("gpu-") else "", pipe, log, memory, gpus, joined_directory)

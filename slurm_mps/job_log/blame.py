@@ -63,7 +63,7 @@ class Seen:
     events: Sequence[Event]
     gone: bool  #: nobody listens any more
     ended: Event | None  #: the daemon's end, by its own word
-    shared: bool = False  #: other jobs of this user are on it, too
+    joined: bool = False  #: jobs are joined on it: other jobs' programs are its clients, too
 
 
 def seen_since(
@@ -73,7 +73,7 @@ def seen_since(
     gone: bool,
     events: Sequence[Event],
     explained: bool = False,
-    shared: bool = False,
+    joined: bool = False,
 ) -> Seen:
     """What a daemon's logs say since then to the tasks of a step; `events` are all that the logs have.
 
@@ -83,7 +83,7 @@ def seen_since(
     lives = [event for event in events if event.kind in (DAEMON_STARTED, DAEMON_ENDED)]
     ended = lives[-1] if lives and lives[-1].kind == DAEMON_ENDED else None
     news = [event for event in events if event.seconds >= since_seconds]
-    return Seen(gpus, news, gone and bool(news or not explained), ended, shared)
+    return Seen(gpus, news, gone and bool(news or not explained), ended, joined)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Names:
 
     def __init__(self, step: FailedStep, seen: Sequence[Seen], jobs: Mapping[int, int]) -> None:
         self._jobs = jobs
-        self._shared = any(one.shared for one in seen)
+        self._joined = any(one.joined for one in seen)
         self._ranks = {task.pid: task.rank for task in step.tasks}
         self._is_job_script = step.is_job_script
         clients = {event.pid for one in seen for event in one.events if event.kind in (CONNECTED, CONTEXT)}
@@ -127,7 +127,7 @@ class _Names:
         if others:
             more = f" and {len(others) - _NAMED_PIDS} more" if len(others) > _NAMED_PIDS else ""
             listed = ", ".join(map(str, others[:_NAMED_PIDS]))
-            whose = ", perhaps another job's of yours," if self._shared and not self._is_job_script else ""
+            whose = ", perhaps another job's of yours," if self._joined and not self._is_job_script else ""
             words.append(f"{'process' if len(others) == 1 else 'processes'} {listed}{more}{whose}")
         return " and ".join(words)
 

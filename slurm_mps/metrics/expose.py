@@ -22,7 +22,7 @@ _LOG_WORDS = {
 _WORDS = {
     "prolog": ("ready", "refused", "node_fault"),
     "epilog": ("done", "node_fault"),
-    "refusal": ("request", "no_gpu", "threads", "memory", "shared_gpu", "busy_gpu", "mig", "per_node", "site"),
+    "refusal": ("request", "no_gpu", "threads", "memory", "held_gpu", "busy_gpu", "mig", "per_node", "site"),
     RECONCILE: ("repaired", "left"),
 }
 

@@ -315,7 +315,7 @@ def _daemon_view(
         clients = [
             _client_view(client, uuid, place, threads.get(client.server) or given, state, environments)
             for client in listed
-            if client.gpu == uuid and (not place.shared or _job_of(client.pid, environments) == job.job_id)
+            if client.gpu == uuid and (not place.joined_directory or _job_of(client.pid, environments) == job.job_id)
         ]
         mode = state.compute_mode if state else None
         in_order = tuple(sorted(clients, key=lambda client: client.pid))

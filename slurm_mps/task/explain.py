@@ -42,7 +42,7 @@ def main() -> int:
 
     def events_on(place: DaemonPlace) -> list[Event]:
         """What its logs say; nothing where they are root's, since jobs of other users are on it, too."""
-        if place.shared and not os.access(place.log_directory, os.R_OK):
+        if place.joined_directory and not os.access(place.log_directory, os.R_OK):
             return []
         return events_of(DaemonLogs(place.name, place.log_directory), _LIMIT_BYTES)
 
@@ -50,12 +50,17 @@ def main() -> int:
     events = [events_on(place) for place in verdict.daemons]
     seen = [
         seen_since(
-            float(since), place.gpus, gone=went, events=read, explained="explained" in more, shared=bool(place.shared)
+            float(since),
+            place.gpus,
+            gone=went,
+            events=read,
+            explained="explained" in more,
+            joined=bool(place.joined_directory),
         )
         for place, went, read in zip(verdict.daemons, gone, events, strict=True)
     ]
     step = FailedStep(tasks, kind == "script", memory)
-    pids = {pid for one in seen if one.shared for event in one.events for pid in event.pids}
+    pids = {pid for one in seen if one.joined for event in one.events for pid in event.pids}
     jobs = {pid: job for pid in pids if (job := job_of(pid)) and job != int(job_id)}
     found = explain(step, seen, jobs) if any(task.status for task in tasks) else []
     hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""

@@ -81,7 +81,7 @@ def test_a_jobs_end_does_not_reach_the_daemon_of_others(joined: GpuNode, works: 
     assert there is not works
 
 
-@attack("a shared daemon is known by its process")
+@attack("a joined daemon is known by its process")
 def test_connections_that_fill_the_daemons_queue_do_not_end_it(joined: GpuNode, works: bool) -> None:
     """Alice's program of one job stops the world: it connects until nobody else can, and the next job must not take
     the daemon for dead, end it under her other jobs, and start another.

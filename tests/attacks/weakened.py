@@ -255,7 +255,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "no script takes a link for a daemon's own": (
         Change(JOINED, 'return f"joined-{number}"', 'return f"gpu-{number}"'),
     ),
-    "a shared daemon is known by its process": (
+    "a joined daemon is known by its process": (
         Change(
             JOINED,
             "        if daemon.stage == OPEN and is_alive(daemon):",

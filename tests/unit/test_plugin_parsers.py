@@ -37,7 +37,7 @@ class CDaemon(ctypes.Structure):
         ("pipe_directory", ctypes.c_char * 104),
         ("log_directory", ctypes.c_char * 104),
         ("mib", ctypes.c_uint64),
-        ("shared", ctypes.c_char * 104),
+        ("joined_directory", ctypes.c_char * 104),
     )
 
 

@@ -10,7 +10,7 @@ from slurm_mps.config.settings import DEFAULTS, STATE_DIRECTORY, SiteConfig, to_
 from slurm_mps.errors import NodeError
 from slurm_mps.job.actions import gpu_daemon_name
 from slurm_mps.job.journal import JOURNAL_VERSION, Journal
-from slurm_mps.job.ledger import CLOSING, JOINED, OPEN, SEPARATE, STARTING, Holder, LedgerEntry, SharedDaemon
+from slurm_mps.job.ledger import CLOSING, JOINED, OPEN, SEPARATE, STARTING, Holder, JoinedDaemon, LedgerEntry
 from slurm_mps.job.request import ID_MAX
 from slurm_mps.job.state import NodeState
 from slurm_mps.job.verdict import VERDICT_VERSION, refused
@@ -178,9 +178,9 @@ def test_a_verdict_is_one_line_for_each_value(state: NodeState, place: Path) -> 
         LedgerEntry((Holder(4711, SEPARATE), Holder(4712, SEPARATE)), 2),
         LedgerEntry((Holder(4711),), None),
         LedgerEntry((), 3),
-        LedgerEntry((Holder(4711, JOINED, 20001, 35654),), 0, SharedDaemon(4711, STARTING, 20001)),
-        LedgerEntry((Holder(4711, JOINED, 20001),), 0, SharedDaemon(7, OPEN, 20001, 0, ProcessIdentity(812, 90210))),
-        LedgerEntry((), 0, SharedDaemon(7, CLOSING, 20001, 4711, ProcessIdentity(812, 90210))),
+        LedgerEntry((Holder(4711, JOINED, 20001, 35654),), 0, JoinedDaemon(4711, STARTING, 20001)),
+        LedgerEntry((Holder(4711, JOINED, 20001),), 0, JoinedDaemon(7, OPEN, 20001, 0, ProcessIdentity(812, 90210))),
+        LedgerEntry((), 0, JoinedDaemon(7, CLOSING, 20001, 4711, ProcessIdentity(812, 90210))),
     ],
 )
 def test_a_ledger_is_read_back_as_it_was_written(state: NodeState, entry: LedgerEntry) -> None:
