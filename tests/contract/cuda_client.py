@@ -118,12 +118,12 @@ def launch(name: str) -> None:
     call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, None, arguments if name == "spin" else None, None)
 
 
-def misbehave(how: str) -> int:
+def misbehave(how: str, spins: str = "0") -> int:
     simulated = hasattr(cuda, IS_SIMULATED)
     if not simulated:
         launch(how)
     if how == "spin":
-        os.write(1, b"0\n")
+        os.write(1, f"{spins}\n".encode())
     if not simulated:
         return int(cuda.cuCtxSynchronize())
     return int(cuda.simSpin() if how == "spin" else cuda.simFault({"fault": ILLEGAL_ADDRESS, "trap": TRAP}[how]))

@@ -33,9 +33,7 @@ def main() -> int:
         error = int(cuda_client.cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size)))
         print(f"filled {size >> 20} MiB: error {error}", flush=True)
     elif errand in ("spin", "fault"):
-        cuda_client.launch(errand)
-        print(f"{errand} launched", flush=True)
-        error = int(cuda_client.cuda.cuCtxSynchronize())
+        error = cuda_client.misbehave(errand, "spin launched")
     time.sleep(seconds)
     error = error or int(cuda_client.cuda.cuCtxSynchronize())
     print(f"ended with error {error}", flush=True)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.harness.cluster import SlurmError, waits_for
+from tests.harness.cluster import SlurmError
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import STATE_DIRECTORY, Site
 from tests.lab.measured import write
@@ -48,6 +48,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def failure(error: Exception) -> str:
+    """What went wrong, with the end of the daemons' logs that a SlurmError brings along."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) < 3000 else f"{text[:1000]}\n…\n{text[-2000:]}"
+
+
 class SharedSite(RealSite):
     """The first GPU of this machine alone, in a hundred parts."""
 
@@ -73,10 +79,10 @@ class SharedSite(RealSite):
         try:
             for job in jobs:
                 self.cluster.wait(job, _JOB_SECONDS)
-        except SlurmError:
+        except SlurmError as error:
             for job in jobs:
                 self.cluster.scancel(job)
-            raise
+            raise SlurmError("\n".join([*(self.cluster.output(job)[-300:] for job in jobs), str(error)])) from error
         return [self.cluster.output(job) for job in jobs]
 
 
@@ -94,7 +100,7 @@ def throughput(site: SharedSite, seconds: float, rounds: int) -> Iterator[Row]:
             try:
                 row |= _figures(site.ended(*jobs), seconds)
             except (SlurmError, KeyError, ValueError) as error:
-                row |= {"failed": f"{type(error).__name__}: {error}"[-3000:], "last_fault": site.repaired()}
+                row |= {"failed": failure(error), "last_fault": site.repaired()}
             site.cluster.wait_idle()
             say(f"{name}: {row}")
             yield row
@@ -114,21 +120,18 @@ def _figures(texts: list[str], seconds: float) -> Row:
 
 def faults(site: SharedSite) -> Iterator[Row]:
     """Whether a job's program goes on when another job's has an illegal access, and what its user is told."""
-    client = f"/usr/bin/python3 {PLACE}/cuda_client.py 1"
+    client = f"/usr/bin/python3 {PLACE}/client.py"
     for way in ("joined", "separate"):
         site.share(way)
         row: Row = {"way": way}
-        script = f"srun sh -c '{{ {waits_for()}; echo synchronize; }} | {client}'"
+        both = f"{site.meeting()}/both 2"  # the one that faults waits until the other is there to be hit
+        scripts = [f"srun {client} hold 2 {both}", f"srun {client} fault 0 {both}"]
         try:
-            victim = site.cluster.sbatch("-n1", f"--gres=mps:{PART}", script=script)
-            site.cluster.until_output(victim, '"pid"')
-            culprit = site.cluster.sbatch("-n1", f"--gres=mps:{PART}", script=f"srun sh -c 'echo fault | {client}'")
-            row["culprit"] = site.ended(culprit)[0][-500:]
-            site.cluster.let_go(victim)
-            said = site.ended(victim)[0]
-            row |= {"goes_on": said.splitlines()[1:2] == ["0"], "victim": said[-700:]}
+            victim, culprit = (site.cluster.sbatch("-n1", f"--gres=mps:{PART}", script=text) for text in scripts)
+            said, row["culprit"] = (text[-700:] for text in site.ended(victim, culprit))
+            row |= {"goes_on": "ended with error 0" in said, "victim": said}
         except (SlurmError, KeyError, ValueError) as error:
-            row |= {"failed": f"{type(error).__name__}: {error}"[-3000:], "last_fault": site.repaired()}
+            row |= {"failed": failure(error), "last_fault": site.repaired()}
             site.machine.run(["scancel", "--user=alice"])
         site.cluster.wait_idle()
         say(f"fault, {way}: {row}")

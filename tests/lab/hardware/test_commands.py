@@ -5,6 +5,7 @@ The simulated driver runs no kernels, so that the load's driver calls are taken 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
 
-from . import containers, cost, show, site, worth
+from . import containers, cost, sharing, show, site, worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,14 @@ cuda = _Idle()
 '''
 
 
+def make_idle(simulated: site.RealSite) -> None:
+    """Take the driver calls out of the load."""
+    load = f"{site.PLACE}/load.py"
+    text = simulated.machine.read(load)
+    assert IMPORTED in text
+    simulated.machine.write(load, text.replace(IMPORTED, IDLE), mode=0o755)
+
+
 class SimulatedSite(site.RealSite):
     """The same site on a simulated node."""
 
@@ -51,10 +60,19 @@ class SimulatedSite(site.RealSite):
 
     def begin(self) -> None:
         super().begin()
-        load = f"{site.PLACE}/load.py"
-        text = self.machine.read(load)
-        assert IMPORTED in text
-        self.machine.write(load, text.replace(IMPORTED, IDLE), mode=0o755)
+        make_idle(self)
+
+
+class SimulatedSharedSite(sharing.SharedSite):
+    """The same site of one GPU in a hundred parts on a simulated node."""
+
+    def __init__(self) -> None:
+        Site.__init__(self, nodes=1, gpus_per_node=1, mps_per_node=100, config=UNCHANGED, constrain_devices=True)
+        self._meetings = 0
+
+    def begin(self) -> None:
+        super().begin()
+        make_idle(self)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +132,21 @@ def test_what_is_shown_of_containers_is_as_it_should_be() -> None:
         containers.jobs(show.Show(unchanged, problems), unchanged)
         assert unchanged.snapshot() == before
     assert "\n".join(problems) == ""
+
+
+def test_several_jobs_share_a_gpu_in_every_way() -> None:
+    """Each way has its four programs; with a daemon each the other job goes on after a fault, with one daemon not."""
+    with SimulatedSharedSite() as one:
+        rows = list(sharing.throughput(one, 0.2, 1))
+        assert {row["way"]: row.get("sms", row.get("failed")) for row in rows} == {
+            "joined": [32],
+            sharing.ALL_USERS: [32],
+            "separate": [32],
+            "one job": [32],
+            "without MPS": [132],
+        }
+        joined, separate = sharing.faults(one)
+    assert [joined.get("failed"), separate.get("failed")] == [None, None]
+    assert not joined["goes_on"]
+    assert re.search("another job(.s)? of yours.*took rank 0 along", joined["victim"]), joined["victim"]
+    assert separate["goes_on"]
