@@ -175,30 +175,33 @@ static unsigned int clients_of_job(const struct verdict *verdict, const struct l
 	return part ? part : 1;
 }
 
-bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
+bool limits_need_task_counts(const struct verdict *verdict, const struct limits *limits, unsigned int tasks)
 {
 	return limits->divide_threads || divides_memory(limits) || tasks > clients_of_job(verdict, limits) ||
 	       tasks > CLIENTS_OF_ANY_KIND;
 }
 
-/* The least that any GPU's ranks get must do, so that all tasks of the step come to the same opinion. */
-static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int gpu, unsigned int ranks,
+/*
+ * Whether a server takes so many tasks on a GPU, and each gets enough. All tasks of a step ask it of all its GPUs, so
+ * that they all start or all fail.
+ */
+static bool is_enough(const struct verdict *verdict, const struct limits *limits, unsigned int gpu, unsigned int tasks,
 		      char *message, size_t size)
 {
-	uint64_t mib = mib_of_share(&verdict->gpus[gpu], limits) / ranks;
-	unsigned int tenths = limits->divide_threads ? limits->share_tenths / ranks : WHOLE_GPU;
+	uint64_t mib = mib_of_share(&verdict->gpus[gpu], limits) / tasks;
+	unsigned int tenths = limits->divide_threads ? limits->share_tenths / tasks : WHOLE_GPU;
 	uint64_t context;
 	char least[24];
 
-	if (ranks > clients_of_job(verdict, limits))
+	if (tasks > clients_of_job(verdict, limits))
 		return refuse_with(message, size, "%u tasks of this step share a GPU, and an MPS server takes %u clients there; "
 						  "start fewer on this node, or give the job more GPUs",
-				   ranks, clients_of_job(verdict, limits));
+				   tasks, clients_of_job(verdict, limits));
 	if (limits->divide_threads && tenths < verdict->threads_tenths_min) {
 		write_percentage(verdict->threads_tenths_min, least, sizeof(least));
 		return refuse_with(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, which is %u.%u %% of its "
 						  "threads for each; this site allows %s and more",
-				   ranks, tenths / 10, tenths % 10, least);
+				   tasks, tenths / 10, tenths % 10, least);
 	}
 	if (tenths > limits->threads_tenths)
 		tenths = limits->threads_tenths;
@@ -207,29 +210,29 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
 		return refuse_with(message, size, "%s: %u tasks of this step share a GPU, which is %lluM of its memory for each; "
 						  "they need at least %s",
-				   limits->share_divides ? "a part of a GPU" : "--mps-mem=auto", ranks, (unsigned long long)mib, least);
+				   limits->share_divides ? "a part of a GPU" : "--mps-mem=auto", tasks, (unsigned long long)mib, least);
 	}
 	return true;
 }
 
-bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int ranks[GPUS_MAX],
+bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int tasks_on[GPUS_MAX],
 		   struct limits *limits, char *message, size_t size)
 {
-	limits->ranks = 1;
+	limits->tasks_on_gpu = 1;
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
-		if (ranks[gpu] && !is_enough(verdict, limits, gpu, ranks[gpu], message, size))
+		if (tasks_on[gpu] && !is_enough(verdict, limits, gpu, tasks_on[gpu], message, size))
 			return false;
 	for (unsigned int i = 0; i < task->count; i++) {
 		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
-		uint64_t share = mib_of_share(task->gpus[i], limits) / (ranks[gpu] ? ranks[gpu] : 1);
+		uint64_t share = mib_of_share(task->gpus[i], limits) / (tasks_on[gpu] ? tasks_on[gpu] : 1);
 
-		if (ranks[gpu] > limits->ranks)
-			limits->ranks = ranks[gpu];
+		if (tasks_on[gpu] > limits->tasks_on_gpu)
+			limits->tasks_on_gpu = tasks_on[gpu];
 		if (limits->divide_memory[gpu] && (!limits->mib[gpu] || share < limits->mib[gpu]))
 			limits->mib[gpu] = share;
 	}
-	if (limits->divide_threads && limits->share_tenths / limits->ranks < limits->threads_tenths)
-		limits->threads_tenths = limits->share_tenths / limits->ranks;
+	if (limits->divide_threads && limits->share_tenths / limits->tasks_on_gpu < limits->threads_tenths)
+		limits->threads_tenths = limits->share_tenths / limits->tasks_on_gpu;
 	if (!limits->threads_tenths)
 		limits->threads_tenths = 1; /* the least that there is */
 	return true;

@@ -29,7 +29,7 @@ struct limits {
 	bool says_memory;                          /* the step gave a memory limit, or auto */
 	bool share_divides;                        /* nothing is divided but the job's part of the memory */
 	int priority;                              /* 0 normal, 1 low */
-	unsigned int ranks;                        /* that share the task's GPU, where limits_divide() was needed */
+	unsigned int tasks_on_gpu;                 /* that share the task's GPU, where limits_divide() was needed */
 	uint64_t mib[GPUS_MAX];                    /* by the verdict's GPU; 0: no limit */
 };
 
@@ -48,15 +48,15 @@ bool limits_of_step(const struct verdict *verdict, const struct step_options *op
  */
 void limits_of_share(const struct verdict *verdict, unsigned int shards, struct limits *limits);
 
-/* Whether the number of ranks on each GPU must be known for a step with so many tasks on this node. */
-bool limits_need_ranks(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);
+/* Whether the number of tasks on each GPU must be known for a step with so many tasks on this node. */
+bool limits_need_task_counts(const struct verdict *verdict, const struct limits *limits, unsigned int tasks);
 
 /*
- * Divide what is to be divided by the ranks that share a GPU; `ranks` counts them by the verdict's GPU.
+ * Divide what is to be divided by the tasks that share a GPU; `tasks_on` counts them by the verdict's GPU.
  * Returns: true; false with `message` filled, the same for all tasks of the step, when a server does not take so many
  * clients, or too little would be left for each.
  */
-bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int ranks[GPUS_MAX],
+bool limits_divide(const struct verdict *verdict, const struct task_gpus *task, const unsigned int tasks_on[GPUS_MAX],
 		   struct limits *limits, char *message, size_t size);
 
 /*

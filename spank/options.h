@@ -25,7 +25,7 @@ enum daemons { DAEMONS_UNSAID, DAEMONS_PER_NODE, DAEMONS_PER_GPU };
 
 /* What --mps-mem asks for. */
 struct mem_option {
-	bool automatic;          /* divide by the ranks that share a GPU */
+	bool automatic;          /* divide by the tasks that share a GPU */
 	bool by_gpu;             /* only for some GPUs; 0 in `mib` for the others */
 	uint64_t mib[GPUS_MAX];  /* by the job's own count of its GPUs; all 0: nothing was asked */
 };

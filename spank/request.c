@@ -71,7 +71,7 @@ static struct spank_option options[] = {
 	  "(so does --mps alone) or on each GPU, or, with off, without MPS whatever else is given",
 	  2, OPTION_MPS, on_option },
 	{ "mps-threads", "PCT|auto",
-	  "with MPS, each process gets at most PCT percent of a GPU's threads, or as much as is left when all ranks "
+	  "with MPS, each process gets at most PCT percent of a GPU's threads, or as much as is left when all tasks "
 	  "that share it get the same (implies --mps)",
 	  1, OPTION_THREADS, on_option },
 	{ "mps-mem", "SIZE|auto",

@@ -23,7 +23,7 @@ struct rollcall *rollcall_new(void)
 }
 
 bool rollcall_answer(struct rollcall *rollcall, const struct verdict *verdict, const struct task_gpus *task,
-		     unsigned int tasks, unsigned int ranks[GPUS_MAX])
+		     unsigned int tasks, unsigned int tasks_on[GPUS_MAX])
 {
 	if (!rollcall)
 		return false;
@@ -37,7 +37,7 @@ bool rollcall_answer(struct rollcall *rollcall, const struct verdict *verdict, c
 		(void)poll(NULL, 0, WAIT_PAUSE_MS);
 	}
 	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++)
-		ranks[gpu] = (unsigned int)((atomic_load(&rollcall->parts[gpu]) + WHOLE - 1) / WHOLE);
+		tasks_on[gpu] = (unsigned int)((atomic_load(&rollcall->parts[gpu]) + WHOLE - 1) / WHOLE);
 	return true;
 }
 

@@ -3,13 +3,12 @@
  * the task. This file has the callbacks that Slurm calls, in their order; submit.c, stepd.c and task.c say by their
  * names where they run.
  *
- * The plugin carries and refuses, it decides nothing: whether the job has MPS and under which limits was decided by the
- * prolog, and stands in its verdict.
+ * The plugin carries and refuses. The prolog decides whether the job has MPS and under which limits; its verdict says it.
  *
  * Promises:
  *  - A value that does not parse is refused where the user typed it; no job is queued.
  *  - A task of a job that asked for MPS starts with its control daemon's address and limits, or does not start; or,
- *    where the site wants it so when the node cannot do its part, without MPS, which is said.
+ *    where the site allows it and the node has a fault, starts without MPS and with a message.
  *  - Nothing here fails in a callback that drains a node (init, init_post_opt and user_init in slurmstepd do).
  *  - A job that did not ask costs two failed open(2) per step.
  */

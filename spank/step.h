@@ -12,7 +12,7 @@
 
 struct step {
 	bool known;
-	bool failed;                          /* and it has been said why */
+	bool failed;                          /* and the message is printed */
 	uint32_t job_id;
 	struct verdict verdict;
 	struct limits limits;

@@ -37,11 +37,11 @@ static unsigned int tasks_of_job(spank_t sp)
 	return (unsigned int)strtoul(value, NULL, 10); /* "4(x2),1": the script runs on the first */
 }
 
-static bool count_ranks(spank_t sp, const struct step *step, const struct task_gpus *task, unsigned int tasks,
-			unsigned int ranks[GPUS_MAX], char *problem, size_t size)
+static bool count_tasks(spank_t sp, const struct step *step, const struct task_gpus *task, unsigned int tasks,
+			unsigned int tasks_on[GPUS_MAX], char *problem, size_t size)
 {
 	if (!task_is_job_script(sp)) {
-		return rollcall_answer(step->rollcall, &step->verdict, task, tasks, ranks) ||
+		return rollcall_answer(step->rollcall, &step->verdict, task, tasks, tasks_on) ||
 		       refuse_with(problem, size, "some tasks of this step never reported their GPUs");
 	}
 	tasks = tasks_of_job(sp);
@@ -52,7 +52,7 @@ static bool count_ranks(spank_t sp, const struct step *step, const struct task_g
 						  "how many it has on this node; give -n or --ntasks-per-node",
 				   step->limits.divide_threads ? "threads" : "mem");
 	for (unsigned int i = 0; i < task->count; i++)
-		ranks[task->gpus[i] - step->verdict.gpus] = (tasks + task->count - 1) / task->count;
+		tasks_on[task->gpus[i] - step->verdict.gpus] = (tasks + task->count - 1) / task->count;
 	return true;
 }
 
@@ -94,7 +94,7 @@ static void take_one(struct task_gpus *task, unsigned int which)
 static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, char *problem, size_t size)
 {
 	static char value[VALUE_MAX];
-	unsigned int ranks[GPUS_MAX] = { 0 };
+	unsigned int tasks_on[GPUS_MAX] = { 0 };
 	bool has_gpus = slurms_variable(sp, "SLURM_GPUS_ON_NODE", value, sizeof(value)) != NULL;
 	const char *visible;
 	uint32_t tasks = 1;
@@ -123,10 +123,10 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 	if (spank_get_item(sp, S_JOB_LOCAL_TASK_COUNT, &tasks) != ESPANK_SUCCESS)
 		return refuse_with(problem, size, "slurmstepd does not tell how many tasks it has");
 	limits_of_share(&step->verdict, shards_of_step(sp), &step->limits);
-	if (!limits_need_ranks(&step->verdict, &step->limits, tasks))
+	if (!limits_need_task_counts(&step->verdict, &step->limits, tasks))
 		return true;
-	return count_ranks(sp, step, task, tasks, ranks, problem, size) &&
-	       limits_divide(&step->verdict, task, ranks, &step->limits, problem, size);
+	return count_tasks(sp, step, task, tasks, tasks_on, problem, size) &&
+	       limits_divide(&step->verdict, task, tasks_on, &step->limits, problem, size);
 }
 
 /* Which GPUs the program sees. */
@@ -192,7 +192,7 @@ static bool set_connections(spank_t sp, const struct step *step)
 	static char own[VALUE_MAX];
 	const char *given = variable_get(sp, MAX_CONNECTIONS, own, sizeof(own));
 
-	if (step->limits.ranks <= CLIENTS_OF_ANY_KIND || (given && (!strcmp(given, "1") || !strcmp(given, "2"))))
+	if (step->limits.tasks_on_gpu <= CLIENTS_OF_ANY_KIND || (given && (!strcmp(given, "1") || !strcmp(given, "2"))))
 		return true;
 	return variable_set(sp, MAX_CONNECTIONS, "2");
 }

@@ -15,7 +15,7 @@
 #define STATE_DIRECTORY "/run/slurm-mps"
 #endif
 
-/* The newest version that is read here, as slurm_mps/job/state.py writes it (docs/decisions/0018). */
+/* The newest version that is read here, as slurm_mps/job/verdict.py writes it (docs/decisions/0018). */
 #define VERDICT_VERSION 1
 
 #define VERDICT_MESSAGE_MAX 512
@@ -56,15 +56,15 @@ struct verdict {
 	enum verdict_status status;
 	char message[VERDICT_MESSAGE_MAX];
 	char python[VERDICT_PROGRAM_MAX];
-	char probe[VERDICT_PROGRAM_MAX];   /* what finds out whether a server is well */
-	char explain[VERDICT_PROGRAM_MAX]; /* what says why tasks ended badly */
+	char probe[VERDICT_PROGRAM_MAX];   /* tests whether a server takes programs */
+	char explain[VERDICT_PROGRAM_MAX]; /* explains why tasks ended badly */
 	unsigned int threads_tenths;     /* of a percent; what the daemon gives each client */
 	unsigned int threads_tenths_min; /* what the site wants no client to be below */
 	uint64_t mib_min;                /* the same of memory */
 	uint64_t context_mib;            /* what a CUDA context costs with all threads; 0: not known */
 	unsigned int clients_per_gpu;    /* as many contexts as a server takes on one GPU */
 	int priority;                    /* of each client: 0 normal, 1 low */
-	bool auto_threads, auto_memory;  /* divide by the ranks that share a GPU */
+	bool auto_threads, auto_memory;  /* divide by the tasks that share a GPU */
 	unsigned int share_tenths;       /* how much of a GPU Slurm gave the job, as the prolog knows it; 1000: all */
 	unsigned int shards_per_gpu;     /* 0: shards say nothing of it */
 	bool share_memory;               /* a part of a GPU is the same part of its memory */
@@ -76,7 +76,7 @@ struct verdict {
 	unsigned int gpu_count; /* in the order in which a daemon counts them (O19) */
 	struct verdict_daemon daemons[GPUS_MAX];
 	struct verdict_gpu gpus[GPUS_MAX];
-	int exit_status; /* of the tasks of a job that is refused; 0: not said */
+	int exit_status; /* of the tasks of a job that is refused; 0: the prolog gave none */
 	uint32_t uid; /* whose job it is; UNSAID where the prolog did not know */
 };
 

@@ -23,7 +23,7 @@ _VARIABLES = (
     *("visible", "pipe", "log", "own_threads", "own_mem", "own_priority", "connections", "set_by_us", "node_fault"),
     *("gpus_on_node", "ntasks", "per_node", "tasks_per_node", "shards"),
 )
-PARSERS = ("verdict", *_OPTIONS, "visible", "own_threads", "own_mem", "ranks")
+PARSERS = ("verdict", *_OPTIONS, "visible", "own_threads", "own_mem", "tasks_on")
 STEP = ("verdict", *_OPTIONS, *_VARIABLES, "said", "bytes")
 #: What lies in a verdict's place, in file.c's order.
 KINDS = ("plain", "hole", "link", "link-to-itself", "fifo", "directory", "socket", "device", "nothing", "below-a-file")
@@ -72,16 +72,18 @@ SEEDS: dict[str, dict[str, bytes]] = {
     "parsers": {
         "after-the-end": parsers(verdict() + "status ready\n"),
         "another-kind": b"slurm-mps journal 1\nstatus ready\nend 0\n",
-        "auto": parsers(verdict(daemon=NO_LIMIT, **AUTO), visible="0,1", ranks="\4\7"),
-        "auto-many": parsers(verdict(**AUTO), visible="0,1", ranks="01"),
-        "auto-no-memory": parsers(verdict(thread_percentage="100", auto="memory", gpu=gpus(1, "0 81559")), ranks="\1"),
+        "auto": parsers(verdict(daemon=NO_LIMIT, **AUTO), visible="0,1", tasks_on="\4\7"),
+        "auto-many": parsers(verdict(**AUTO), visible="0,1", tasks_on="01"),
+        "auto-no-memory": parsers(
+            verdict(thread_percentage="100", auto="memory", gpu=gpus(1, "0 81559")), tasks_on="\1"
+        ),
         "auto-per-gpu": parsers(
             verdict(thread_percentage="100", auto="memory", daemons="per-gpu", daemon=daemons("-", "4G")),
             visible="1",
             own_mem="0=1G",
-            ranks="\2\3",
+            tasks_on="\2\3",
         ),
-        "auto-step": parsers(threads="auto", mem="auto", visible="0,1", ranks="\4\7"),
+        "auto-step": parsers(threads="auto", mem="auto", visible="0,1", tasks_on="\4\7"),
         "big-numbers": parsers(
             verdict(
                 context_mib=["514", "99999999"],
@@ -106,14 +108,14 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "long-uuid": parsers(verdict(gpu=f"0 0 GPU-{'9' * 200} 80000 81559")),
         "long-value": parsers(short("refused", "x" * 4000)),
         "many-digits": parsers(threads="0000000025", mem="99999999999999G"),
-        "many-visible": parsers(verdict(gpu=gpus(64)), visible="0," * 300, ranks="\2" * 64),
+        "many-visible": parsers(verdict(gpu=gpus(64)), visible="0," * 300, tasks_on="\2" * 64),
         "newer": parsers(verdict("slurm-mps verdict 2")),
         "no-limit-word": parsers(verdict(daemon=f"{PIPE}/pipe {LOG}")),
         "one-daemon-too-few": parsers(verdict(daemons="per-gpu", daemon=daemons("-", "-"), gpu=gpus(3))),
         "one-word-too-many": parsers(verdict(daemon=f"{PIPE}/pipe {LOG} 8G 4G")),
         "own-mem-higher": parsers(mem="2G", visible="0,1", own_mem="0=20G,1=1G"),
         "own-with-unit-of-b": parsers(visible="0,1", own_threads="12.34", own_mem="0=1GB,1=512MiB"),
-        "per-gpu": parsers(verdict(**ONE_LIMIT), daemons="per-gpu", mem="0:2G,1:4G", visible="1", ranks="\1\1"),
+        "per-gpu": parsers(verdict(**ONE_LIMIT), daemons="per-gpu", mem="0:2G,1:4G", visible="1", tasks_on="\1\1"),
         "per-gpu-asked-per-node": parsers(verdict(**PER_GPU), daemons="per-node"),
         "per-gpu-not": parsers(daemons="(null)", mem="0:2G,1:4G"),
         "per-gpu-too-far": parsers(verdict(**PER_GPU), mem="0:2G,63:4G"),
@@ -123,7 +125,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
             verdict(daemons="per-gpu", daemon=daemons(*["8G"] * 64), gpu=gpus(64)),
             mem=LISTS_64,
             visible="63",
-            ranks="\1" * 64,
+            tasks_on="\1" * 64,
         ),
         "ready-64-gpus": parsers(verdict(gpu=gpus(64)), visible="0"),
         "ready-65-gpus": parsers(verdict(gpu=gpus(65))),
@@ -151,7 +153,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
         "step-mem-higher": parsers(mem="50G"),
         "step-threads-higher": parsers(threads="50"),
         "two-daemons-for-all": parsers(verdict(daemon=[GOOD["daemon"]] * 2)),
-        "unbound": parsers(ranks="\1\1"),
+        "unbound": parsers(tasks_on="\1\1"),
         "without": parsers(short("without", "this node cannot give it MPS")),
     },
     "step": {

@@ -103,7 +103,7 @@ class CLimits(ctypes.Structure):
         ("says_memory", ctypes.c_bool),
         ("share_divides", ctypes.c_bool),
         ("priority", ctypes.c_int),
-        ("ranks", ctypes.c_uint),
+        ("tasks_on_gpu", ctypes.c_uint),
         ("mib", ctypes.c_uint64 * 64),
     )
 
@@ -134,7 +134,7 @@ class Plugin:
         self.c.mem_option.restype = ctypes.c_char_p
         self.c.mem_mib.restype = ctypes.c_uint64
         self.c.rollcall_new.restype = ctypes.c_void_p
-        for name in ("task_gpus", "limits_of_step", "limits_divide", "limits_need_ranks", "limits_memory_value"):
+        for name in ("task_gpus", "limits_of_step", "limits_divide", "limits_need_task_counts", "limits_memory_value"):
             getattr(self.c, name).restype = ctypes.c_bool
         self.c.rollcall_answer.restype = ctypes.c_bool
 
@@ -163,13 +163,13 @@ class Plugin:
         return limits if self.c.limits_of_step(*arguments) else message.value.decode()
 
     def divide(
-        self, job: bytes, ranks: list[int], visible: str, shards: int = 0, /, **given: str
+        self, job: bytes, tasks_on: list[int], visible: str, shards: int = 0, /, **given: str
     ) -> tuple[int, list[int]] | str:
-        """Tenths of a percent and MiB for each GPU of a task, with so many ranks on the job's GPUs; or the refusal."""
+        """Tenths of a percent and MiB for each GPU of a task, with so many tasks on the job's GPUs; or the refusal."""
         limits = self.of_step(job=job, **given)
         assert isinstance(limits, CLimits), limits
         verdict, message = self.read(job), ctypes.create_string_buffer(512)
-        task, counted = self.find_gpus(verdict, visible), (ctypes.c_uint * 64)(*ranks)
+        task, counted = self.find_gpus(verdict, visible), (ctypes.c_uint * 64)(*tasks_on)
         assert task
         self.c.limits_of_share(ctypes.byref(verdict), shards, ctypes.byref(limits))
         arguments = ctypes.byref(verdict), ctypes.byref(task), counted, ctypes.byref(limits), message, 512
@@ -482,7 +482,7 @@ OPEN = verdict_file(
 
 
 @pytest.mark.parametrize(
-    ("job", "ranks", "visible", "given", "expected"),
+    ("job", "tasks_on", "visible", "given", "expected"),
     [
         (AUTO, [1, 1], "2,3", {}, (1000, [142641, 142641])),
         (AUTO, [4, 4], "2,3", {}, (250, [35660, 35660])),
@@ -498,10 +498,15 @@ OPEN = verdict_file(
         (WHOLE, [20, 20], "2,3", BOTH_AUTO, (50, [7132, 7132])),
     ],
 )
-def test_auto_divides_by_the_ranks_on_the_tasks_own_gpus(
-    plugin: Plugin, job: bytes, ranks: list[int], visible: str, given: dict[str, str], expected: tuple[int, list[int]]
+def test_auto_divides_by_those_who_share_the_tasks_own_gpus(
+    plugin: Plugin,
+    job: bytes,
+    tasks_on: list[int],
+    visible: str,
+    given: dict[str, str],
+    expected: tuple[int, list[int]],
 ) -> None:
-    assert plugin.divide(job, ranks, visible, **given) == expected
+    assert plugin.divide(job, tasks_on, visible, **given) == expected
 
 
 PART = {"share": "12.5", "share_memory": "even"}
@@ -535,7 +540,7 @@ def test_more_ranks_than_any_driver_takes_without_a_word_are_counted(plugin: Plu
     verdict = plugin.read(verdict_file(clients_per_gpu="60"))
     limits = plugin.of_step()
     assert isinstance(limits, CLimits)
-    need = plugin.c.limits_need_ranks
+    need = plugin.c.limits_need_task_counts
     assert [need(ctypes.byref(verdict), ctypes.byref(limits), n) for n in (48, 49, 61)] == [False, True, True]
 
 
@@ -544,7 +549,7 @@ SHARE = "tasks of this step share a GPU, which is"
 
 
 @pytest.mark.parametrize(
-    ("job", "ranks", "said"),
+    ("job", "tasks_on", "said"),
     [
         (
             WHOLE,
@@ -572,9 +577,9 @@ SHARE = "tasks of this step share a GPU, which is"
     ],
 )
 def test_too_many_ranks_are_refused_with_the_numbers_and_the_same_for_every_task(
-    plugin: Plugin, job: bytes, ranks: list[int], said: str
+    plugin: Plugin, job: bytes, tasks_on: list[int], said: str
 ) -> None:
-    assert [plugin.divide(job, ranks, visible) for visible in ("2", "3")] == [said, said]
+    assert [plugin.divide(job, tasks_on, visible) for visible in ("2", "3")] == [said, said]
 
 
 def answer_in_processes(plugin: Plugin, visible: list[str], tasks: int) -> list[list[int] | None]:
@@ -594,7 +599,7 @@ def answer_in_processes(plugin: Plugin, visible: list[str], tasks: int) -> list[
 
 
 @pytest.mark.parametrize(
-    ("visible", "ranks"),
+    ("visible", "tasks_on"),
     [
         (["2", "3"], [1, 1]),
         (["2", "2", "2", "3"], [3, 1]),
@@ -604,8 +609,8 @@ def answer_in_processes(plugin: Plugin, visible: list[str], tasks: int) -> list[
         (["", "2"], [1, 0]),
     ],
 )
-def test_tasks_count_one_another_by_gpu(plugin: Plugin, visible: list[str], ranks: list[int]) -> None:
-    assert answer_in_processes(plugin, visible, len(visible)) == [ranks] * len(visible)
+def test_tasks_count_one_another_by_gpu(plugin: Plugin, visible: list[str], tasks_on: list[int]) -> None:
+    assert answer_in_processes(plugin, visible, len(visible)) == [tasks_on] * len(visible)
 
 
 def test_a_task_that_never_comes_is_not_waited_for_without_end(plugin: Plugin) -> None:

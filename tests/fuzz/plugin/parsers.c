@@ -3,7 +3,7 @@
  * the headers promise is checked.
  *
  * The parts of an input: the verdict; --mps, --mps-threads, --mps-mem, --mps-priority; the task's CUDA_VISIBLE_DEVICES,
- * CUDA_MPS_ACTIVE_THREAD_PERCENTAGE and CUDA_MPS_PINNED_DEVICE_MEM_LIMIT; how many ranks each GPU has, a byte for each.
+ * CUDA_MPS_ACTIVE_THREAD_PERCENTAGE and CUDA_MPS_PINNED_DEVICE_MEM_LIMIT; how many tasks each GPU has, a byte for each.
  */
 #include "fuzz.h"
 
@@ -15,7 +15,7 @@
 
 #include "verdict.c" /* for parse(), which the plugin reaches through a file alone */
 
-enum { VERDICT, DAEMONS, THREADS, MEM, PRIORITY, VISIBLE, OWN_THREADS, OWN_MEM, RANKS, PARTS };
+enum { VERDICT, DAEMONS, THREADS, MEM, PRIORITY, VISIBLE, OWN_THREADS, OWN_MEM, TASKS_ON, PARTS };
 
 static bool is_one_of(const char *text, const char *const words[], size_t count)
 {
@@ -107,47 +107,47 @@ void check_limits(const struct verdict *verdict, const struct limits *limits)
 	}
 }
 
-/* What the ranks on a GPU have together is there, and nobody has more than before. */
+/* What the tasks on a GPU have together is there, and nobody has more than before. */
 static void check_divided(const struct verdict *verdict, const struct task_gpus *task,
-			  const unsigned int ranks[GPUS_MAX], const struct limits *before, const struct limits *after)
+			  const unsigned int tasks_on[GPUS_MAX], const struct limits *before, const struct limits *after)
 {
-	CHECK(after->ranks > 0 && after->threads_tenths <= before->threads_tenths);
+	CHECK(after->tasks_on_gpu > 0 && after->threads_tenths <= before->threads_tenths);
 	CHECK(!verdict->threads_tenths_min || after->threads_tenths > 0);
 	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		CHECK(ranks[gpu] <= verdict->clients_per_gpu);
+		CHECK(tasks_on[gpu] <= verdict->clients_per_gpu);
 		CHECK(!before->mib[gpu] || (after->mib[gpu] && after->mib[gpu] <= before->mib[gpu]));
 	}
 	for (unsigned int i = 0; i < task->count; i++) {
 		size_t gpu = (size_t)(task->gpus[i] - verdict->gpus);
 
-		CHECK(after->ranks >= ranks[gpu]);
-		CHECK(!before->divide_threads || ranks[gpu] * after->threads_tenths <= 1000);
-		CHECK(!before->divide_memory[gpu] || (after->mib[gpu] > 0 && after->mib[gpu] * ranks[gpu] <=
+		CHECK(after->tasks_on_gpu >= tasks_on[gpu]);
+		CHECK(!before->divide_threads || tasks_on[gpu] * after->threads_tenths <= 1000);
+		CHECK(!before->divide_memory[gpu] || (after->mib[gpu] > 0 && after->mib[gpu] * tasks_on[gpu] <=
 						 verdict->gpus[gpu].mib_for_clients));
 	}
 }
 
-/* Divide by the ranks. Returns: whether the step can go on, on which all its tasks must be of one opinion. */
+/* Divide by the tasks. Returns: whether the step can go on, on which all its tasks must be of one opinion. */
 static bool divide(const struct verdict *verdict, const struct task_gpus *task, const uint8_t *bytes,
 		   struct limits *limits)
 {
 	static const struct task_gpus none;
-	unsigned int ranks[GPUS_MAX] = { 0 };
+	unsigned int tasks_on[GPUS_MAX] = { 0 };
 	const struct limits before = *limits;
 	struct limits others = *limits;
 	char message[VERDICT_MESSAGE_MAX] = "", to_others[VERDICT_MESSAGE_MAX] = "";
 	bool divided;
 
 	for (unsigned int gpu = 0; gpu < GPUS_MAX && bytes[gpu]; gpu++)
-		ranks[gpu] = bytes[gpu];
+		tasks_on[gpu] = bytes[gpu];
 	for (unsigned int i = 0; i < task->count; i++)
-		if (!ranks[task->gpus[i] - verdict->gpus])
-			ranks[task->gpus[i] - verdict->gpus] = 1; /* the task itself */
-	divided = limits_divide(verdict, task, ranks, limits, message, sizeof(message));
-	CHECK(limits_divide(verdict, &none, ranks, &others, to_others, sizeof(to_others)) == divided);
+		if (!tasks_on[task->gpus[i] - verdict->gpus])
+			tasks_on[task->gpus[i] - verdict->gpus] = 1; /* the task itself */
+	divided = limits_divide(verdict, task, tasks_on, limits, message, sizeof(message));
+	CHECK(limits_divide(verdict, &none, tasks_on, &others, to_others, sizeof(to_others)) == divided);
 	CHECK(!strcmp(message, to_others) && divided == !message[0]);
 	if (divided)
-		check_divided(verdict, task, ranks, &before, limits);
+		check_divided(verdict, task, tasks_on, &before, limits);
 	return divided;
 }
 
@@ -195,17 +195,17 @@ static void run_task(const struct verdict *verdict, struct limits *limits, char 
 {
 	static char value[GPUS_MAX * sizeof(verdict->gpus[0].uuid)];
 	static struct task_gpus task;
-	uint8_t ranks[GPUS_MAX] = { 0 };
+	uint8_t tasks_on[GPUS_MAX] = { 0 };
 
-	memcpy(ranks, parts[RANKS], strnlen(parts[RANKS], sizeof(ranks)));
-	if (!task_gpus(verdict, *parts[VISIBLE] ? parts[VISIBLE] : NULL, *parts[RANKS], &task))
+	memcpy(tasks_on, parts[TASKS_ON], strnlen(parts[TASKS_ON], sizeof(tasks_on)));
+	if (!task_gpus(verdict, *parts[VISIBLE] ? parts[VISIBLE] : NULL, *parts[TASKS_ON], &task))
 		return;
 	CHECK(task.count <= verdict->gpu_count);
 	for (unsigned int i = 0; i < task.count; i++)
 		CHECK(task.ordinals[i] < (verdict->per_gpu ? 1 : verdict->gpu_count));
 	task_gpus_list(&task, true, value, sizeof(value));
 	task_gpus_list(&task, false, value, sizeof(value));
-	if (!divide(verdict, &task, ranks, limits) || !limits->threads_tenths)
+	if (!divide(verdict, &task, tasks_on, limits) || !limits->threads_tenths)
 		return;
 	limits_threads_value(limits, *parts[OWN_THREADS] ? parts[OWN_THREADS] : NULL, value, sizeof(value));
 	CHECK(threads_tenths(value) > 0 && threads_tenths(value) <= limits->threads_tenths);
@@ -254,7 +254,7 @@ static void run_step(const struct verdict *verdict, char *parts[PARTS])
 		return;
 	}
 	check_limits(verdict, &limits);
-	CHECK(limits_need_ranks(verdict, &limits, verdict->clients_per_gpu + 1));
+	CHECK(limits_need_task_counts(verdict, &limits, verdict->clients_per_gpu + 1));
 	run_task(verdict, &limits, parts);
 }
 

@@ -155,7 +155,7 @@ bool jobdir_read_mark(int directory, const char *name, struct timespec *when)
 
 void jobdir_write_mark(int directory, const char *name)
 {
-	CHECK(directory >= 0 && !strcmp(name, TOLD));
+	CHECK(directory >= 0 && !strcmp(name, EXPLAINED));
 }
 
 /* Each name in a list of GPUs is whole. */
@@ -201,7 +201,7 @@ static void check_question(char *const argv[])
 
 	CHECK(!strcmp(argv[4], "4711") && all_of(argv[5], "0123456789.") && !strcmp(argv[6], script ? "script" : "step"));
 	CHECK(!strcmp(argv[7], "auto") || !strcmp(argv[7], "-") || all_of(argv[7], "0123456789"));
-	CHECK(!argv[9] || (!strcmp(argv[9], TOLD) && script && !argv[10]));
+	CHECK(!argv[9] || (!strcmp(argv[9], EXPLAINED) && script && !argv[10]));
 	for (unsigned int i = 0; i < seen.count; i++) {
 		unsigned int rank;
 		int pid, used = 0;
@@ -293,7 +293,7 @@ static void check_ready_task(const struct step *step)
 		check_memory_value(memory ? memory : "", &step->verdict, limits, &task);
 	CHECK(!priority || !strcmp(priority, "1") || (!strcmp(priority, "0") && !limits->priority));
 	CHECK(priority || limits->priority == step->verdict.priority);
-	CHECK(limits->ranks <= CLIENTS_OF_ANY_KIND || !strcmp(connections, "1") || !strcmp(connections, "2"));
+	CHECK(limits->tasks_on_gpu <= CLIENTS_OF_ANY_KIND || !strcmp(connections, "1") || !strcmp(connections, "2"));
 	CHECK(!value_of(NODE_FAULT));
 }
 
