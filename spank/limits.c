@@ -199,8 +199,8 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 				   tasks, clients_of_job(verdict, limits));
 	if (limits->divide_threads && tenths < verdict->threads_tenths_min) {
 		write_percentage(verdict->threads_tenths_min, least, sizeof(least));
-		return refuse_with(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, which is %u.%u %% of its "
-						  "threads for each; this site allows %s and more",
+		return refuse_with(message, size, "--mps-threads=auto: %u tasks of this step share a GPU, %u.%u %% of its threads for "
+						  "each; this site allows %s and more",
 				   tasks, tenths / 10, tenths % 10, least);
 	}
 	if (tenths > limits->threads_tenths)
@@ -208,9 +208,9 @@ static bool is_enough(const struct verdict *verdict, const struct limits *limits
 	context = context_mib(verdict, tenths);
 	if (limits->divide_memory[gpu] && (mib <= context || mib < verdict->mib_min)) {
 		write_mib(context < verdict->mib_min ? verdict->mib_min : context, least, sizeof(least));
-		return refuse_with(message, size, "%s: %u tasks of this step share a GPU, which is %lluM of its memory for each; "
-						  "they need at least %s",
-				   limits->share_divides ? "a part of a GPU" : "--mps-mem=auto", tasks, (unsigned long long)mib, least);
+		return refuse_with(message, size, "%s%u tasks of this step share %s, %lluM of memory for each; each needs at least %s",
+				   limits->share_divides ? "" : "--mps-mem=auto: ", tasks,
+				   limits->share_divides ? "the job's part of a GPU" : "a GPU", (unsigned long long)mib, least);
 	}
 	return true;
 }

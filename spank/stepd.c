@@ -108,11 +108,11 @@ static const char *trouble_of(const struct step *step, unsigned int gpu, bool an
 	static char untried[2 * VERDICT_PROGRAM_MAX + 192], silent[sizeof(untried)];
 
 	if (!answers)
-		return "its MPS control daemon on this node does not answer";
+		return "its MPS control daemon on this node does not answer; submit the job again";
 	switch (step->health.of[gpu]) {
 	case HEALTH_REFUSES:
-		return "its MPS server on this node accepts no programs until one that an earlier GPU fault hit, or that hangs, has "
-		       "ended; end that program, or the job";
+		return "its MPS server accepts no programs until every program that a GPU fault hit, or that hangs, has ended; end "
+		       "those, or the job";
 	case HEALTH_UNTRIED:
 		(void)snprintf(untried, sizeof(untried),
 			       "cannot test its MPS server on this node after an earlier step failed: %s -I -S %s does not run; "
@@ -161,7 +161,7 @@ void stepd_judge(spank_t sp, struct step *step)
 		verdict_read_elsewhere(step->job_id, &step->verdict);
 	if (is_anothers(sp, &step->verdict)) {
 		fail(step, "another user's job with this id left its state on this node; tell your admin to run slurm-mps "
-			   "reconcile there, and to see that slurm-mps is in the Prolog");
+			   "reconcile there, and to check that the Prolog runs slurm-mps");
 		return;
 	}
 	if (step->verdict.exit_status == EXIT_NO_GPU && is_component(sp)) {

@@ -102,13 +102,13 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 
 	visible = variable_get(sp, VISIBLE_DEVICES, value, sizeof(value));
 	if (visible && gpus_named(visible) > step->verdict.gpu_count) /* S26 */
-		return refuse_with(problem, size, "it has %u GPUs here, and Slurm told the prolog of %u; ask for GPUs of one type",
+		return refuse_with(problem, size, "it has %u GPUs here, and Slurm named %u to the prolog; ask for GPUs of one type",
 				   gpus_named(visible), step->verdict.gpu_count);
 	if (!task_gpus(&step->verdict, visible, has_gpus, task))
 		return refuse_with(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 	if (step->verdict.per_gpu && task->count > 1 && task_is_job_script(sp)) {
-		slurm_spank_log("mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun, one for "
-				"each task (--gpus-per-task=1, --ntasks-per-gpu)");
+		slurm_spank_log("mps: with --mps=per-gpu this script sees no GPU; each task that it starts with srun sees one "
+				"(--gpus-per-task=1, --ntasks-per-gpu)");
 		task->count = 0;
 		return true;
 	}

@@ -274,7 +274,7 @@ static void read_verdict(const char *path, struct verdict *verdict)
 	fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
 	if (fd < 0) {
 		if (errno != ENOENT && errno != ENOTDIR)
-			refuse(verdict, "the prolog's verdict on this node cannot be read");
+			refuse(verdict, "the prolog's verdict on this node cannot be read; tell your admin to run slurm-mps doctor there");
 		return;
 	}
 	length = is_roots_file(fd) ? read_whole(fd, text, VERDICT_SIZE_MAX) : -1;
@@ -282,8 +282,8 @@ static void read_verdict(const char *path, struct verdict *verdict)
 	if (length >= 0)
 		text[length] = '\0';
 	if (length < 0 || !parse(verdict, text))
-		refuse(verdict, "the prolog's verdict on this node cannot be understood; "
-				"are spank_mps.so and the prolog of the same version?");
+		refuse(verdict, "the prolog's verdict on this node cannot be understood; tell your admin to run slurm-mps doctor "
+				"there: spank_mps.so and the prolog may be of different versions");
 }
 
 void verdict_read(uint32_t job_id, struct verdict *verdict)

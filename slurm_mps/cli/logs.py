@@ -52,12 +52,12 @@ def run(options: argparse.Namespace) -> int:
         (job_id,) = job_numbers([options.job])
         places, logs = _find(job_id)
         if not logs:
-            message = f"there are no logs of job {options.job} on this node; ask on a node that it ran on"
+            message = f"there are no logs of job {options.job} on this node; look on a node where it ran"
             return refuse(options, Exit.NOT_HERE, message)
         return _print_raw(logs) if options.raw else _print(options, job_id, places, logs)
     except PermissionError:
-        whose = "its user and for root; for root alone where its GPU was shared with other users"
-        return refuse(options, Exit.NOT_ROOT, f"the logs of job {options.job} are for {whose}")
+        who = "its user and root, or root alone where other users' jobs had its GPU, too"
+        return refuse(options, Exit.NOT_ROOT, f"the logs of job {options.job} can be read by {who}")
     except NodeError as error:
         return refuse(options, Exit.PROBLEM, str(error))
 

@@ -126,7 +126,7 @@ def parse_site(text: bytes, path: str) -> dict[str, SiteConfig]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {error}"]) from None
     except (RecursionError, ValueError):
-        raise ConfigError([f"{path}: holds what no configuration needs"]) from None
+        raise ConfigError([f"{path}: too deeply nested, or a number out of range"]) from None
     problems = [f"{name}: {value} is no number" for name, value in _settings(document) if _is_nowhere(value)]
     problems += _schema_problems(document)
     site: dict[str, SiteConfig] = {}

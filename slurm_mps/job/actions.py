@@ -81,7 +81,7 @@ class JobOnNode:
         """
         left = self.deadline - monotonic()
         if left <= 0:
-            raise DeadlineError("out of time")
+            raise DeadlineError("out of time (deadlines.prolog and deadlines.epilog of mps.toml)")
         return min(wanted, left)
 
     def daemon(self, name: str) -> ControlDaemon:
@@ -125,7 +125,7 @@ class HoldGpu:
 
     def apply(self, job: JobOnNode) -> None:
         while not under_lock(job, lambda: self._hold(job)):
-            wait_for(f"{self.gpu}: the control daemon that jobs before this one had is still there", job)
+            wait_for(f"{self.gpu}: the control daemon of earlier jobs is still ending", job)
 
     def refuse_beside(self, others: Sequence[Holder]) -> None:
         """Raises: RequestError where another job holds the GPU that cannot be beside this one."""
@@ -148,12 +148,13 @@ def refuse_another_way(gpu: str, way: str, others: Sequence[Holder]) -> None:
     """Raises: RequestError where a job holds the GPU in another way, or as a whole."""
     for other in others:
         if other.way != way or way == WHOLE:
-            hint = (
-                "this site does not share a GPU between MPS jobs"
-                if way == WHOLE
-                else "it began before this site changed how jobs share a GPU"
-            )
-            raise RequestError(f"{gpu} is held by MPS job {other.job_id}", hint=hint, reason="held_gpu")
+            if way == WHOLE:
+                why, hint = "and this site shares no GPU between MPS jobs", "ask for a whole GPU (--gres=gpu:1)"
+            else:
+                why = "which started before this site changed how jobs share a GPU"
+                hint = "submit again when that job is over"
+            held = f"{gpu} is held by MPS job {other.job_id}, {why}"
+            raise RequestError(held, hint=hint, reason="held_gpu")
 
 
 class _InUseError(NodeError):
@@ -162,7 +163,7 @@ class _InUseError(NodeError):
     def __init__(self, gpu: str, pids: Sequence[int]) -> None:
         named = ", ".join(map(describe, pids[:4]))
         held = f"{gpu}: in use by process {named}, though Slurm has just given it to this job"
-        super().__init__(held, hint="end what was left there")
+        super().__init__(held, hint="end every process on that GPU")
         self.gpu, self.pids = gpu, pids
 
     def judged(self) -> Exception:

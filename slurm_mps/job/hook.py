@@ -104,5 +104,5 @@ def _must_be_root() -> None:
     if os.geteuid():
         raise NodeError(
             f"runs as uid {os.geteuid()}, not as root",
-            hint="with PrologFlags=RunInJob, Slurm before 26.05 does that to an epilog at times: leave it out",
+            hint="take RunInJob out of PrologFlags: with it, Slurm before 26.05 at times starts an epilog without root",
         )

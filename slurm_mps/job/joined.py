@@ -26,7 +26,7 @@ from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
 from .actions import LOG_GROWS_TO, claim, patience, put_back, refuse_another_way, under_lock, wait_for
-from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, JoinedDaemon, LedgerEntry
+from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, JoinedDaemon, LedgerEntry, describe_gone
 from .state import DAEMONS
 
 TYPE_CHECKING = False
@@ -121,8 +121,9 @@ class JoinGpu:
             if daemon.stage == STARTING and daemon.starter == ours.job_id:
                 self._start(daemon, job)
                 return
-            who = f"job {daemon.starter} starts" if daemon.stage == STARTING else "jobs before this one had"
-            wait_for(f"{self.gpu}: the control daemon that {who} is not ready for another job", job)
+            starts = f"job {daemon.starter} is still starting the control daemon"
+            ends = "the control daemon of earlier jobs is still ending"
+            wait_for(f"{self.gpu}: {starts if daemon.stage == STARTING else ends}", job)
             if daemon.stage == CLOSING:
                 self._help_to_close(daemon, job)
 
@@ -163,8 +164,8 @@ class JoinGpu:
             jobs = ", ".join(str(other.job_id) for other in others if other.uid == self.uid)
             asked, has = describe_memory(self.mib * MIB), describe_memory(self.mib_in_all * MIB)
             raise RequestError(
-                f"this job's processes may have {asked} of {self.gpu} together, which has {has} for clients, "
-                f"{describe_memory(taken * MIB)} of them for {f'jobs {jobs}' if jobs else 'other jobs'}",
+                f"its processes may take {asked} of {self.gpu} in all, and {f'jobs {jobs}' if jobs else 'other jobs'} "
+                f"may take {describe_memory(taken * MIB)} of the {has} that MPS clients have there",
                 hint="ask for less with --mps-mem, or for a part of a GPU",
                 reason="memory",
             )
@@ -375,13 +376,12 @@ def names(state: NodeState) -> list[str]:
 
 def what_is_left(entry: LedgerEntry, written: LedgerEntry) -> str:
     """What killed hooks left of a GPU's daemon, by what its ledger says and who of them is there; empty for nothing."""
-    gone = [str(one.job_id) for one in written.holders if one not in entry.holders]
     daemon = entry.daemon
     if daemon is not None and not entry.holders:
-        return f"the control daemon that job {daemon.starter} started has no job any more"
+        return f"no job uses the control daemon that job {daemon.starter} started any more"
     if daemon is not None and daemon.stage == STARTING and _is_gone(daemon, entry.holders):
-        return f"the control daemon that job {daemon.starter} was to start has no starter any more"
-    return f"held by job {', '.join(gone)}, which ended without releasing it" if gone else ""
+        return f"job {daemon.starter}, which was to start the control daemon, no longer exists"
+    return describe_gone(written, entry)
 
 
 def settle(gpu: str, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]) -> None:

@@ -128,11 +128,17 @@ class Ledgers:
         self._directory.write(uuid, encode("ledger", _VERSION, lines))
 
 
+def describe_gone(written: LedgerEntry, entry: LedgerEntry) -> str:
+    """Which of a ledger's holders exist no more: those that are written, and that Ledgers.read() leaves out."""
+    gone = [str(one.job_id) for one in written.holders if one not in entry.holders]
+    if len(gone) > 1:
+        return f"held by jobs {', '.join(gone)}, which no longer exist"
+    return f"held by job {gone[0]}, which no longer exists" if gone else ""
+
+
 def _holder(line: str) -> Holder:
-    """Raises: KeyError, ValueError. A line without more than the job is from before there were several ways."""
+    """Raises: KeyError, ValueError."""
     _, job_id, *words = line.split(" ")
-    if not words:
-        return Holder(int(job_id))
     found = fields(words)
     return Holder(int(job_id), found["way"], int(found.get("uid", "0")), int(found.get("mib", "0")))
 

@@ -383,14 +383,14 @@ def make_plan(request: JobRequest, config: SiteConfig, gpus: tuple[Gpu, ...]) ->
     _check_gpu_numbers(request, len(gpus))
     if config.gpus_sharing == JOINED and len(gpus) > 1 and request.daemons != PER_GPU:
         raise RequestError(
-            f"its {len(gpus)} GPUs on this node have a control daemon each, which other jobs have, too",
+            f"each of its {len(gpus)} GPUs on this node has a control daemon of its own, which other jobs use, too",
             hint="ask for --mps=per-gpu, and bind each task to one GPU (--gpus-per-task=1)",
             reason="per_node",
         )
     if joins_all(config) and gpus[0].cuda_version < CUDA_OF_ALL_USERS:
         raise RequestError(
-            'this site joins jobs of all users (gpus.joined_users = "all"), which this driver cannot',
-            hint="tell your admin: it takes driver 580",
+            'this site joins jobs of all users (gpus.joined_users = "all"), for which this node has too old a driver',
+            hint="tell your admin: it needs driver 580",
             reason="site",
         )
     daemons = _daemons(request, config, gpus)

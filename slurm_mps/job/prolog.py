@@ -148,9 +148,7 @@ class Prolog(Hook):
         except NodeError as error:
             self.tell(str(error))
         if not self._asked:
-            raise NodeError(
-                "the tasks of a job that did not ask for MPS look for a verdict in the state directory only"
-            )
+            raise NodeError(f"without {STATE_DIRECTORY} a job that did not ask for MPS would run without it")
         elsewhere = f"{STATE_DIRECTORY}/jobs/{job_id}"
         if not self._journal and os.path.lexists(elsewhere):
             raise NodeError(f"{elsewhere} is there already, and may belong to a daemon that runs")

@@ -9,7 +9,7 @@ Promises (docs/decisions/0005):
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from time import monotonic, time
 
@@ -25,6 +25,7 @@ from ..slurm.hostlist import hosts_of
 from ..slurm.jobs import SlurmJob
 from . import joined, logs
 from .actions import JobOnNode, let_go
+from .ledger import describe_gone
 from .lifecycle import take_down
 from .request import ID_MAX
 from .state import NodeState
@@ -222,7 +223,7 @@ class Reconciler:
         """Take down a job that is over; of one that was never begun, remove the directory."""
         thing = f"job {job_id}"
         if not seen.boot_id:
-            why = "its directory has no journal: nothing was begun for it"
+            why = "its directory has no journal: nothing was started for it"
         elif seen.boot_id != state.boot_id:
             why = "it is of an earlier boot"
         else:
@@ -299,8 +300,7 @@ class Reconciler:
             if boot_id != state.boot_id:
                 why = "its ledger is of an earlier boot" if boot_id else "a write of its ledger was cut short"
             else:
-                gone = _and(one.job_id for one in written.holders if one not in left)
-                why = f"held by {gone}, which ended without releasing it"
+                why = describe_gone(written, entry) or "no job holds it"
                 if not left and entry.mode_found is not None:
                     why += f"; compute mode back to {COMPUTE_MODES.get(entry.mode_found, entry.mode_found)}"
             if self._dry_run:
@@ -341,7 +341,7 @@ class Reconciler:
         names = list(filter(is_lost, joined.names(state)))
         if not names:
             return None
-        why = f"{', '.join(names)}: of a GPU that nobody holds"
+        why = f"control daemons of GPUs that no job holds: {', '.join(names)}"
         if self._dry_run:
             return Repair(joined.DIRECTORY, WOULD_REPAIR, why)
         self._watch.restart(DEFAULTS.deadlines_epilog)
@@ -413,7 +413,3 @@ def _by_job(strays: list[Stray]) -> dict[int, list[Stray]]:
         if job.isdigit() and len(job) <= 10 and int(job) <= ID_MAX:
             found.setdefault(int(job), []).append(stray)
     return found
-
-
-def _and(jobs: Iterable[int]) -> str:
-    return ", ".join(f"job {job}" for job in jobs) or "nobody"

@@ -162,10 +162,13 @@ def read_request(environment: Mapping[str, str]) -> JobRequest:
     if unknown:
         raise RequestError(
             f"the request has {printable(unknown[0])}, which slurm-mps on this node does not know",
-            hint="is the plugin on the submit host newer than the node?",
+            hint="tell your admin: the submit host may have a newer slurm-mps than this node",
         )
     if _OFF in environment and SHARE in environment:
-        raise RequestError("--mps=off: only MPS limits a job to the part of a GPU that --gres=mps gives it")
+        raise RequestError(
+            "--mps=off: only MPS limits a job to the part of a GPU that --gres=mps gives it",
+            hint="leave it out, or ask for a whole GPU (--gres=gpu:1)",
+        )
     daemons = _option(environment, "--mps", _daemons) or ""
     memory = _option(environment, "--mps-mem", _memory)
     by_gpu = memory if isinstance(memory, tuple) else ()

@@ -227,7 +227,7 @@ def suspect_limit(step: FailedStep, seen: Sequence[Seen]) -> str:
     if step.memory == "-" or not failed or not clients:
         return ""
     limit = "--mps-mem=auto" if step.memory == AUTO else f"{describe_memory(int(step.memory) * MIB)} on each GPU"
-    return f"{names.who(failed)} failed under a memory limit ({limit}); if out of memory, that limit is why"
+    return f"{names.who(failed)} failed under a memory limit ({limit}); if it ran out of memory, that limit is why"
 
 
 def nobody_came(events: Sequence[Sequence[Event]]) -> str:
@@ -239,6 +239,6 @@ def nobody_came(events: Sequence[Sequence[Event]]) -> str:
     if any(SERVER_READY not in one or CONNECTED in one or CONTEXT in one for one in kinds):
         return ""
     return (
-        "no program of it was a client of MPS on this node; one that used a GPU here had no limits "
-        "(a container needs /run/slurm-mps)"
+        "no program of this job used MPS on this node; any that used a GPU ran without limits "
+        "(in a container, bind /run/slurm-mps)"
     )

@@ -16,7 +16,7 @@ PREFIX = "slurm_mps"
 _LOG_WORDS = {
     "gpu_faults": "GPU faults that an MPS server reported",
     "refused_clients": "Programs that an MPS server refused (CUDA errors 807 and 808)",
-    "server_deaths": "MPS servers that ended without having been told to, or could not be started",
+    "server_deaths": "MPS servers that died, or could not be started",
 }
 #: So that a query finds them before the first has happened: increase() does not see a counter that begins at 1.
 _WORDS = {

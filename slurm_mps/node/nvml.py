@@ -250,8 +250,8 @@ class Gpus:
             self._has_slices = _has_slices()
         if self._has_slices:
             raise RequestError(
-                f"Slurm names its GPU {name} and not by UUID, and this node has MIG slices, which Slurm may count",
-                hint="tell your admin: AutoDetect=nvml has UUIDs of slices, and from Slurm 25.11 on of GPUs, too",
+                f"Slurm gives it GPU {name} by number, and a number is ambiguous on a node with MIG slices",
+                hint="tell your admin: AutoDetect=nvml gives UUIDs of slices, and from Slurm 25.11 on of GPUs",
                 reason="mig",
             )
         handle = ctypes.c_void_p()

@@ -345,7 +345,7 @@ def test_a_driver_that_answers_too_late_leaves_nothing(gpu_node: GpuNode) -> Non
     gpu_node.run_job(4711)  # compiles the configuration
     gpu_node.fault("nvml.init=slow:1100")
     _, said = prolog_seconds(gpu_node, expected=1)
-    assert said == "slurm-mps: job 4711: out of time\n"
+    assert said == "slurm-mps: job 4711: out of time (deadlines.prolog and deadlines.epilog of mps.toml)\n"
 
 
 @pytest.mark.alone

@@ -120,7 +120,7 @@ def test_who_may_share_does_not_change_under_jobs_that_run(node: GpuNode) -> Non
     start(node, 1).check()
     node.configure(ALL_USERS)
     start(node, 2).check()
-    assert "is held by MPS job 1; it began before this site changed how jobs share a GPU" in node.verdict(2)["message"]
+    assert "is held by MPS job 1, which started before this site changed how jobs share" in node.verdict(2)["message"]
     node.epilog(2).check()
     node.epilog(1).check()
     start(node, 2, user="bob").check()
@@ -133,8 +133,8 @@ def test_memory_that_is_promised_twice_is_refused_with_the_numbers(node: GpuNode
     start(node, 2, 25).check()
     two = {"SLURM_JOB_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
     start(node, 3, 25, SPANK_MPS_MEM="40G", **two).check()
-    assert "may have 80 GiB of GPU-" in node.verdict(3)["message"]
-    assert "139.3 GiB for clients, 104.5 GiB of them for jobs 1, 2" in node.verdict(3)["message"]
+    assert "may take 80 GiB of GPU-" in node.verdict(3)["message"]
+    assert "jobs 1, 2 may take 104.5 GiB of the 139.3 GiB" in node.verdict(3)["message"]
     node.epilog(3).check()
     start(node, 3, 25).check()
     assert node.verdict(3)["status"] == "ready"

@@ -357,7 +357,7 @@ def test_another_users_logs_are_not_told(gpu_node: GpuNode) -> None:
     after = logs(gpu_node, "5", user="bob")
     absent = logs(gpu_node, "77", user="bob")
     assert (during.returncode, after.returncode, absent.returncode) == (4, 4, 3)
-    assert after.stderr.startswith("slurm-mps: the logs of job 5 are for its user and for root")
+    assert after.stderr.startswith("slurm-mps: the logs of job 5 can be read by its user and root")
     assert (during.stdout, after.stdout, absent.stdout) == ("", "", "")
 
 

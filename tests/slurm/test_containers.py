@@ -124,8 +124,8 @@ def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and
         seen.stderr,
     )
     assert sorted(re.findall(r"no MPS +\d+ +0\.([01]) ", seen.stdout)) == ["0", "1"]
-    words = f"job {job}: no program of it was a client of MPS on this node; one that used a GPU here had no limits"
-    assert f"{words} (a container needs /run/slurm-mps)" in str(site.cluster.said(site.cluster.output(job)))
+    words = f"job {job}: no program of this job used MPS on this node; any that used a GPU ran without limits"
+    assert f"{words} (in a container, bind /run/slurm-mps)" in str(site.cluster.said(site.cluster.output(job)))
     job = site.cluster.sbatch("--mps", "--gres=gpu:1", "-N1", script="srun -n1 simulated-gpus client")
     site.cluster.wait(job)
     assert site.cluster.said(site.cluster.output(job)) == []

@@ -99,7 +99,7 @@ def test_verify_and_status_call_a_slice_by_its_profile(cut: Site) -> None:
         ([*SMALL, "--mps=per-node"], "--mps=per-node: its 2 MIG slices on this node need a control daemon each"),
         ([*LARGE, "--mps-mem=40G"], "(2g.20gb) has (19 GiB); ask for at most 19G"),
         (["--gres=gpu:5", "--mps"], "it has a whole GPU and a MIG slice on this node"),
-        (["--gres=gpu:h200:1,gpu:1g.10gb:1", "--mps"], "it has 2 GPUs here, and Slurm told the prolog of 1"),
+        (["--gres=gpu:h200:1,gpu:1g.10gb:1", "--mps"], "it has 2 GPUs here, and Slurm named 1 to the prolog"),
         (
             [*LARGE, "-n14", "--mps"],
             "14 tasks of this step share a GPU, and an MPS server takes 13 clients there",
@@ -138,7 +138,7 @@ def test_a_slice_that_is_gone_is_a_fault_of_the_node(cut: Site) -> None:
 def test_an_index_on_a_node_with_slices_is_refused(cut: Site) -> None:
     """Slurm before 25.11 names whole GPUs by index, and counts slices, too, in an order of its own."""
     said = cut.node("n1", "slurm-mps", "plan", "--mps", "--devices=0").stderr
-    assert "Slurm names its GPU 0 and not by UUID, and this node has MIG slices" in said
+    assert "Slurm gives it GPU 0 by number, and a number is ambiguous on a node with MIG slices" in said
 
 
 def test_a_job_named_by_index_that_did_not_ask_runs_as_before(cut: Site) -> None:

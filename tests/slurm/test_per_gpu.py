@@ -65,7 +65,7 @@ def test_the_script_of_a_job_with_several_gpus_sees_none_and_its_steps_do(any_si
     job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
     any_site.cluster.wait(job)
     output = any_site.cluster.output(job)
-    assert "mps: with --mps=per-gpu this script itself sees no GPU, only what it starts with srun" in output
+    assert "mps: with --mps=per-gpu this script sees no GPU; each task that it starts with srun sees one" in output
     assert "script NoDevFiles" in output
     assert "FAILED init 100" in output
     assert len(clients(output)) == 2
@@ -108,7 +108,7 @@ def test_a_daemon_that_dies_on_one_gpu_keeps_no_step_from_the_other(any_site: Si
     both, _, one = any_site.cluster.output(job).partition("next\n")
     second = any_site.gpus("n1")[1]["uuid"]
     assert len(clients(both)) == 1
-    assert f"its MPS control daemon on this node does not answer ({second})" in both
+    assert f"its MPS control daemon on this node does not answer; submit the job again ({second})" in both
     assert len(clients(one)) == 1
 
 

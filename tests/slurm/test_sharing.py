@@ -76,7 +76,7 @@ def test_refused_the_second_job_is_told_who_holds_the_gpu_and_the_first_is_not_d
     said = outputs(sharded, late)[0]
     during = sharded.compute_modes("n1")
     held = outputs(sharded, holder)[0]
-    assert f"is held by MPS job {holder}; this site does not share a GPU between MPS jobs" in said
+    assert f"is held by MPS job {holder}, and this site shares no GPU between MPS jobs; ask for a whole GPU" in said
     assert "started" not in said
     assert during == ["Exclusive_Process"]
     assert "over" in held

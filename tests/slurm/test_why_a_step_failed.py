@@ -117,7 +117,9 @@ def test_a_memory_limit_is_named_and_no_more_than_that(site: Site) -> None:
     """The logs know nothing of it, so nobody is sent there: the line ends where the sentence does."""
     job = start(site, f"srun -n1 {CLIENT} --alloc-mib 3000", "--mps-mem=2G")
     site.cluster.wait(job)
-    words = f"job {job}: rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"
+    words = (
+        f"job {job}: rank 0 failed under a memory limit (2 GiB on each GPU); if it ran out of memory, that limit is why"
+    )
     assert site.cluster.said(site.cluster.output(job)) == [("n1", words)]
 
 

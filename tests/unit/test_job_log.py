@@ -293,7 +293,7 @@ def test_a_memory_limit_is_named_where_a_client_failed_of_itself() -> None:
     client = told(
         server=["Client {PID: 9, Context ID: 0} connected", "Status of client {PID: 9, Context ID: 1} is ACTIVE"]
     )
-    said = "rank 0 failed under a memory limit (2 GiB on each GPU); if out of memory, that limit is why"
+    said = "rank 0 failed under a memory limit (2 GiB on each GPU); if it ran out of memory, that limit is why"
     assert explained(client, ranks(9)) == []
     assert suspected(client, ranks(9), "2048") == said
     assert suspected(client, ranks(9), "-") == ""

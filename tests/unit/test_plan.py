@@ -287,7 +287,7 @@ def test_all_users_on_a_server_have_a_limit_and_a_driver_that_can() -> None:
     assert isinstance(join, JoinGpu)
     assert join.mib == 0  # of its shards, which Slurm counts
     older = tuple(replace(gpu, cuda_version=(12, 4)) for gpu in GPUS[:1])
-    with pytest.raises(RequestError, match="which this driver cannot; tell your admin: it takes driver 580"):
+    with pytest.raises(RequestError, match="this node has too old a driver; tell your admin: it needs driver 580"):
         make_plan(ask(), config, older)
 
 

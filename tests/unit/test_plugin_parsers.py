@@ -545,7 +545,7 @@ def test_more_ranks_than_any_driver_takes_without_a_word_are_counted(plugin: Plu
 
 
 SMALL = "3 3 GPU-51000000-fc4b-2381-c253-bcc185995317 2000 2500"
-SHARE = "tasks of this step share a GPU, which is"
+SHARE = "tasks of this step share a GPU,"
 
 
 @pytest.mark.parametrize(
@@ -567,12 +567,12 @@ SHARE = "tasks of this step share a GPU, which is"
         (
             verdict_file(auto="memory", thread_percentage="100", gpu=[SETTINGS[-2][1], SMALL]),
             [1, 4],
-            f"--mps-mem=auto: 4 {SHARE} 500M of its memory for each; they need at least 514M",
+            f"--mps-mem=auto: 4 {SHARE} 500M of memory for each; each needs at least 514M",
         ),
         (
             verdict_file(auto="memory", memory_min="8G"),
             [20, 20],
-            f"--mps-mem=auto: 20 {SHARE} 7132M of its memory for each; they need at least 8G",
+            f"--mps-mem=auto: 20 {SHARE} 7132M of memory for each; each needs at least 8G",
         ),
     ],
 )

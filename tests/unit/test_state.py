@@ -204,7 +204,7 @@ def test_a_ledger_of_nobody_and_nothing_is_no_file(state: NodeState, place: Path
 def test_a_ledger_of_another_boot_says_nothing(state: NodeState, place: Path) -> None:
     """Compute modes do not outlive a boot: neither does what was found, nor who held."""
     begin(state)
-    put(place / f"gpus/{GPU}", encode("ledger", 1, ["boot another", "mode_found 2", "holder 4711"]))
+    put(place / f"gpus/{GPU}", encode("ledger", 1, ["boot another", "mode_found 2", "holder 4711 way=whole"]))
     assert state.ledgers.read(GPU) == LedgerEntry()
 
 

@@ -186,7 +186,7 @@ def jobs(show: Show, site: RealSite) -> None:
         "a program without the bind": lambda: show.sbatch(
             OPTIONS,
             "export BIND=\n" + step(2, container),
-            "no program of it was a client of MPS on this node",
+            "no program of this job used MPS on this node",
             lambda said: said.count('"pid"') == 2,
             partial(_look_without, show, site),
         ),
