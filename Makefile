@@ -123,7 +123,7 @@ bench-gpu: $(GPU_TOOLS) ## the benchmarks on real GPUs
 worth: $(GPU_TOOLS) ## what MPS gains a program, on real GPUs
 	@$(GPU_PYTHON) -m tests.lab.hardware.worth $(WORTH)
 
-sharing: $(GPU_TOOLS) ## several jobs on one real GPU, in each way, in three minutes
+sharing: $(GPU_TOOLS) ## several jobs on one real GPU, in each way, and one cancelled; SHARING="--limit 150 cancelled"
 	@$(GPU_PYTHON) -m tests.lab.hardware.sharing $(SHARING)
 
 monitors: $(GPU_TOOLS) ## what NVIDIA's monitors say of MPS programs, on a real GPU (half a minute)

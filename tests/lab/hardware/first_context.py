@@ -9,6 +9,7 @@ BEGAN = time.time()
 
 import ctypes  # noqa: E402 - the clock comes first
 import json  # noqa: E402
+import os  # noqa: E402
 
 
 def main() -> None:
@@ -17,7 +18,10 @@ def main() -> None:
     errors = [cuda.cuInit(0)]
     initialised = time.time()
     errors += [cuda.cuDeviceGet(ctypes.byref(device), 0), cuda.cuCtxCreate_v2(ctypes.byref(context), 0, device)]
-    print(json.dumps({"began": BEGAN, "initialised": initialised, "context": time.time(), "errors": errors}))
+    there = time.time()
+    errors.append(cuda.cuCtxSynchronize())
+    said = {"began": BEGAN, "initialised": initialised, "context": there, "errors": errors}
+    print(json.dumps({"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), **said}))
 
 
 main()

@@ -5,8 +5,8 @@ for SECONDS, all within the same window. A phase is ``flood:BLOCKS:ITERATIONS:BA
 the GPU), ``stream:BLOCKS:ITERATIONS:BATCH`` (the same, of a kernel that reads memory instead of computing: 16 bytes a
 thread and iteration) or ``pace:BLOCKS:ITERATIONS:PAUSE_MS`` (one at a time, each timed from launch to end, with a pause
 after it).
-Prints one line of JSON: what the rank has of the GPU, and of each phase the kernels that ended within the window and,
-for `pace`, the latencies in microseconds.
+Prints one line of JSON: when the rank had its context, what it has of the GPU, and of each phase the kernels that ended
+within the window and, for `pace`, the latencies in microseconds.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> int:
     try:
         gpu = Gpu()
         phases: list[dict[str, object]] = []
-        report |= {"sms": gpu.sms, "phases": phases}
+        report |= {"context": time.time(), "sms": gpu.sms, "phases": phases}
         for number, phase in enumerate(sys.argv[4:]):
             kind, *size = phase.split(":")
             blocks, iterations, last = map(int, size)

@@ -6,29 +6,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from functools import cached_property
+from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.harness.cluster import REPOSITORY
+from tests.harness.cluster import REPOSITORY, SlurmError
 from tests.harness.gpunode import UNCHANGED
-from tests.harness.site import Site
+from tests.harness.site import STATE_DIRECTORY, Site
 from tests.lab.bench.__main__ import cpu_model
+from tests.lab.measured import write
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from tests.harness.cluster import Job
     from tests.harness.machine import Result
 
 NODE = "n1"
 CPUS = 64
 PLACE = "/opt/hardware"
-_PROGRAMS = ("client.py", "load.py", "inference.py", "first_context.py")
-_MODULES = ("tests/contract/cuda_client.py", "tests/lab/hardware/meeting.py")
+_PROGRAMS = ("client.py", "load.py", "inference.py", "first_context.py", "neighbour.py")
+_MODULES = ("tests/contract/cuda_client.py", "tests/lab/hardware/load.py", "tests/lab/hardware/meeting.py")
+
+Row = dict[str, Any]
 
 
 def cards() -> list[str]:
@@ -81,12 +89,15 @@ def measured_on() -> dict[str, Any]:
 class RealSite(Site):
     """One node with all GPUs of this machine; programs that ranks run lie in PLACE, where users can read them."""
 
-    def __init__(self, *, constrain_devices: bool = True) -> None:
+    #: On the clock of time.monotonic(): nothing is waited for beyond it, and no row begins.
+    ends = math.inf
+
+    def __init__(self, *, constrain_devices: bool = True, cpus: int = CPUS) -> None:
         super().__init__(
             real=True,
             nodes=1,
             gpus_per_node=len(cards()),
-            cpus_per_node=CPUS,
+            cpus_per_node=cpus,
             config=UNCHANGED,
             constrain_devices=constrain_devices,
         )
@@ -113,6 +124,48 @@ class RealSite(Site):
         self.node(NODE, "mkdir", "-m", "777", place).check()
         return place
 
+    def within(self, seconds: float) -> float:
+        """So many seconds, or what is left until `ends`. Raises: SlurmError when nothing is."""
+        left = min(seconds, self.ends - time.monotonic())
+        if left <= 0:
+            raise SlurmError("no time left")
+        return left
+
+    def attempt(self, known: Row, measure: Callable[[], Row]) -> Row:
+        """A row of what is known and what is measured, or of why that failed; in which case nothing runs on return."""
+        try:
+            row = {**known, **measure()}
+        except (SlurmError, LookupError, TimeoutError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"  # a SlurmError brings along the end of the daemons' logs
+            text = text if len(text) < 3000 else f"{text[:1000]}\n…\n{text[-2000:]}"
+            row = {**known, "failed": text, "last_fault": self.repaired()}
+            with suppress(SlurmError):
+                self.cancel_all()
+        print(", ".join(f"{name} {str(value)[:300]}" for name, value in row.items()), file=sys.stderr, flush=True)
+        return row
+
+    def cancel_all(self) -> None:
+        """Raises: SlurmError when something still runs after half a minute."""
+        for job in self.machine.run(["squeue", "-h", "-o", "%A"]).stdout.split():
+            self.machine.run(["scancel", job])
+        self.cluster.wait_idle()
+
+    def repaired(self) -> str:
+        """Take the node back into service if it was drained. Returns: what drained it last, or nothing."""
+        fault = self.node(NODE, "cat", f"{STATE_DIRECTORY}/last-fault").stdout
+        if any(state.drained for state in self.cluster.node_states().values()):
+            self.machine.run(["scontrol", "update", f"NodeName={NODE}", "State=RESUME"]).check()
+        return fault
+
+    def ended(self, *jobs: Job, seconds: float = 90) -> list[str]:
+        """What these jobs said. Raises: SlurmError, with that."""
+        try:
+            for job in jobs:
+                self.cluster.wait(job, self.within(seconds))
+        except SlurmError as error:
+            raise SlurmError("\n".join([*(self.cluster.output(job)[-300:] for job in jobs), str(error)])) from error
+        return [self.cluster.output(job) for job in jobs]
+
     def end_meetings(self) -> None:
         for number in range(1, self._meetings + 1):
             self.node(NODE, "rm", "-rf", f"/tmp/meeting-{number}")
@@ -128,6 +181,18 @@ def failed(result: Result) -> str:
     return f"exit {result.returncode}: {(result.stderr or result.stdout)[-400:].strip()}"
 
 
+def write_rows(target: Path, kept: dict[str, Any], part: str, site: RealSite, rows: Iterable[Row]) -> None:
+    """Keep rows in `kept[part]`, and write the file with each: time on such a machine is short."""
+    kept[part] = []
+    for row in rows:
+        kept[part].append(row)
+        write(target, kept)
+        if time.monotonic() > site.ends:
+            print(f"{part}: no time left", file=sys.stderr)
+            break
+
+
+@cache
 def torch_python() -> str | None:
     """An interpreter with PyTorch: the one that stands first on PATH, if it has it."""
     python = shutil.which("python3")
