@@ -126,6 +126,9 @@ worth: $(GPU_TOOLS) ## what MPS gains a program, on real GPUs
 sharing: $(GPU_TOOLS) ## several jobs on one real GPU, in each way, and one cancelled; SHARING="--limit 150 cancelled"
 	@$(GPU_PYTHON) -m tests.lab.hardware.sharing $(SHARING)
 
+many-gpus: $(GPU_TOOLS) ## 48 ranks on each of several real GPUs, a fault, stuck kernels; MANY_GPUS="--limit 150"
+	@$(GPU_PYTHON) -m tests.lab.hardware.many_gpus $(MANY_GPUS)
+
 monitors: $(GPU_TOOLS) ## what NVIDIA's monitors say of MPS programs, on a real GPU (half a minute)
 	@$(GPU_PYTHON) -m tests.lab.hardware.monitors
 

@@ -1,6 +1,7 @@
 """``python3 -m tests.lab.hardware.cost``: what slurm-mps costs a user on real GPUs, contenders taking turns.
 
-- *start*: from `srun` and from the program's first line to its first CUDA context, with MPS and without.
+- *start*: from `srun` and from the program's first line to its first CUDA context, with MPS and without; of several
+  GPUs each has a program, and the last counts.
 - *launch*: an `srun` of N tasks of `true` in an allocation that stands: without the plugin, with it in a job that does
   not ask, and with it in one that does.
 
@@ -36,22 +37,26 @@ def _add(samples: Samples, name: str, seconds: float) -> None:
     samples.setdefault(name, []).append(round(seconds * 1000, 2))
 
 
-def start(site: RealSite, rounds: int, gpus: int = 1) -> Samples:
-    """Milliseconds to the first context of a job with so many GPUs; the first round warms up and is not kept."""
+def start(site: RealSite, rounds: int, gpus: int = 1, *, warm_up: int = 1) -> Samples:
+    """Milliseconds until a program on each of so many GPUs has its context; rounds that warm up are not kept."""
     samples: Samples = {}
-    every = f"--gres=gpu:{gpus}"
-    asks = {"without": [every], "mps": [every, "--mps"]}
-    for number in range(rounds + 1):
+    every = [f"-n{gpus}", f"--gres=gpu:{gpus}", "--ntasks-per-gpu=1"]
+    asks = {"without": every, "mps": [*every, "--mps"]}
+    if gpus > 1:
+        asks["per-gpu"] = [*every, "--mps=per-gpu"]
+    for number in range(rounds + warm_up):
         for name in list(asks) if number % 2 else list(asks)[::-1]:
             site.cluster.wait_idle()  # one job's epilog is not to be paid by the next
             submitted = time.time()
-            result = site.cluster.srun("-n1", *asks[name], "/usr/bin/python3", f"{PLACE}/first_context.py")
+            program = ["/usr/bin/python3", f"{PLACE}/first_context.py"]
+            result = site.cluster.srun(*asks[name], *program, timeout=site.within(60))
             said = reports(result.stdout)
-            if result.returncode or any(said[0]["errors"]):
+            if result.returncode or len(said) != gpus or any(any(one["errors"]) for one in said):
                 raise SlurmError(failed(result))
-            if number:
-                _add(samples, f"{name} from srun", said[0]["context"] - submitted)
-                _add(samples, f"{name} from the program's start", said[0]["context"] - said[0]["began"])
+            if number >= warm_up:
+                _add(samples, f"{name} from srun", max(one["context"] for one in said) - submitted)
+                started = max(one["context"] - one["began"] for one in said)
+                _add(samples, f"{name} from the program's start", started)
     return samples
 
 

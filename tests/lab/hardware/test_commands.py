@@ -13,7 +13,7 @@ import pytest
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
 
-from . import containers, cost, sharing, show, site, worth
+from . import containers, cost, many_gpus, sharing, show, site, worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ class SimulatedSite(site.RealSite):
     """The same site on a simulated node."""
 
     def __init__(self, config: str = "") -> None:
-        Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS, config=config)
+        Site.__init__(self, nodes=1, gpus_per_node=2, cpus_per_node=site.CPUS, config=config, constrain_devices=True)
         self._meetings = 0
 
     def begin(self) -> None:
@@ -159,3 +159,28 @@ def test_several_jobs_share_a_gpu_in_every_way(capsys: pytest.CaptureFixture[str
     assert all(row["next_s"] > 0 for row in cancelled)
     sharing.show(cancelled)
     assert "2 of 2" in capsys.readouterr().out
+
+
+def test_a_node_of_several_gpus_has_a_row_for_each_mode(
+    simulated: SimulatedSite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two GPUs: one daemon for both keeps new programs off each while the rank that was hit stays, two do not."""
+    parts = {
+        "crowd": list(many_gpus.crowd(simulated, 3, 0.2)),
+        "fault": list(many_gpus.fault(simulated)),
+        "stuck": list(many_gpus.stuck(simulated)),
+        "start": list(many_gpus.starts(simulated, 1)),
+    }
+    assert [row.get("failed") for rows in parts.values() for row in rows] == [None] * 8
+    assert [(row["verified"], row["sms"]) for row in parts["crowd"]] == [(True, [32])] * 2
+    assert [(row["ended_well"], row["errors"]) for row in parts["fault"]] == [(2, ["700", "700"])] * 2
+    waited = [
+        [row["new"][where][-1]["programs"][0]["context_s"] > 2 for where in ("its GPU", "the others")]
+        for row in parts["fault"]
+    ]
+    assert waited == [[True, True], [True, False]]
+    assert [(row["left"], row["epilog_s"] < 10) for row in parts["stuck"]] == [([], True)] * 2
+    assert len(parts["start"][1]["samples_ms"]) == 6
+    many_gpus.show(parts)
+    assert "limits hold: True" in capsys.readouterr().out
+    simulated.end_meetings()
