@@ -157,7 +157,7 @@ class Site(Throwaway):
         now = release.RELEASES[upgraded_from] if upgraded_from else chosen
         self._then = chosen if upgraded_from else None
         self.machine = gpu_machine(real=real, of=now, then=self._then)
-        self._real = real
+        self.real = real
         self.gpus_per_node = gpus_per_node
         self._config = config
         self._slices = slices or {}
@@ -179,7 +179,7 @@ class Site(Throwaway):
 
     def begin(self) -> None:
         self.machine.begin()
-        if self._real:
+        if self.real:
             bundle.settle(self.machine)
         if self._then is not None:
             self._lay_next_usr()
@@ -187,7 +187,7 @@ class Site(Throwaway):
         self.configure(self._config)
         for name in self.cluster.node_names:
             self.machine.add_node(name)
-            if self._real:
+            if self.real:
                 continue
             self.node(name, "simulated-gpus", "create", str(self.gpus_per_node), "--seed", name).check()
             for gpu, profiles in self._slices.items():

@@ -29,7 +29,7 @@ def _jobs(show: Show, site: RealSite, gpus: int) -> None:
     show.srun(MPI + per_gpu, VERIFY, clients.replace("8 ranks", f"{4 * gpus} ranks"))
     filled = "(filled.*: error 0.*){8}(ended with error 0.*){8}\\[exit 0"
     show.srun("-n8 --gres=gpu:1 --mps-threads=auto --mps-mem=auto", f"{CLIENT} fill 4", filled)
-    show.srun("-n50 -O --gres=gpu:1 --mps", "echo ran", "^(?!.*ran\n).*50 tasks of this step.*takes 48.*\\[exit 1")
+    show.srun("-n50 -O --gres=gpu:1 --mps", "echo ran", "^(?!.*ran\n).*50 tasks of this step.*takes 48.*\\[exit 80")
     next_step = f"srun -n{gpus} --gpus-per-task=1 {CLIENT} hold\n"
     next_works = f"Killed.*(ended with error 0.*){{{gpus}}}\\[COMPLETED"
     spin = f"srun -n{gpus} --gpus-per-task=1 {CLIENT} spin\n{next_step}"

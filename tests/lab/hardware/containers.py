@@ -41,7 +41,7 @@ SCRIPTS = {
 #!/bin/sh
 # In a container of Charliecloud; with PIDS=own it has pids of its own, and without BIND no /run/slurm-mps.
 export AS=$(id -u) BIND=${BIND-/run/slurm-mps}
-exec unshare --user --map-root-user --mount ${PIDS:+--pid --fork --kill-child} sh -euc '
+exec unshare --user --map-root-user --mount ${PIDS:+--pid --fork --kill-child@PROC@} sh -euc '
 if [ "$BIND" ]; then
 	mount --bind "$BIND" "$BIND"
 	mount -o remount,bind,ro "$BIND" || echo "$BIND is not read-only"
@@ -60,8 +60,7 @@ esac
     "rank": """\
 #!/bin/sh
 # A CUDA program, which does what its standard input says.
-read -r outside _ </proc/self/stat
-echo "rank $SLURM_PROCID: pid $$ of $(readlink /proc/self/ns/pid), $outside outside"
+echo "rank $SLURM_PROCID: pid $$ of $(readlink /proc/self/ns/pid)"
 exec /usr/bin/python3 @PLACE@/tests/contract/cuda_client.py 1
 """,
     "loaded.py": """\
@@ -104,8 +103,17 @@ def lay(site: RealSite, *also: str) -> None:
     """Write SCRIPTS, and make alice's image; `also` are directories that a container sees beside those of SEEN."""
     driver = [one for one in bundle.driver_places() if not os.path.realpath(one).startswith(SEEN)]
     seen = [*SEEN, *driver, *also]
+    proc = ""  # the simulated driver looks for its programs in the machine's, the real one in the program's own (O97)
+    if site.real:
+        proc = " --mount-proc"
+        # The kernel lets users mount a /proc where they see one that nothing is mounted on.
+        site.node(NODE, "mount", "--mkdir", "-t", "proc", "proc", f"{PLACE}/proc").check()
     for name, text in SCRIPTS.items():
-        filled = text.replace("@PLACE@", PLACE).replace("@BINDS@", " ".join(f"-b {one}" for one in seen))
+        filled = (
+            text.replace("@PLACE@", PLACE)
+            .replace("@PROC@", proc)
+            .replace("@BINDS@", " ".join(f"-b {one}" for one in seen))
+        )
         site.machine.write(f"{PLACE}/{name}", filled, mode=0o755)
         print(f"alice$ cat {PLACE}/{name}\n{filled}")
     places = " ".join(one.lstrip("/") for one in (*seen, *EMPTY, STATE_DIRECTORY))
