@@ -113,8 +113,33 @@ def test_the_advice_and_the_readme_quote_the_same_figures() -> None:
     assert f"{quoted} by time-slicing" in ADVICE
 
 
-@pytest.mark.parametrize("figure", ["worth", "throughput", "latency", "inference"])
-def test_the_figures_are_drawn_from_the_data(figure: str) -> None:
+def sharing() -> list[str]:
+    """The rows of several jobs on one GPU; those that failed are none."""
+    rates: dict[str, list[tuple[int, int]]] = {}
+    for row in newest("sharing")["throughput"]:
+        if "failed" not in row:
+            both = (row["small"]["kernels_per_second"], row["medium"]["kernels_per_second"])
+            rates.setdefault(row["way"], []).append(both)
+    medians = {way: [median(rate) for rate in zip(*both, strict=True)] for way, both in rates.items()}
+    base = medians["without MPS"]
+    return [
+        f"| {way} | "
+        + " | ".join(f"{one:,.0f} | {one / other:.2f}" for one, other in zip(both, base, strict=True))
+        + " |"
+        for way, both in medians.items()
+    ]
+
+
+@pytest.mark.parametrize("line", sharing())
+def test_the_ways_to_share_a_gpu(line: str) -> None:
+    assert line in (BENCHMARKS.parent / "sharing.md").read_text().replace(" (`-M`)", "").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("figure", "kind"),
+    [("worth", "worth"), ("throughput", "worth"), ("latency", "worth"), ("inference", "worth"), ("sharing", "sharing")],
+)
+def test_the_figures_are_drawn_from_the_data(figure: str, kind: str) -> None:
     """`make plots` leaves in each what it was drawn from."""
-    data = max((BENCHMARKS / "data").glob("*-worth.json")).read_bytes()
+    data = max((BENCHMARKS / "data").glob(f"*-{kind}.json")).read_bytes()
     assert f"data sha256:{sha256(data).hexdigest()[:16]}" in (BENCHMARKS / f"{figure}.svg").read_text()

@@ -187,13 +187,39 @@ def draw_latency(data: dict[str, Any]) -> None:
     _save("latency", data["digest"])
 
 
+def draw_sharing(data: dict[str, Any]) -> None:
+    """Of docs/sharing.md: four programs on one GPU, in each way, times what they do without MPS."""
+    rows = data["throughput"]
+    ways = ["joined", "joined, two users", "one job", "separate", "without MPS"]
+    plt.figure(figsize=(7, 3.2))
+    axes = plt.gca()
+    for shift, (kernel, colour) in enumerate({"small": "#1f77b4", "medium": "#a6cee3"}.items()):
+        rates = [
+            median(row[kernel]["kernels_per_second"] for row in rows if row["way"] == way and kernel in row)
+            for way in ways
+        ]
+        ratios = [rate / rates[-1] for rate in rates]
+        places = [place + 0.38 * (shift - 0.5) for place in range(len(ways))]
+        axes.barh(places, ratios, 0.36, color=colour, label=KERNELS[kernel])
+        for place, ratio in zip(places, ratios, strict=True):
+            axes.text(ratio + 0.03, place, f"{ratio:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(ways)), ways)
+    axes.invert_yaxis()
+    axes.set_xlabel("kernels a second of four programs together, times that without MPS")
+    axes.grid(visible=False, axis="y")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _save("sharing", data["digest"])
+
+
 def main() -> int:
     """Draw from the newest data."""
     _style()
-    newest = max((BENCHMARKS / "data").glob("*-worth.json"))
-    data = {**json.loads(newest.read_text()), "digest": digest(newest.read_bytes())}
-    for draw in (draw_worth, draw_throughput, draw_inference, draw_latency):
-        draw(data)
+    figures = {"worth": (draw_worth, draw_throughput, draw_inference, draw_latency), "sharing": (draw_sharing,)}
+    for kind, draws in figures.items():
+        newest = max((BENCHMARKS / "data").glob(f"*-{kind}.json"))
+        data = {**json.loads(newest.read_text()), "digest": digest(newest.read_bytes())}
+        for draw in draws:
+            draw(data)
     return 0
 
 
