@@ -194,7 +194,7 @@ static bool all_of(const char *text, const char *characters)
 	return *text && strspn(text, characters) == strlen(text);
 }
 
-/* job, since, script or step, memory, tasks and at times told, as slurm_mps/task/explain.py reads them */
+/* job, since, script or step, memory, tasks and at times explained, as slurm_mps/task/explain.py reads them */
 static void check_question(char *const argv[])
 {
 	const char *tasks = argv[8];
