@@ -177,7 +177,7 @@ void explain_exit(const struct step *step, uid_t uid, bool job_script, const cha
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	unnoticed = job_script && last && step->verdict.unguarded; /* it may have run without MPS, and succeeded */
+	unnoticed = last && step->verdict.unguarded; /* it may have run without MPS, and succeeded */
 	if (seen.explained || !(unnoticed || (seen.bad && (first || last))))
 		return;
 	seen.looked = true;

@@ -230,15 +230,17 @@ def suspect_limit(step: FailedStep, seen: Sequence[Seen]) -> str:
     return f"{names.who(failed)} failed under a memory limit ({limit}); if it ran out of memory, that limit is why"
 
 
-def nobody_came(events: Sequence[Sequence[Event]]) -> str:
-    """What to say at the end of a job whose daemons never had a client, by logs that go back to their servers' start.
+def free_since(events: Sequence[Event], since_seconds: float) -> float | None:
+    """Since when a daemon's server has been ready and without a client, at the earliest since then.
 
-    Whether a program used the GPU no log says.
+    None where a client was there, and where the logs do not go back to the server's start.
     """
-    kinds = [{event.kind for event in one} for one in events]
-    if any(SERVER_READY not in one or CONNECTED in one or CONTEXT in one for one in kinds):
-        return ""
-    return (
-        "no program of this job used MPS on this node; any that used a GPU ran without limits "
-        "(in a container, bind /run/slurm-mps)"
-    )
+    ready, there = 0.0, set()
+    for event in events:
+        if event.kind == SERVER_READY:
+            ready = event.seconds
+        elif event.kind in (CONNECTED, CONTEXT):
+            there.add(event.pid)
+        elif event.kind == LEFT and event.seconds < since_seconds:
+            there.discard(event.pid)
+    return max(ready, since_seconds) if ready and not there else None

@@ -26,6 +26,7 @@ _UUID_BYTES = 96
 _NAME_BYTES = 96
 _PROCESSES_MAX = 256
 _NOT_SUPPORTED = 3
+_GPU_UTILIZATION, _SAMPLES_MAX = 1, 256
 
 #: nvmlComputeMode_t
 COMPUTE_MODES = {0: "DEFAULT", 1: "EXCLUSIVE_THREAD", 2: "PROHIBITED", 3: "EXCLUSIVE_PROCESS"}
@@ -58,6 +59,10 @@ class _Attributes(ctypes.Structure):  # nvmlDeviceAttributes_t, of a MIG device 
         ("compute_parts", ctypes.c_uint),
         ("memory_mib", ctypes.c_ulonglong),
     )
+
+
+class _Sample(ctypes.Structure):  # nvmlSample_t, whose value is a union
+    _fields_ = (("microseconds", ctypes.c_ulonglong), ("percent", ctypes.c_uint), ("_rest", ctypes.c_uint))
 
 
 class _Memory(ctypes.Structure):
@@ -308,6 +313,14 @@ class Gpus:
         if status:
             raise NodeError(f"{uuid}: {function}: {_describe(library, status)}")
         return tuple(row.pid for row in rows[: count.value])
+
+    def was_busy(self, uuid: str, since_seconds: float) -> bool:
+        """Whether anything ran on a GPU since then, by samples of its last 14 s (O98); no where the driver has none."""
+        kind, count, rows = ctypes.c_uint(), ctypes.c_uint(_SAMPLES_MAX), (_Sample * _SAMPLES_MAX)()
+        asked = _GPU_UTILIZATION, ctypes.c_ulonglong(), ctypes.byref(kind), ctypes.byref(count), rows
+        if self._library().nvmlDeviceGetSamples(self._handle(uuid), *asked):
+            return False
+        return any(row.percent and row.microseconds > since_seconds * 1e6 for row in rows[: count.value])
 
     def set_compute_mode(self, uuid: str, mode: int) -> None:
         """Put a GPU into a compute mode and read it back.

@@ -1,9 +1,9 @@
 """Put one question to NVML twice, through slurm_mps's own binding and through the maintained pynvml.
 
 Arguments: ``ask GPU FIELD`` with a field of ``slurm_mps.node.nvml.Gpu``, ``ours`` the same of our binding alone, ``mode
-UUID``, ``processes UUID``, ``clients UUID`` (each MPS client's pid and MiB), ``expected INDEX`` (the UUID, ours from
-the kernel's list), ``set-mode UUID MODE``, or ``set-ours UUID MODE``, where ours sets the mode and pynvml only reads
-what it is now.
+UUID``, ``busy UUID SECONDS`` (whether anything ran since then), ``processes UUID``, ``clients UUID`` (each MPS client's
+pid and MiB), ``expected INDEX`` (the UUID, ours from the kernel's list), ``set-mode UUID MODE``, or ``set-ours UUID
+MODE``, where ours sets the mode and pynvml only reads what it is now.
 Prints a line of JSON, [ours, pynvml's]; each is {"value": …} or {"number": …, "words": …} of an NVML error, ours with
 the "function" that it names. With MINORS_FROM=N in the environment the first GPU's minor number reads N, and so on: on
 many nodes, the simulated ones among them, it is the index, and nobody would see one taken for the other.
@@ -68,6 +68,8 @@ def ours(question: str, name: str, detail: str) -> Answer:
             return {"value": getattr(gpus.resolve(name), detail)}
         if question == "processes":
             return {"value": sorted(gpus.processes(name))}
+        if question == "busy":
+            return {"value": gpus.was_busy(name, float(detail))}
         if question == "clients":
             used = ask_nvml([name], 10).gpus[name].memory_bytes
             return {"value": sorted([pid, size >> 20] for pid, size in used.items())}
@@ -96,6 +98,9 @@ def pynvmls(question: str, name: str, detail: str) -> Answer:
             return {"value": [pynvml.nvmlDeviceGetUUID(handle)]}
         if question == "processes":
             return {"value": sorted(one.pid for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))}
+        if question == "busy":
+            _, samples = pynvml.nvmlDeviceGetSamples(handle, pynvml.NVML_GPU_UTILIZATION_SAMPLES, 0)
+            return {"value": any(s.sampleValue.uiVal and s.timeStamp > float(detail) * 1e6 for s in samples)}
         if question == "clients":
             clients = pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle)
             return {"value": sorted([one.pid, one.usedGpuMemory >> 20] for one in clients)}

@@ -6,11 +6,12 @@ Each question is put to both in one process (nvml_both.py).
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .driver import sees
+from .driver import sees, wait_until
 
 if TYPE_CHECKING:
     from tests.harness.machine import Machine
@@ -75,6 +76,17 @@ def test_o60_who_is_on_a_gpu(driver: Driver) -> None:
 def test_o69_the_kernel_lists_gpus_in_the_order_of_their_indices(driver: Driver) -> None:
     for index, uuid in enumerate(driver.uuids):
         assert driver.place.ask_nvml("expected", str(index)) == [{"value": [uuid]}] * 2
+
+
+def test_o98_what_ran_on_a_gpu_is_seen_after_its_end(driver: Driver) -> None:
+    gpu, began = driver.uuids[0], time.time()
+    client = driver.directories().client(sees(gpu))
+    assert client.ask("allocate 1024") == 0
+    client.leave()
+    wait_until(lambda: driver.place.ask_nvml("busy", gpu, str(began))[0]["value"])
+    ours, pynvmls = driver.place.ask_nvml("busy", gpu, str(began))
+    assert ours == pynvmls == {"value": True}
+    assert driver.place.ask_nvml("busy", gpu, str(time.time())) == [{"value": False}] * 2
 
 
 def test_o66_how_much_memory_each_client_uses(driver: Driver) -> None:

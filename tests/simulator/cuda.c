@@ -574,6 +574,8 @@ static int begin(struct context **context)
 	*context = current;
 	if (error)
 		pthread_mutex_unlock(&cuda.lock);
+	else
+		cuda.state->gpus[cuda.gpus.index[current->ordinal]].busy_us = sim_since_1970_us();
 	return error;
 }
 

@@ -23,6 +23,7 @@ enum nvml_return {
 };
 
 enum { MEMORY_V2 = 40 | 2 << 24 };
+enum { GPU_UTILIZATION_SAMPLES = 1, UNSIGNED_INT = 1, SAMPLES = 71, SAMPLE_US = 200000 }; /* O98 */
 
 typedef struct sim_gpu *nvml_device;
 
@@ -39,6 +40,14 @@ struct nvml_process {
 	unsigned int pid;
 	unsigned long long used;
 	unsigned int gpu_instance, compute_instance;
+};
+
+struct nvml_sample {
+	unsigned long long time_us;
+	union {
+		unsigned int number;
+		unsigned long long all;
+	} value;
 };
 
 struct nvml_attributes {
@@ -582,4 +591,30 @@ API int nvmlDeviceGetPciInfo_v3(nvml_device gpu, struct nvml_pci *pci)
 		 gpu->bus & 0xffu, gpu->device & 0xffu);
 	snprintf(pci->bus_id, sizeof pci->bus_id, "%08X:%02X:%02X.0", gpu->domain, gpu->bus, gpu->device);
 	return SUCCESS;
+}
+
+/* Of the whole GPU, and of nothing else. */
+API int nvmlDeviceGetSamples(nvml_device gpu, int type, unsigned long long after_us, int *value_type, unsigned int *count,
+			     struct nvml_sample *samples)
+{
+	int error = begin_gpu("GetSamples", gpu, count);
+	uint64_t now = sim_since_1970_us();
+	if (!error && (type != GPU_UTILIZATION_SAMPLES || gpu->mig))
+		error = NOT_SUPPORTED;
+	if (error || !value_type || (samples && *count < SAMPLES))
+		return error ? error : INVALID_ARGUMENT;
+	*value_type = UNSIGNED_INT;
+	*count = 0;
+	for (uint64_t i = SAMPLES; i-- > 0;) {
+		uint64_t at = now - i * SAMPLE_US;
+		if (at <= after_us)
+			continue;
+		if (samples) {
+			samples[*count].time_us = at;
+			samples[*count].value.all = 0;
+			samples[*count].value.number = gpu->busy_us > at - SAMPLE_US && gpu->busy_us <= at ? 30 : 0;
+		}
+		++*count;
+	}
+	return *count ? SUCCESS : NOT_FOUND;
 }

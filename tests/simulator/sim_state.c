@@ -226,6 +226,8 @@ int sim_context_add(struct sim_state *state, const struct sim_context *wanted, i
 	for (int i = 0; i < SIM_MAX_CONTEXTS; i++) {
 		if (state->contexts[i].kind != SIM_NONE)
 			continue;
+		if (wanted->kind != SIM_ATTACHED)
+			state->gpus[wanted->gpu].busy_us = sim_since_1970_us();
 		state->contexts[i] = *wanted;
 		*slot = i;
 		return 0;
@@ -363,4 +365,11 @@ uint64_t sim_now_ms(void)
 	struct timespec now;
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+uint64_t sim_since_1970_us(void)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_REALTIME, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }

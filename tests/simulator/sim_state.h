@@ -51,6 +51,7 @@ struct sim_gpu {
 	int32_t mig;           /* a GPU in MIG mode */
 	int32_t parts;         /* of its GPU's SIM_MIG_PARTS, that a slice has; 0 for a GPU */
 	int32_t parent, instance; /* a slice's GPU, and its GPU instance, which has the compute instance 0 alone */
+	uint64_t busy_us;         /* since 1970, when a context was last made or used */
 };
 
 struct sim_context {
@@ -129,5 +130,6 @@ void sim_latency(int milliseconds);
 void sim_sleep(long milliseconds);
 bool sim_latency_observed(void);
 uint64_t sim_now_ms(void);
+uint64_t sim_since_1970_us(void);
 
 #endif

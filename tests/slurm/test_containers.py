@@ -124,11 +124,38 @@ def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and
         seen.stderr,
     )
     assert sorted(re.findall(r"no MPS +\d+ +0\.([01]) ", seen.stdout)) == ["0", "1"]
-    words = f"job {job}: no program of this job used MPS on this node; any that used a GPU ran without limits"
-    assert f"{words} (in a container, bind /run/slurm-mps)" in str(site.cluster.said(site.cluster.output(job)))
-    job = site.cluster.sbatch("--mps", "--gres=gpu:1", "-N1", script="srun -n1 simulated-gpus client")
+    assert "was busy while no program of this step used MPS there" in str(site.cluster.said(site.cluster.output(job)))
+
+
+@pytest.mark.parametrize("program", ["srun -n1 simulated-gpus client", "./container simulated-gpus client"])
+def test_a_script_of_whose_job_no_program_was_a_client_is_told(site: Site, program: str) -> None:
+    """No log says whether it used a GPU, and not every program does at its end."""
+    site.machine.write("/home/alice/container", NAMESPACES, mode=0o755, user="alice")
+    site.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    job = site.cluster.sbatch("--mps", "--gres=gpu:1", "-N1", script=program)
     site.cluster.wait(job)
-    assert site.cluster.said(site.cluster.output(job)) == []
+    words = f"job {job}: no program of this job used MPS on this node; any that used a GPU ran without limits"
+    said = [line for _, line in site.cluster.said(site.cluster.output(job))]
+    assert [f"{words} (in a container, bind /run/slurm-mps)" in line for line in said] == [True] * (
+        "srun" not in program
+    )
+
+
+def test_a_step_that_ran_without_mps_is_told_on_each_of_its_nodes(site: Site) -> None:
+    """Beside steps of clients and steps without a GPU program, of which nothing is said; also of srun's own job."""
+    site.machine.write("/home/alice/container", NAMESPACES, mode=0o755, user="alice")
+    site.configure('[gpus]\ncompute_mode = "unchanged"\n')
+    asked, work = ("--mps-threads=25", "--gres=gpu:1", "-N2", "-n2"), "simulated-gpus client --work 1"
+    script = f"srun true; srun {work}; srun true; srun ./container {work}; srun true; srun {work}"
+    job = site.cluster.sbatch(*asked, script=script)
+    site.cluster.wait(job)
+    said = [line for _, line in site.cluster.said(site.cluster.output(job))]
+    own = site.cluster.srun(*asked, "./container", *work.split())
+    uuids = sorted(site.gpus(node)[0]["uuid"] for node in site.nodes)
+    words = r"(GPU-\S+) was busy while no program of this step used MPS there; any that ran did so without limits \("
+    assert sorted(re.findall(words, "\n".join(said))) == uuids, said
+    assert len(said) == 2
+    assert sorted(re.findall(words, own.stderr)) == uuids, own
 
 
 # ------------------------------------------------------------------------------ a container that a SPANK plugin enters

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slurm_mps.errors import NodeError
 from slurm_mps.job_log import events as kinds
-from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, seen_since, suspect_limit
+from slurm_mps.job_log.blame import VANISHED, FailedStep, Task, explain, free_since, seen_since, suspect_limit
 from slurm_mps.job_log.events import Event, read_events
 from slurm_mps.job_log.lines import parse_lines
 from slurm_mps.job_log.read import DaemonLogs, events_of, find_logs
@@ -150,6 +150,18 @@ def test_what_came_before_explains_what_came_after(tmp_path: Path) -> None:
     since = mktime(strptime("2026-11-23 09:06:02", "%Y-%m-%d %H:%M:%S"))
     seen = seen_since(since, GPUS, gone=False, events=events_of(DaemonLogs("", str(tmp_path))))
     assert [event.kind for event in seen.events] == [kinds.SERVER_DIED]
+
+
+def test_a_server_is_free_when_it_is_ready_and_has_no_client() -> None:
+    """Also one that left before; what a log does not go back to is not known."""
+    ready, early, late = (Event(at, kinds.SERVER_READY, 7) for at in (10.0, 5.0, 15.0))
+    came, left = Event(11.0, kinds.CONNECTED, 8), Event(12.0, kinds.LEFT, 8)
+    assert free_since([ready], 13.0) == 13.0
+    assert free_since([late], 13.0) == 15.0
+    assert free_since([ready, came, left], 13.0) == 13.0
+    assert free_since([ready, came, left], 11.5) is None
+    assert free_since([early, came], 13.0) is None
+    assert free_since([came, left], 13.0) is None
 
 
 @given(st.binary() | st.text("[]-: 0123456789SeverContl{}PID,", max_size=200).map(str.encode))
