@@ -107,8 +107,8 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 	if (!task_gpus(&step->verdict, visible, has_gpus, task))
 		return refuse_with(problem, size, "its CUDA_VISIBLE_DEVICES names a GPU that the job does not have");
 	if (step->verdict.per_gpu && task->count > 1 && task_is_job_script(sp)) {
-		slurm_spank_log("mps: with --mps=per-gpu this script sees no GPU; each task that it starts with srun sees one "
-				"(--gpus-per-task=1, --ntasks-per-gpu)");
+		slurm_spank_log("mps: each GPU of this job has a control daemon of its own, so this script sees none; each task that "
+				"it starts with srun sees one (--gpus-per-task=1, --ntasks-per-gpu)");
 		task->count = 0;
 		return true;
 	}

@@ -66,6 +66,14 @@ def test_each_slice_has_a_daemon_and_its_ranks_the_limits(cut: Site, bound: list
     assert len({server for *_, server in found}) == 2
 
 
+def test_a_script_with_several_slices_sees_none_and_says_why(cut: Site) -> None:
+    job = cut.cluster.sbatch(*SMALL, "--mps", script=CLIENT)
+    cut.cluster.wait(job)
+    output = cut.cluster.output(job)
+    assert "mps: each GPU of this job has a control daemon of its own, so this script sees none" in output
+    assert "FAILED init 100" in output
+
+
 def test_auto_divides_a_slice(cut: Site) -> None:
     """The large one has 32 SMs and 18.5 GiB; four ranks have a quarter each."""
     found = clients(cut.cluster.srun(*LARGE, "-n4", "--mps-mem=auto", *CLIENT.split(), "--hold", "1").check().stdout)

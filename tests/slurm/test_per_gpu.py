@@ -65,7 +65,10 @@ def test_the_script_of_a_job_with_several_gpus_sees_none_and_its_steps_do(any_si
     job = any_site.cluster.sbatch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
     any_site.cluster.wait(job)
     output = any_site.cluster.output(job)
-    assert "mps: with --mps=per-gpu this script sees no GPU; each task that it starts with srun sees one" in output
+    assert (
+        "has a control daemon of its own, so this script sees none; each task that it starts with srun sees one"
+        in output
+    )
     assert "script NoDevFiles" in output
     assert "FAILED init 100" in output
     assert len(clients(output)) == 2
