@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """One GPU. None, or 0 bytes: the driver does not tell. ``error``: NVML's word where it does not answer at all."""
+    """One GPU. None, or 0 bytes: the driver does not tell. ``error``: NVML's word where it does not answer at all.
+
+    ``slices``: UUID and bytes of each of its MIG slices.
+    """
 
     index: int
     uuid: str = ""
@@ -26,6 +29,7 @@ class GpuFacts:
     compute_capability: tuple[int, int] | None = None
     processes: tuple[int, ...] = ()
     memory_bytes: int = 0
+    slices: tuple[tuple[str, int], ...] = ()
     error: str = ""
 
 
@@ -88,4 +92,14 @@ def _look(nvml: Any, index: int) -> GpuFacts:
         None if capability is None else (int(capability[0]), int(capability[1])),
         tuple(row.pid for row in rows or ()),
         int(ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total) or 0),
+        tuple(_slices(nvml, handle)) if mig else (),
     )
+
+
+def _slices(nvml: Any, gpu: Any) -> Iterator[tuple[str, int]]:
+    for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+        try:
+            handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, number)
+            yield nvml.nvmlDeviceGetUUID(handle), int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        except nvml.NVMLError:
+            continue

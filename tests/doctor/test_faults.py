@@ -599,6 +599,13 @@ FAULTS = {
         together(write(MPS, '[limits.memory]\ndefault = "500G"\n'), DRIVER),
         problem("memory-default"),
     ),
+    "a default limit that a slice has not": Fault(
+        together(
+            shell("simulated-gpus mig 3 1g.10gb 2g.20gb", "simulated-gpus mig 3", DRIVER),
+            write(MPS, '[limits.memory]\ndefault = "15G"\n'),
+        ),
+        {**problem("memory-default"), **warning("mig")},
+    ),
     "a default limit that a context uses up": Fault(
         write(MPS, '[limits.memory]\ndefault = "100M"\n'), problem("memory-default")
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from operator import itemgetter
 from shutil import which
 
 from ...config.settings import CONFIG_PATH, joins_all
@@ -114,11 +115,10 @@ def control_program(facts: Facts) -> Iterator[Finding]:
     where=GPU_NODE,
 )
 def memory_default(facts: Facts) -> Iterator[Finding]:
-    smallest = min((gpu for gpu in facts.gpus if gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes, default=None)
+    devices = [one for gpu in facts.gpus for one in (gpu.slices if gpu.mig else [(gpu.uuid, gpu.memory_bytes)])]
+    uuid, size = min((one for one in devices if one[1]), key=itemgetter(1), default=("", None))
     for name, site in facts.sites.items():
-        refusal = refusal_of_default(site)
-        if not refusal and smallest:
-            refusal = refusal_of_default(site, smallest.uuid, smallest.memory_bytes)
+        refusal = refusal_of_default(site, uuid, size)
         if refusal:
             where = f"partition.{name}." if name else ""
             yield problem(refusal, f"{CONFIG_PATH}: another {where}limits.memory.default, or none")
