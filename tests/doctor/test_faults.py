@@ -491,6 +491,10 @@ FAULTS = {
     "a partition that gives MPS to jobs that do not ask, by a wrong word": Fault(
         write(f"{PARTITIONS}/gpu", "all\n"), problem("site-config")
     ),
+    "a partition that gives MPS to jobs that may share a GPU, which is refused": Fault(
+        together(write(f"{PARTITIONS}/gpu", "per-node\n"), line("GresTypes", "gpu,shard")),
+        warning("gres-types", "gres-shared"),
+    ),
     "a default of a partition that no job can have": Fault(
         write(MPS, '[partition.gpu.limits.memory]\ndefault = "400M"\n'), problem("memory-default")
     ),

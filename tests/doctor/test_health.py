@@ -10,6 +10,7 @@ import pytest
 
 from slurm_mps.doctor.examine import all_checks
 from tests.doctor.conftest import COMMAND
+from tests.harness.release import chosen
 from tests.harness.site import PLUGIN_DIRECTORY
 
 if TYPE_CHECKING:
@@ -84,6 +85,17 @@ def test_parts_of_gpus_whose_jobs_take_turns_are_worth_a_word(patient: Patient) 
     patient.append("/etc/slurm/slurm.conf", "GresTypes=gpu,mps\n")
     patient.write("/etc/slurm/mps.toml", '[gpus]\nsharing = "separate"\n')
     assert "large parts and few jobs waste least" in patient.examine("gres-types").of("fine")["gres-types"]
+
+
+@pytest.mark.every_release
+def test_whole_gpus_beside_slices_are_named_where_slurm_counts_them(patient: Patient) -> None:
+    patient.shell("simulated-gpus mig 3 1g.10gb", "simulated-gpus mig 3")
+    patient.write("/etc/slurm/gres.conf", "AutoDetect=nvml\n")
+    found = [one["what"] for one in patient.examine("mig").findings]
+    is_told = any(
+        "names GPU 0, 1, 2 by number, and slurm-mps refuses that beside slices (GPU 3)" in one for one in found
+    )
+    assert is_told == (chosen().prolog_sees == "indices"), found
 
 
 @pytest.mark.parametrize("branch", [535, 550])

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 
+from ...config.settings import CONFIG_PATH, PARTITIONS_PATH
 from ...slurm.conf import ConfLine
 from ...slurm.host import count_gpus
 from ...slurm.hostlist import hosts_of
@@ -56,6 +57,9 @@ _MIG_FAULTS = (
     ("23.11.4", "one slice in CUDA_VISIBLE_DEVICES of all tasks with --gpus-per-task"),
 )
 
+#: By UUID to the prolog, as it names slices with AutoDetect (S17).
+_NAMES_GPUS_BY_UUID = (25, 11)
+
 
 @check(
     "gres-types",
@@ -71,6 +75,11 @@ def gres_types(facts: Facts) -> Iterator[Finding]:
     if "mps" in types and facts.site.gpus_sharing == "refuse":
         said = f"{facts.where('GresTypes')}: GresTypes has mps, and gpus.sharing refuses its jobs"
         yield problem(said, 'GresTypes=gpu, or gpus.sharing = "separate" in mps.toml')
+    unasked = [os.path.basename(path) for path in glob.glob(f"{PARTITIONS_PATH}/*")]
+    if "shard" in types and unasked and facts.site.gpus_sharing == "refuse":
+        what = f"partition {unasked[0]} gives MPS to jobs that do not ask; of gres/shard only one on a GPU then runs"
+        fix = f'gpus.sharing = "separate" in {CONFIG_PATH}, or rm {PARTITIONS_PATH}/{unasked[0]}'
+        yield warning(what, fix)
     if "mps" in types and facts.site.gpus_sharing == "separate":
         yield fine(
             "jobs of gres/mps take turns on a GPU, with their part of the threads: large parts and few jobs waste least"
@@ -141,6 +150,10 @@ def mig(facts: Facts) -> Iterator[Finding]:
         where = f"{facts.conf_directory}/gres.conf"
         yield warning(f"GPU {on}: MIG mode is on, and {where} has AutoDetect={kind}", f"{where}: AutoDetect=nvml")
     number = tuple(int(word) for word in facts.release.split(".")[:3])
+    whole = ", ".join(str(gpu.index) for gpu in facts.gpus if not gpu.mig)
+    if kind == "nvml" and whole and number < _NAMES_GPUS_BY_UUID:
+        what = f"Slurm {facts.release} names GPU {whole} by number, and slurm-mps refuses that beside slices (GPU {on})"
+        yield warning(what, "Slurm 25.11, or slices on all GPUs of a node or on none")
     faults = [f"{what} (until {fixed})" for fixed, what in _MIG_FAULTS if number < tuple(map(int, fixed.split(".")))]
     if faults:
         yield warning(f"GPU {on}: MIG mode is on, and Slurm {facts.release} has {'; '.join(faults)}", "upgrade Slurm")
