@@ -1,9 +1,9 @@
 """One control daemon for all jobs on a GPU: the first starts it, each job has a link to its socket, the last ends it.
 
-    /run/slurm-mps/daemons/<GPU>.<job that started it>/   root 0755: marks of steps that ended badly (spank/health.c)
-      pipe/                                               the daemon's pipe directory: root 0700 + its server's user
-    /run/slurm-mps/jobs/<job id>/joined-<n>/control       a hard link to its socket: the job's gate to it
-    /run/slurm-mps/gpus/<GPU>                             the ledger: who holds it, and what becomes of the daemon
+    /run/slurm-mps/daemons/<GPU>/                     root 0755: marks of steps that ended badly (spank/health.c)
+      <job that started it>/                          the daemon's pipe directory: root 0700 + its server's user
+    /run/slurm-mps/jobs/<job id>/joined-<n>/control   a hard link to its socket: the job's gate to it
+    /run/slurm-mps/gpus/<GPU>                         the ledger: who holds it, and what becomes of the daemon
 
 Promises (docs/decisions/0021):
  - Joining and leaving need no answer from the daemon: its ledger, its process and its socket say all.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .state import NodeState
 
 _CLIENTS_END_SECONDS = 1.0
-_PIPE, _SOCKET = "pipe", "control"
+_SOCKET = "control"
 LEAVE_GPU = "leave_gpu"
 
 
@@ -53,12 +53,9 @@ def link_name(number: int) -> str:
     return f"joined-{number}"
 
 
-def daemon_name(gpu: str, daemon: JoinedDaemon) -> str:
-    return f"{gpu}.{daemon.starter}"
-
-
-def daemon_path(gpu: str, daemon: JoinedDaemon) -> str:
-    return f"{DIRECTORY}/{daemon_name(gpu, daemon)}"
+def daemon_path(gpu: str) -> str:
+    """Where a GPU's daemons lie, one after the other, with one place for the marks of them all."""
+    return f"{DIRECTORY}/{gpu}"
 
 
 def log_path(gpu: str, config: SiteConfig) -> str:
@@ -66,7 +63,7 @@ def log_path(gpu: str, config: SiteConfig) -> str:
 
 
 def _control(gpu: str, daemon: JoinedDaemon, config: SiteConfig) -> ControlDaemon:
-    pipe = f"{daemon_path(gpu, daemon)}/{_PIPE}"
+    pipe = f"{daemon_path(gpu)}/{daemon.starter}"
     return ControlDaemon(config.paths_control_program, pipe, log_path(gpu, config))
 
 
@@ -186,8 +183,8 @@ class JoinGpu:
         running, reader = _control(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
         anew = len(job.state.ledgers.read(self.gpu).holders) == 1
         with (
-            job.state.daemons().make(daemon_name(self.gpu, daemon), 0o755) as place,
-            place.make(_PIPE, 0o700) as pipe,
+            job.state.daemons().make(self.gpu, 0o755) as place,
+            place.make(str(daemon.starter), 0o700) as pipe,
         ):
             pipe.grant_user(reader)
             if not logs.make(self.gpu, reader, (), job.config, anew=anew):
@@ -243,8 +240,8 @@ def _link_all(gpu: str, daemon: JoinedDaemon, journal: Journal, state: NodeState
 def link(gpu: str, daemon: JoinedDaemon, directory: Directory, number: int, state: NodeState) -> None:
     """Put a hard link to the daemon's socket into a job's directory, in place of one that is there."""
     with (
-        state.daemons().subdirectory(daemon_name(gpu, daemon)) as place,
-        place.subdirectory(_PIPE) as pipe,
+        state.daemons().subdirectory(gpu) as place,
+        place.subdirectory(str(daemon.starter)) as pipe,
         directory.make(link_name(number), 0o755) as here,
     ):
         pipe.link_socket(_SOCKET, here)
@@ -360,7 +357,7 @@ def close(
         entry = state.ledgers.read(gpu)
         if entry.daemon is None or entry.daemon.starter != daemon.starter or entry.daemon.stage != CLOSING:
             return  # somebody else was faster
-        state.daemons().remove_tree(daemon_name(gpu, daemon))
+        state.daemons().remove_tree(gpu)
         entry = replace(entry, daemon=None)
         if not entry.holders:
             entry = _given_up(gpu, entry, gpus, config)

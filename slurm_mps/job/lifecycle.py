@@ -58,7 +58,7 @@ def bring_up(request: JobRequest, job: JobOnNode) -> None:
             elif not (begun and isinstance(action, MakeDirectories)):
                 action.apply(job)
         job.seconds(0)  # a watch that has given up says something else to the job's tasks
-        job.journal.write_verdict(plan.verdict(plan.running(job), plan.joined_directories(job)))
+        job.journal.write_verdict(plan.verdict(plan.running(job)))
         job.journal.ready = True
         job.journal.write()
     except Exception as error:  # a bug, too, must not leave half of it

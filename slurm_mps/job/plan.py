@@ -74,34 +74,22 @@ class Plan:
             for one in self.daemons
         ]
 
-    def joined_directories(self, job: JobOnNode) -> list[str]:
-        """The directories of the plan's daemons, where other jobs have them, too; else none.
-
-        ``-`` for a daemon that another job has found dead since, and starts again.
-        """
-        if self.config.gpus_sharing != JOINED:
-            return []
-        found = ((one.gpus[0], job.state.ledgers.read(one.gpus[0]).daemon) for one in self.daemons)
-        return [daemon_path(gpu, daemon) if daemon else "-" for gpu, daemon in found]
-
-    def verdict(self, running: Sequence[ControlDaemon], joined: Sequence[str] = ()) -> Verdict:
-        """What the plugin reads in the job's tasks. `running`: the plan's daemons; `joined`: joined_directories().
+    def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
+        """What the plugin reads in the job's tasks; `running` are the plan's daemons.
 
         GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
         serves the first GPU and so on.
         """
         auto = (("threads", self.request.auto_threads), ("memory", self.request.auto_memory))
-        limits = self.daemons[0].limits
+        limits, joins = self.daemons[0].limits, self.config.gpus_sharing == JOINED
         return Verdict(
             READY,
-            daemons=tuple(
-                _place(*one) for one in zip(running, self.daemons, joined or [""] * len(running), strict=True)
-            ),
+            daemons=tuple(_place(*one, joins) for one in zip(running, self.daemons, strict=True)),
             gpus=tuple(
                 VerdictGpu(index, gpu.minor, gpu.uuid, _for_clients(gpu, self.config), gpu.memory_bytes // MIB)
                 for index, gpu in zip(self.slurm_indices, self.gpus, strict=True)
             ),
-            per_gpu=self.request.daemons == PER_GPU or self.config.gpus_sharing == JOINED,
+            per_gpu=self.request.daemons == PER_GPU or joins,
             thread_percentage=limits.thread_percentage,
             thread_percentage_min=self.config.limits_thread_percentage_min,
             memory_min=self.config.limits_memory_min,
@@ -119,9 +107,10 @@ class Plan:
         )
 
 
-def _place(daemon: ControlDaemon, planned: JobDaemon, joined_directory: str) -> DaemonPlace:
+def _place(daemon: ControlDaemon, planned: JobDaemon, joins: bool) -> DaemonPlace:
     name = "" if planned.name == WHOLE_JOB else planned.name.replace("joined-", "gpu-")
     directories = daemon.pipe_directory, daemon.log_directory
+    joined_directory = daemon_path(planned.gpus[0]) if joins else ""
     return DaemonPlace(name, *directories, planned.limits.memory_bytes, planned.gpus, joined_directory)
 
 

@@ -330,13 +330,11 @@ class Reconciler:
     def _lost_daemons(self, state: NodeState, config: SiteConfig) -> Repair | None:
         """End the daemons of joined jobs that no ledger names, and remove what they had."""
 
-        def is_lost(name: str) -> bool:
-            gpu = name.rpartition(".")[0]
+        def is_lost(gpu: str) -> bool:
             try:
-                daemon = state.ledgers.read(gpu).daemon
+                return state.ledgers.read(gpu).daemon is None
             except MpsError:
                 return False  # a ledger that cannot be read may name it, and has been reported
-            return daemon is None or joined.daemon_name(gpu, daemon) != name
 
         names = list(filter(is_lost, joined.names(state)))
         if not names:
@@ -350,7 +348,7 @@ class Reconciler:
             for number in (SIGTERM, SIGKILL):
                 kill_all(found, number, DEFAULTS.deadlines_signal)
             state.daemons().remove_tree(name)
-            logs.forget(name.rpartition(".")[0], config)
+            logs.forget(name, config)
         return Repair(joined.DIRECTORY, REPAIRED, why)
 
     # --------------------------------------------------------------------------------------------------- the logs

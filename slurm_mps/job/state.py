@@ -15,7 +15,7 @@
         explained            0600  when the plugin last explained to the job's user why a step ended badly
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
       gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
-      daemons/<uuid>.<job>/  0755  the control daemon of joined jobs, by the job that started it (joined.py)
+      daemons/<uuid>/        0755  the control daemon of joined jobs (joined.py)
 
 Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
 back is on disk before it is changed; only root can read or write anything but the verdict. A job that began under an

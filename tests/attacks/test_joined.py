@@ -55,7 +55,7 @@ def joined_by_all(joined: GpuNode) -> GpuNode:
 @attack("a daemon of all users is root's to enter")
 def test_who_has_no_job_at_the_daemon_of_all_users(joined_by_all: GpuNode, works: bool) -> None:
     """Bob has no job on the node. He knows the GPU's name and the job's, and so where the daemon lies."""
-    pipe = joined_by_all.run("sh", "-c", f"echo {STATE_DIRECTORY}/daemons/*/pipe").stdout.strip()
+    pipe = joined_by_all.run("sh", "-c", f"echo {STATE_DIRECTORY}/daemons/*/*").stdout.strip()
     said = joined_by_all.client(None, user="bob", CUDA_MPS_PIPE_DIRECTORY=pipe).stdout
     assert ("mps=" in said) is works
 

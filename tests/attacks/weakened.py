@@ -248,7 +248,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
     # ------------------------------------------------------------------------------------------------ jobs that share
     "joined jobs are one user's": (Change(JOINED, "if self.way == JOINED and other.uid != self.uid:", "if False:"),),
     "a daemon of all users is root's to enter": (
-        Change(JOINED, "place.make(_PIPE, 0o700)", "place.make(_PIPE, 0o755)"),
+        Change(JOINED, "place.make(str(daemon.starter), 0o700)", "place.make(str(daemon.starter), 0o755)"),
         Change(JOINED, "            pipe.grant_user(reader)\n", ""),
     ),
     "the logs of all users are root's": (Change(JOINED, "None if self.way == JOINED_ALL else self.uid", "self.uid"),),

@@ -167,7 +167,7 @@ SEEDS: dict[str, dict[str, bytes]] = {
                 **ONE_LIMIT,
                 share="12.5",
                 share_memory="even",
-                joined=[f"/run/slurm-mps/daemons/{uuid}.7" for uuid in (A.format(0), B.format(1))],
+                joined=[f"/run/slurm-mps/daemons/{uuid}" for uuid in (A.format(0), B.format(1))],
             ),
             visible="1",
             bytes="\0" + "\1" * 40,

@@ -237,6 +237,26 @@ def test_a_fault_is_explained_across_joined_jobs_and_the_next_step_of_any_tries_
     assert parted.snapshot() == before
 
 
+def test_a_job_from_before_its_daemon_died_leaves_its_mark_where_the_next_step_looks(parted: Site) -> None:
+    """The next job's prolog started another daemon, and the first job has that one since."""
+    parted.configure(JOINED)
+    before = parted.snapshot()
+    first = parted.cluster.sbatch("-n1", "--gres=mps:25", script=f"echo started; {waits_for()}; srun false; echo over")
+    parted.cluster.until_output(first, "started")
+    there = [str(one.pid) for one in parted.machine.processes() if one.comm.startswith("nvidia-cuda-mps")]
+    parted.machine.run(["kill", "-9", *there])  # the server may go with its daemon
+    second = start(parted, "--gres=mps:25")
+    parted.cluster.until_output(second, "uuid=")
+    outputs(parted, first)
+    marks = parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout.split()
+    third = parted.cluster.run_batch("-n1", "--gres=mps:25", script=f"srun {LOOK}")
+    after = parted.node("n1", "find", f"{STATE_DIRECTORY}/daemons", "-name", "suspect*").stdout
+    outputs(parted, second)
+    assert (len(marks), after) == (1, "")
+    assert "sms=32 " in third
+    assert parted.snapshot() == before
+
+
 def test_a_fault_of_another_users_job_names_nobody_and_the_next_step_tries_the_server(parted: Site) -> None:
     """The logs are root's: the victim reads nothing of whose program it was. The mark is there for all users' steps."""
     parted.configure(ALL_USERS)

@@ -145,7 +145,7 @@ class JoinedLife(RuleBasedStateMachine):
     @rule(gpu=st.integers(0, 1))
     def kill_a_daemon(self, gpu: int) -> None:
         uuid = self.node.uuids[gpu]
-        found = [process for process, place in self.node.control_daemons() if f"/{uuid}." in place]
+        found = [process for process, place in self.node.control_daemons() if f"/{uuid}/" in place]
         self.node.kill(*found)
         if found:
             self.dead.add(gpu)

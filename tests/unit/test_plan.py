@@ -40,8 +40,7 @@ def by_gpu(*limits: tuple[int, int]) -> JobRequest:
 def verdict(plan: Plan) -> Verdict:
     """The verdict of a plan whose daemons run."""
     return plan.verdict(
-        [ControlDaemon("/p", f"/run/j/{daemon.name}", f"/log/{daemon.name}") for daemon in plan.daemons],
-        [f"/run/d/{daemon.name}" for daemon in plan.daemons if daemon.name.startswith("joined-")],
+        [ControlDaemon("/p", f"/run/j/{daemon.name}", f"/log/{daemon.name}") for daemon in plan.daemons]
     )
 
 
