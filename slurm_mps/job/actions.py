@@ -247,6 +247,10 @@ class ReleaseGpu:
 
     gpu: str
 
+    @property
+    def gpus(self) -> tuple[str]:
+        return (self.gpu,)
+
     def line(self) -> str:
         return with_fields("release_gpu", {"gpu": self.gpu})
 

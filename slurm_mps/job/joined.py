@@ -14,8 +14,10 @@ Promises (docs/decisions/0021):
 
 from __future__ import annotations
 
+from time import monotonic
+
 from ..config.settings import STATE_DIRECTORY
-from ..errors import NodeError, RequestError
+from ..errors import DeadlineError, NodeError, RequestError, raise_all
 from ..node import control, processes
 from ..node.control import ControlDaemon, Limits, limit_commands
 from ..node.listen import BUSY, listener
@@ -31,7 +33,7 @@ from .state import DAEMONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..config.settings import SiteConfig
     from ..node.files import Directory
@@ -40,9 +42,9 @@ if TYPE_CHECKING:
     from .journal import Journal
     from .state import NodeState
 
-_CLIENTS_END_SECONDS = 1.0
+_CLIENTS_SECONDS, _CLIENTS_END_SECONDS = 2.0, 1.0
 _SOCKET = "control"
-LEAVE_GPU = "leave_gpu"
+LEAVE_GPUS = "leave_gpus"
 
 
 DIRECTORY = f"{STATE_DIRECTORY}/{DAEMONS}"
@@ -103,9 +105,6 @@ class JoinGpu:
             f"hold {self.gpu} for the job, {mode}, with other jobs of {whose}; link {link_name(self.number)} to "
             f"its control daemon, or start that one and tell it: {commands}, start_server -uid {self.server_uid}"
         )
-
-    def undo(self) -> LeaveGpu:
-        return LeaveGpu(self.gpu, self.number)
 
     def apply(self, job: JobOnNode) -> None:
         """Raises: RequestError where the job cannot be beside the others, or would have to wait for them too long."""
@@ -174,7 +173,7 @@ class JoinGpu:
 
     def _help_to_close(self, daemon: JoinedDaemon, job: JobOnNode) -> None:
         try:
-            close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds)
+            close({self.gpu: daemon}, job.state, job.gpus, job.config, job.seconds)
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: {error}")
 
@@ -210,6 +209,23 @@ class JoinGpu:
             tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
 
 
+@record
+class JoinGpus:
+    """Join others on each of the job's GPUs, in the order of the job's own count of them."""
+
+    joins: tuple[JoinGpu, ...]
+
+    def describe(self) -> str:
+        return "; ".join(one.describe() for one in self.joins)
+
+    def undo(self) -> LeaveGpus:
+        return LeaveGpus(tuple(one.gpu for one in self.joins))
+
+    def apply(self, job: JobOnNode) -> None:
+        for one in self.joins:
+            one.apply(job)
+
+
 def _open(gpu: str, daemon: JoinedDaemon, job: JobOnNode) -> JoinedDaemon:
     """Under the lock: open a daemon that runs, and give all holders their links: they may have had one to another."""
     entry = job.state.ledgers.read(gpu)
@@ -232,9 +248,9 @@ def _open(gpu: str, daemon: JoinedDaemon, job: JobOnNode) -> JoinedDaemon:
 
 def _link_all(gpu: str, daemon: JoinedDaemon, journal: Journal, state: NodeState) -> None:
     for kind, *words in (line.split(" ") for line in journal.undo):
-        undo = read_leave_gpu(fields(words)) if kind == LEAVE_GPU else None
-        if undo and undo.gpu == gpu:
-            link(gpu, daemon, journal.directory, undo.number, state)
+        gpus = read_leave_gpus(fields(words)).gpus if kind == LEAVE_GPUS else ()
+        if gpu in gpus:
+            link(gpu, daemon, journal.directory, gpus.index(gpu), state)
 
 
 def link(gpu: str, daemon: JoinedDaemon, directory: Directory, number: int, state: NodeState) -> None:
@@ -248,51 +264,90 @@ def link(gpu: str, daemon: JoinedDaemon, directory: Directory, number: int, stat
 
 
 @record
-class LeaveGpu:
-    """Leave a GPU's daemon: the link goes, the job's clients that are left are ended, the last job ends the daemon."""
+class LeaveGpus:
+    """Leave GPUs' daemons: the links go, the job's clients that are left are ended, the last job ends the daemons.
 
-    gpu: str
-    number: int
+    They are ended together: one that is stuck delays no other.
+    """
+
+    gpus: tuple[str, ...]
 
     def line(self) -> str:
-        return with_fields(LEAVE_GPU, {"gpu": self.gpu, "number": str(self.number)})
+        return with_fields(LEAVE_GPUS, {"gpus": ",".join(self.gpus)})
 
     def describe(self) -> str:
-        return f"leave {self.gpu}: remove the link, end the job's own processes; the last one ends the daemon"
+        return f"leave {', '.join(self.gpus)}: remove links, end the job's own processes; the last job ends the daemons"
 
     def all_run(self, job: JobOnNode) -> bool:
-        """Whether the job holds the GPU, and its link leads to the daemon that runs."""
-        entry = job.state.ledgers.read(self.gpu)
-        holds = any(one.job_id == job.journal.job_id for one in entry.holders)
-        if not holds or entry.daemon is None or entry.daemon.stage != OPEN or not is_alive(entry.daemon):
+        """Whether the job holds its GPUs, and its links lead to the daemons that run."""
+        return all(self._runs(number, gpu, job) for number, gpu in enumerate(self.gpus))
+
+    def _runs(self, number: int, gpu: str, job: JobOnNode) -> bool:
+        entry = job.state.ledgers.read(gpu)
+        daemon = entry.daemon
+        if not _holds(gpu, job) or daemon is None or daemon.stage != OPEN or not is_alive(daemon):
             return False
-        ours = listener(f"{job.journal.directory.path}/{link_name(self.number)}")
-        return entry.daemon.process is not None and ours in (entry.daemon.process.pid, BUSY)
+        ours = listener(f"{job.journal.directory.path}/{link_name(number)}")
+        return daemon.process is not None and ours in (daemon.process.pid, BUSY)
 
     def run(self, job: JobOnNode) -> None:
-        job_id, name = job.journal.job_id, link_name(self.number)
-        job.journal.directory.remove_tree(name)
-        if any(one.job_id == job_id for one in job.state.ledgers.read(self.gpu).holders):  # it was not refused
-            end_clients(job_id, job.journal.uid)
-            logs.keep_part(job_id, self.gpu, f"gpu-{self.number}", job.config)
-        daemon = leave(self.gpu, (job_id,), job.state, job.gpus, job.config, job.seconds)
-        job.journal.directory.remove_tree(name)  # who started a dead daemon again put it back, up to here
-        if daemon is not None:
-            close(self.gpu, daemon, job.state, job.gpus, job.config, job.seconds, job.meanwhile)
+        job_id = job.journal.job_id
+        self._remove_links(job)
+        if held := [(number, gpu) for number, gpu in enumerate(self.gpus) if _may_hold(gpu, job)]:  # it was not refused
+            end_clients(job_id, job.journal.uid, job.seconds(_CLIENTS_SECONDS))
+            for number, gpu in held:
+                logs.keep_part(job_id, gpu, f"gpu-{number}", job.config)
+        closing: dict[str, JoinedDaemon] = {}
+        problems: list[Exception] = []
+        for gpu in self.gpus:
+            try:
+                if daemon := leave(gpu, (job_id,), job.state, job.gpus, job.config, job.seconds):
+                    closing[gpu] = daemon
+            except NodeError as error:
+                problems.append(error)
+        self._remove_links(job)  # who started a dead daemon again put one back, up to here
+        try:
+            close(closing, job.state, job.gpus, job.config, job.seconds, job.meanwhile)
+        except NodeError as error:
+            problems.append(error)
         logs.keep(job_id, job.config, job.state.job_ids())
+        raise_all(problems)
+
+    def _remove_links(self, job: JobOnNode) -> None:
+        for number in range(len(self.gpus)):
+            job.journal.directory.remove_tree(link_name(number))
 
 
-def read_leave_gpu(found: dict[str, str]) -> LeaveGpu:
+def _holds(gpu: str, job: JobOnNode) -> bool:
+    return any(one.job_id == job.journal.job_id for one in job.state.ledgers.read(gpu).holders)
+
+
+def _may_hold(gpu: str, job: JobOnNode) -> bool:
+    """Whether a job holds a GPU, as far as the ledger can be read; leave() reports one that cannot."""
+    try:
+        return _holds(gpu, job)
+    except NodeError:
+        return True
+
+
+def read_leave_gpus(found: dict[str, str]) -> LeaveGpus:
     """Raises: DamagedFileError when these are not its words."""
-    if found.keys() != {"gpu", "number"} or not found["number"].isdigit():
-        raise DamagedFileError(f"the journal has an undo {LEAVE_GPU} without a GPU and its number")
-    return LeaveGpu(found["gpu"], int(found["number"]))
+    if found.keys() != {"gpus"}:
+        raise DamagedFileError(f"the journal has an undo {LEAVE_GPUS} without GPUs")
+    return LeaveGpus(tuple(found["gpus"].split(",")))
 
 
-def end_clients(job_id: int, uid: int) -> None:
-    """End what is left of a job: its user's processes in its cgroup, by the kernel's word, and nobody else's."""
-    ours = [pid for pid in processes.pids() if processes.job_of(pid) == job_id and processes.uid_of(pid) == uid]
-    found = [process for pid in ours if (process := processes.identify(pid))]
+def end_clients(job_id: int, uid: int, timeout_seconds: float) -> None:
+    """End what is left of a job: its user's processes in its cgroup, by the kernel's word, and nobody else's.
+
+    Raises: DeadlineError where the node has so many processes that not all could be looked at.
+    """
+    found, end = [], monotonic() + timeout_seconds
+    for pid in processes.pids():
+        if monotonic() > end:
+            raise DeadlineError(f"its processes could not be searched for within {timeout_seconds:g} s")
+        if processes.job_of(pid) == job_id and processes.uid_of(pid) == uid and (process := processes.identify(pid)):
+            found.append(process)
     if not found:
         return
     control.kill_all(found, processes.SIGKILL, _CLIENTS_END_SECONDS)
@@ -339,19 +394,43 @@ def _is_gone(daemon: JoinedDaemon, holders: Sequence[Holder]) -> bool:
 
 
 def close(
-    gpu: str,
-    daemon: JoinedDaemon,
+    closing: Mapping[str, JoinedDaemon],
     state: NodeState,
     gpus: Gpus,
     config: SiteConfig,
     seconds: Callable[[float], float],
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """End a daemon that is CLOSING, outside the lock; then forget it, and without holders put the compute mode back.
+    """End GPUs' daemons that are CLOSING, all at once and outside the lock; then forget each that is gone.
 
+    They are of jobs that share in one way, so that their servers have one user.
     Raises: NodeError with what could not be ended.
     """
-    control.quit_all([_control(gpu, daemon, config)], daemon.uid, patience(config, seconds), meanwhile)
+    if not closing:
+        return
+    there = {gpu: _control(gpu, daemon, config) for gpu, daemon in closing.items()}
+    (uid,) = {daemon.uid for daemon in closing.values()}
+    problems: list[Exception] = []
+    stuck: set[str] = set()
+    how_long = patience(config, seconds)
+    try:
+        control.quit_all(list(there.values()), uid, how_long, meanwhile)
+    except NodeError as error:
+        problems.append(error)
+        stuck = {one.pipe_directory for one in control.search(DIRECTORY, how_long.search_seconds)}
+    for gpu, daemon in closing.items():
+        if there[gpu].pipe_directory not in stuck:
+            try:
+                _forget(gpu, daemon, state, gpus, config, seconds)
+            except NodeError as error:
+                problems.append(error)
+    raise_all(problems)
+
+
+def _forget(
+    gpu: str, daemon: JoinedDaemon, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]
+) -> None:
+    """Take a daemon that is gone out of its GPU's ledger; without holders the GPU gets its compute mode back."""
     state.ledgers.lock(seconds(config.deadlines_command))
     try:
         entry = state.ledgers.read(gpu)
@@ -385,7 +464,7 @@ def settle(gpu: str, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: 
     """Put right what_is_left(). Raises: NodeError."""
     daemon = leave(gpu, (), state, gpus, config, seconds)
     if daemon is not None:
-        close(gpu, daemon, state, gpus, config, seconds)
+        close({gpu: daemon}, state, gpus, config, seconds)
 
 
 def unconfined(slurm_conf: str) -> str:

@@ -15,7 +15,7 @@ from ..node.nvml import expected_uuids
 from ..record import replace
 from . import logs
 from .actions import MakeDirectories, QuitDaemons, ReleaseGpu, StartDaemons, StartServers
-from .joined import LeaveGpu
+from .joined import LeaveGpus
 from .plan import first_actions, make_plan
 from .undo import read_undo
 
@@ -83,8 +83,8 @@ def _note(actions: Iterable[Action], job: JobOnNode) -> None:
     """
     undos = [undo for action in actions if (undo := action.undo()) is not None]
     for undo in undos:
-        if isinstance(undo, (ReleaseGpu, LeaveGpu)):
-            job.state.ledgers.read(undo.gpu)
+        for gpu in undo.gpus if isinstance(undo, (ReleaseGpu, LeaveGpus)) else ():
+            job.state.ledgers.read(gpu)
     new = [line for undo in undos if (line := undo.line()) not in job.journal.undo]
     if new:
         job.journal.note(*new)
@@ -126,7 +126,7 @@ def undo_all(job: JobOnNode, *, claims: bool = True) -> list[str]:
     for line in reversed(job.journal.undo):
         try:
             undo = read_undo(line)
-            if claims or not isinstance(undo, (ReleaseGpu, LeaveGpu)):
+            if claims or not isinstance(undo, (ReleaseGpu, LeaveGpus)):
                 undo.run(job)
             else:
                 left.insert(0, line)
@@ -159,5 +159,5 @@ def is_up(job: JobOnNode, run: str) -> bool:
     journal = job.journal
     if not (journal.ready and journal.run == run and journal.boot_id == job.state.boot_id):
         return False
-    daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, (QuitDaemons, LeaveGpu))]
+    daemons = [undo for undo in map(read_undo, journal.undo) if isinstance(undo, (QuitDaemons, LeaveGpus))]
     return bool(daemons) and all(undo.all_run(job) for undo in daemons)

@@ -22,7 +22,7 @@ from .actions import (
     StartServers,
     gpu_daemon_name,
 )
-from .joined import JoinGpu, daemon_path, link_name, log_path
+from .joined import JoinGpu, JoinGpus, daemon_path, link_name, log_path
 from .ledger import JOINED, JOINED_ALL, SEPARATE, WHOLE
 from .request import PER_GPU, PER_NODE
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu
@@ -407,12 +407,12 @@ def _joining(
     """The actions of a job that joins others. The daemon has the site's limits; the job's are its clients' own."""
     mode = _compute_mode(JOINED, config)
     way = JOINED_ALL if joins_all(config) else JOINED
-    actions: list[Action] = []
+    joins = []
     for number, (gpu, daemon) in enumerate(zip(gpus, daemons, strict=True)):
         limits = Limits(config.limits_thread_percentage_max, _most_memory(gpu, config))
         mib = _promised_mib(request, config, gpu, daemon, -(-request.tasks // len(gpus)))
-        actions.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config), way))
-    return (*actions, AdmitUser(request.uid))
+        joins.append(JoinGpu(gpu.uuid, number, request.uid, mode, limits, mib, _for_clients(gpu, config), way))
+    return (JoinGpus(tuple(joins)), AdmitUser(request.uid))
 
 
 def _promised_mib(request: JobRequest, config: SiteConfig, gpu: Gpu, daemon: JobDaemon, tasks: int) -> int:

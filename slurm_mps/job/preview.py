@@ -12,7 +12,7 @@ from ..node.nvml import Gpu, Gpus
 from ..record import record
 from ..units import printable
 from .actions import HoldGpu
-from .joined import JoinGpu
+from .joined import JoinGpu, JoinGpus
 from .plan import Plan, make_plan
 from .request import PER_GPU, PER_NODE, SHARE, VARIABLES, read_request
 from .state import NodeState
@@ -117,6 +117,7 @@ def _refuse_beside_others(plan: Plan) -> None:
     except FileNotFoundError:
         return  # no job had MPS here since the boot
     for action in plan.actions:
-        if isinstance(action, (HoldGpu, JoinGpu)):
-            action.refuse_beside(state.ledgers.read(action.gpu).holders)
+        for one in action.joins if isinstance(action, JoinGpus) else (action,):
+            if isinstance(one, (HoldGpu, JoinGpu)):
+                one.refuse_beside(state.ledgers.read(one.gpu).holders)
     state.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..node.wordfile import DamagedFileError, fields
 from .actions import QuitDaemons, ReleaseGpu, RemoveDirectories
-from .joined import LEAVE_GPU, read_leave_gpu
+from .joined import LEAVE_GPUS, read_leave_gpus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,6 @@ def read_undo(line: str) -> Undo:
         return RemoveDirectories()
     if kind == "quit_daemons" and (found := fields(words)).keys() == {"names"}:
         return QuitDaemons(tuple(found["names"].split(",")))
-    if kind == LEAVE_GPU:
-        return read_leave_gpu(fields(words))
+    if kind == LEAVE_GPUS:
+        return read_leave_gpus(fields(words))
     raise DamagedFileError(f"the journal has an unknown undo {kind[:40]!r}")

@@ -376,8 +376,7 @@ def _find_processes(
     Raises: NodeError, DeadlineError.
     """
     found: dict[ControlDaemon, list[ProcessIdentity]] = {daemon: [] for daemon in daemons}
-    (job_directory,) = {os.path.dirname(daemon.pipe_directory) for daemon in daemons}
-    for one in search(job_directory, timeout_seconds):
+    for one in search(os.path.commonpath([daemon.pipe_directory for daemon in daemons]), timeout_seconds):
         for daemon, ours in found.items():
             theirs = one.uid == 0 or (one.uid == server_uid and one.program == SERVER_PROGRAM)
             if one.pipe_directory == daemon.pipe_directory and theirs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.gpunode import EPILOG, PROLOG, GpuNode, asked, job_environment
-from tests.harness.site import STATE_DIRECTORY
+from tests.harness.site import PYTHON, STATE_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,6 +270,39 @@ def test_plan_shows_how_a_job_joins(node: GpuNode) -> None:
     start(node, 1, user="bob").check()
     refused = node.run("slurm-mps", "plan", "--gres=mps:25", "--user=alice")
     assert "is held by an MPS job of another user" in refused.stderr
+
+
+def test_daemons_whose_servers_are_stopped_are_ended_together(node: GpuNode) -> None:
+    """A user can stop them, and four that are ended one after another take 7 s, sixteen 27 s."""
+    node.prolog(1, gpus="0,1,2,3", SPANK_MPS="per-gpu").check()
+    for number in range(4):
+        client(node, 1, number=number)
+    servers = [str(process.pid) for process in node.mps_processes() if process.uid]
+    node.run("kill", "-STOP", *servers).check()
+    began = time.monotonic()
+    node.epilog(1).check()
+    assert time.monotonic() - began < 4
+    assert len(servers) == 4
+    assert node.mps_processes() == []
+
+
+def traced(node: GpuNode, job_id: int, *options: str) -> Result:
+    """The epilog of a job under strace, whose lines come with standard error."""
+    strace = ["strace", "-f", "-b", "execve", "-qqq", "-e", "signal=none", *options]
+    epilog = [PYTHON, "-I", "-S", f"{node.package}/hook.py", "epilog"]
+    return node.run(*strace, *epilog, env=job_environment(job_id))
+
+
+def test_what_is_left_of_a_job_is_searched_for_once_and_not_for_ever(node: GpuNode) -> None:
+    """Not once for each of its GPUs; where the node has too many processes, the epilog says so and comes again."""
+    node.prolog(1, gpus="0,1", SPANK_MPS="per-gpu").check()
+    first = ("-P", "/proc/1/cgroup", "-e", "inject=openat:delay_enter=2100000")
+    late = traced(node, 1, *first)
+    again = traced(node, 1, "-P", "/proc/1/cgroup", "-e", "trace=openat")
+    assert (late.returncode, again.returncode) == (1, 0)
+    assert "job 1: its processes could not be searched for within 2 s" in late.stderr
+    assert again.stderr.count("/proc/1/cgroup") == 1
+    node.run("rm", f"{STATE_DIRECTORY}/last-fault").check()
 
 
 def test_what_is_left_of_a_job_on_the_server_is_ended_and_nobody_else(node: GpuNode) -> None:

@@ -16,7 +16,7 @@ from slurm_mps.job.actions import (
     StartDaemons,
     StartServers,
 )
-from slurm_mps.job.joined import JoinGpu
+from slurm_mps.job.joined import JoinGpu, JoinGpus
 from slurm_mps.job.plan import Plan, make_plan, refusal_of_default
 from slurm_mps.job.request import PER_GPU, JobRequest
 from slurm_mps.job.verdict import VERDICT_VERSION, Verdict
@@ -42,6 +42,11 @@ def verdict(plan: Plan) -> Verdict:
     return plan.verdict(
         [ControlDaemon("/p", f"/run/j/{daemon.name}", f"/log/{daemon.name}") for daemon in plan.daemons]
     )
+
+
+def joins_of(plan: Plan) -> tuple[JoinGpu, ...]:
+    (action,) = [one for one in plan.actions if isinstance(one, JoinGpus)]
+    return action.joins
 
 
 def test_slices_have_a_daemon_and_one_job_each_whatever_the_site_says_of_gpus() -> None:
@@ -278,12 +283,10 @@ def test_all_users_on_a_server_have_a_limit_and_a_driver_that_can() -> None:
     """A job without a limit has the site's most, and is counted with it; a part of a GPU has its part."""
     config = SiteConfig(gpus_sharing="joined", gpus_joined_users="all", limits_memory_max="64G")
     plan = make_plan(ask(), config, GPUS[:1])
-    (join, _) = plan.actions
+    (join,) = joins_of(plan)
     assert plan.daemons[0].limits.memory_bytes == 64 * GIB
-    assert isinstance(join, JoinGpu)
     assert (join.way, join.server_uid, join.limits.memory_bytes, join.mib) == ("joined-all", 0, 64 * GIB, 64 * 1024)
-    (join, _) = make_plan(ask(), replace(config, gpus_shards_per_gpu=4), GPUS[:1]).actions
-    assert isinstance(join, JoinGpu)
+    (join,) = joins_of(make_plan(ask(), replace(config, gpus_shards_per_gpu=4), GPUS[:1]))
     assert join.mib == 0  # of its shards, which Slurm counts
     older = tuple(replace(gpu, cuda_version=(12, 4)) for gpu in GPUS[:1])
     with pytest.raises(RequestError, match="this node has too old a driver; tell your admin: it needs driver 580"):
@@ -309,5 +312,4 @@ def test_one_gpu_named_twice_is_slurms_mistake() -> None:
 def test_tasks_of_a_joined_job_are_counted_once_and_not_on_each_gpu() -> None:
     config = SiteConfig(gpus_sharing="joined")
     request = replace(ask(memory=20 * GIB), daemons=PER_GPU, tasks=3)
-    joins = [one for one in make_plan(request, config, GPUS).actions if isinstance(one, JoinGpu)]
-    assert [join.mib for join in joins] == [2 * 20 * 1024] * 2
+    assert [join.mib for join in joins_of(make_plan(request, config, GPUS))] == [2 * 20 * 1024] * 2
