@@ -10,13 +10,14 @@ from time import monotonic, sleep
 
 from ..errors import DeadlineError, NodeError, RequestError, raise_all
 from ..node import control, processes
-from ..node.control import ControlDaemon, Limits, Patience, limit_commands
+from ..node.control import ControlDaemon, Limits, limit_commands
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS
 from ..node.processes import describe
 from ..node.wordfile import with_fields
 from ..record import record, replace
 from . import logs
+from .joined_daemon import help_to_close, patience, put_back
 from .ledger import WHOLE, Holder
 
 TYPE_CHECKING = False
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..config.settings import SiteConfig
     from ..node.nvml import Gpus
     from .journal import Journal
-    from .ledger import LedgerEntry
+    from .ledger import JoinedDaemon, LedgerEntry
     from .state import NodeState
 
     T = TypeVar("T")
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 
 LOG_GROWS_TO = 16  # times what is kept of a log, while the job runs
-_SEARCH_SECONDS = 2.0
 _LEAVING_SECONDS, _POLL_SECONDS = 0.5, 0.05
 
 #: The pipe directory of the one daemon that serves all of a job's GPUs.
@@ -124,24 +124,25 @@ class HoldGpu:
         return ReleaseGpu(self.gpu)
 
     def apply(self, job: JobOnNode) -> None:
-        while not under_lock(job, lambda: self._hold(job)):
+        while daemon := under_lock(job, lambda: self._hold(job)):
             wait_for(f"{self.gpu}: the control daemon of earlier jobs is still ending", job)
+            help_to_close(self.gpu, daemon, job)
 
     def refuse_beside(self, others: Sequence[Holder]) -> None:
         """Raises: RequestError where another job holds the GPU that cannot be beside this one."""
         refuse_another_way(self.gpu, self.way, others)
 
-    def _hold(self, job: JobOnNode) -> bool:
-        """Under the lock: become a holder; False while a daemon is there that nobody holds any more."""
+    def _hold(self, job: JobOnNode) -> JoinedDaemon | None:
+        """Under the lock: become a holder. Returns: the daemon that is in the way, though nobody holds it any more."""
         job_id = job.journal.job_id
         job.journal.claims = True
         entry = job.state.ledgers.read(self.gpu)
         others = [one for one in entry.holders if one.job_id != job_id]
         self.refuse_beside(others)
         if entry.daemon is not None:
-            return False
+            return entry.daemon
         claim(self.gpu, self.mode, replace(entry, holders=(*others, Holder(job_id, self.way))), job)
-        return True
+        return None
 
 
 def refuse_another_way(gpu: str, way: str, others: Sequence[Holder]) -> None:
@@ -193,13 +194,6 @@ def claim(gpu: str, mode: int | None, entry: LedgerEntry, job: JobOnNode) -> Non
         job.gpus.set_compute_mode(gpu, mode)
 
 
-def put_back(gpu: str, entry: LedgerEntry, gpus: Gpus) -> LedgerEntry:
-    """Put back the compute mode that was found. Returns: the entry of a GPU whose mode nobody has changed."""
-    if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
-        gpus.set_compute_mode(gpu, entry.mode_found)
-    return replace(entry, mode_found=None)
-
-
 def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
     """Do something while nobody else reads or writes a ledger; again where processes are about to leave a GPU.
 
@@ -227,18 +221,6 @@ def wait_for(why: str, job: JobOnNode) -> None:
     job.journal.waited = why
     job.seconds(0)
     sleep(_POLL_SECONDS)
-
-
-def patience(config: SiteConfig, seconds: Callable[[float], float]) -> Patience:
-    """How long to wait for the end of daemons, where `seconds` says how much of what is wanted there is."""
-    wanted = config.deadlines_quit + 2 * config.deadlines_signal + 2 * _SEARCH_SECONDS
-    share = seconds(wanted) / wanted
-    return Patience(
-        force_after_seconds=2,
-        quit_seconds=share * config.deadlines_quit,
-        signal_seconds=share * config.deadlines_signal,
-        search_seconds=share * _SEARCH_SECONDS,
-    )
 
 
 @record

@@ -8,7 +8,7 @@
 Promises (docs/decisions/0021):
  - Joining and leaving need no answer from the daemon: its ledger, its process and its socket say all.
  - Under the GPU's lock no daemon is waited for. It is started and ended outside of it, by what the ledger says:
-   STARTING, OPEN, CLOSING. Whoever finds one that is CLOSING may end it; a second time does no harm.
+   STARTING, OPEN, CLOSING (job/joined_daemon.py).
  - A job's undo ends only what is in the job's own cgroup, and the daemon only when the last has left.
 """
 
@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from time import monotonic
 
-from ..config.settings import STATE_DIRECTORY
 from ..errors import DeadlineError, NodeError, RequestError, raise_all
 from ..node import control, processes
-from ..node.control import ControlDaemon, Limits, limit_commands
+from ..node.control import Limits, limit_commands
 from ..node.listen import BUSY, listener
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES
@@ -27,13 +26,14 @@ from ..node.wordfile import DamagedFileError, fields, with_fields
 from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
-from .actions import LOG_GROWS_TO, claim, patience, put_back, refuse_another_way, under_lock, wait_for
+from .actions import LOG_GROWS_TO, claim, refuse_another_way, under_lock, wait_for
+from .joined_daemon import close, control_daemon, given_up, help_to_close, is_alive
 from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, JoinedDaemon, LedgerEntry, describe_gone
 from .state import DAEMONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from ..config.settings import SiteConfig
     from ..node.files import Directory
@@ -47,31 +47,9 @@ _SOCKET = "control"
 LEAVE_GPUS = "leave_gpus"
 
 
-DIRECTORY = f"{STATE_DIRECTORY}/{DAEMONS}"
-
-
 def link_name(number: int) -> str:
     """The directory with a job's link, by the job's own count of its GPUs. No script takes it for a daemon's own."""
     return f"joined-{number}"
-
-
-def daemon_path(gpu: str) -> str:
-    """Where a GPU's daemons lie, one after the other, with one place for the marks of them all."""
-    return f"{DIRECTORY}/{gpu}"
-
-
-def log_path(gpu: str, config: SiteConfig) -> str:
-    return f"{config.paths_logs}/{gpu}"
-
-
-def _control(gpu: str, daemon: JoinedDaemon, config: SiteConfig) -> ControlDaemon:
-    pipe = f"{daemon_path(gpu)}/{daemon.starter}"
-    return ControlDaemon(config.paths_control_program, pipe, log_path(gpu, config))
-
-
-def is_alive(daemon: JoinedDaemon) -> bool:
-    """Whether the process is there that the ledger names. It is not asked: one silent client makes it deaf (O50)."""
-    return daemon.process is not None and processes.identify(daemon.process.pid) == daemon.process
 
 
 @record
@@ -120,8 +98,7 @@ class JoinGpu:
             starts = f"job {daemon.starter} is still starting the control daemon"
             ends = "the control daemon of earlier jobs is still ending"
             wait_for(f"{self.gpu}: {starts if daemon.stage == STARTING else ends}", job)
-            if daemon.stage == CLOSING:
-                self._help_to_close(daemon, job)
+            help_to_close(self.gpu, daemon, job)
 
     def _enter(self, ours: Holder, job: JobOnNode) -> JoinedDaemon:
         """Under the lock: become a holder where a daemon is open, or where there is none and this job is to start it.
@@ -171,15 +148,9 @@ class JoinGpu:
         pid = daemon.process.pid if daemon.process else None
         return listener(f"{job.journal.directory.path}/{link_name(self.number)}") in (pid, BUSY)
 
-    def _help_to_close(self, daemon: JoinedDaemon, job: JobOnNode) -> None:
-        try:
-            close({self.gpu: daemon}, job.state, job.gpus, job.config, job.seconds)
-        except NodeError as error:
-            tell_admin(f"job {job.journal.job_id}: {error}")
-
     def _start(self, daemon: JoinedDaemon, job: JobOnNode) -> None:
         """Start the daemon outside the lock, and open it to all holders. Raises: NodeError."""
-        running, reader = _control(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
+        running, reader = control_daemon(self.gpu, daemon, job.config), None if self.way == JOINED_ALL else self.uid
         anew = len(job.state.ledgers.read(self.gpu).holders) == 1
         with (
             job.state.daemons().make(self.gpu, 0o755) as place,
@@ -376,73 +347,15 @@ def leave(
         if daemon is not None and daemon.stage != CLOSING and abandoned:
             daemon = replace(daemon, stage=CLOSING, closer=jobs[0] if jobs else 0)
         entry = replace(entry, holders=left, daemon=daemon)
-        state.ledgers.write(gpu, entry if left or daemon else _given_up(gpu, entry, gpus, config))
-        ours = daemon is not None and daemon.stage == CLOSING and (not jobs or daemon.closer in jobs)
-        return daemon if ours else None
+        state.ledgers.write(gpu, entry if left or daemon else given_up(gpu, entry, gpus, config))
     finally:
         state.ledgers.unlock()
-
-
-def _given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> LedgerEntry:
-    """The entry of a GPU that nobody holds any more: it is in the compute mode that was found, and has no logs."""
-    logs.forget(gpu, config)
-    return put_back(gpu, entry, gpus)
+    ours = daemon is not None and daemon.stage == CLOSING and (not jobs or daemon.closer in jobs)
+    return daemon if ours else None
 
 
 def _is_gone(daemon: JoinedDaemon, holders: Sequence[Holder]) -> bool:
     return daemon.starter not in (one.job_id for one in holders)
-
-
-def close(
-    closing: Mapping[str, JoinedDaemon],
-    state: NodeState,
-    gpus: Gpus,
-    config: SiteConfig,
-    seconds: Callable[[float], float],
-    meanwhile: Callable[[], None] | None = None,
-) -> None:
-    """End GPUs' daemons that are CLOSING, all at once and outside the lock; then forget each that is gone.
-
-    They are of jobs that share in one way, so that their servers have one user.
-    Raises: NodeError with what could not be ended.
-    """
-    if not closing:
-        return
-    there = {gpu: _control(gpu, daemon, config) for gpu, daemon in closing.items()}
-    (uid,) = {daemon.uid for daemon in closing.values()}
-    problems: list[Exception] = []
-    stuck: set[str] = set()
-    how_long = patience(config, seconds)
-    try:
-        control.quit_all(list(there.values()), uid, how_long, meanwhile)
-    except NodeError as error:
-        problems.append(error)
-        stuck = {one.pipe_directory for one in control.search(DIRECTORY, how_long.search_seconds)}
-    for gpu, daemon in closing.items():
-        if there[gpu].pipe_directory not in stuck:
-            try:
-                _forget(gpu, daemon, state, gpus, config, seconds)
-            except NodeError as error:
-                problems.append(error)
-    raise_all(problems)
-
-
-def _forget(
-    gpu: str, daemon: JoinedDaemon, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]
-) -> None:
-    """Take a daemon that is gone out of its GPU's ledger; without holders the GPU gets its compute mode back."""
-    state.ledgers.lock(seconds(config.deadlines_command))
-    try:
-        entry = state.ledgers.read(gpu)
-        if entry.daemon is None or entry.daemon.starter != daemon.starter or entry.daemon.stage != CLOSING:
-            return  # somebody else was faster
-        state.daemons().remove_tree(gpu)
-        entry = replace(entry, daemon=None)
-        if not entry.holders:
-            entry = _given_up(gpu, entry, gpus, config)
-        state.ledgers.write(gpu, entry)
-    finally:
-        state.ledgers.unlock()
 
 
 def names(state: NodeState) -> list[str]:

@@ -22,7 +22,8 @@ from .actions import (
     StartServers,
     gpu_daemon_name,
 )
-from .joined import JoinGpu, JoinGpus, daemon_path, link_name, log_path
+from .joined import JoinGpu, JoinGpus, link_name
+from .joined_daemon import daemon_path, log_path
 from .ledger import JOINED, JOINED_ALL, SEPARATE, WHOLE
 from .request import PER_GPU, PER_NODE
 from .verdict import READY, DaemonPlace, Verdict, VerdictGpu

@@ -23,7 +23,7 @@ from ..record import record
 from ..slurm import jobs as slurm
 from ..slurm.hostlist import hosts_of
 from ..slurm.jobs import SlurmJob
-from . import joined, logs
+from . import joined, joined_daemon, logs
 from .actions import JobOnNode, let_go
 from .ledger import describe_gone
 from .lifecycle import take_down
@@ -166,7 +166,7 @@ class Reconciler:
         for uuid in state.ledgers.names():
             self._guarded(uuid, partial(self._ledger, state, uuid))
             self._guarded(uuid, partial(self._joined, state, uuid, config))
-        self._guarded(joined.DIRECTORY, partial(self._lost_daemons, state, config))
+        self._guarded(joined_daemon.DIRECTORY, partial(self._lost_daemons, state, config))
         for path in state.strangers():
             self._report(Repair(path, LEFT, "slurm-mps did not put it there"))
         for job_id in self._untidy_logs(config, [*jobs, *lost]):
@@ -341,15 +341,15 @@ class Reconciler:
             return None
         why = f"control daemons of GPUs that no job holds: {', '.join(names)}"
         if self._dry_run:
-            return Repair(joined.DIRECTORY, WOULD_REPAIR, why)
+            return Repair(joined_daemon.DIRECTORY, WOULD_REPAIR, why)
         self._watch.restart(DEFAULTS.deadlines_epilog)
         for name in names:
-            found = [one.process for one in search(f"{joined.DIRECTORY}/{name}", _SEARCH_SECONDS)]
+            found = [one.process for one in search(f"{joined_daemon.DIRECTORY}/{name}", _SEARCH_SECONDS)]
             for number in (SIGTERM, SIGKILL):
                 kill_all(found, number, DEFAULTS.deadlines_signal)
             state.daemons().remove_tree(name)
             logs.forget(name, config)
-        return Repair(joined.DIRECTORY, REPAIRED, why)
+        return Repair(joined_daemon.DIRECTORY, REPAIRED, why)
 
     # --------------------------------------------------------------------------------------------------- the logs
 

@@ -259,7 +259,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         Change(
             JOINED,
             "        if daemon.stage == OPEN and is_alive(daemon):",
-            "        if daemon.stage == OPEN and _control(self.gpu, daemon, job.config).process():",
+            "        if daemon.stage == OPEN and control_daemon(self.gpu, daemon, job.config).process():",
         ),
     ),
     "joining needs devices that are confined": (

@@ -206,12 +206,12 @@ def test_the_next_job_waits_for_the_daemon_that_ends_whatever_the_site_says_by_t
 
 @pytest.mark.parametrize(
     ("then", "end_ms", "start_ms"),
-    [("refuse", 4000, 0), ("separate", 4000, 0), ("joined", 1200, 2400)],
+    [("refuse", 1200, 4000), ("separate", 1200, 4000), ("joined", 1200, 2400)],
 )
 def test_a_job_that_waited_too_long_for_a_daemon_is_refused_and_no_node_drains(
     node: GpuNode, then: str, end_ms: int, start_ms: int
 ) -> None:
-    """It has 2.4 s in all: the old daemon takes longer to go, or its own takes longer to come than is then left."""
+    """It has 2.4 s in all, and its own daemon takes longer to come than the old one has left of them."""
     start(node, 1).check()
     node.fault(f"command.quit=slow:{end_ms}", f"daemon.start=slow:{start_ms}")
     ending = node.start(EPILOG, env=job_environment(1))
@@ -222,6 +222,24 @@ def test_a_job_that_waited_too_long_for_a_daemon_is_refused_and_no_node_drains(
     assert re.search("control daemon .* submit the job again", node.verdict(2)["message"])
     assert ending.wait(30) == 0
     node.fault()
+
+
+@pytest.mark.parametrize("then", ["refuse", "separate"])
+def test_the_next_job_ends_the_daemon_whose_epilog_was_killed_whatever_the_site_says_by_then(
+    node: GpuNode, then: str
+) -> None:
+    """Its epilog has marked it, and told it to quit, which a daemon need not hear."""
+    start(node, 1).check()
+    node.fault("command.quit=hang")
+    ending = node.start(EPILOG, env=job_environment(1))
+    while "stage=closing" not in ledger(node):
+        time.sleep(0.01)
+    node.machine.signal(ending, 9)
+    ending.wait(10)
+    node.fault()
+    node.configure(WAYS[then])
+    node.prolog(2, gpus="0", **({PART: "25"} if then != "refuse" else asked("25"))).check()
+    assert node.verdict(2)["status"] == "ready", node.verdict(2)
 
 
 def ledger(node: GpuNode, gpu: int = 0) -> str:

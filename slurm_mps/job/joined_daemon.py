@@ -1,0 +1,144 @@
+"""The control daemon that joined jobs share: where it lies, whether it is alive, and its end.
+
+A job of any way that needs the GPU helps to end a daemon that is CLOSING: the epilog that was to may have been killed.
+A second time does no harm.
+"""
+
+from __future__ import annotations
+
+from ..config.settings import STATE_DIRECTORY
+from ..errors import NodeError, raise_all
+from ..node import control, processes
+from ..node.control import ControlDaemon, Patience
+from ..node.messages import tell_admin
+from ..record import replace
+from . import logs
+from .ledger import CLOSING
+from .state import DAEMONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ..config.settings import SiteConfig
+    from ..node.nvml import Gpus
+    from .actions import JobOnNode
+    from .ledger import JoinedDaemon, LedgerEntry
+    from .state import NodeState
+
+_SEARCH_SECONDS = 2.0
+
+DIRECTORY = f"{STATE_DIRECTORY}/{DAEMONS}"
+
+
+def daemon_path(gpu: str) -> str:
+    """Where a GPU's daemons lie, one after the other, with one place for the marks of them all."""
+    return f"{DIRECTORY}/{gpu}"
+
+
+def log_path(gpu: str, config: SiteConfig) -> str:
+    return f"{config.paths_logs}/{gpu}"
+
+
+def pipe_path(gpu: str, daemon: JoinedDaemon) -> str:
+    return f"{daemon_path(gpu)}/{daemon.starter}"
+
+
+def control_daemon(gpu: str, daemon: JoinedDaemon, config: SiteConfig) -> ControlDaemon:
+    return ControlDaemon(config.paths_control_program, pipe_path(gpu, daemon), log_path(gpu, config))
+
+
+def is_alive(daemon: JoinedDaemon) -> bool:
+    """Whether the process is there that the ledger names. It is not asked: one silent client makes it deaf (O50)."""
+    return daemon.process is not None and processes.identify(daemon.process.pid) == daemon.process
+
+
+def patience(config: SiteConfig, seconds: Callable[[float], float]) -> Patience:
+    """How long to wait for the end of daemons, where `seconds` says how much of what is wanted there is."""
+    wanted = config.deadlines_quit + 2 * config.deadlines_signal + 2 * _SEARCH_SECONDS
+    share = seconds(wanted) / wanted
+    return Patience(
+        force_after_seconds=2,
+        quit_seconds=share * config.deadlines_quit,
+        signal_seconds=share * config.deadlines_signal,
+        search_seconds=share * _SEARCH_SECONDS,
+    )
+
+
+def put_back(gpu: str, entry: LedgerEntry, gpus: Gpus) -> LedgerEntry:
+    """Put back the compute mode that was found. Returns: the entry of a GPU whose mode nobody has changed."""
+    if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
+        gpus.set_compute_mode(gpu, entry.mode_found)
+    return replace(entry, mode_found=None)
+
+
+def given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> LedgerEntry:
+    """The entry of a GPU that nobody holds any more: it is in the compute mode that was found, and has no logs."""
+    logs.forget(gpu, config)
+    return put_back(gpu, entry, gpus)
+
+
+def help_to_close(gpu: str, daemon: JoinedDaemon, job: JobOnNode) -> None:
+    """End a daemon that is in a job's way, where it is CLOSING. What cannot be ended is not this job's fault."""
+    try:
+        close({gpu: daemon} if daemon.stage == CLOSING else {}, job.state, job.gpus, job.config, job.seconds)
+    except NodeError as error:
+        tell_admin(f"job {job.journal.job_id}: {error}")
+
+
+def close(
+    closing: Mapping[str, JoinedDaemon],
+    state: NodeState,
+    gpus: Gpus,
+    config: SiteConfig,
+    seconds: Callable[[float], float],
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
+    """End GPUs' daemons that are CLOSING, all at once and outside the lock; then forget each that is gone.
+
+    They are of jobs that share in one way, so that their servers have one user.
+    Raises: NodeError with what could not be ended.
+    """
+    if not closing:
+        return
+    there = {gpu: control_daemon(gpu, daemon, config) for gpu, daemon in closing.items()}
+    (uid,) = {daemon.uid for daemon in closing.values()}
+    problems: list[Exception] = []
+    stuck: set[str] = set()
+    how_long = patience(config, seconds)
+    try:
+        control.quit_all(list(there.values()), uid, how_long, meanwhile)
+    except NodeError as error:
+        problems.append(error)
+        stuck = _stuck(how_long.search_seconds) or {daemon.pipe_directory for daemon in there.values()}
+    for gpu, daemon in closing.items():
+        if there[gpu].pipe_directory not in stuck:
+            try:
+                _forget(gpu, daemon, state, gpus, config, seconds)
+            except NodeError as error:
+                problems.append(error)
+    raise_all(problems)
+
+
+def _stuck(timeout_seconds: float) -> set[str]:
+    """The pipe directories of which a process is still there; none where that cannot be found out."""
+    try:
+        return {one.pipe_directory for one in control.search(DIRECTORY, timeout_seconds)}
+    except NodeError:
+        return set()
+
+
+def _forget(
+    gpu: str, daemon: JoinedDaemon, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: Callable[[float], float]
+) -> None:
+    """Take a daemon that is gone out of its GPU's ledger; without holders the GPU gets its compute mode back."""
+    state.ledgers.lock(seconds(config.deadlines_command))
+    try:
+        entry = state.ledgers.read(gpu)
+        if entry.daemon is None or entry.daemon.starter != daemon.starter or entry.daemon.stage != CLOSING:
+            return  # somebody else was faster
+        state.daemons().remove_tree(gpu)
+        entry = replace(entry, daemon=None)
+        state.ledgers.write(gpu, entry if entry.holders else given_up(gpu, entry, gpus, config))
+    finally:
+        state.ledgers.unlock()
