@@ -27,7 +27,7 @@ from ..record import record, replace
 from ..units import MIB, describe_memory
 from . import logs
 from .actions import LOG_GROWS_TO, claim, refuse_another_way, under_lock, wait_for
-from .joined_daemon import close, control_daemon, given_up, help_to_close, is_alive
+from .joined_daemon import close, control_daemon, forget_logs, help_to_close, is_alive, make_logs, put_back
 from .ledger import CLOSING, JOINED, JOINED_ALL, OPEN, STARTING, Holder, JoinedDaemon, LedgerEntry, describe_gone
 from .state import DAEMONS
 
@@ -157,7 +157,7 @@ class JoinGpu:
             place.make(str(daemon.starter), 0o700) as pipe,
         ):
             pipe.grant_user(reader)
-            if not logs.make(self.gpu, reader, (), job.config, anew=anew):
+            if not make_logs(self.gpu, reader, job.state, job.config, anew=anew):
                 pipe.make("log", 0o755).close()
                 running = replace(running, log_directory=f"{running.pipe_directory}/log")
             seconds = job.seconds(job.config.deadlines_daemon_start)
@@ -347,9 +347,11 @@ def leave(
         if daemon is not None and daemon.stage != CLOSING and abandoned:
             daemon = replace(daemon, stage=CLOSING, closer=jobs[0] if jobs else 0)
         entry = replace(entry, holders=left, daemon=daemon)
-        state.ledgers.write(gpu, entry if left or daemon else given_up(gpu, entry, gpus, config))
+        state.ledgers.write(gpu, entry if left or daemon else put_back(gpu, entry, gpus))
     finally:
         state.ledgers.unlock()
+    if daemon is None and not left:
+        forget_logs(gpu, state, config)
     ours = daemon is not None and daemon.stage == CLOSING and (not jobs or daemon.closer in jobs)
     return daemon if ours else None
 

@@ -7,7 +7,7 @@ A second time does no harm.
 from __future__ import annotations
 
 from ..config.settings import STATE_DIRECTORY
-from ..errors import NodeError, raise_all
+from ..errors import DeadlineError, NodeError, raise_all
 from ..node import control, processes
 from ..node.control import ControlDaemon, Patience
 from ..node.messages import tell_admin
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .state import NodeState
 
 _SEARCH_SECONDS = 2.0
+_LOGS_SECONDS = 1.0
 
 DIRECTORY = f"{STATE_DIRECTORY}/{DAEMONS}"
 
@@ -70,12 +71,6 @@ def put_back(gpu: str, entry: LedgerEntry, gpus: Gpus) -> LedgerEntry:
     if entry.mode_found is not None and gpus.compute_mode(gpu) != entry.mode_found:
         gpus.set_compute_mode(gpu, entry.mode_found)
     return replace(entry, mode_found=None)
-
-
-def given_up(gpu: str, entry: LedgerEntry, gpus: Gpus, config: SiteConfig) -> LedgerEntry:
-    """The entry of a GPU that nobody holds any more: it is in the compute mode that was found, and has no logs."""
-    logs.forget(gpu, config)
-    return put_back(gpu, entry, gpus)
 
 
 def help_to_close(gpu: str, daemon: JoinedDaemon, job: JobOnNode) -> None:
@@ -139,6 +134,40 @@ def _forget(
             return  # somebody else was faster
         state.daemons().remove_tree(gpu)
         entry = replace(entry, daemon=None)
-        state.ledgers.write(gpu, entry if entry.holders else given_up(gpu, entry, gpus, config))
+        state.ledgers.write(gpu, entry if entry.holders else put_back(gpu, entry, gpus))
     finally:
         state.ledgers.unlock()
+    forget_logs(gpu, state, config)
+
+
+def make_logs(gpu: str, uid: int | None, state: NodeState, config: SiteConfig, *, anew: bool) -> bool:
+    """Make the log directory of a GPU whose daemon is STARTING, as logs.make() does."""
+    try:
+        state.lock_gpu_logs(gpu, _LOGS_SECONDS)
+    except DeadlineError as error:
+        tell_admin(f"{gpu}: its logs are not written below {config.paths_logs}: {error}")
+        return False
+    try:
+        return logs.make(gpu, uid, (), config, anew=anew)
+    finally:
+        state.unlock_gpu_logs(gpu)
+
+
+def forget_logs(gpu: str, state: NodeState, config: SiteConfig) -> bool:
+    """Remove the logs of a GPU that has neither a daemon nor jobs that are to have one. Returns: whether it has none.
+
+    Not under the ledgers' lock: a file system that hangs would stop all jobs of the node. A job that starts a daemon
+    has written so in the ledger before it makes its log directory, so that the two do not meet.
+    """
+    try:
+        state.lock_gpu_logs(gpu, _LOGS_SECONDS)
+    except DeadlineError:
+        return False
+    try:
+        entry = state.ledgers.read(gpu)
+        if entry.daemon is not None or entry.holders:
+            return False
+        logs.forget(gpu, config)
+        return True
+    finally:
+        state.unlock_gpu_logs(gpu)

@@ -1,7 +1,7 @@
 """What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
 
     /run/slurm-mps/          root 0711
-      lock                   locks by number: a job's id, 0 for the ledgers
+      lock                   locks by number: a job's id, 0 for the ledgers, others beyond
       config                 the compiled site configuration
       last-fault             the message of the last prolog or epilog that failed
       last-fault-reported    when etc/health-check.sh gave that message to slurmctld
@@ -24,6 +24,8 @@ older slurm-mps ends under this one; what a newer one wrote is left as it is (do
 
 from __future__ import annotations
 
+from binascii import crc32
+
 from ..config.settings import CONFIG_VERSION, STATE_DIRECTORY, SiteConfig, from_lines
 from ..errors import DeadlineError, NodeError
 from ..node import processes
@@ -42,6 +44,7 @@ _LAST_FAULT = ("last-fault", "last-fault-reported")
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"
 _EVENTS_LIMIT_BYTES = 1024**2
 _METRICS_LOCK, _CONFIG_LOCK = 1 << 40, (1 << 40) + 1  # beyond all job ids
+_GPU_LOGS_LOCKS = 1 << 41  # and one for each GPU
 
 
 class NodeState:
@@ -184,6 +187,13 @@ class NodeState:
 
     def unlock_config(self) -> None:
         self._locks.release(_CONFIG_LOCK)
+
+    def lock_gpu_logs(self, gpu: str, timeout_seconds: float) -> None:
+        """Keep others from making or removing the log directory of a GPU. Raises: DeadlineError."""
+        self._locks.acquire(_GPU_LOGS_LOCKS + crc32(gpu.encode()), timeout_seconds)
+
+    def unlock_gpu_logs(self, gpu: str) -> None:
+        self._locks.release(_GPU_LOGS_LOCKS + crc32(gpu.encode()))
 
     def keep_compiled_config(self, stamp: str, lines: list[str]) -> None:
         """Keep the compiled form for the jobs to come. Failing to is no fault: it is compiled again."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 JOINED = '[gpus]\nsharing = "joined"\n'
 ALL_USERS = f'{JOINED}joined_users = "all"\n[limits.memory]\nmax = "40G"\n'
 WAYS = {"refuse": "", "separate": '[gpus]\nsharing = "separate"\n', "joined": JOINED}
+LOGS = "/var/log/slurm-mps"
 PART = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
@@ -240,6 +241,25 @@ def test_the_next_job_ends_the_daemon_whose_epilog_was_killed_whatever_the_site_
     node.configure(WAYS[then])
     node.prolog(2, gpus="0", **({PART: "25"} if then != "refuse" else asked("25"))).check()
     assert node.verdict(2)["status"] == "ready", node.verdict(2)
+
+
+def test_logs_that_hang_when_they_are_removed_stop_no_other_job(node: GpuNode) -> None:
+    """They lie where the site wants them, which may be another machine's disk. Who starts a daemon on that very GPU
+    waits, and has its log directory.
+    """
+    start(node, 1).check()
+    place = f"{LOGS}/{node.uuids[0]}"
+    hangs = ("strace", "-f", "-qqq", "-o", "/dev/null", "-P", place, "-e", "inject=getdents64:delay_enter=450000")
+    ending = node.start(*hangs, EPILOG, env=job_environment(1))
+    while ledger(node):
+        time.sleep(0.01)
+    start(node, 2, gpus="1").check()
+    still = ending.poll()
+    start(node, 3).check()
+    assert ending.wait(10) == 0
+    assert still is None
+    assert [node.verdict(job)["status"] for job in (2, 3)] == ["ready", "ready"]
+    assert node.run("ls", place).stdout.split() == ["control.log", "server.log"]
 
 
 def ledger(node: GpuNode, gpu: int = 0) -> str:
