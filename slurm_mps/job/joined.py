@@ -170,14 +170,14 @@ class JoinGpu:
         if process is None:
             raise NodeError(f"{self.gpu}: its control daemon has ended again")
         opened = replace(daemon, stage=OPEN, process=process)
-        under_lock(job, lambda: _open(self.gpu, opened, job))
-        if not self._is_linked(opened, job):
-            raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
-        try:
+        try:  # while no user can keep it from answering
             asked = running.ask([f"start_server -uid {self.server_uid}"])
             processes.wait_all([asked], job.seconds(job.config.deadlines_command))
         except NodeError as error:
             tell_admin(f"job {job.journal.job_id}: the server is not started ahead of the first client: {error}")
+        under_lock(job, lambda: _open(self.gpu, opened, job))
+        if not self._is_linked(opened, job):
+            raise NodeError(f"{self.gpu}: its control daemon does not listen behind the job's link")
 
 
 @record

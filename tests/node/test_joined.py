@@ -262,6 +262,18 @@ def test_logs_that_hang_when_they_are_removed_stop_no_other_job(node: GpuNode) -
     assert node.run("ls", place).stdout.split() == ["control.log", "server.log"]
 
 
+def test_no_user_reaches_a_daemon_that_its_prolog_still_talks_to(node: GpuNode) -> None:
+    """A user's connection would keep it from answering (O50): the ledger has it open when the last answer is there."""
+    node.fault("command.start_server=slow:700")
+    prolog = node.start(PROLOG, env={**job_environment(1, gpus="0"), PART: "25"})
+    while "stage=open" not in ledger(node):
+        assert prolog.poll() is None
+    there = node.mps_processes()
+    assert prolog.wait(10) == 0
+    node.epilog(1).check()
+    assert [process.comm for process in there if process.uid == 0] == ["nvidia-cuda-mps"]
+
+
 def ledger(node: GpuNode, gpu: int = 0) -> str:
     """What is written of a GPU; empty for nothing."""
     return node.run("cat", f"{STATE_DIRECTORY}/gpus/{node.uuids[gpu]}").stdout
