@@ -123,6 +123,15 @@ def untidy(config: SiteConfig, jobs: Collection[int]) -> list[int]:
         return []
 
 
+def of_gpus(config: SiteConfig) -> list[str]:
+    """The GPUs that there are logs of; none where the directory cannot be looked at, which untidy() reports."""
+    try:
+        with open_trusted(config.paths_logs, group_is_trusted=True) as logs:
+            return [name for name in logs.names() if name.startswith("GPU-")]
+    except (FileNotFoundError, NodeError):
+        return []
+
+
 def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
     """Whether a log in this directory, or in one of the directories in it, is longer than _cut() leaves it."""
     with parent.subdirectory(name) as own:

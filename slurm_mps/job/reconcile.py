@@ -9,7 +9,7 @@ Promises (docs/decisions/0005):
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from time import monotonic, time
 
@@ -18,7 +18,7 @@ from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY, SiteConfig
 from ..errors import DeadlineError, MpsError, NodeError
 from ..node.control import Stray, kill_all, search
 from ..node.nvml import COMPUTE_MODES, EXCLUSIVE_PROCESS, Gpus
-from ..node.processes import SIGKILL, SIGTERM, identify
+from ..node.processes import SIGKILL, SIGTERM, ProcessIdentity, identify
 from ..record import record
 from ..slurm import jobs as slurm
 from ..slurm.hostlist import hosts_of
@@ -41,6 +41,7 @@ _SLURM_SECONDS = 30.0
 _SEARCH_SECONDS = 10.0
 _JOBS = f"{STATE_DIRECTORY}/jobs"
 _WHY_LOGS = "of a job that is over, and more than the site keeps"
+_WHY_GPU_LOGS = "of joined jobs whose control daemon is gone"
 
 
 @record
@@ -121,8 +122,8 @@ class Reconciler:
         state = self._open_state()
         config = self._site_config(state)
         if state is None:
-            untidy = self._untidy_logs(config, ())
-            if not strays and not untidy:
+            untidy, gpus = self._untidy_logs(config, ()), logs.of_gpus(config)
+            if not strays and not untidy and not gpus:
                 return False
             if self._dry_run:
                 self._ask(list(strays))
@@ -130,6 +131,8 @@ class Reconciler:
                     self._say_of_lost(job_id)
                 for job_id in untidy:
                     self._report(Repair(f"logs of job {job_id}", WOULD_REPAIR, _WHY_LOGS))
+                for gpu in gpus:
+                    self._report(Repair(f"logs of {gpu}", WOULD_REPAIR, _WHY_GPU_LOGS))
                 return True
             state = NodeState()
         self._repair(state, strays, config)
@@ -166,7 +169,9 @@ class Reconciler:
         for uuid in state.ledgers.names():
             self._guarded(uuid, partial(self._ledger, state, uuid))
             self._guarded(uuid, partial(self._joined, state, uuid, config))
-        self._guarded(joined_daemon.DIRECTORY, partial(self._lost_daemons, state, config))
+        self._guarded(joined_daemon.DIRECTORY, partial(self._lost_daemons, state))
+        for uuid in logs.of_gpus(config):
+            self._guarded(f"logs of {uuid}", partial(self._lost_logs, state, uuid, config))
         for path in state.strangers():
             self._report(Repair(path, LEFT, "slurm-mps did not put it there"))
         for job_id in self._untidy_logs(config, [*jobs, *lost]):
@@ -267,10 +272,8 @@ class Reconciler:
         processes = [stray.process for stray in strays]
         if not any(identify(process.pid) == process for process in processes):
             return None
-        for number in (SIGTERM, SIGKILL):
-            kill_all(processes, number, DEFAULTS.deadlines_signal)
-        if left := [str(process.pid) for process in processes if identify(process.pid) == process]:
-            return Repair(thing, LEFT, f"{why}; MPS processes {', '.join(left)} are there after SIGKILL")
+        if left := _end(processes):
+            return Repair(thing, LEFT, f"{why}; {left}")
         state.open_journal(job_id)  # removes the directory without one
         for uuid in sorted({gpu for stray in strays for gpu in stray.gpus if gpu} - set(state.ledgers.names())):
             self._guarded(uuid, partial(self._mode_of_lost, uuid, job_id))
@@ -327,31 +330,48 @@ class Reconciler:
         joined.settle(uuid, state, self._gpus, config, lambda wanted: min(wanted, max(0.0, end - monotonic())))
         return Repair(uuid, REPAIRED, why)
 
-    def _lost_daemons(self, state: NodeState, config: SiteConfig) -> Repair | None:
+    def _lost_daemons(self, state: NodeState) -> None:
         """End the daemons of joined jobs that no ledger names, and remove what they had."""
+        names = joined.names(state)
+        strays = search(joined_daemon.DIRECTORY, _SEARCH_SECONDS) if names else []
+        for gpu in names:
+            self._guarded(gpu, partial(self._lost_daemon, state, gpu, strays))
 
-        def is_lost(gpu: str) -> bool:
-            try:
-                return state.ledgers.read(gpu).daemon is None
-            except MpsError:
-                return False  # a ledger that cannot be read may name it, and has been reported
-
-        names = list(filter(is_lost, joined.names(state)))
-        if not names:
+    def _lost_daemon(self, state: NodeState, gpu: str, strays: Sequence[Stray]) -> Repair | None:
+        """The strays were there before the ledger is read: a daemon that a job starts meanwhile is not among them."""
+        try:
+            daemon = state.ledgers.read(gpu).daemon
+        except MpsError:
+            return None  # a ledger that cannot be read may name it, and has been reported
+        named, here = daemon and joined_daemon.pipe_path(gpu, daemon), f"{joined_daemon.daemon_path(gpu)}/"
+        lost = [one.process for one in strays if one.pipe_directory.startswith(here) and one.pipe_directory != named]
+        if daemon is not None and not lost:
             return None
-        why = f"control daemons of GPUs that no job holds: {', '.join(names)}"
+        why = "control daemons of joined jobs that no ledger names"
         if self._dry_run:
-            return Repair(joined_daemon.DIRECTORY, WOULD_REPAIR, why)
+            return Repair(gpu, WOULD_REPAIR, why)
         self._watch.restart(DEFAULTS.deadlines_epilog)
-        for name in names:
-            found = [one.process for one in search(f"{joined_daemon.DIRECTORY}/{name}", _SEARCH_SECONDS)]
-            for number in (SIGTERM, SIGKILL):
-                kill_all(found, number, DEFAULTS.deadlines_signal)
-            state.daemons().remove_tree(name)
-            logs.forget(name, config)
-        return Repair(joined_daemon.DIRECTORY, REPAIRED, why)
+        if left := _end(lost):
+            return Repair(gpu, LEFT, f"{why}; {left}")
+        state.ledgers.lock(_LOCK_SECONDS)
+        try:
+            if state.ledgers.read(gpu).daemon is None:
+                state.daemons().remove_tree(gpu)
+        finally:
+            state.ledgers.unlock()
+        return Repair(gpu, REPAIRED, why)
 
     # --------------------------------------------------------------------------------------------------- the logs
+
+    def _lost_logs(self, state: NodeState, gpu: str, config: SiteConfig) -> Repair | None:
+        """Remove the logs of joined jobs' daemons that are gone: the boot ended them."""
+        entry = state.ledgers.read(gpu)
+        if entry.daemon is not None or entry.holders:
+            return None
+        if self._dry_run:
+            return Repair(f"logs of {gpu}", WOULD_REPAIR, _WHY_GPU_LOGS)
+        gone = joined_daemon.forget_logs(gpu, state, config)
+        return Repair(f"logs of {gpu}", REPAIRED, _WHY_GPU_LOGS) if gone else None
 
     def _site_config(self, state: NodeState | None) -> SiteConfig:
         """What the site wants kept of logs; the defaults, which is said, where its file cannot be used."""
@@ -401,6 +421,14 @@ class Reconciler:
             repair = Repair(thing, LEFT, f"{error.filename or 'a system call'}: {error.strerror}")
         if repair:
             self._report(repair)
+
+
+def _end(processes: Sequence[ProcessIdentity]) -> str:
+    """End processes of MPS. Returns: which of them are still there, in words; empty for none."""
+    for number in (SIGTERM, SIGKILL):
+        kill_all(processes, number, DEFAULTS.deadlines_signal)
+    left = [str(process.pid) for process in processes if identify(process.pid) == process]
+    return f"MPS processes {', '.join(left)} are there after SIGKILL" if left else ""
 
 
 def _by_job(strays: list[Stray]) -> dict[int, list[Stray]]:

@@ -276,6 +276,46 @@ def test_processes_without_a_state_are_ended_when_their_job_is_over(
     assert node.repairs() == {}
 
 
+def joined(node: MistreatedNode, *jobs: int) -> None:
+    node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    node.configure('[gpus]\nsharing = "joined"\n')
+    for job in jobs:
+        node.prolog(job, gpus="0").check()
+
+
+def test_a_lost_daemon_of_joined_jobs_is_ended_and_not_the_one_that_came_after(node: MistreatedNode) -> None:
+    """Somebody removed ledger and job by hand, and the next job started a daemon beside the one that nobody knows."""
+    joined(node, 1)
+    assert "mps=none" not in node.client(None, CUDA_MPS_PIPE_DIRECTORY=f"{STATE_DIRECTORY}/jobs/1/joined-0").stdout
+    there = node.mps_processes()
+    node.kill(*(process for process in there if process.uid))
+    node.run("rm", "-r", f"{STATE_DIRECTORY}/jobs/1", f"{STATE_DIRECTORY}/gpus/{uuid(node, 0)}").check()
+    joined(node, 2)
+    node.slurm_says({2: "RUNNING|N/A|n1"})
+    assert node.repairs() == {"job 2": "kept", uuid(node, 0): "repaired"}
+    assert not {process.pid for process in there} & {process.pid for process in node.mps_processes()}
+    assert "mps=none" not in node.client(None, CUDA_MPS_PIPE_DIRECTORY=f"{STATE_DIRECTORY}/jobs/2/joined-0").stdout
+    assert node.run("slurm-mps", "logs", "2").returncode == 0
+    node.epilog(2).check()
+    node.set_compute_modes(0)  # what the lost ledger knew is lost
+    assert (node.mps_processes(), node.repairs()) == ([], {})
+
+
+@pytest.mark.parametrize("left", ["state", "nothing"])
+def test_logs_of_joined_jobs_go_when_their_daemon_went_with_the_boot(node: MistreatedNode, left: str) -> None:
+    """/run is a file system of each boot's own on most machines."""
+    joined(node, 1)
+    node.reboot()
+    if left == "nothing":
+        node.run("rm", "-r", STATE_DIRECTORY).check()
+    logs = f"logs of {uuid(node, 0)}"
+    seen = node.repairs("--dry-run")
+    things = {logs} if left == "nothing" else {"job 1", uuid(node, 0)}
+    assert set(seen) == {logs, *things}
+    assert node.repairs() == dict.fromkeys(things, "repaired")
+    assert node.run("sh", "-c", f"ls -d {LOGS}/GPU-*").stdout == ""
+
+
 def test_processes_of_another_node_of_this_machine_are_not_ours(node: MistreatedNode) -> None:
     """Their pipe directory is of the same name, but in a /run of their own (containers, simulated nodes)."""
     node.machine.add_node("n2")
