@@ -194,7 +194,7 @@ def jobs(show: Show, site: RealSite) -> None:
         "a program without the bind": lambda: show.sbatch(
             OPTIONS,
             "export BIND=\n" + step(2, container),
-            "no program of this job used MPS on this node",
+            "no program of this (step|job) used MPS",
             lambda said: said.count('"pid"') == 2,
             partial(_look_without, show, site),
         ),
