@@ -305,9 +305,8 @@ def test_hooks_without_roots_rights_say_so(gpu_node: GpuNode) -> None:
     prolog = gpu_node.run(PROLOG, user="alice", env=job_environment(4712, **asked()))
     for result, job in ((epilog, 4711), (prolog, 4712)):
         assert result.returncode == 1
-        assert result.stderr.startswith(
-            f"slurm-mps: job {job}: runs as uid 20001, not as root; with PrologFlags=RunInJob"
-        )
+        said = f"slurm-mps: job {job}: runs as uid 20001, not as root; take RunInJob out of PrologFlags"
+        assert result.stderr.startswith(said)
 
 
 @pytest.mark.parametrize(
