@@ -13,8 +13,6 @@ import os
 import resource
 import sys
 
-_DESCRIPTORS = 128
-
 
 def main() -> int:
     """Run a hook with a known umask and directory. Returns its exit status."""
@@ -22,7 +20,7 @@ def main() -> int:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # last: it may not hide a module
     os.umask(0o022)
     os.chdir("/")
-    _set_limits()
+    _give_up_privileges()
     if sys.argv[1] == "prolog":
         from slurm_mps.job.prolog import Prolog
 
@@ -32,18 +30,12 @@ def main() -> int:
     return Epilog(os.environ, asked=sys.argv[2:] == ["asked"]).run()
 
 
-def _set_limits() -> None:
-    """Have enough descriptors to undo what was begun, however few slurmd has; and what slurmd may have, the daemon and
-    its server must not: cores of a user's data as slurmd dumps them, and a place behind the kernel's OOM killer.
+def _give_up_privileges() -> None:
+    """Give up what slurmd may have and daemon and server must not: core files, which would hold a user's data, and an
+    exemption from the kernel's OOM killer.
     """
     from slurm_mps.node.processes import be_killable
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < _DESCRIPTORS:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, max(hard, _DESCRIPTORS)))
-        except (OSError, ValueError):
-            pass  # root of a container that may not; it may well be enough
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     be_killable()
 

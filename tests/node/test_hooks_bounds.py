@@ -75,16 +75,6 @@ def test_a_stderr_that_nobody_reads_holds_nothing_up(gpu_node: GpuNode) -> None:
     assert monotonic() - began < 3
 
 
-def test_few_descriptors_are_enough(gpu_node: GpuNode) -> None:
-    """However few slurmd was started with: what was begun must be undone, which takes some."""
-    environment = job_environment(4711, **asked("25", "8G"))
-    for limit in (11, 16):
-        few = ("sh", "-c", f"ulimit -Sn {limit}; exec $0")
-        gpu_node.run(*few, PROLOG, env=environment).check()
-        gpu_node.run(*few, EPILOG, env=environment).check()
-        assert (gpu_node.files(), gpu_node.mps_processes()) == ([], [])
-
-
 def test_daemon_and_server_have_no_privilege_of_slurmds(gpu_node: GpuNode) -> None:
     """slurmd may dump cores without a limit and be exempt from the OOM killer."""
     as_slurmd = ("sh", "-c", "ulimit -c unlimited; echo -900 >/proc/self/oom_score_adj; exec $0")
