@@ -363,7 +363,7 @@ FAULTS = {
         write("/etc/apptainer/apptainer.conf", "# bind path = /run/slurm-mps\nbind path = /etc/hosts\n"),
         warning("containers"),
     ),
-    "the plugin twice": Fault(stack("required spank_mps.so\nrequired spank_mps.so\n"), problem("plugstack")),
+    "the plugin twice": Fault(stack("required spank_mps.so\nrequired spank_mps.so\n"), warning("plugstack")),
     "no plugin": Fault(together(remove(PLUGIN), stack("required spank_mps.so\n")), problem("plugin-file")),
     "another file for the plugin": Fault(
         together(plant(another_plugin, PLUGIN), stack("required spank_mps.so\n")), problem("plugin-file")

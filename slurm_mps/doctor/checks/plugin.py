@@ -43,12 +43,8 @@ def plugstack(facts: Facts) -> Iterator[Finding]:
             yield problem(f"{one.line.place}: {one.line.text}", right, why)
     if len(facts.our_lines) > 1:
         first, second, *_ = facts.our_lines
-        yield problem(
-            f"{second.line.place}: the plugin again, after {first.line.place}",
-            "take one line out",
-            "Slurm runs the plugin twice. It counts each task twice: --mps-threads=auto and --mps-mem=auto give too "
-            "little, and tasks are refused as too many for their GPU.",
-        )
+        what = f"{second.line.place}: the plugin again, after {first.line.place}"
+        yield warning(what, "take one line out", "Every srun prints that the plugin's options are provided twice.")
 
 
 @check(
