@@ -89,11 +89,6 @@ def format_thread_percentage(percent: float) -> str:
     return f"{percent:.1f}".removesuffix(".0")
 
 
-def format_control_percentage(percent: float) -> str:
-    """Write a percentage as the control program prints it back: ``25.0``."""
-    return f"{percent:.1f}"
-
-
 def format_memory(size_bytes: int) -> str:
     """Write a size as an option or a control command takes it: ``8G``, ``1500M``."""
     if size_bytes % GIB == 0:

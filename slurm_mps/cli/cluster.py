@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,6 @@ from ..units import printable
 from .output import Column, Exit, chosen, complain, print_json, print_table, refuse
 
 if TYPE_CHECKING:
-    import argparse
-
     from ..slurm.cluster import MpsJob
 
 COLUMNS = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import TYPE_CHECKING
 
 from .output import Column, Exit, add_json_option, add_table_options, chosen, print_json, print_table, refuse
 
 if TYPE_CHECKING:
-    import argparse
-
     from ..config.file import Setting
 
 COLUMNS = (

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..units import printable
 from .output import Column, Exit, add_table_options, chosen, complain, console, print_json, print_table, refuse
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Mapping, Sequence
-
     from ..doctor.finding import Check, Finding
 
 _TEXT_MAX = 600

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from time import localtime, strftime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..units import printable
 from .output import Exit, add_json_option, complain, print_json, refuse
 from .status import job_name, job_numbers
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-    from typing import Any
-
     from ..job.verdict import DaemonPlace
     from ..job_log.events import Event
     from ..job_log.read import DaemonLogs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import pwd
@@ -12,8 +13,6 @@ from ..units import printable
 from .output import Exit, add_json_option, complain, print_json, refuse
 
 if TYPE_CHECKING:
-    import argparse
-
     from ..job.plan import Plan
 
 _DEADLINE_SECONDS = 20.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -9,8 +10,6 @@ from typing import TYPE_CHECKING
 from .output import Column, Exit, add_table_options, chosen, complain, print_json, print_table, refuse
 
 if TYPE_CHECKING:
-    import argparse
-
     from ..job.reconcile import Repair
 
 COLUMNS = (

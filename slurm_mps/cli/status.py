@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..units import MIB
 from .output import Column, Exit, add_table_options, chosen, complain, print_json, refuse, seconds
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Iterable, Iterator
-    from typing import Any
-
     from ..status.node import ClientView, DaemonView, GpuView, JobView, NodeView, ProgramView
 
 COLUMNS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from time import monotonic, strftime
@@ -11,8 +12,6 @@ from .output import Column, Exit, add_table_options, chosen, leave, refuse, seco
 from .status import COLUMNS, job_name, job_numbers, remarks, rows
 
 if TYPE_CHECKING:
-    import argparse
-
     from rich.console import RenderableType
 
     from ..status.daemon import Memory

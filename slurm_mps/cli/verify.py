@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING
 from .output import Column, Exit, add_table_options, chosen, complain, print_json, print_table, refuse, seconds
 
 if TYPE_CHECKING:
-    import argparse
-
     from ..verify.report import Evidence
     from ..verify.step import Step
 

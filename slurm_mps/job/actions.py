@@ -415,7 +415,7 @@ class AdmitUser:
         return None
 
     def apply(self, job: JobOnNode) -> None:
-        job.journal.admit_user()
+        job.journal.directory.grant_user(job.journal.uid)
 
 
 @record

@@ -56,10 +56,6 @@ class Journal:
         self.undo += undos
         self.write()
 
-    def admit_user(self) -> None:
-        """Let the job's user enter and read the job's directory."""
-        self.directory.grant_user(self.uid)
-
     def write_verdict(self, verdict: Verdict) -> None:
         self.directory.write("verdict", replace(verdict, uid=self.uid).encode(), mode=0o644)
 
@@ -70,7 +66,7 @@ class Journal:
         """
         try:
             try:
-                self.admit_user()
+                self.directory.grant_user(self.uid)
             except NodeError:
                 self.directory.open_to_all()
             self.write_verdict(verdict)

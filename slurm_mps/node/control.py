@@ -14,7 +14,7 @@ from time import monotonic, sleep
 
 from ..errors import DeadlineError, NodeError, raise_all
 from ..record import record
-from ..units import format_control_percentage, format_memory, format_thread_percentage, printable, printed_memory
+from ..units import format_memory, format_thread_percentage, printable, printed_memory
 from . import processes
 from .listen import listener
 from .processes import ProcessIdentity, identify, runs_program
@@ -71,7 +71,7 @@ def limit_commands(limits: Limits, device_count: int) -> list[str]:
 
 def limit_answers(limits: Limits, device_count: int) -> list[list[str]]:
     """What a daemon may answer to limit_commands() when it has done them: a size rounded down (O95), or as it is."""
-    percent = format_control_percentage(limits.thread_percentage)
+    percent = f"{limits.thread_percentage:.1f}"
     size = limits.memory_bytes
     priority = [] if limits.client_priority is None else [str(limits.client_priority)]
     sizes = [[]] if size is None else [[format_memory(printed_memory(size))], [format_memory(size)]]

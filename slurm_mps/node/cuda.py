@@ -107,14 +107,6 @@ class Cuda:
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return Device(ordinal, self.uuid(ordinal), self.multiprocessors(ordinal), free.value, total.value)
 
-    def allocate(self, size_bytes: int) -> None:
-        """Take device memory and keep it.
-
-        Raises: CudaError 2 when it is more than there is, or than the limit leaves.
-        """
-        pointer = ctypes.c_void_p()
-        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size_bytes))
-
 
 def _uuid_text(data: bytes, kind: str) -> str:
     text = data.hex()

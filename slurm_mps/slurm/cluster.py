@@ -12,22 +12,13 @@ import re
 import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import NodeError
 from ..units import printable
 from .hostlist import hosts_of
 from .jobs import OVER
 from .programs import find_program
-
-
-class Source(Protocol):
-    """What can be asked. Raises: NodeError."""
-
-    name: str
-
-    def jobs(self, timeout_seconds: float) -> list[ListedJob]: ...
-
 
 _MARK = re.compile(r"mps(?::([\w.:+=,-]{1,300}))?(?:;|$)")
 _FIELDS = ("threads", "mem", "priority")
@@ -71,6 +62,7 @@ class Squeue:
         self._program = program or find_program("squeue", os.environ.get("PATH", ""))
 
     def jobs(self, timeout_seconds: float) -> list[ListedJob]:
+        """Raises: NodeError."""
         if not self._program:
             raise NodeError("squeue is not in PATH")
         argv = [self._program, "--json"]
@@ -146,7 +138,7 @@ class Pyslurm:
         self._module = module
 
     def jobs(self, timeout_seconds: float) -> list[ListedJob]:
-        """Bounded by Slurm's own MessageTimeout, not by `timeout_seconds`."""
+        """Bounded by Slurm's own MessageTimeout, not by `timeout_seconds`. Raises: NodeError."""
         del timeout_seconds
         try:
             found = self._module.Jobs.load()
@@ -172,7 +164,7 @@ class Pyslurm:
             raise NodeError(f"pyslurm: {printable(str(error), 200)}") from None
 
 
-def open_source() -> Source:
+def open_source() -> Squeue | Pyslurm:
     """pyslurm where it can be loaded, or else squeue."""
     try:
         import pyslurm

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from threading import Lock, Thread
 from typing import Any
 
 
@@ -31,7 +31,7 @@ class NvmlAnswer:
     stuck: bool = False
 
 
-_asking = _thread.allocate_lock()  # whoever asks again and again starts no second thread while one hangs
+_asking = Lock()  # whoever asks again and again starts no second thread while one hangs
 
 
 def ask_nvml(uuids: Iterable[str], timeout_seconds: float) -> NvmlAnswer:
@@ -39,18 +39,17 @@ def ask_nvml(uuids: Iterable[str], timeout_seconds: float) -> NvmlAnswer:
     if not _asking.acquire(blocking=False):
         return NvmlAnswer({}, "the NVIDIA driver still does not answer", stuck=True)
     answer: list[NvmlAnswer] = []
-    done = _thread.allocate_lock()
-    done.acquire()
 
     def look() -> None:
         try:
             answer.append(_look(uuids))
         finally:
             _asking.release()
-            done.release()
 
-    _thread.start_new_thread(look, ())
-    if not done.acquire(timeout=timeout_seconds):
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if thread.is_alive():
         return NvmlAnswer({}, f"the NVIDIA driver did not answer within {timeout_seconds:g} s", stuck=True)
     return answer[0] if answer else NvmlAnswer({}, "the NVIDIA driver could not be asked")
 

@@ -43,9 +43,10 @@ def test_all_ranks_can_use_their_part_to_the_end(site: Site) -> None:
     fill = "python3 /home/fill.py"
     site.machine.write(
         "/home/fill.py",
-        "import time\nfrom slurm_mps.node.cuda import Cuda\n"
-        "cuda = Cuda()\ndevice = cuda.open_device(0)\n"
-        "cuda.allocate(device.free_bytes - (1 << 20))\nprint('filled', flush=True)\ntime.sleep(1.5)\n",
+        "import ctypes, time\nfrom slurm_mps.node.cuda import Cuda\n"
+        "device = Cuda().open_device(0)\nsize = ctypes.c_size_t(device.free_bytes - (1 << 20))\n"
+        "if ctypes.CDLL('libcuda.so.1').cuMemAlloc_v2(ctypes.byref(ctypes.c_void_p()), size) == 0:\n"
+        "    print('filled', flush=True)\ntime.sleep(1.5)\n",
     )
     result = srun(site, "-n8", "--gres=gpu:1", *AUTO, command=fill.replace("python3", "/opt/slurm-mps/bin/python3"))
     assert result.check().stdout.split() == ["filled"] * 8

@@ -82,7 +82,7 @@ def test_only_the_verdict_can_be_read(state: NodeState, place: Path) -> None:
     journal.write_config(DEFAULTS)
     journal.write_verdict(refused("no"))
     assert modes(place)["jobs/4711"] == 0o700, "until the user is let in"
-    journal.admit_user()
+    journal.directory.grant_user(journal.uid)
     state.ledgers.write(GPU, LedgerEntry((Holder(4711),), 0))
     state.keep_compiled_config("stamp", to_lines(DEFAULTS))
     assert place.stat().st_mode & 0o7777 == 0o711

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slurm_mps.node.control import Limits, limit_answers
 from slurm_mps.units import (
     GIB,
     MIB,
     TIB,
     describe_memory,
-    format_control_percentage,
     format_memory,
     format_thread_percentage,
     parse_memory,
@@ -65,7 +65,7 @@ def test_a_percentage_reads_back_as_the_control_program_prints_it(tenths: int) -
     """``set`` takes our form and ``get`` prints one decimal (O1); the two must name the same number."""
     percent = parse_thread_percentage(format_thread_percentage(tenths / 10))
     assert percent == tenths / 10
-    assert format_control_percentage(percent) == f"{tenths // 10}.{tenths % 10}"
+    assert limit_answers(Limits(percent), 1)[0][0] == f"{tenths // 10}.{tenths % 10}"
 
 
 @given(st.integers(min_value=1, max_value=2**30))
