@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..config.settings import CONFIG_PATH
 from ..errors import MpsError
+from ..job.state import MADE_AT_BOOT
 from ..job.verdict import VERDICT_VERSION
 from ..node.engines import ENROOT
 from ..node.paths import hidden_from_users, way_in
@@ -31,6 +32,7 @@ STACK_FILE = "slurm-mps.conf"
 _COMMAND, _COMMAND_PLACES = "slurm-mps", ("/usr/local/bin", "/usr/bin")
 UNITS, UNIT = "/etc/systemd/system", "slurm-mps-reconcile.service"
 _PACKAGED_UNITS = "/usr/lib/systemd/system"
+_AT_BOOT = "/etc/tmpfiles.d"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def find_wanted(options: Options, host: Host, manifest: Manifest) -> Wanted:
             *scripts,
             *_command(manifest),
             *_unit(manifest),
+            *_at_boot(manifest),
             *_enroot(manifest),
             *stack,
         ]
@@ -223,6 +226,14 @@ def _unit(manifest: Manifest) -> list[Change]:
     program = f"{os.path.dirname(sys.executable)}/{_COMMAND}"
     text = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", _share(f"etc/{UNIT}").decode())
     return [Change(target, text.encode())]
+
+
+def _at_boot(manifest: Manifest) -> list[Change]:
+    """The file by which systemd makes the state directory; a site's own of that name stays."""
+    target = f"{_AT_BOOT}/slurm-mps.conf"
+    if not os.path.isdir(_AT_BOOT) or (os.path.exists(target) and target not in manifest):
+        return []
+    return [Change(target, MADE_AT_BOOT.encode())]
 
 
 def _enroot(manifest: Manifest) -> list[Change]:

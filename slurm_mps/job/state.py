@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from ..node.files import Directory
 
 _SKELETON = ("jobs", "gpus", "lock")
+#: The same for systemd, which makes it at boot (tmpfiles.d): engines bind it into containers before the first job.
+MADE_AT_BOOT = f"""d {STATE_DIRECTORY} 0711 root root
+d {STATE_DIRECTORY}/jobs 0711 root root
+d {STATE_DIRECTORY}/gpus 0700 root root
+f {STATE_DIRECTORY}/lock 0600 root root
+"""
 DAEMONS = "daemons"
 _LAST_FAULT = ("last-fault", "last-fault-reported")
 EVENTS, EVENTS_TAKEN, METRICS = "events", "events-taken", "metrics"

@@ -12,7 +12,7 @@ from tests.harness.cluster import REPOSITORY
 from tests.harness.plugin import built_for
 from tests.harness.release import RELEASES, chosen
 from tests.harness.runtime import MOUNT_POINT
-from tests.harness.site import PLUGIN_DIRECTORY, gpu_machine
+from tests.harness.site import PLUGIN_DIRECTORY, PYTHON, gpu_machine
 from tests.install.places import PROGRAM, report, snapshot
 
 if TYPE_CHECKING:
@@ -124,6 +124,23 @@ def test_container_engines_get_a_file_of_ours_or_a_line_to_add(machine: Machine)
     assert fstab.startswith("/run/slurm-mps /run/slurm-mps none x-create=dir,bind,ro,")
     assert any(one["lines"] == ["bind path = /run/slurm-mps"] for one in done["by_hand"])
     assert ({change["what"] for change in again["changes"]}, left) == ({"is there"}, "")
+
+
+def test_after_a_boot_the_state_directory_is_there_before_a_job(machine: Machine) -> None:
+    """As a job makes it: an engine that binds it into each container may start none without it."""
+    look = ["find", "/run/slurm-mps", "-printf", "%p %M %u\n"]
+    machine.run(["mkdir", "-p", "/etc/tmpfiles.d"]).check()
+    install(machine).check()
+    machine.run(["systemd-tmpfiles", "--create", "/etc/tmpfiles.d/slurm-mps.conf"]).check()
+    at_boot, status = machine.run(look).stdout, slurm_mps(machine, "status")
+    machine.run(["rm", "-r", "/run/slurm-mps"]).check()
+    machine.run([PYTHON, "-I", "-c", "from slurm_mps.job.state import NodeState; NodeState()"]).check()
+    by_a_job = machine.run(look).stdout
+    slurm_mps(machine, "uninstall").check()
+    machine.run(["rm", "-r", "/run/slurm-mps"]).check()
+    assert sorted(at_boot.split()) == sorted(by_a_job.split())
+    assert (status.returncode, status.stderr) == (0, "slurm-mps: no job has MPS on this node\n")
+    assert machine.run(["ls", "/etc/tmpfiles.d"]).stdout == ""
 
 
 def test_a_second_install_changes_nothing_and_a_newer_one_replaces_its_own(machine: Machine) -> None:

@@ -91,7 +91,7 @@ def test_the_package_is_off_until_it_is_switched_on_and_goes_without_a_trace(mac
         machine.path("/etc/slurm/mps.toml").unlink()
         upgraded = machine.run(again, node="n1", timeout=60).check()
         assert 'run "slurm-mps install"' in upgraded.stdout
-        assert machine.run(["slurm-mps", "install", "--no-doctor"], node="n1").check().stdout.count("is there") == 3
+        assert machine.run(["slurm-mps", "install", "--no-doctor"], node="n1").check().stdout.count("is there") == 4
 
         refused = machine.run(["dpkg", "--no-triggers", "-r", "slurm-mps"], node="n1")
         assert refused.returncode != 0
