@@ -174,6 +174,25 @@ def test_a_daemon_that_died_under_its_jobs_is_started_again_by_the_next(node: Gp
     assert server_of(client(node, 1)) == server_of(client(node, 2))
 
 
+def test_a_link_that_comes_back_while_its_job_leaves_goes_again(node: GpuNode) -> None:
+    """The next job's prolog started a dead daemon again, and linked all holders to it: the job was still one."""
+    for job in (1, 2):
+        start(node, job).check()
+    for process in node.mps_processes():
+        node.run("kill", "-9", str(process.pid))
+    slow = ("strace", "-f", "-qqq", "-o", "/dev/null", "-e", "inject=unlinkat:delay_exit=2000000:when=2")
+    ending = node.start(*slow, EPILOG, env=job_environment(1))
+    link = node.machine.path(f"{STATE_DIRECTORY}/jobs/1/joined-0")
+    while link.exists():
+        assert ending.poll() is None
+    start(node, 3).check()
+    came_back = link.exists()
+    assert ending.wait(10) == 0
+    assert came_back
+    assert not link.parent.exists()
+    assert server_of(client(node, 2)) == server_of(client(node, 3)) != "none"
+
+
 def test_jobs_that_come_at_once_start_one_daemon(node: GpuNode) -> None:
     """Eight prologs race for a GPU that nobody holds, eight epilogs for who is last."""
     jobs = range(1, 9)
