@@ -14,11 +14,13 @@ Promises (docs/decisions/0021):
 
 from __future__ import annotations
 
+import os
 from time import monotonic
 
 from ..errors import DeadlineError, NodeError, RequestError, raise_all
 from ..node import control, processes
 from ..node.control import Limits, limit_commands
+from ..node.files import open_trusted
 from ..node.listen import BUSY, listener
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 _CLIENTS_SECONDS, _CLIENTS_END_SECONDS = 2.0, 1.0
 _SOCKET = "control"
+_INCLUDES_MAX = 8
 LEAVE_GPUS = "leave_gpus"
 
 
@@ -383,27 +386,34 @@ def settle(gpu: str, state: NodeState, gpus: Gpus, config: SiteConfig, seconds: 
 
 
 def unconfined(slurm_conf: str) -> str:
-    """Why jobs cannot be joined on this node; empty where cgroup.conf, beside slurm.conf, confines them to their GPUs.
+    """Why jobs cannot be joined on this node; empty where Slurm confines them to their GPUs.
 
     A link to a socket cannot be taken back from who kept a handle on it; without its GPU's device node that is worth
     nothing (O88).
     """
-    import os
-
-    from ..node.files import open_trusted
-
-    directory = os.path.realpath(os.path.dirname(slurm_conf or "/etc/slurm/slurm.conf"))
+    path = slurm_conf or "/etc/slurm/slurm.conf"
     try:
-        with open_trusted(directory) as here:
-            text = here.read("cgroup.conf").decode("utf-8", "replace")
+        slurm, cgroup = _settings(path), _settings(f"{os.path.dirname(path)}/cgroup.conf")
     except (OSError, NodeError) as error:
-        return f"{directory}/cgroup.conf cannot be read: {error}"
-    for line in text.splitlines():
-        key, _, value = line.partition("#")[0].partition("=")
-        if key.strip().lower() == "constraindevices":
-            return (
-                ""
-                if value.strip().lower() in ("yes", "true", "on", "1")
-                else f"{directory}/cgroup.conf has {line.strip()}"
-            )
-    return f"{directory}/cgroup.conf has no ConstrainDevices=yes"
+        return f"what confines jobs to their devices cannot be read: {error}"
+    if cgroup.get("constraindevices", "").lower() not in ("yes", "true", "up", "1"):
+        return f"{os.path.dirname(path)}/cgroup.conf has no ConstrainDevices=yes"
+    plugins = slurm.get("taskplugin", "").lower().split(",")
+    return "" if "task/cgroup" in plugins or "cgroup" in plugins else f"{path} has no TaskPlugin=task/cgroup"
+
+
+def _settings(path: str, depth: int = _INCLUDES_MAX) -> dict[str, str]:
+    """What a file of Slurm's and those that it includes say: each key, in lower case, with its last value.
+
+    Raises: OSError, NodeError.
+    """
+    directory, name = os.path.split(os.path.realpath(path))
+    with open_trusted(directory) as here:
+        text = here.read(name).decode("utf-8", "replace")
+    found: dict[str, str] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        words = line.partition("#")[0].replace("=", " = ").replace('"', " ").split()
+        if len(words) > 1 and words[0].lower() == "include" and depth:
+            found |= _settings(os.path.join(os.path.dirname(path), words[1]), depth - 1)
+        found |= {words[at - 1].lower(): words[at + 1] for at, word in enumerate(words[:-1]) if word == "=" and at}
+    return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def joined(node: GpuNode) -> Iterator[GpuNode]:
     """A node whose jobs are joined, and one of alice's on GPU 0."""
-    node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    node.confine_devices()
     node.configure('[gpus]\nsharing = "joined"\n')
     node.prolog(1, gpus="0", **asked()).check()
     yield node
@@ -110,6 +110,6 @@ def test_connections_that_fill_the_daemons_queue_do_not_end_it(joined: GpuNode, 
 @attack("joining needs devices that are confined")
 def test_a_site_that_does_not_confine_devices(joined: GpuNode, works: bool) -> None:
     """Who keeps a handle on the socket could come back when the job is over, and would find the GPU open (O88)."""
-    joined.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=no\n")
+    joined.confine_devices("ConstrainDevices=no\n")
     joined.prolog(2, gpus="1", **asked()).check()
     assert (joined.verdict(2)["status"] == "ready") is works

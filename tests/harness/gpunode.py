@@ -88,6 +88,13 @@ class GpuNode(Throwaway):
     def configure(self, text: str) -> None:
         self.machine.write("/etc/slurm/mps.toml", text + (UNCHANGED if self._real else ""))
 
+    def confine_devices(
+        self, cgroup_conf: str = "ConstrainDevices=yes\n", slurm_conf: str = "TaskPlugin=task/cgroup\n"
+    ) -> None:
+        """Have Slurm's files say that jobs are confined to their GPUs, or what is given."""
+        self.machine.write("/etc/slurm/cgroup.conf", cgroup_conf)
+        self.machine.write("/etc/slurm/slurm.conf", slurm_conf)
+
     def fault(self, *settings: str) -> None:
         """Tell the simulated driver to misbehave; nothing for well again."""
         self.run("simulated-gpus", "fault", "--clear").check()

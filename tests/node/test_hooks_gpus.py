@@ -86,7 +86,7 @@ def test_a_job_does_not_come_beside_one_that_holds_the_gpu_in_another_way(
     gpu_node: GpuNode, first: str, then: str
 ) -> None:
     """Where the site changed its mind while a job runs, that job keeps its GPU, in the mode that it needs."""
-    gpu_node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    gpu_node.confine_devices()
     gpu_node.set_compute_modes(2)
     gpu_node.configure(first)
     gpu_node.prolog(4711, gpus="0").check()

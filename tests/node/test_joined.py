@@ -28,7 +28,7 @@ PART = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 @pytest.fixture
 def node(gpu_node: GpuNode) -> Iterator[GpuNode]:
     """A node whose jobs are joined; its GPUs were in modes of their own."""
-    gpu_node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    gpu_node.confine_devices()
     gpu_node.configure(JOINED)
     gpu_node.set_compute_modes(0, 2)
     yield gpu_node
@@ -151,13 +151,36 @@ def test_a_job_on_several_gpus_has_a_daemon_on_each_and_binds_its_tasks(node: Gp
     assert server_of(client(node, 1)) != server_of(client(node, 2))
 
 
-@pytest.mark.parametrize("conf", ["", "ConstrainDevices=no\n", "# ConstrainDevices=yes\n"])
-def test_devices_that_are_not_confined_are_no_place_for_joined_jobs(node: GpuNode, conf: str) -> None:
-    """Who kept a handle on the socket could come back (O88): refused, and no node is drained for it."""
-    node.machine.write("/etc/slurm/cgroup.conf", conf)
+CONFINED = "ConstrainDevices=yes\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "slurm", "why"),
+    [
+        ("", "TaskPlugin=task/cgroup\n", "cgroup.conf has no ConstrainDevices=yes"),
+        ("# ConstrainDevices=yes\n", "TaskPlugin=task/cgroup\n", "cgroup.conf has no ConstrainDevices=yes"),
+        ("ConstrainCores=yes ConstrainDevices=no\n", "TaskPlugin=task/cgroup\n", "cgroup.conf has no ConstrainDevices"),
+        (CONFINED, "ClusterName=c\n", "slurm.conf has no TaskPlugin=task/cgroup"),
+        (CONFINED, "TaskPlugin=task/affinity # task/cgroup\n", "slurm.conf has no TaskPlugin=task/cgroup"),
+        (CONFINED, "include none.conf\nTaskPlugin=task/cgroup\n", "cannot be read: "),
+        ("ConstrainCores=yes ConstrainDevices = Yes ConstrainRAMSpace=no\n", "TaskPlugin=task/affinity,cgroup\n", ""),
+        (CONFINED, 'ClusterName=c \\\n  TaskPlugin="task/cgroup"\n', ""),
+        (CONFINED, "Include mps.toml\nInclude more.conf\n", ""),
+    ],
+)
+def test_devices_that_are_not_confined_are_no_place_for_joined_jobs(
+    node: GpuNode, cgroup: str, slurm: str, why: str
+) -> None:
+    """Who kept a handle on the socket could come back (O88): refused, and no node is drained for it.
+
+    Slurm does what cgroup.conf says with task/cgroup alone. Several keys may share a line, and files include others.
+    """
+    node.machine.write("/etc/slurm/more.conf", "TaskPlugin=task/cgroup\n")
+    node.confine_devices(cgroup, slurm)
     assert start(node, 1).check().stderr == ""
-    assert "this site joins jobs on a GPU, and /etc/slurm/cgroup.conf has" in node.verdict(1)["message"]
-    assert node.mps_processes() == []
+    if why:
+        assert re.search(f"this site joins jobs on a GPU, and .*{why}", node.verdict(1)["message"])
+    assert (node.verdict(1)["status"], bool(node.mps_processes())) == (("refused", False) if why else ("ready", True))
 
 
 def test_a_daemon_that_died_under_its_jobs_is_started_again_by_the_next(node: GpuNode) -> None:

@@ -277,7 +277,7 @@ def test_processes_without_a_state_are_ended_when_their_job_is_over(
 
 
 def joined(node: MistreatedNode, *jobs: int) -> None:
-    node.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+    node.confine_devices()
     node.configure('[gpus]\nsharing = "joined"\n')
     for job in jobs:
         node.prolog(job, gpus="0").check()

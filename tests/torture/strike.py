@@ -59,7 +59,7 @@ class StruckNode(MistreatedNode):
         shutil.copy(self._library, self.machine.path(LIBRARY))
         self.set_compute_modes(2)
         self.configure(PATIENCE)
-        self.machine.write("/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n")
+        self.confine_devices()
         self.slurm_says({})
         self.prolog(1).check()  # makes the state directory and compiles the configuration
         self.epilog(1).check()
