@@ -2,13 +2,16 @@
 
 /var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
   <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
-    gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own
+    gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own, or kept of one that the job had with others
     verdict                  0644, in a directory 0711: of a job without MPS that could not be told so in /run
+  GPU-.../                   the logs of a GPU whose jobs are joined, while they run
+    joined-daemon            0644  a name for them, kept with each job's part
 """
 
 from __future__ import annotations
 
 import os
+from time import time_ns
 
 from ..errors import NodeError
 from ..node.files import Directory, make_trusted, open_trusted
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from ..config.settings import SiteConfig
 
 _LOGS = ("control.log", "server.log")
+JOINED_DAEMON = "joined-daemon"
 _SLACK = 16
 _VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin knows this one (spank/verdict.c)
 
@@ -52,6 +56,8 @@ def make(whose: int | str, uid: int | None, parts: Sequence[str], config: SiteCo
             with logs.make(str(whose), 0o700) as own:
                 for part in parts:
                     own.make(part, 0o755).close()
+                if isinstance(whose, str) and not own.exists(JOINED_DAEMON):
+                    own.write(JOINED_DAEMON, f"{whose}.{time_ns()}".encode(), mode=0o644)
                 own.grant_user(uid)
 
     return _attempt(whose, f"written below {config.paths_logs}", work)
@@ -150,7 +156,7 @@ def keep_part(job_id: int, gpu: str, part: str, config: SiteConfig) -> None:
             if config.logs_keep == "never" or not logs.exists(gpu):
                 return
             with logs.subdirectory(gpu) as joined, logs.make(str(job_id), 0o700) as own, own.make(part, 0o755) as ours:
-                for name in _LOGS:
+                for name in (*_LOGS, JOINED_DAEMON):
                     if joined.exists(name):
                         ours.write(name, joined.read_tail(name, config.logs_max_kib * 1024), mode=0o644)
                 own.grant_user(logs.user_let_in(gpu))

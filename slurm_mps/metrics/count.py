@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import monotonic
 
 from ..errors import NodeError
+from ..job.logs import JOINED_DAEMON
 from ..job.state import EVENTS, EVENTS_TAKEN, METRICS, NodeState
 from ..job_log import events as kinds
-from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_logs
+from ..job_log.read import CONTROL_LOG, SERVER_LOG, DaemonLogs, events_of, find_logs, read_log
 from ..node.wordfile import DamagedFileError
 from .totals import LOG_COUNTS, Totals, decode_totals
 
@@ -17,6 +18,8 @@ _EVENTS_LIMIT_BYTES = 2 * 1024**2
 _TOTALS_LIMIT_BYTES = 1024**2
 _LOCK_SECONDS = 1.0
 _SAVE_SECONDS = 1.0
+_NAME_LIMIT_BYTES = 200
+_NEWEST = 1 << 63
 _NOTHING = [0] * len(LOG_COUNTS)
 _COUNTED_AS = {
     kinds.FAULT: 0,
@@ -88,30 +91,63 @@ def _count_logs(totals: Totals, root: str, running: Collection[int], save: Calla
 
     What was counted is saved every second: who is cut off does not begin anew.
     """
-    there = _jobs_with_logs(root)
+    there = _logs_to_count(root)
     saved = monotonic()
-    for job in [job for job in totals.logs if job not in there]:
-        totals.forget_log(job)
+    for key in [key for key in totals.logs if key not in there]:
+        totals.forget_log(key)
     if first:
-        totals.logs |= {job: (_size(find_logs(root, job)), _NOTHING) for job in there if int(job) not in running}
-    for job in there:
-        logs = find_logs(root, job)
+        over = {key: logs for key, logs in there.items() if not _is_running(key, logs, root, running)}
+        totals.logs |= {key: (_size(logs), _NOTHING) for key, logs in over.items()}
+    for key, logs in there.items():
         size = _size(logs)
-        before, counted = totals.logs.get(job, ("", _NOTHING))
+        before, counted = totals.logs.get(key, ("", _NOTHING))
         if size == before:
             continue
-        found = _count_job(logs)
-        totals.logs[job] = (size, list(map(max, counted, found)))  # a log that was cut has less
+        found = _count_events(logs)
+        totals.logs[key] = (size, list(map(max, counted, found)))  # a log that was cut has less
         if monotonic() > saved + _SAVE_SECONDS:
             save()
             saved = monotonic()
 
 
-def _jobs_with_logs(root: str) -> list[str]:
+def _logs_to_count(root: str) -> dict[str, list[DaemonLogs]]:
+    """The logs by job or, where jobs had a daemon in common, by that daemon's name.
+
+    Each of these jobs keeps what there is when it leaves. The daemon's own logs count while they are there, and later
+    what the last job kept.
+    """
+    found: dict[str, list[DaemonLogs]] = {}
+    newest: dict[str, int] = {}
+    for name in _names(root):
+        for one in find_logs(root, name):
+            daemon = read_log(one.directory, JOINED_DAEMON, _NAME_LIMIT_BYTES).decode("ascii", "replace")
+            if not daemon:
+                found.setdefault(name, []).append(one)
+            elif (changed := _changed_ns(one, root)) >= newest.get(daemon, 0):
+                newest[daemon], found[daemon] = changed, [one]
+    return found
+
+
+def _names(root: str) -> list[str]:
+    """Jobs and GPUs that there are logs of."""
     try:
-        return sorted(name for name in os.listdir(root) if name.isdigit() and len(name) <= 10)
+        return [name for name in os.listdir(root) if name.startswith("GPU-") or (name.isdigit() and len(name) <= 10)]
     except OSError:
         return []
+
+
+def _changed_ns(logs: DaemonLogs, root: str) -> int:
+    """When logs of joined jobs were last written to; those of a daemon that runs are the newest."""
+    if os.path.dirname(logs.directory) == root:
+        return _NEWEST
+    try:
+        return os.lstat(f"{logs.directory}/{CONTROL_LOG}").st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _is_running(key: str, logs: Sequence[DaemonLogs], root: str, running: Collection[int]) -> bool:
+    return int(key) in running if key.isdigit() else os.path.dirname(logs[0].directory) == root
 
 
 def _size(logs: Iterable[DaemonLogs]) -> str:
@@ -125,7 +161,7 @@ def _size(logs: Iterable[DaemonLogs]) -> str:
     return f"{sum(sizes)}:{len(sizes)}"
 
 
-def _count_job(logs: Iterable[DaemonLogs]) -> list[int]:
+def _count_events(logs: Iterable[DaemonLogs]) -> list[int]:
     found = [0] * len(LOG_COUNTS)
     for one in logs:
         try:

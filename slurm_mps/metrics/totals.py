@@ -28,8 +28,8 @@ def _no_durations() -> dict[str, list[float]]:
 class Totals:
     """taken: which file of events is counted in here; empty for none. counts: by kind and word: ``prolog``, ``ready``.
 
-    durations: of each hook how many, their sum in seconds, and how many below each of BOUNDS. logs: of each job the
-    size of its logs, and what is counted of them.
+    durations: of each hook how many, their sum in seconds, and how many below each of BOUNDS. logs: of each job, or
+    daemon of joined jobs, the size of its logs, and what is counted of them.
     """
 
     taken: str = ""

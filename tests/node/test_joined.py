@@ -301,7 +301,7 @@ def test_logs_that_hang_when_they_are_removed_stop_no_other_job(node: GpuNode) -
     assert ending.wait(10) == 0
     assert still is None
     assert [node.verdict(job)["status"] for job in (2, 3)] == ["ready", "ready"]
-    assert node.run("ls", place).stdout.split() == ["control.log", "server.log"]
+    assert node.run("ls", place).stdout.split() == ["control.log", "joined-daemon", "server.log"]
 
 
 def test_no_user_reaches_a_daemon_that_its_prolog_still_talks_to(node: GpuNode) -> None:

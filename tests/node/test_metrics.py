@@ -112,6 +112,25 @@ def test_what_is_on_the_node_is_shown(node: GpuNode) -> None:
     assert (found["slurm_mps_problems"], found["slurm_mps_daemons|state=gone"]) == (0, 0)
 
 
+def test_what_happens_on_a_daemon_of_joined_jobs_is_counted_once(node: GpuNode) -> None:
+    """While they run, when each of them has kept the logs, and when those are gone; the next daemon counts anew."""
+    node.confine_devices()
+    node.configure(f'{ON}[gpus]\nsharing = "joined"\n')
+    faults = []
+    for _ in range(2):
+        for job in (1, 2, 3):
+            node.prolog(job, gpus="0").check()
+        node.client(None, "--fault", CUDA_MPS_PIPE_DIRECTORY=f"{STATE_DIRECTORY}/jobs/1/joined-0")
+        faults.append(written(node)["slurm_mps_gpu_faults_total"])
+        for job in (1, 2, 3):
+            node.epilog(job).check()
+        faults.append(written(node)["slurm_mps_gpu_faults_total"])
+    node.run("sh", "-c", "rm -r /var/log/slurm-mps/*").check()
+    faults.append(written(node)["slurm_mps_gpu_faults_total"])
+    node.run("rmdir", f"{STATE_DIRECTORY}/daemons").check()
+    assert faults == [1, 1, 2, 2, 2]
+
+
 def test_faults_are_counted_from_the_logs_while_jobs_run_and_after_their_logs_are_gone(node: GpuNode) -> None:
     """Jobs that were over before the first count are history and not counted."""
     node.prolog(1).check()
