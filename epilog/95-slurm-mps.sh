@@ -7,7 +7,7 @@ PATH=/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 python=/opt/slurm-mps/bin/python3
 package=/opt/slurm-mps/lib/python3.11/site-packages/slurm_mps
-# The daemons are told to quit while Python starts, which then proves what is there and ends what does not go.
+# The daemons get quit while Python starts, which then proves which processes are there, and ends those that stay.
 control='' asked=''
 [ ! -r "$job/config" ] || while IFS='=' read -r name value; do
 	[ "$name" != paths_control_program ] || control=$value

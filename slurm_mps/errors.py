@@ -1,4 +1,4 @@
-"""Whose fault it was: the one thing that decides what happens to the job and to the node.
+"""The errors, by whose fault they are: that decides what happens to the job and to the node.
 
 Slurm drains a node whose prolog fails, so a user's mistake must never look like broken hardware, nor the reverse.
 """
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MpsError(Exception):
-    """Something to tell a person: ``message`` says who, what, on which thing and why; ``hint`` what to do."""
+    """An error for a person to read: ``message`` says who, what, on which thing and why; ``hint`` says what to do."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class MpsError(Exception):
 class RequestError(MpsError):
     """The job cannot have what it asked for. The job fails with the message; the node stays in service.
 
-    ``reason`` is one word, for who counts them.
+    ``reason`` is one word; metrics and exit statuses go by it.
     """
 
     def __init__(self, message: str, hint: str = "", reason: str = "request") -> None:
@@ -42,7 +42,7 @@ class DeadlineError(NodeError):
 
 
 def raise_all(problems: Sequence[Exception]) -> None:
-    """Raise what went wrong; of several problems, one NodeError that reports them all. Nothing where there is none."""
+    """Raise the one problem, or one NodeError that reports several. Do nothing where there is none."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -50,5 +50,5 @@ def raise_all(problems: Sequence[Exception]) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """An error for a message: our own in its words, any other as the bug that it is."""
+    """The text of an error for a message. Any error but our own is a bug, and the text says so."""
     return str(error) if isinstance(error, MpsError) else f"a bug in slurm-mps: {error!r}"

@@ -1,6 +1,6 @@
 """Entry of the prolog and epilog scripts: ``python3 -I -S .../slurm_mps/hook.py prolog|epilog [asked]``.
 
-``asked``: the script has told the job's control daemons to quit.
+``asked``: the script has sent quit to the job's control daemons.
 
 Started with -I -S, so that neither the environment nor site-packages can put code in place of the standard library's;
 the directory that holds the package comes last on the path.

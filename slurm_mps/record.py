@@ -1,8 +1,8 @@
 """Frozen value classes that cost nothing to import.
 
 The standard ``dataclasses`` takes longer to import than Python takes to start (docs/decisions/0003), and the prolog
-runs in front of every MPS job. Type checkers see ``dataclasses.dataclass(frozen=True)``; what runs is the little of
-it that this package uses.
+runs in front of every MPS job. Type checkers see ``dataclasses.dataclass(frozen=True)``; at run time there is the
+little of it that this package uses.
 """
 
 from __future__ import annotations

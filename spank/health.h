@@ -1,4 +1,4 @@
-/* Whether a job's MPS servers take programs after a task ended badly, and the cure (docs/decisions/0007). */
+/* Whether a job's MPS servers take programs after a task ended badly, and the repair (docs/decisions/0007). */
 #ifndef SLURM_MPS_HEALTH_H
 #define SLURM_MPS_HEALTH_H
 
@@ -28,7 +28,7 @@ void health_mark(uint32_t job_id, const struct verdict *verdict);
 
 /*
  * Find out about the GPUs that this process may open and that were noted: for each control daemon a probe, run as the
- * job's user (which this process is in effect), makes a context on them, which cures what can be cured. Takes five
+ * job's user (which this process is in effect), makes a context on them, which repairs a server that a killed client left unfit. Takes five
  * seconds at most.
  */
 void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health);

@@ -1,4 +1,4 @@
-"""``slurm-mps doctor``: what this place allows, and what is wrong with it."""
+"""``slurm-mps doctor``: checks this host for whatever keeps jobs from MPS."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _print_rows(findings: Sequence[Finding], columns: Sequence[Column], options:
 
 
 def print_findings(findings: Sequence[Finding], *, verbose: bool = False) -> None:
-    """A paragraph for each: what is so, why it matters, what fixes it, how to read on; then how many there are."""
+    """Print a paragraph for each finding (the fact, its consequence, the fix, where to read on), then the counts."""
     out = console()
     for one in _shown(findings, verbose=verbose):
         head = f"{one.severity}: {one.check}: {printable(one.what, _TEXT_MAX)}"

@@ -112,14 +112,14 @@ def _print(options: argparse.Namespace, job_id: int, places: dict[str, DaemonPla
         found = found[-_EVENTS_MAX:]
     name = _namer(running=bool(places))
     gpus = {one.name: places[one.name].gpus if one.name in places else () for one in logs}
-    said = [(one.name, event, describe(event, gpus[one.name], name)) for one, event in found]
+    described = [(one.name, event, describe(event, gpus[one.name], name)) for one, event in found]
     if options.json:
-        print_json(options, status, job_id=job_id, events=[_report(*row) for row in said])
+        print_json(options, status, job_id=job_id, events=[_report(*row) for row in described])
         return status
-    for where, event, words in said:
+    for where, event, words in described:
         when = f"{strftime('%Y-%m-%d %H:%M:%S', localtime(event.seconds))}.{int(event.seconds * 1000) % 1000:03}"
         print(f"{when}  {where + ': ' if where else ''}{printable(words, _LINE_MAX)}")
-    if not said:
+    if not described:
         complain("nothing went wrong")
     sys.stdout.flush()
     return status

@@ -1,7 +1,7 @@
 """``slurm-mps``: what users and admins type. The place that prints and exits; libraries below it never do.
 
-Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root. What a command needs is
-imported when it runs: 64 ranks of a step run one of them at once.
+Exit status: 0 fine, 1 a problem was found, 2 usage, 3 not applicable here, 4 needs root. Each command imports its own
+modules when it runs, since 64 ranks of a step may run one at the same moment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all commands have in common: exit statuses, tables for people, reports for programs.
+"""Exit statuses, tables for people and reports for programs, for all commands.
 
 Promises: the answer goes to stdout and commentary to stderr. With ``--json`` stdout has exactly one JSON object,
 however a command ends: ``report`` (its kind and version), ``slurm_mps``, ``status`` (the exit status), then the
@@ -56,23 +56,23 @@ class WrongUsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """One that leaves it to main() to say what was wrong."""
+    """A parser that raises for a wrong command line, so that main() prints the message."""
 
     def error(self, message: str) -> NoReturn:
         """Raises: WrongUsageError."""
-        known = {name: self.get_default(name) for name in ("report", "is_said_elsewhere")}
+        known = {name: self.get_default(name) for name in ("report", "is_reported_elsewhere")}
         raise WrongUsageError(self, argparse.Namespace(**known), message)
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """What the command line says.
+    """Parse the command line.
 
-    Raises: SystemExit, with status 2 when it is wrong, which then was said by one of us, with --json also in a report.
+    Raises: SystemExit with status 2 when it is wrong; the message has been printed, with --json also as a report.
     """
     try:
         return _parse(parser, arguments)
     except WrongUsageError as error:
-        if _is_said_elsewhere(error.options):
+        if _is_reported_elsewhere(error.options):
             raise SystemExit(Exit.FINE) from None
         error.parser.print_usage(sys.stderr)
         print(f"{error.parser.prog}: error: {error}", file=sys.stderr, flush=True)
@@ -82,9 +82,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         raise SystemExit(Exit.USAGE) from None
 
 
-def _is_said_elsewhere(options: argparse.Namespace) -> bool:
-    """Whether another process has the same command line and says what is wrong with it, and ends with the status."""
-    asked = getattr(options, "is_said_elsewhere", None)
+def _is_reported_elsewhere(options: argparse.Namespace) -> bool:
+    """Whether another process has the same command line, prints what is wrong with it, and ends with the status."""
+    asked = getattr(options, "is_reported_elsewhere", None)
     return bool(asked and asked())
 
 
@@ -97,7 +97,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 
 
 def seconds(least: float, most: float) -> Callable[[str], float]:
-    """A reader of an option's seconds."""
+    """Make a parser of an option that takes seconds."""
 
     def read(text: str) -> float:
         try:
@@ -204,7 +204,7 @@ def print_table(
 
 
 def fitting(rows: Sequence[Mapping[str, object]], columns: Sequence[Column], width: int) -> list[Column]:
-    """The columns that fit into `width` characters, each whole: what is spare goes first, then the last; one stays."""
+    """The columns that fit into `width` characters. Spare columns go first, then the last ones; one always stays."""
     widths = {
         column.name: max([len(column.heading), *(len(_cell(row.get(column.name), column.longest)) for row in rows)])
         for column in columns
@@ -231,7 +231,7 @@ def _print_report(report: str, status: int, fields: Mapping[str, Any]) -> None:
 
 def refuse(options: argparse.Namespace, status: int, *messages: str) -> int:
     """Say why there is no answer: on stderr, and with --json also in a report without one. Returns the exit status."""
-    if status == Exit.USAGE and _is_said_elsewhere(options):
+    if status == Exit.USAGE and _is_reported_elsewhere(options):
         return Exit.FINE
     for message in messages:
         complain(message)

@@ -119,7 +119,7 @@ def _print(view: NodeView, columns: list[Column], options: argparse.Namespace, s
 
 
 def remarks(view: NodeView) -> list[str]:
-    """What the table does not say."""
+    """Lines for stderr: jobs without MPS, and the problems that were found."""
     lines = [f"job {job.job_id} has no MPS here: {job.message}" for job in view.jobs if job.message]
     if not view.jobs and not view.problems:
         lines.append("no job has MPS on this node" if view.of_all else "no job of yours has MPS on this node")
@@ -171,12 +171,12 @@ def _daemon_cells(job: JobView, daemon: DaemonView) -> dict[str, object]:
             "state": state,
             "style": "red" if state in ("silent", "no server") else "",
         }
-    from ..status.daemon import WELL
+    from ..status.daemon import HEALTHY
 
     server = daemon.servers[0]
-    well = server.state in WELL
+    is_healthy = server.state in HEALTHY
     state = server.state or "silent"
-    return {"daemon": daemon.pid or None, "server": server.pid, "state": state, "style": "" if well else "red"}
+    return {"daemon": daemon.pid or None, "server": server.pid, "state": state, "style": "" if is_healthy else "red"}
 
 
 def _gpu_cells(gpu: GpuView) -> dict[str, object]:
@@ -216,7 +216,7 @@ def task(program: ProgramView) -> str | None:
 
 
 def document(view: NodeView) -> dict[str, Any]:
-    """The same for programs: modes in NVML's words, sizes in bytes; null for what is not known or not there."""
+    """The report for programs. Compute modes have NVML's names, sizes are in bytes, and an unknown value is null."""
     return {"jobs": [_job(job) for job in view.jobs], "problems": list(view.problems)}
 
 

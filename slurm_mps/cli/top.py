@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show this node until told to stop. Returns the exit status."""
+    """Show this node until the user quits. Returns the exit status."""
     columns = chosen(COLUMNS, options)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         return refuse(options, Exit.NOT_HERE, "top needs a terminal; slurm-mps status prints the same once")
@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
 def _ends() -> int:
     """A descriptor that can be read when a signal wants this to end.
 
-    A handler that raises would do so anywhere, also where nobody is told of it; and who started us may have had SIGINT
-    ignored, as nohup and a shell's `&` do.
+    A handler that raises could raise anywhere, and the exception be lost. A parent may also have SIGINT ignored, as
+    nohup and a shell's `&` do.
     """
     import signal
 
@@ -135,20 +135,20 @@ def _frame(
     shown = fitting(listed, columns, width)
     left_out = ", ".join(column.name for column in columns if column not in shown)
     beside = _OVERHEAD_LINES + 1 + bool(left_out)  # a row at least, and which columns are not there
-    said = [
+    below = [
         Text(printable(line, 500), style="red", no_wrap=True)
         for line in _some(remarks(view), min(_REMARKS_MAX, height - beside))
     ]
     if left_out:
-        said.append(Text(f"too narrow for {left_out}", style="dim", no_wrap=True))
-    room = max(1, height - _OVERHEAD_LINES - len(said))
+        below.append(Text(f"too narrow for {left_out}", style="dim", no_wrap=True))
+    room = max(1, height - _OVERHEAD_LINES - len(below))
     more = f", {len(listed) - room} not shown" if len(listed) > room else ""
     head = (
         f"slurm-mps  {os.uname().nodename}  {strftime('%H:%M:%S')}  {_count(len(view.jobs), 'job')}, "
         f"{_count(len(clients), 'client')}{more}  (q quits)"
     )
     table = make_table(listed[:room], shown, noheader=options.noheader)
-    return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *said)
+    return Group(Text(printable(head, 200), no_wrap=True), Text(""), table, *below)
 
 
 def _some(lines: list[str], room: int) -> list[str]:

@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SECONDS",
         help="for each rank's report (10, and 0.5 for each GPU)",
     )
-    parser.set_defaults(run=run, is_said_elsewhere=_first_rank_says_it)
+    parser.set_defaults(run=run, is_reported_elsewhere=_first_rank_reports_it)
 
 
 def _step() -> Step | None:
@@ -69,8 +69,8 @@ def _why_no_step() -> str:
     )
 
 
-def _first_rank_says_it() -> bool:
-    """Whether the first rank of this node has the same command line, and says what is wrong with it."""
+def _first_rank_reports_it() -> bool:
+    """Whether the first rank of this node has the same command line, and prints what is wrong with it."""
     step = _step()
     return step is not None and not step.is_first
 

@@ -29,7 +29,7 @@ def schema() -> dict[str, Any]:
 
 
 def _allowed(error: ValidationError) -> str:
-    """Say what would have been right, in words a reader of the file understands."""
+    """Describe the values that the file may have there."""
     rule, wanted = error.validator, cast("Any", error.validator_value)
     if "propertyNames" in error.absolute_schema_path:
         return f"{printable(str(error.instance), 40)} is no name of a partition"
@@ -109,7 +109,7 @@ def _is_nowhere(value: object) -> bool:
 
 
 def parse_config(text: bytes, path: str) -> SiteConfig:
-    """Read a configuration file's text: what holds where no partition says otherwise.
+    """Read a configuration file's text: the settings of jobs in no partition with a table of its own.
 
     Raises: ConfigError, as parse_site() does.
     """
@@ -117,7 +117,7 @@ def parse_config(text: bytes, path: str) -> SiteConfig:
 
 
 def parse_site(text: bytes, path: str) -> dict[str, SiteConfig]:
-    """Read a configuration file's text: what holds in each partition that it names, and as "" elsewhere.
+    """Read a configuration file's text: the settings for each partition that it names, and as "" for all others.
 
     Raises: ConfigError with every problem, each as ``path: setting: what is wrong``.
     """
@@ -162,7 +162,7 @@ def _defaults(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def effective(text: bytes, path: str, partition: str = "") -> list[Setting]:
-    """What holds with a configuration file of this text, for jobs in a partition, in the schema's order.
+    """Every setting as it applies to jobs in a partition, in the schema's order.
 
     Raises: ConfigError.
     """

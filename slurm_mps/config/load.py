@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def load_config(cache: Cache | None, timeout_seconds: float, partition: str = "") -> SiteConfig:
     """The site configuration: defaults without a file, else the compiled form, made anew when the file has changed.
 
-    `partition` is the job's; "" has what holds where no partition says otherwise. The directory may be a link, as
-    sites like to have it: what root's links in root's directories lead to is checked.
+    `partition` is the job's; "" has what holds where no partition says otherwise. The directory may be a link: the
+    directory behind it is checked.
     Raises: ConfigError when the file is wrong; NodeError when it can be written by others than root.
     """
     try:
@@ -61,9 +61,10 @@ def load_config(cache: Cache | None, timeout_seconds: float, partition: str = ""
 
 
 def mps_of_partition(partition: str) -> str:
-    """What the jobs of a partition that do not ask for MPS get: ``per-node``, ``per-gpu``, or nothing, which is empty.
+    """The MPS of a partition's jobs that do not ask for it: ``per-node``, ``per-gpu``, or empty for none.
 
-    A file of the partition's name says so, and not mps.toml, so that the prolog's shell finds out without a program.
+    It stands in a file of the partition's name and not in mps.toml, so that the prolog's shell sees it without
+    Python.
     Raises: ConfigError when the file says something else; NodeError when it can be written by others than root.
     """
     if not partition:

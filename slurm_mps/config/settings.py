@@ -1,4 +1,4 @@
-"""What the site allows: SiteConfig and its defaults, and the compiled form that the prolog reads. Pure.
+"""The site configuration: SiteConfig, its defaults, and the compiled form that the prolog reads. Pure.
 
 An admin writes TOML (``/etc/slurm/mps.toml``); ``config/file.py`` checks it against the schema and compiles it to
 lines of words. The prolog reads only those: tomllib and jsonschema together cost it more than all its work.
@@ -83,7 +83,9 @@ def memory_bytes(setting: str) -> int | None:
 
 
 def from_settings(settings: Mapping[str, object]) -> SiteConfig:
-    """Make a SiteConfig of checked settings, named ``limits.memory.max`` and so on; what is not said is default."""
+    """Make a SiteConfig of checked settings, named ``limits.memory.max`` and so on. A missing setting has its
+    default.
+    """
     values = {}
     for name, value in settings.items():
         field = name.replace(".", "_")
@@ -97,8 +99,8 @@ def to_lines(config: SiteConfig) -> list[str]:
 
 
 def compile_site(site: Mapping[str, SiteConfig]) -> list[str]:
-    """The compiled form of a whole file: what holds in no partition of its own, which is named "", then what is
-    different in each partition, as ``partition:field=value``.
+    """The compiled form of a whole file: the settings of the site's "" partition, then those that differ in a
+    partition, as ``partition:field=value``.
     """
     lines = to_lines(site[""])
     return lines + [
@@ -109,7 +111,7 @@ def compile_site(site: Mapping[str, SiteConfig]) -> list[str]:
 def from_lines(lines: Iterable[str], partition: str = "") -> SiteConfig:
     """Read the compiled form back, for a job in a partition, also one that another version wrote for a job that runs.
 
-    What that version did not know has its default; what this one does not know is left out.
+    A setting that the other version lacks has its default; one that this version lacks is ignored.
     Raises: NodeError when a setting is of another kind.
     """
     known = vars(DEFAULTS)

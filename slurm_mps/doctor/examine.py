@@ -42,7 +42,9 @@ def examine(environment: Mapping[str, str], ids: Sequence[str] = ()) -> list[Fin
 
 
 def explain(check_id: str) -> str:
-    """What docs/doctor.md says of a check, and where that page is; without the page what the check itself says."""
+    """A check's section of docs/doctor.md and the page's path; without the page the check's own question and
+    reason.
+    """
     top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     prefix = os.path.dirname(os.path.dirname(os.path.dirname(top)))  # of a site-packages: pip, and the packages
     for place in (f"{top}/{_PAGE}", f"{prefix}/share/doc/slurm-mps/{_PAGE}", f"{top}/share/doc/slurm-mps/{_PAGE}"):

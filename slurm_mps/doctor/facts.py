@@ -1,7 +1,7 @@
-"""What doctor knows of this host: its Slurm, and what hooks, driver, site configuration and state are like.
+"""The facts that doctor's checks look at: this host's Slurm, hooks, driver, site configuration and state.
 
-Each fact is found once. What can hang (slurmctld, the driver, squeue, a hook's Python) is asked in a thread with a
-common deadline, so that all of it together takes no longer than one.
+Each fact is found once. Whatever may hang (slurmctld, the driver, squeue, a hook's Python) is asked in threads with
+one common deadline.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Facts(Host):
 
     @property
     def controller(self) -> Controller:
-        """What slurmctld has."""
+        """slurmctld's configuration, and this node's state."""
         return self._controller.get()
 
     @property
@@ -178,7 +178,7 @@ class Facts(Host):
         return self._release.get()
 
     def value(self, key: str, default: str = "") -> str:
-        """What holds for a key: slurm.conf's last word; where it is silent what slurmctld has, or else `default`."""
+        """The value of a key: slurm.conf's last one, or slurmctld's where slurm.conf has none, or `default`."""
         found = self.one(key)
         if found or key.lower() in UNSET_BY_DEFAULT:
             return found or default
@@ -236,7 +236,9 @@ class Facts(Host):
 
     @cached_property
     def parts(self) -> dict[str, list[Script]]:
-        """What runs as Prolog and as Epilog, in order: the scripts, with ours in those that name it."""
+        """The scripts that run as Prolog and as Epilog, in order. A script that names one of ours is cut at that
+        place.
+        """
         return {key: list(in_order(map(read_script, self.scripts(key)))) for key in (PROLOG, EPILOG)}
 
     @cached_property
@@ -283,7 +285,7 @@ class Facts(Host):
 
     @property
     def compiler(self) -> str:
-        """What is wrong with the program that checks mps.toml for the prolog; "" for nothing."""
+        """The error of the program that checks mps.toml for the prolog; "" for none."""
         return self._compiler.get()
 
     def _ask_compiler(self) -> str:
@@ -335,7 +337,9 @@ class Facts(Host):
 
     @property
     def gpus(self) -> tuple[GpuFacts, ...]:
-        """The driver's GPUs; that the driver does not answer is the check driver."""
+        """The driver's GPUs. Raises: NotKnownError when the driver does not answer, which the check driver
+        reports.
+        """
         try:
             return self.driver.gpus
         except MpsError:
@@ -343,7 +347,7 @@ class Facts(Host):
 
     @property
     def stale(self) -> list[Repair]:
-        """What reconcile would do."""
+        """The repairs that reconcile would make."""
         if not self.is_root:
             raise NotKnownError("only root can read the state", needs_root=True)
         return self._stale.get()
@@ -355,7 +359,8 @@ class Facts(Host):
 
     @property
     def control_unknown(self) -> tuple[str, ...]:
-        """Those of CONTROL_EXTRAS that a control daemon does not know; that it can do what jobs need was tried, too.
+        """The CONTROL_EXTRAS that a control daemon does not know. The same daemon has proved that it sets a job's
+        limits.
 
         Raises: NodeError when it cannot.
         """

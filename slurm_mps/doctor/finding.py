@@ -1,4 +1,4 @@
-"""What a check is and what it can find; every check registers itself here under its id."""
+"""A check, and its findings. Every check registers itself here under its id."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ANYWHERE, COMPUTE, GPU_NODE = "anywhere", "on a compute node", "on a node with G
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a check: a severity, what is so, why it matters, the line or command that fixes it.
+    """A check's result: its severity, the fact, why that matters, and the line or command that fixes it.
 
-    A check's body leaves `check` empty, and `why` where the check's own reason holds. `why` and `fix` are empty where
-    all is well. `needs_root`: not checked, and root could check it.
+    A check's body leaves `check` empty, and `why` where the check's own reason applies. Without a fault `why` and
+    `fix` are empty. `needs_root`: not checked, and root could check it.
     """
 
     severity: str
@@ -40,7 +40,7 @@ def warning(what: str, fix: str, why: str = "") -> Finding:
 
 
 def fine(what: str) -> Finding:
-    """As it should be, and worth reporting."""
+    """No fault, and a fact worth reporting."""
     return Finding(FINE, what)
 
 
@@ -59,7 +59,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(check_id: str, question: str, *, why: str, where: str = ANYWHERE) -> Callable[[Body], Body]:
-    """Register a check. Its body yields what it found; nothing means that all is well."""
+    """Register a check. Its body yields findings, and none where there is no fault."""
 
     def register(body: Body) -> Body:
         CHECKS[check_id] = Check(check_id, question, why, where, body)

@@ -1,6 +1,6 @@
-"""What slurmd runs as Prolog and Epilog, in order, as far as names tell.
+"""The scripts that slurmd runs as Prolog and Epilog, in order.
 
-A script is ours, or its text names ours, or it does not: doctor follows a site's script to a name and no further.
+doctor reads a site's script for the path of one of ours, and follows nothing else in it.
 """
 
 from __future__ import annotations

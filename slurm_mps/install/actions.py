@@ -18,7 +18,9 @@ from .wanted import Options, find_wanted, stack_lines, stack_lines_of_others
 
 @dataclass(frozen=True)
 class Installed:
-    """What an installation did, or with `dry_run` would do; `undone` of an earlier one."""
+    """The changes that an installation made, or with `dry_run` would make, and those of an earlier one that it took
+    back.
+    """
 
     release: str
     conf_path: str
@@ -39,7 +41,9 @@ class Installed:
 
 @dataclass
 class Uninstalled:
-    """What became of each path; why not all was done (what has to be done first, and the problems); what is left."""
+    """The result for each path; why uninstall refused (the action that must come first, and the problems); the
+    directories that stay.
+    """
 
     undone: list[Undone] = field(default_factory=list)
     refused: dict[str, list[str]] = field(default_factory=dict)
@@ -47,7 +51,7 @@ class Uninstalled:
     left: list[str] = field(default_factory=list)
 
     def refuse(self, reasons: list[tuple[str, str]]) -> None:
-        """Add reasons: what has to be done first, and the problem."""
+        """Add reasons: the action that must come first, and the problem."""
         for first, problem in reasons:
             self.refused.setdefault(first, []).append(problem)
 
@@ -98,7 +102,7 @@ def install(options: Options, environment: Mapping[str, str], *, dry_run: bool) 
 
 
 def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: bool, dry_run: bool) -> Uninstalled:
-    """Remove what install wrote, newest first. What the admin changed since stays.
+    """Remove the files that install wrote, newest first. A file that the admin has changed since stays.
 
     Returns: with `refused` when Slurm or a job still needs what would go; nothing was changed then, unless it could
     only be seen on the way.

@@ -1,4 +1,4 @@
-"""What is left to the admin: lines for the site's own files, and commands that make Slurm take up what changed."""
+"""The admin's part of an installation: lines for the site's own files, and commands that make Slurm read them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Todo:
 
 
 def left_to_do(options: Options, wanted: Wanted, host: Host, manifest: Manifest, changed: Container[str]) -> list[Todo]:
-    """What is left to do once the wanted files are there. `changed` are the paths that this run writes."""
+    """The admin's tasks once the wanted files are there. `changed` are the paths that this run writes."""
     stack = _stack_line(wanted, host, manifest)
     if options.login_node:
         return stack
@@ -142,9 +142,10 @@ def jobs_with_mps() -> list[str]:
 
 
 def still_needed(host: Host, ours: Container[str], controller: Controller | None = None) -> list[tuple[str, str]]:
-    """Why Slurm would miss our scripts, by slurm.conf or by slurmctld: what has to be done first, and the problem.
+    """Why Slurm would miss our scripts, by slurm.conf or by slurmctld: the action that must come first, and the
+    problem.
 
-    A pattern of which nothing is left counts: Slurm then drains the node at its next job.
+    A pattern that would match no file counts, since Slurm then drains the node at its next job.
     """
     found = []
     for setting in SCRIPTS:
@@ -163,7 +164,7 @@ def still_needed(host: Host, ours: Container[str], controller: Controller | None
 
 
 def still_in_force(host: Host, ours: Container[str]) -> list[tuple[str, str]] | None:
-    """The same of what slurmctld has, which is what slurmd does until ``scontrol reconfigure``.
+    """still_needed() by slurmctld's configuration, which slurmd follows until ``scontrol reconfigure``.
 
     Returns: nothing where no slurmd runs; None when slurmctld is silent.
     """

@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Undone:
-    """What became of one path: removed, gone already, or kept and why."""
+    """The result for one path: removed, gone already, or kept and why."""
 
     path: str
     what: str
@@ -62,7 +62,7 @@ class Undone:
 
 
 class Manifest:
-    """What install has written on this node, in /var/lib/slurm-mps. One process at a time; close it with ``with``.
+    """The note in /var/lib/slurm-mps of the files that install has written here. One process at a time; use ``with``.
 
     `wrote`: by real path the digests of the contents that we put there, at most the last one and the one before. A
     directory has none.
@@ -152,7 +152,7 @@ def require_roots(path: str) -> None:
 
 
 def compare(changes: list[Change], manifest: Manifest) -> list[Comparison]:
-    """What each change would do now.
+    """Compare each change with the file that is there now.
 
     Raises: NodeError when a place is not root's alone.
     """
@@ -183,7 +183,7 @@ def _compare(change: Change, wrote: list[str] | None) -> Comparison:
 def apply(comparisons: list[Comparison], manifest: Manifest) -> None:
     """Note all that is going to be written, then write it.
 
-    Raises: NodeError; what was written until then is in the manifest.
+    Raises: NodeError; the manifest then has every file that was written.
     """
     needed = [one for one in comparisons if one.is_needed]
     for one in needed:

@@ -1,8 +1,8 @@
-"""What install writes on this node: whole files of its own. slurm.conf and all other files of the site stay unchanged.
+"""The files that install writes on this node, each whole and its own. It changes no file of the site.
 
-The order is that in which they are written: what is called before what calls it. A `required` line in plugstack.conf
-whose plugin is missing stops every srun, and slurmd from starting; a Prolog that is missing drains the node (both seen
-on Slurm 22.05).
+They are written in this order, a file before the file that names it. A `required` line in plugstack.conf whose plugin
+is missing stops every srun, and slurmd from starting; a Prolog that is missing drains the node (both seen on Slurm
+22.05).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _AT_BOOT = "/etc/tmpfiles.d"
 
 @dataclass(frozen=True)
 class Options:
-    """What the admin may say. `login_node`: what submitting needs, where users submit jobs and none runs."""
+    """The admin's options. `login_node`: install for a host where users submit jobs and none runs."""
 
     slurm_conf: str | None = None
     plugin: str | None = None
@@ -61,7 +61,7 @@ class ScriptPlace:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be on this node: `changes` in their order, the plugin's directory, and its line."""
+    """The files for this node: `changes` in their order, the plugin's directory, and its line."""
 
     release: str
     changes: list[Change]
@@ -265,5 +265,5 @@ def stack_lines(host: Host) -> list[tuple[str, str]]:
 
 
 def stack_lines_of_others(host: Host, manifest: Manifest) -> list[tuple[str, str]]:
-    """Those of them that `install` did not write."""
+    """The lines in force that name the plugin and that `install` did not write."""
     return [(path, line) for path, line in stack_lines(host) if path not in manifest]

@@ -58,11 +58,11 @@ def gpu_daemon_name(number: int) -> str:
 
 @record
 class JobOnNode:
-    """What an action acts on: one job on this node.
+    """One job on this node, on which actions act.
 
-    Both deadlines are monotonic times in seconds: what is brought up must be so by the first, so that there is time to
-    undo it all by the second. `meanwhile` is done while daemons quit, which takes a tenth of a second. `asked`: they
-    have been told to.
+    Both deadlines are monotonic times in seconds: bring-up ends by the first, and undoing everything by the second.
+    `meanwhile` is called while daemons quit, which takes a tenth of a second. `asked`: the epilog's script has sent
+    them quit.
     """
 
     state: NodeState
@@ -75,9 +75,9 @@ class JobOnNode:
     asked: bool = False
 
     def seconds(self, wanted: float) -> float:
-        """How long one thing may take: what it wants, but no longer than is left of the whole.
+        """The seconds that one piece of work may take: those it wants, or those left until the deadline.
 
-        Raises: DeadlineError when nothing is left.
+        Raises: DeadlineError after the deadline.
         """
         left = self.deadline - monotonic()
         if left <= 0:
@@ -107,9 +107,9 @@ class JobDaemon:
 class HoldGpu:
     """Hold a GPU for the job, in compute mode `mode` (None: the mode is left alone).
 
-    `way` says whether other MPS jobs may hold it, too: those that hold it in the same way. The first holder's find is
-    kept in the GPU's ledger; the last holder to leave puts it back. A GPU that is to be exclusive must be free of
-    processes: what is there although nobody holds it was left behind.
+    Other MPS jobs may hold it, too, if their `way` is the same and is not WHOLE. The GPU's ledger keeps the compute
+    mode that the first holder found; the last holder to leave puts it back. A GPU that becomes exclusive must be free
+    of processes: with no holder, an earlier job left them.
     """
 
     gpu: str
@@ -168,7 +168,9 @@ class _InUseError(NodeError):
         self.gpu, self.pids = gpu, pids
 
     def judged(self) -> Exception:
-        """Whose fault it is that they stay: a job that runs may have its part of the GPU, and use it without MPS."""
+        """The error to raise when they stay. A running job may have a part of the GPU and use it without MPS: that is
+        no fault of the node.
+        """
         from ..slurm.jobs import running_job_of
 
         jobs = set(map(running_job_of, self.pids))
@@ -195,7 +197,7 @@ def claim(gpu: str, mode: int | None, entry: LedgerEntry, job: JobOnNode) -> Non
 
 
 def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
-    """Do something while nobody else reads or writes a ledger; again where processes are about to leave a GPU.
+    """Do `work` under the ledgers' lock, and again while processes are leaving a GPU.
 
     Raises: NodeError, RequestError when they stay.
     """
@@ -214,7 +216,7 @@ def under_lock(job: JobOnNode, work: Callable[[], T]) -> T:
 
 
 def wait_for(why: str, job: JobOnNode) -> None:
-    """Wait a moment for what other jobs do. Whatever is late from now on, the job is refused for this reason.
+    """Wait a moment for other jobs. If the job misses a deadline from now on, it is refused for this reason.
 
     Raises: DeadlineError.
     """
@@ -248,7 +250,7 @@ class ReleaseGpu:
 
 
 def let_go(gpu: str, jobs: Collection[int], state: NodeState, gpus: Gpus) -> None:
-    """Take jobs, and whoever has no journal any more, out of a GPU's ledger, whose lock the caller has."""
+    """Take jobs, and holders without a journal, out of a GPU's ledger. The caller has the ledgers' lock."""
     entry = state.ledgers.read(gpu)
     left = tuple(one for one in entry.holders if one.job_id not in jobs)
     if not left and entry.daemon is None:
@@ -317,7 +319,7 @@ class StartDaemons:
         self._check(self.begin(job), job)
 
     def begin(self, job: JobOnNode) -> list[processes.Child]:
-        """Start them all, and do not wait. Raises: NodeError; then none is left that was started here."""
+        """Start all daemons, and do not wait. Raises: NodeError, after ending those that it started."""
         log_limit_bytes = LOG_GROWS_TO * job.config.logs_max_kib * 1024
         children: list[processes.Child] = []
         try:
@@ -329,9 +331,9 @@ class StartDaemons:
         return children
 
     def finish(self, children: Sequence[processes.Child], job: JobOnNode) -> None:
-        """Wait for what begin() started before the GPUs were claimed, and see that each daemon runs.
+        """Wait for the programs of begin(), which ran before the GPUs were claimed, and check that each daemon runs.
 
-        What failed is tried once more: a GPU may have been in a mode in which no daemon starts.
+        A daemon that failed is started once more: its GPU may have been in a mode in which no daemon starts.
         Raises: NodeError.
         """
         try:
@@ -344,7 +346,7 @@ class StartDaemons:
             tell_admin(f"job {job.journal.job_id}: its control daemon was started twice: {error}")
 
     def _check(self, children: Sequence[processes.Child], job: JobOnNode) -> None:
-        """Wait for what begin() started, and see that each daemon runs. Raises: NodeError."""
+        """Wait for the programs of begin(), and check that each daemon runs. Raises: NodeError."""
         seconds = job.seconds(job.config.deadlines_daemon_start)
         outcomes = processes.wait_all(children, seconds)
         problems = []
@@ -401,7 +403,7 @@ class SetLimits:
 
 @record
 class AdmitUser:
-    """Let the job's user into its directory; until now nobody could disturb what was done there.
+    """Let the job's user into the job's directory; before that, nobody could disturb the bring-up there.
 
     Undone by removing the directory.
     """
@@ -440,7 +442,7 @@ class StartServers:
         processes.wait_all(self.begin(job), job.seconds(job.config.deadlines_command))
 
     def begin(self, job: JobOnNode) -> list[processes.Child]:
-        """Begin to tell the daemons. Returns: the programs that do."""
+        """Start the programs that send the command to the daemons, and return them."""
         children = []
         for name in self.daemons:
             try:

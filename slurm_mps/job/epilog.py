@@ -1,6 +1,6 @@
-"""What slurmd runs after a job: take down what the job's prolog brought up, from the state on disk. In this order:
+"""The epilog, which slurmd runs after a job: it takes the job's MPS down, from the state on disk. In this order:
 
-1. The shell script tells the job's control daemons to quit, while Python starts (epilog/95-slurm-mps.sh; `asked`).
+1. The shell script sends quit to the job's control daemons, while Python starts (epilog/95-slurm-mps.sh; `asked`).
 2. Lock the job, and read its journal and its configuration. Without a journal there is nothing to do.
 3. Run the journal's undos (job/actions.py), from the last line to the first: end the daemons and their servers, and
    open NVML meanwhile; remove the pipe directories and cut the logs; release each GPU, whose compute mode goes back

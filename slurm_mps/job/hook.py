@@ -1,8 +1,8 @@
-"""What prolog and epilog have in common: the job, the state, a watch, and how a failure ends.
+"""The common part of prolog and epilog: the job, the state, a watch, and how a failure ends.
 
-Whose fault a failure is decides how it ends. The user's: the prolog succeeds, the verdict is a refusal, the job's
-tasks fail with its message. The node's: the site's policy (docs/decisions/0006). Ours (a bug): as the node's, with the
-traceback in the log.
+A user's mistake ends in a refusal: the prolog succeeds, and the job's tasks fail with the message. For a fault of the
+node, the site's policy decides (docs/decisions/0006). A bug of ours counts as a fault of the node, with the traceback
+in the log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """A prolog or an epilog of one job; remembers as much as is needed to say how it failed."""
+    """A prolog or an epilog of one job. Its attributes are set as it goes, for the message of a failure."""
 
     name = ""
     done = ""  #: the outcome that metrics count when all went well
@@ -61,14 +61,14 @@ class Hook:
         raise NotImplementedError
 
     def give_up(self, message: str) -> int:
-        """What the watch does when the time is over."""
+        """The watch calls this when the time is over."""
         return self.node_fault(message)
 
     def refuse(self, error: RequestError) -> int:
         return self.node_fault(str(error))
 
     def node_fault(self, message: str) -> int:
-        """Tell the admin, and whoever looks later: the health check, which gives a drained node its reason."""
+        """Report to the admin, and leave the message for the health check, which gives a drained node its reason."""
         self.tell(message)
         try:
             if self.state:
@@ -86,7 +86,9 @@ class Hook:
         tell_admin(f"{self.who}: {message}")
 
     def note(self, outcome: str, reason: str = "-") -> None:
-        """Where the site wants metrics, note how this ended and after how long; that it cannot be noted is no fault."""
+        """Where the site wants metrics, note the outcome and the time that it took. Failing to note it is no
+        fault.
+        """
         if self.state is None or not outcome or self.config.metrics_textfile == "none":
             return
         try:
@@ -96,7 +98,7 @@ class Hook:
 
 
 def _must_be_root() -> None:
-    """Raises: NodeError when Slurm runs the script as somebody else; then nothing of root's can be read or put back.
+    """Raises: NodeError when Slurm runs the script as another user, who can put nothing back.
 
     slurmstepd of 24.05 to 25.11 drops its privileges for a moment when it ends the extern step, and an epilog that
     PrologFlags=RunInJob has it start in that moment keeps them dropped for good.

@@ -1,4 +1,4 @@
-"""A job's journal: who the job is, and the lines that undo what was done for it, on disk before it is done.
+"""A job's journal: the job's identity, and the undo of each action, on disk before the action runs.
 
 slurm-mps journal 1
 job id=4711 uid=20001 run=5d41402a boot=<boot id> node=n1 ready=yes
@@ -24,7 +24,7 @@ FILE = "journal"
 
 
 class Journal:
-    """One job's way on this node: who it is, and the lines that undo what was done for it."""
+    """One job on this node: its identity, and the undos of the actions that ran for it."""
 
     def __init__(self, directory: Directory, job_id: int, uid: int, run: str, boot_id: str, node: str = "") -> None:
         self.directory = directory
@@ -52,7 +52,7 @@ class Journal:
         self.directory.write(FILE, encode("journal", JOURNAL_VERSION, lines))
 
     def note(self, *undos: str) -> None:
-        """Put on disk how the effects that come next are undone; they are undone before all others, last one first."""
+        """Put the undos of the next actions on disk. The last undo of the journal runs first."""
         self.undo += undos
         self.write()
 
@@ -60,7 +60,8 @@ class Journal:
         self.directory.write("verdict", replace(verdict, uid=self.uid).encode(), mode=0o644)
 
     def tell_tasks(self, verdict: Verdict) -> None:
-        """Leave the verdict of a job without MPS; with no daemon here, all may enter where the file system has no ACLs.
+        """Leave the verdict of a job without MPS. Without ACLs the directory is opened to all: there is no daemon in
+        it.
 
         Raises: NodeError; then there is no verdict at all.
         """
@@ -78,7 +79,7 @@ class Journal:
         self.directory.write("config", encode("config", CONFIG_VERSION, to_lines(config)))
 
     def read_config(self) -> SiteConfig | None:
-        """The configuration the job was brought up with; None when it did not come that far."""
+        """The configuration of the job's bring-up; None when the prolog ended before writing it."""
         try:
             return from_lines(decode(self.directory.read("config"), "config", CONFIG_VERSION))
         except FileNotFoundError:

@@ -30,7 +30,7 @@ STARTING, OPEN, CLOSING = "starting", "open", "closing"
 
 @record
 class Holder:
-    """A job that holds a GPU, and how. Of a joined one its user, and the MiB for its clients (0: not known)."""
+    """A job that holds a GPU, and how. A joined one has its user, and the MiB for its clients (0: not known)."""
 
     job_id: int
     way: str = WHOLE
@@ -40,7 +40,7 @@ class Holder:
 
 @record
 class JoinedDaemon:
-    """The control daemon of joined jobs: the job that started it, what becomes of it, and which process it is.
+    """The control daemon of joined jobs: the job that started it, its stage, and its process.
 
     `uid` is the user of its server: root for jobs of all users. `closer` is the job whose undo ends it.
     """
@@ -54,8 +54,8 @@ class JoinedDaemon:
 
 @record
 class LedgerEntry:
-    """Who holds a GPU, the compute mode that was found when slurm-mps changed it (None: it did not), and the daemon of
-    joined jobs.
+    """A GPU's holders, the compute mode before slurm-mps changed it (None: it did not), and the daemon of joined
+    jobs.
     """
 
     holders: tuple[Holder, ...] = ()
@@ -66,7 +66,7 @@ class LedgerEntry:
 class Ledgers:
     """The ledgers of this node's GPUs, in a directory that only root can enter.
 
-    `job_ids` says of which jobs something is kept: who is none of them holds nothing any more.
+    `job_ids` gives the jobs that have a directory: any other holder has ended.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Ledgers:
         self._directory.close()
 
     def lock(self, timeout_seconds: float) -> None:
-        """Keep everybody else out of the ledgers. Raises: DeadlineError."""
+        """Lock the ledgers. Raises: DeadlineError."""
         self._locks.acquire(_LOCK, timeout_seconds)
 
     def unlock(self) -> None:
         self._locks.release(_LOCK)
 
     def names(self) -> list[str]:
-        """The GPUs that a ledger is kept of, or that a write of one was begun for."""
+        """The GPUs with a ledger, or with a ledger whose write was cut short."""
         return sorted({whole_name(name) for name in self._directory.names()})
 
     def read(self, uuid: str) -> LedgerEntry:
-        """Who holds a GPU. Holders that are no jobs of this boot any more do not count."""
+        """A GPU's ledger, without the holders that have ended and without those of another boot."""
         entry, boot_id = self.read_as_written(uuid)
         if boot_id != self._boot_id:
             return LedgerEntry()
@@ -100,7 +100,7 @@ class Ledgers:
         return replace(entry, holders=tuple(one for one in entry.holders if one.job_id in jobs))
 
     def read_as_written(self, uuid: str) -> tuple[LedgerEntry, str]:
-        """What a GPU's ledger says, and the boot it says it of; nothing of no boot where there is none.
+        """A GPU's ledger as it is on disk, and its boot id; an empty one and "" where there is none.
 
         Raises: DamagedFileError, NewerFileError.
         """
@@ -118,7 +118,7 @@ class Ledgers:
             raise DamagedFileError(f"the ledger of {uuid} does not name its holders") from None
 
     def write(self, uuid: str, entry: LedgerEntry) -> None:
-        """Put a GPU's ledger on disk; without holders and nothing to put back there is none."""
+        """Put a GPU's ledger on disk. An empty ledger's file is removed."""
         if entry == LedgerEntry():
             self._directory.unlink(uuid)
             return
@@ -129,7 +129,9 @@ class Ledgers:
 
 
 def describe_gone(written: LedgerEntry, entry: LedgerEntry) -> str:
-    """Which of a ledger's holders exist no more: those that are written, and that Ledgers.read() leaves out."""
+    """The holders that a ledger names (`written`) and that have ended (they are not in `entry`), in words; "" for
+    none.
+    """
     gone = [str(one.job_id) for one in written.holders if one not in entry.holders]
     if len(gone) > 1:
         return f"held by jobs {', '.join(gone)}, which no longer exist"

@@ -1,9 +1,9 @@
-"""The order of things: bring a job's MPS up, take it down.
+"""Bring a job's MPS up, and take it down.
 
 Promises:
  - Each action's undo is on disk before the action changes anything.
- - bring_up() leaves the job's MPS whole, or nothing of it.
- - take_down() goes on past an undo that fails, reports all failures together, and finds nothing to do a second time.
+ - bring_up() succeeds, or undoes everything that it did.
+ - take_down() goes on past an undo that fails, and reports all failures together. A second run finds nothing to do.
 """
 
 from __future__ import annotations
@@ -32,54 +32,54 @@ _CHILD_ENDS_SECONDS = 1.0  # a program whose work is not needed any more, or not
 def bring_up(request: JobRequest, job: JobOnNode) -> None:
     """Give the job what it asks for, and leave the verdict for its tasks.
 
-    The control daemons start while NVML opens (docs/decisions/0019), on the GPUs that the kernel lists; NVML has the
-    last word. Where the two differ, all is undone, and done again by NVML's word.
+    The control daemons start while NVML opens (docs/decisions/0019), on the GPUs that the kernel lists. Where NVML
+    lists other GPUs, everything is undone, and done again on those.
     Raises: RequestError when the job cannot have what it asks, or what the action that failed raised, after everything
     before it was undone; NodeError when that failed too.
     """
-    begun = first_actions(request, job.config, expected_uuids(request.gpus))
+    first = first_actions(request, job.config, expected_uuids(request.gpus))
     children: Sequence[processes.Child] = ()
     try:
-        _note(begun, job)
-        children = _begin(begun, job)
+        _note(first, job)
+        children = _begin(first, job)
         plan = make_plan(request, job.config, tuple(job.gpus.resolve(name) for name in request.gpus))
-        if begun and plan.actions[: len(begun)] != begun:
+        if first and plan.actions[: len(first)] != first:
             _withdraw(children, job)
-            begun, children = (), ()
+            first, children = (), ()
             why = "the kernel lists other GPUs than NVML"
             tell_admin(f"job {job.journal.job_id}: its control daemon was started twice: {why}")
         _note(plan.actions, job)
         for action in plan.actions:
-            if begun and isinstance(action, StartDaemons):
+            if first and isinstance(action, StartDaemons):
                 action.finish(children, job)
                 children = ()
             elif isinstance(action, StartServers):
                 children = action.begin(job)
-            elif not (begun and isinstance(action, MakeDirectories)):
+            elif not (first and isinstance(action, MakeDirectories)):
                 action.apply(job)
-        job.seconds(0)  # a watch that has given up says something else to the job's tasks
+        job.seconds(0)  # the watch may have given up, and left another verdict
         job.journal.write_verdict(plan.verdict(plan.running(job)))
         job.journal.ready = True
         job.journal.write()
     except Exception as error:  # a bug, too, must not leave half of it
         is_late = bool(job.journal.waited) and isinstance(error, DeadlineError)
-        if begun and (is_late or isinstance(error, RequestError)):
+        if first and (is_late or isinstance(error, RequestError)):
             processes.wait_all(children, _CHILD_ENDS_SECONDS)  # a daemon that is still starting would make them again
-            logs.forget(job.journal.job_id, job.config)  # they say nothing, and would have an older job's removed
+            logs.forget(job.journal.job_id, job.config)  # they are empty, and would push out an older job's
         problems = _undo(children, job)
         if problems:
             raise NodeError(f"{error}; and it could not be undone: {'; '.join(problems)}") from error
         if is_late:
             raise RequestError(job.journal.waited, hint="submit the job again", reason="busy_gpu") from error
         raise
-    job.gpus.close()  # while the daemons are told to start their servers
+    job.gpus.close()  # while the daemons start their servers
     processes.wait_all(children, _CHILD_ENDS_SECONDS)
 
 
 def _note(actions: Iterable[Action], job: JobOnNode) -> None:
-    """Put on disk how these actions are undone, as far as it is not there yet.
+    """Put the undos of these actions on disk, except those that are there already.
 
-    A GPU's ledger is read first: nothing is begun that could not be undone because the ledger cannot be read.
+    Each GPU's ledger is read first: an action whose undo could not read it must not start.
     """
     undos = [undo for action in actions if (undo := action.undo()) is not None]
     for undo in undos:
@@ -91,7 +91,7 @@ def _note(actions: Iterable[Action], job: JobOnNode) -> None:
 
 
 def _begin(actions: Iterable[Action], job: JobOnNode) -> Sequence[processes.Child]:
-    """Make the daemons' directories and start the daemons, which is not awaited. Returns: the programs that start them.
+    """Make the daemons' directories and start the daemons without waiting. Returns: the programs that start them.
 
     The GPUs are not claimed yet: a control daemon does nothing on a GPU before it has a server.
     """
@@ -111,15 +111,18 @@ def _withdraw(children: Sequence[processes.Child], job: JobOnNode) -> None:
 
 
 def _undo(children: Sequence[processes.Child], job: JobOnNode) -> list[str]:
-    """Undo everything, once the programs that start daemons have ended: a daemon could come after its undo."""
+    """Undo everything, after the programs that start daemons have ended: otherwise a daemon could start after its
+    undo.
+    """
     processes.wait_all(children, _CHILD_ENDS_SECONDS)
     return undo_all(replace(job, deadline=job.undo_deadline))
 
 
 def undo_all(job: JobOnNode, *, claims: bool = True) -> list[str]:
-    """Undo what the journal says, last line first; what is undone leaves it. Without `claims` the GPUs stay claimed.
+    """Run the undos of the journal, last line first; an undo that succeeds leaves it. Without `claims` the GPUs stay
+    claimed.
 
-    Returns: what went wrong.
+    Returns: the errors, in words.
     """
     problems = []
     left: list[str] = []
@@ -146,7 +149,7 @@ def undo_all(job: JobOnNode, *, claims: bool = True) -> list[str]:
 def take_down(job: JobOnNode) -> None:
     """Undo everything and forget the job.
 
-    Raises: NodeError with everything that could not be undone; the journal stays, so that it can be tried again.
+    Raises: NodeError with every undo that failed; the journal stays, so that a later run can try again.
     """
     problems = undo_all(job)
     if problems:
@@ -155,7 +158,7 @@ def take_down(job: JobOnNode) -> None:
 
 
 def is_up(job: JobOnNode, run: str) -> bool:
-    """Whether all of it was done for this very run of the job (request.run_of_job), and still stands."""
+    """Whether bring-up is complete for this run of the job (request.run_of_job), and its daemons still run."""
     journal = job.journal
     if not (journal.ready and journal.run == run and journal.boot_id == job.state.boot_id):
         return False

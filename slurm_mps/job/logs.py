@@ -1,4 +1,4 @@
-"""The logs of a job's control daemon and server. Whatever goes wrong with them costs neither job nor node.
+"""The logs of a job's control daemon and server. A failure here costs neither the job nor the node anything but logs.
 
 /var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
   <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
@@ -30,7 +30,7 @@ _VERDICTS = "/var/log/slurm-mps"  # wherever the site keeps logs: the plugin kno
 
 
 def _attempt(whose: int | str, what: str, work: Callable[[], None]) -> bool:
-    """Do something with the logs of a job, or of a GPU; when it fails the admin is told, and that is all."""
+    """Do `work` on the logs of a job, or of a GPU. A failure is reported to the admin, and has no other effect."""
     who = f"job {whose}" if isinstance(whose, int) else whose
     try:
         work()
@@ -45,7 +45,7 @@ def _attempt(whose: int | str, what: str, work: Callable[[], None]) -> bool:
 def make(whose: int | str, uid: int | None, parts: Sequence[str], config: SiteConfig, *, anew: bool = True) -> bool:
     """Make the log directory of a job, or of a GPU whose jobs are joined, with its parts, and let its user read it.
 
-    `uid` is None where jobs of all users are joined: their logs are root's alone. Without `anew` what is there stays.
+    `uid` is None where jobs of all users are joined: only root reads their logs. Without `anew` older logs stay.
     Returns: False when there can be none.
     """
 
@@ -64,7 +64,7 @@ def make(whose: int | str, uid: int | None, parts: Sequence[str], config: SiteCo
 
 
 def leave_verdict(job_id: int, verdict: bytes, config: SiteConfig, jobs: Collection[int]) -> None:
-    """Leave the verdict of a job of which nothing is in the state directory; it goes when its logs would go.
+    """Leave the verdict of a job that has nothing in the state directory. It is removed when the job's logs would be.
 
     Raises: NodeError.
     """
@@ -86,9 +86,9 @@ def _over(logs: Directory, running: Collection[int]) -> list[int]:
 
 
 def _too_many(logs: Directory, keep_jobs: int, running: Collection[int]) -> list[int]:
-    """The jobs whose logs are to go: always the oldest of the user who has most, so that nobody pushes out another's.
+    """The jobs whose logs are removed: the oldest of the user who has most, so that no user pushes out another's.
 
-    A few more than must, so that not every job has to look.
+    A few more than necessary are removed, so that not every job has to look.
     """
     over = _over(logs, running)
     if len(over) <= keep_jobs:
@@ -113,7 +113,8 @@ def _cut(own: Directory, limit_bytes: int) -> None:
 
 
 def untidy(config: SiteConfig, jobs: Collection[int]) -> list[int]:
-    """Jobs that are over whose logs are not as keep() leaves them: a reboot ended them, or the site changed its mind.
+    """Ended jobs whose logs are longer or more than keep() leaves: a reboot ended them, or the site changed its
+    limits.
 
     Raises: NodeError when the directory cannot be looked at.
     """
@@ -149,7 +150,7 @@ def _is_long(parent: Directory, name: str, limit_bytes: int) -> bool:
 
 
 def keep_part(job_id: int, gpu: str, part: str, config: SiteConfig) -> None:
-    """Keep what the logs of a GPU's daemon say for a job that leaves it. Who may read those may read what is kept."""
+    """Copy the logs of a GPU's daemon for a job that leaves it. The same user may read the copy."""
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
@@ -165,7 +166,7 @@ def keep_part(job_id: int, gpu: str, part: str, config: SiteConfig) -> None:
 
 
 def forget(whose: int | str, config: SiteConfig) -> None:
-    """Remove the logs of a job that was refused: they say nothing, and would have an older job's removed."""
+    """Remove the logs of a job that was refused: they are empty, and would push out an older job's."""
 
     def work() -> None:
         with make_trusted(config.paths_logs, 0o711, group_is_trusted=True) as logs:
@@ -175,9 +176,9 @@ def forget(whose: int | str, config: SiteConfig) -> None:
 
 
 def keep(job_id: int, config: SiteConfig, jobs: Collection[int]) -> None:
-    """Bound a job's logs when the daemon is gone, or remove them, as the site wants; a second time does no harm.
+    """Cut or remove a job's logs when the daemon is gone, as the site wants. A second run does no harm.
 
-    `jobs` are all that are not over yet.
+    `jobs` are all jobs that still run.
     """
 
     def work() -> None:

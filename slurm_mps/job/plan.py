@@ -1,4 +1,4 @@
-"""What will be done for a job: JobRequest + SiteConfig + the job's GPUs -> Plan. Pure; printable, not run."""
+"""The plan of a job: JobRequest + SiteConfig + the job's GPUs -> Plan. Pure; a plan can be printed instead of run."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class Plan:
         ]
 
     def verdict(self, running: Sequence[ControlDaemon]) -> Verdict:
-        """What the plugin reads in the job's tasks; `running` are the plan's daemons.
+        """The verdict for the job's tasks; `running` are the plan's daemons.
 
-        GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves them all; of several, the first
-        serves the first GPU and so on.
+        GPUs stand in the daemon's order, which is PCI order (O19). One daemon serves all of them, or each its own in
+        the same order.
         """
         auto = (("threads", self.request.auto_threads), ("memory", self.request.auto_memory))
         limits, joins = self.daemons[0].limits, self.config.gpus_sharing == JOINED
@@ -304,7 +304,7 @@ def _compute_mode(way: str, config: SiteConfig) -> int | None:
 def first_actions(request: JobRequest, config: SiteConfig, uuids: tuple[str, ...]) -> tuple[Action, ...]:
     """The actions that need to know no more than which GPUs the job has (in PCI order): make_plan()'s begin with them.
 
-    None where the GPUs are not known, or where make_plan() has something to say against so many.
+    Empty where the GPUs are not known, or where make_plan() would refuse them.
     """
     if not 0 < len(uuids) <= GPUS_MAX or config.gpus_sharing == JOINED or _has_refused_part(request, config):
         return ()

@@ -1,4 +1,4 @@
-"""What the prolog would do for a job on this node: the very plan, with the undo of each action; nothing is changed."""
+"""Makes the plan that the prolog would make for a job on this node, and changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COUNT_MAX = 4  # digits
 
 @record
 class Wish:
-    """What a user would type: the values of sbatch's options, None for those not given.
+    """The options of sbatch as a user would type them; None for those not given.
 
     ``asked`` has those of request.VARIABLES that were given; ``--mps`` alone is "". ``devices``: which GPUs, as Slurm
     names them, instead of the first ones.
@@ -61,11 +61,11 @@ def part_of_gres(gres: str) -> dict[str, str]:
 
 
 class NoGpuError(RequestError):
-    """The job asks for a GPU that this node has not, or that does not answer: Slurm or the prolog would not take it."""
+    """The job asks for a GPU that this node lacks, or that does not answer: Slurm would not start such a job here."""
 
 
 def _environment_of(wish: Wish, uid: int) -> dict[str, str]:
-    """What slurmd would give the prolog of such a job, with what the plugin carries of its options."""
+    """The environment that slurmd would give the prolog of such a job, with the options that the plugin carries."""
     given = {VARIABLES[option]: value for option, value in wish.asked.items()}
     mps = wish.asked.get("--mps")
     if mps == "1":  # to the prolog it means --mps without a value; the plugin takes it from nobody
@@ -107,7 +107,7 @@ def _resolve(name: str, wish: Wish, gpus: Gpus) -> Gpu:
 
 
 def sees_holders() -> bool:
-    """Whether we may read which job holds a GPU: that is root's."""
+    """Whether the caller may read which job holds a GPU: only root may."""
     return os.geteuid() == 0
 
 

@@ -1,4 +1,4 @@
-"""What slurmd runs before a job: bring the job's MPS up, and leave the verdict for its tasks."""
+"""The prolog, which slurmd runs before a job: it brings the job's MPS up, and leaves the verdict for its tasks."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Prolog(Hook):
         bring_up(request, self._on_node(state, journal, self.config))
 
     def _see_devices_confined(self) -> None:
-        """Raises: RequestError. A setting of the site's is wrong, on all nodes: draining them cures nothing."""
+        """Raises: RequestError. The site's configuration is wrong on all nodes: draining them would fix nothing."""
         why = unconfined(self.environment.get("SLURM_CONF", ""))
         if why:
             raise RequestError(f"this site joins jobs on a GPU, and {why}", hint="tell your admin", reason="site")
 
     def _open_state(self) -> NodeState:
-        """Open the state directory and read the configuration, which says what comes of a fault of either."""
+        """Open the state directory and read the configuration, whose policy decides about a fault of either."""
         try:
             self.state = NodeState()
         except NodeError:
@@ -98,7 +98,7 @@ class Prolog(Hook):
     # ---------------------------------------------------------------------------------------------- what goes wrong
 
     def refuse(self, error: RequestError) -> int:
-        """The job's tasks fail with the message; the node has nothing to do with it."""
+        """The job's tasks fail with the message; the node stays in service."""
         if self._journal is None:
             return self.node_fault(str(error))
         try:
@@ -112,14 +112,16 @@ class Prolog(Hook):
         return 0
 
     def give_up(self, message: str) -> int:
-        """The watch's last words. NVML hangs, it seems: all is undone that does not need it."""
+        """The watch's last act. NVML probably hangs, so only undos that do not need NVML run."""
         if self.state and self._journal:
             job = self._on_node(self.state, self._journal, self.config)
             undo_all(replace(job, deadline=monotonic() + _UNDO_SECONDS), claims=not self._journal.claims)
         return self.node_fault(message)
 
     def node_fault(self, message: str) -> int:
-        """Tell the admin, then do as the site wants: fail the job here, let it run, or have Slurm drain the node."""
+        """Report to the admin, then follow the site's policy: fail the job here, let it run, or have Slurm drain the
+        node.
+        """
         super().node_fault(message)
         policy = self.config.policy_node_fault
         try:
@@ -136,9 +138,9 @@ class Prolog(Hook):
         return 1
 
     def _tell_tasks(self, verdict: Verdict) -> None:
-        """Leave a verdict where the plugin looks for it: with the job's state or, where none could be made, its logs.
+        """Leave a verdict where the plugin looks for it: with the job's state, or with its logs if there is no state.
 
-        Raises: NodeError when the job's tasks would not be told.
+        Raises: NodeError when the job's tasks would find no verdict.
         """
         job_id = self.job_id or 0
         try:

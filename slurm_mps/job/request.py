@@ -1,4 +1,4 @@
-"""What the job asks for: the prolog's environment -> JobRequest. Pure; opens nothing, runs nothing.
+"""The job's request: the prolog's environment -> JobRequest. Pure; opens nothing, runs nothing.
 
 Every ``SPANK_*`` value is a user's text: any user can send any of them with any bytes, past the plugin and its checks
 (S4), so each is read here by a grammar and never reaches a shell, a path or a control command as it came.
@@ -115,7 +115,7 @@ def _gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tuple[int, ...]:
-    """Slurm's indices of GPUs that are named by UUID; none where it does not say them one by one."""
+    """Slurm's indices of GPUs that are named by UUID; empty where SLURM_JOB_GPUS does not list each."""
     indices = [name for name in environment.get("SLURM_JOB_GPUS", "").split(",") if name]
     numbers = all(name.isascii() and name.isdigit() and len(name) <= 4 for name in indices)
     by_uuid = any(not name.isdigit() for name in gpus)
@@ -123,7 +123,7 @@ def _slurm_indices(environment: Mapping[str, str], gpus: tuple[str, ...]) -> tup
 
 
 def asks_for_mps(environment: Mapping[str, str]) -> bool:
-    """Whether the plugin passed on anything of a request, or Slurm gave the job a part of a GPU with gres/mps."""
+    """Whether the plugin passed on a request, or Slurm gave the job a part of a GPU with gres/mps."""
     return SHARE in environment or any(name.startswith(_PREFIX) for name in environment)
 
 
@@ -145,18 +145,18 @@ def _share(environment: Mapping[str, str]) -> float | None:
 
 
 def run_of_job(environment: Mapping[str, str]) -> str:
-    """Tells a run of a job from every other one that has, or had, its id: a requeued job's, and another job's where ids
-    began anew. Slurm gives the time of the start from 23.02 on.
+    """A name for this run of the job, which differs from that of a requeued run, and of another job with the same id.
+    Slurm gives the time of the start from 23.02 on.
     """
     given = [name for name in environment if name.startswith(_PREFIX)]
-    said = "\0".join(f"{name}={environment[name]}" for name in sorted([*given, *(_RUN & environment.keys())]))
-    return f"{crc32(said.encode('utf-8', 'surrogateescape')):08x}"
+    given_text = "\0".join(f"{name}={environment[name]}" for name in sorted([*given, *(_RUN & environment.keys())]))
+    return f"{crc32(given_text.encode('utf-8', 'surrogateescape')):08x}"
 
 
 def read_request(environment: Mapping[str, str]) -> JobRequest:
     """Read a job's request from the environment that slurmd gives the prolog.
 
-    Raises: RequestError for what the user asked, NodeError for what slurmd said.
+    Raises: RequestError for a wrong value of the user's, NodeError for one of slurmd's.
     """
     unknown = sorted(n for n in environment if n.startswith(_PREFIX + "_") and n not in VARIABLES.values())
     if unknown:

@@ -1,4 +1,4 @@
-"""What slurm-mps keeps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
+"""The state of slurm-mps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
 
     /run/slurm-mps/          root 0711
       lock                   locks by number: a job's id, 0 for the ledgers, others beyond
@@ -82,7 +82,7 @@ class NodeState:
         self._locks.release(job_id)
 
     def is_at_work(self, job_id: int) -> bool:
-        """Whether a prolog or epilog of another job lives, or a reconcile that looks at it."""
+        """Whether a prolog or epilog of another job runs, or a reconcile that works on that job."""
         try:
             self._locks.acquire(job_id, 0)
         except DeadlineError:
@@ -97,20 +97,20 @@ class NodeState:
         return self._daemons
 
     def job_ids(self) -> list[int]:
-        """Jobs that something is kept of."""
+        """The jobs that have a directory."""
         return sorted(int(name) for name in self._jobs.names() if name.isdigit())
 
     def strangers(self) -> list[str]:
-        """The paths of what no slurm-mps of this version puts where they are."""
+        """The paths of files that this version of slurm-mps does not put there."""
         ours = (*_SKELETON, DAEMONS, "config", *_LAST_FAULT, EVENTS, EVENTS_TAKEN, METRICS)
         root = [name for name in self.root.names() if whole_name(name) not in ours]
         jobs = [name for name in self._jobs.names() if not name.isdigit()]
         return [f"{place.path}/{name}" for place, names in ((self.root, root), (self._jobs, jobs)) for name in names]
 
     def open_journal(self, job_id: int) -> Journal | None:
-        """A job's journal; None when nothing was begun for it (what a crash left before the first note is removed).
+        """A job's journal; None when there is none. A directory that a crash left without a journal is removed.
 
-        Raises: DamagedFileError, NewerFileError (the state is kept as it is), NodeError.
+        Raises: DamagedFileError, NewerFileError (the state stays as it is), NodeError.
         """
         journal = self.look_at_journal(job_id)
         if journal is None:
@@ -118,7 +118,7 @@ class NodeState:
         return journal
 
     def stamp(self, job_id: int) -> tuple[int, int]:
-        """Tells a job's journal as it is now from every later one; (0, 0) where there is none."""
+        """A stamp that differs for every later version of a job's journal; (0, 0) where there is none."""
         try:
             with self._jobs.subdirectory(str(job_id)) as directory:
                 return directory.stamp("journal")
@@ -126,7 +126,7 @@ class NodeState:
             return (0, 0)
 
     def look_at_journal(self, job_id: int) -> Journal | None:
-        """The same, and nothing is removed."""
+        """open_journal(), and nothing is removed."""
         try:
             directory = self._jobs.subdirectory(str(job_id))
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class NodeState:
             raise
 
     def begin_journal(self, job_id: int, uid: int, run: str, node: str = "") -> Journal:
-        """Make a job's directory, root's alone for now, and note it."""
+        """Make a job's directory, which only root can enter for now, and write its journal."""
         directory = self._jobs.make(str(job_id), 0o700)
         journal = Journal(directory, job_id, uid, run, self.boot_id, node)
         try:
@@ -156,7 +156,8 @@ class NodeState:
         return journal
 
     def remove_journal(self, journal: Journal) -> None:
-        """The last act: nothing is left to undo. The journal goes last, so that a crash here can be gone on with.
+        """Remove the state of a job with nothing left to undo. The journal goes last, so that a crash here can be
+        repaired.
 
         Raises: NodeError when something is in the directory that slurm-mps did not put there.
         """
@@ -174,8 +175,8 @@ class NodeState:
         journal.directory.close()
 
     def read_compiled_config(self, stamp: str = "", partition: str = "") -> SiteConfig | None:
-        """The compiled site configuration for jobs in a partition, if it was made of the file that `stamp` describes;
-        without one, the last.
+        """The compiled site configuration for jobs in a partition, if it is that of the file with this `stamp`;
+        without `stamp`, the last one.
         """
         try:
             first, *lines = decode(self.root.read("config"), "config", CONFIG_VERSION)
@@ -184,7 +185,7 @@ class NodeState:
             return None  # made anew from the file, which is what counts
 
     def lock_config(self, timeout_seconds: float) -> bool:
-        """Keep others from compiling the site configuration. Returns: whether that could be had in time."""
+        """Keep others from compiling the site configuration. Returns: whether the lock could be had in time."""
         try:
             self._locks.acquire(_CONFIG_LOCK, timeout_seconds)
         except DeadlineError:
@@ -209,14 +210,14 @@ class NodeState:
             pass
 
     def note_event(self, words: str) -> None:
-        """Note what a hook did, for who counts it; lost where nobody has counted for long.
+        """Note a hook's outcome, for metrics to count. A full file loses it.
 
         Raises: NodeError.
         """
         self.root.append(EVENTS, f"{words}\n".encode("ascii", "replace"), _EVENTS_LIMIT_BYTES)
 
     def lock_metrics(self, timeout_seconds: float) -> None:
-        """Keep others who count out until this process ends; no hook waits for it."""
+        """Lock the metrics until this process ends. No hook waits for this lock."""
         self._locks.acquire(_METRICS_LOCK, timeout_seconds)
 
     def write_last_fault(self, text: str) -> None:

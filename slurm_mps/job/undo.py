@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def read_undo(line: str) -> Undo:
     """Read an undo back from its journal line.
 
-    Raises: DamagedFileError when it is none.
+    Raises: DamagedFileError when the line is no undo.
     """
     kind, *words = line.split(" ")
     if kind == "release_gpu" and (found := fields(words)).keys() == {"gpu"}:

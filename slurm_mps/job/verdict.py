@@ -1,4 +1,4 @@
-"""What the prolog decided about a job on this node: the one file that the plugin reads in every step (spank/verdict.c).
+"""The verdict is the prolog's decision about a job on this node: the file that the plugin reads in every step.
 
     slurm-mps verdict 1
     uid 20001                                              the job's user
@@ -17,7 +17,7 @@
     client_priority 1                                      where the job asked for one
     auto threads                                           what each step divides: threads, memory
     share 25                                               how much of a GPU Slurm gave the job (gres/mps)
-    shards_per_gpu 4                                       for jobs of gres/shard: a task is told how many it has
+    shards_per_gpu 4                                       for jobs of gres/shard: SLURM_SHARDS_ON_NODE has a task's
     share_memory even                                      a part of a GPU is the same part of its memory
     joined <directory>                                     for each daemon that serves other jobs, too: it lies there
     gpu <Slurm's index> <minor> <uuid> <MiB for clients> <MiB in all>
@@ -25,7 +25,8 @@
     end <checksum>
 
 It lies in /run/slurm-mps/jobs/<job id>/verdict or, where nothing of the job can be kept there, in
-/var/log/slurm-mps/<job id>/verdict (job/logs.py). Only root can write either. Commands read it by job/verdict_file.py.
+/var/log/slurm-mps/<job id>/verdict (job/logs.py). Only root can write either. spank/verdict.c reads it, and
+job/verdict_file.py for commands.
 """
 
 from __future__ import annotations

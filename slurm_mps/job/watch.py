@@ -1,4 +1,4 @@
-"""The watch of a process: it ends the process when its time is over, wherever it hangs."""
+"""The watch of a process: it ends the process when its time is over, even where the process hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened, from the lines of a control daemon and its servers. Pure."""
+"""Events from the log lines of a control daemon and its servers. Pure."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def _first_number(text: str) -> int:
 
 
 def read_events(control: Iterable[Line], server: Iterable[Line]) -> list[Event]:
-    """What the two logs of one control daemon say happened, in the order of time."""
+    """The events of one control daemon's two logs, in the order of time."""
     reader = _Reader()
     for line in merge(control, server, key=attrgetter("seconds")):
         reader.read(line)

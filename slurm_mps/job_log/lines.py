@@ -27,7 +27,7 @@ class Line:
 
 
 def parse_lines(data: bytes) -> Iterator[Line]:
-    """The lines of a log. What is none, such as the half line that a tail begins with, is left out."""
+    """The lines of a log. Other text, such as the half line that a tail begins with, is left out."""
     minutes: dict[str, float] = {}
     for raw in data.decode("ascii", "replace").split("\n"):
         head, bracket, text = raw.partition("] ")

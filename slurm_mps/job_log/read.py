@@ -1,4 +1,4 @@
-"""Where a job's logs lie, and what they say happened; every read is bounded."""
+"""Finds a job's logs and reads their events. Every read is bounded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DaemonLogs:
 
 
 def find_logs(root: str, job_id: int | str) -> list[DaemonLogs]:
-    """The logs of a job below the site's log directory; none where there are none for us to see.
+    """The logs of a job below the site's log directory; empty where there are none.
 
     Raises: PermissionError when they are another user's.
     """
@@ -48,7 +48,7 @@ def read_log(directory: str, name: str, limit_bytes: int = LIMIT_BYTES) -> bytes
 
 
 def events_of(logs: DaemonLogs, limit_bytes: int = LIMIT_BYTES) -> list[Event]:
-    """What the logs of a control daemon say happened.
+    """The events of a control daemon's logs.
 
     Raises: NodeError, PermissionError.
     """

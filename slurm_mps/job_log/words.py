@@ -8,7 +8,7 @@ from ..units import describe_memory
 from . import events as kinds
 from .events import Event
 
-#: Kinds that are told when only what went wrong is wanted.
+#: Kinds of events that are failures.
 TROUBLE = frozenset(
     [
         *(kinds.FAULT, kinds.REFUSED, kinds.FULL, kinds.TERMINATED),

@@ -1,6 +1,6 @@
-"""What was counted since the boot, on disk between one run and the next.
+"""The counters since the boot, which lie on disk between runs.
 
-Promise: an event is counted once, wherever this is killed.
+Promise: an event is counted once, whenever the command is killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Totals:
         return self.counts.get(kind, {}).get(word, 0)
 
     def count_events(self, text: str) -> None:
-        """Count the lines that hooks and reconcile noted; what is none is left out."""
+        """Count the lines that hooks and reconcile noted; other lines are left out."""
         for line in text.splitlines():
             words = line.split(" ")
             try:
@@ -67,7 +67,7 @@ class Totals:
                 self.add("refusal", reason)
 
     def log_totals(self) -> dict[str, float]:
-        """What all logs came to, those that are gone among them."""
+        """The counts of all logs, including removed ones."""
         return {
             name: self.count_of("log", name) + sum(counted[place] for _, counted in self.logs.values())
             for place, name in enumerate(LOG_COUNTS)

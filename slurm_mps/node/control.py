@@ -45,7 +45,7 @@ _GRAMMAR = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 
 @record
 class Limits:
-    """What every client of a daemon may have: percent of threads, bytes of memory on each GPU (None: all), priority.
+    """The limits of every client of a daemon: percent of threads, bytes of memory on each GPU (None: all), priority.
 
     A priority of None is the driver's own and not set, for drivers that do not know it.
     """
@@ -70,7 +70,7 @@ def limit_commands(limits: Limits, device_count: int) -> list[str]:
 
 
 def limit_answers(limits: Limits, device_count: int) -> list[list[str]]:
-    """What a daemon may answer to limit_commands() when it has done them: a size rounded down (O95), or as it is."""
+    """The answers of a daemon that has done limit_commands(): it prints a size rounded down (O95), or as it is."""
     percent = f"{limits.thread_percentage:.1f}"
     size = limits.memory_bytes
     priority = [] if limits.client_priority is None else [str(limits.client_priority)]
@@ -109,14 +109,14 @@ def search(directory: str, timeout_seconds: float) -> list[Stray]:
     """
     try:
         names = (DAEMON_PROGRAM, SERVER_PROGRAM)
-        said = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)
+        lines = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)
     except DeadlineError:
         where = directory or "this node"
         message = f"MPS processes of {where} could not be searched for within {timeout_seconds:g} s"
         hint = "an MPS process hangs (ps: state D)"
         raise DeadlineError(message, hint) from None
     found = []
-    for line in said.splitlines():
+    for line in lines.splitlines():
         pid, start, uid, name, pipe, gpus = line.split(" ")
         uuids = () if gpus == "-" else tuple(gpus.split(","))
         found.append(Stray(ProcessIdentity(int(pid), int(start)), int(uid), name, pipe, uuids))
@@ -129,7 +129,7 @@ def server_path(program: str) -> str:
 
 
 def why_not_run(program: str) -> NodeError | None:
-    """What is wrong with a control program that cannot be started: it is not there, or another architecture's."""
+    """Why a control program cannot be started: it is not there, or is built for another architecture; else None."""
     here = os.uname().machine
     try:
         built_for = processes.architecture_of(program)
@@ -165,7 +165,7 @@ class ControlDaemon:
 
         With `all_users` it has one server, which runs as root, for the clients of all users (O74; from driver 580 on).
 
-        Its logs stop growing at `log_limit_bytes`, which it does not mind (O49): each connection is two lines of them,
+        Its logs stop growing at `log_limit_bytes`, which the daemon survives (O49): each connection writes two lines,
         and the job's user can make a hundred thousand a second.
         Returns: the program, whose outcome check_start() judges.
         Raises: NodeError when it cannot be started.
@@ -180,7 +180,8 @@ class ControlDaemon:
             raise why_not_run(self.program) or error from None
 
     def check_start(self, outcome: Outcome | None, timeout_seconds: float, pipe: Directory) -> None:
-        """See that the program that start() gave has started a daemon, and make root's files root's alone.
+        """Check that the program of start() has started a daemon, and take other users' write permission from its
+        files.
 
         The daemon leaves its pid file and its lock writable by all (O37).
         Raises: NodeError; DeadlineError where the program has not ended in time (None).
@@ -188,8 +189,8 @@ class ControlDaemon:
         if outcome is None:
             raise DeadlineError(f"{self.program} did not answer within {timeout_seconds:g} s")
         if outcome.status:
-            said = printable((outcome.errors or outcome.output).strip() or "no message", 200)
-            raise NodeError(f"{self.program} -d ended with status {outcome.status}: {said}")
+            text = printable((outcome.errors or outcome.output).strip() or "no message", 200)
+            raise NodeError(f"{self.program} -d ended with status {outcome.status}: {text}")
         for name in (PID_FILE, LOCK_FILE):
             pipe.protect(name)
         if self.process() is None:
@@ -216,13 +217,14 @@ class ControlDaemon:
         if outcome is None:
             return DeadlineError(f"{self.program} did not answer within {timeout_seconds:g} s")
         if outcome.status:
-            said = printable(outcome.errors.strip() or "no message", 200)
-            message = f"{self.program} ended with status {outcome.status}: {said}"
+            text = printable(outcome.errors.strip() or "no message", 200)
+            message = f"{self.program} ended with status {outcome.status}: {text}"
             return NodeError(f"control daemon of {self.pipe_directory}: {message}")
         return [line for line in outcome.output.split("\n") if line.strip()]
 
     def process(self) -> ProcessIdentity | None:
-        """The running daemon, by the kernel's word of who listens on its socket (O39); None when it is not root's ours.
+        """The running daemon: the process that listens on its socket according to the kernel (O39), if root runs it;
+        else None.
 
         Drivers of branch 535 write no pid file (O83), and where there is one it proves nothing (O37).
         """
@@ -233,7 +235,9 @@ class ControlDaemon:
 
 
 def _turned_away(outcome: Outcome | None, lines: Sequence[str]) -> bool:
-    """Whether the daemon was talking to somebody else (O40): of drivers 535 and 550 at times without a word (O90)."""
+    """Whether the daemon was busy with another caller (O40). With drivers 535 and 550 it may then answer nothing
+    (O90).
+    """
     if outcome is None:
         return False
     silent = not (outcome.output.strip() or outcome.errors.strip())
@@ -245,9 +249,9 @@ def ask_all(
     timeout_seconds: float,
     meanwhile: Callable[[], None] | None = None,
 ) -> list[list[str] | NodeError]:
-    """Send each daemon its commands, all at once; do something else `meanwhile` they answer.
+    """Send each daemon its commands, all at once, and call `meanwhile` while they answer.
 
-    A daemon talks to one at a time; while somebody else has its ear this tries again (O40).
+    A daemon talks to one caller at a time; while it talks to another, this tries again (O40).
     Returns: for each daemon the lines of its answer that say something, or what went wrong (NodeError; DeadlineError
     when no answer comes).
     """
@@ -275,7 +279,7 @@ def ask_all(
 
 
 def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seconds: float) -> None:
-    """Set the defaults of servers to come and read them back, for each daemon with so many devices.
+    """Set the defaults of each daemon's future servers, for its number of devices, and read them back.
 
     Devices go by the daemon's ordinal, which all driver releases take.
     Raises: NodeError when what is read back is not what was set.
@@ -287,11 +291,11 @@ def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seco
         if isinstance(answer, NodeError):
             problems.append(answer)
         elif answer not in expected:
-            said = printable(" ".join(answer) or "nothing", 200)
+            text = printable(" ".join(answer) or "nothing", 200)
             problems.append(
                 NodeError(
                     f"control daemon of {daemon.pipe_directory}: asked for {'; '.join(lines)}, "
-                    f"and it reads back {said!r} instead of {' '.join(expected[0])!r}"
+                    f"and it reads back {text!r} instead of {' '.join(expected[0])!r}"
                 )
             )
     raise_all(problems)
@@ -307,10 +311,10 @@ def quit_all(
 ) -> None:
     """End a job's daemons and their servers: ask, then use signals, each with a time of its own that all share.
 
-    The servers are the daemons' own children, noted before a daemon is asked, or while it quits: they run as the job's
-    user, who can change what a server says of itself, but not whose child it is. Where no daemon answers, what is left
-    is searched for. `meanwhile` is done while the daemons quit; `asked`: they have been told to.
-    Raises: NodeError that names what is still there after all that, or says that it could not be searched for.
+    The servers are the daemons' own children, noted before a daemon is asked, or while it quits. They run as the
+    job's user, who can change a server's environment, but not its parent. Where no daemon answers, all processes are
+    searched. `meanwhile` is called while the daemons quit; `asked`: they were sent quit already.
+    Raises: NodeError that names the processes that are still there, or says that the search failed.
     """
     there = []
     for daemon in daemons:
@@ -328,15 +332,15 @@ def quit_all(
         answered = [bool(ours) and not isinstance(next(answers), NodeError) for _, ours in there]
     stuck = {
         daemon: ours
-        for (daemon, ours), said in zip(there, answered, strict=True)
-        if not said or not processes.wait_all_ended(ours, end)
+        for (daemon, ours), has_answered in zip(there, answered, strict=True)
+        if not has_answered or not processes.wait_all_ended(ours, end)
     }
     if stuck:
         _end_by_signals(stuck, server_uid, patience)
 
 
 def _end_by_signals(known: dict[ControlDaemon, list[ProcessIdentity]], server_uid: int, patience: Patience) -> None:
-    """End what is still there of a job's daemons, without asking: the processes known of each, or all that look so.
+    """End a job's daemons by signals: the known processes of each, or those that a search finds.
 
     Raises: NodeError.
     """
@@ -371,7 +375,7 @@ def _end_by_signals(known: dict[ControlDaemon, list[ProcessIdentity]], server_ui
 def _find_processes(
     daemons: Collection[ControlDaemon], server_uid: int, timeout_seconds: float
 ) -> dict[ControlDaemon, list[ProcessIdentity]]:
-    """Every process of a job's daemons: themselves and their servers, also when they have lost one another.
+    """Every process of a job's daemons: the daemons and their servers, also a server that has lost its daemon.
 
     Raises: NodeError, DeadlineError.
     """
@@ -385,7 +389,9 @@ def _find_processes(
 
 
 def kill_all(some: Sequence[ProcessIdentity], number: int, timeout_seconds: float) -> None:
-    """Send a signal to what is still there of these processes, and wait for them for one time that they share."""
+    """Send a signal to those of these processes that still run, and wait until all have ended, or the time is
+    over.
+    """
     for process in (alive := _alive(some)):
         processes.signal_process(process, number)
     processes.wait_all_ended(alive, monotonic() + timeout_seconds)

@@ -1,4 +1,4 @@
-"""What a CUDA program really has: its devices, their SMs and memory, asked of the driver as any program asks it.
+"""The devices, SMs and memory that a CUDA program has, from the driver, as any program asks it.
 
 For ranks and tests, off the job's path. Loading it makes the process a CUDA program: with MPS set up, a client.
 Source: CUDA driver API; attribute and error numbers as in cuda.h.

@@ -47,12 +47,12 @@ def _check_name(name: str) -> str:
 
 
 def _temporary(name: str) -> str:
-    """What write() calls a file until it is whole."""
+    """The name that write() gives a file until it is whole."""
     return f".{_check_name(name)}.new"
 
 
 def whole_name(name: str) -> str:
-    """The file that an entry is, or is a write() of that was cut short."""
+    """The name of a file, also for the temporary file of a write() that was cut short."""
     return name[1:-4] if name.startswith(".") and name.endswith(".new") else name
 
 
@@ -120,7 +120,7 @@ class Directory:
         return self.subdirectory(name)
 
     def stamp(self, name: str) -> tuple[int, int]:
-        """Tells a file from the one that a later write() puts in its place; (0, 0) where there is none."""
+        """A stamp that differs for the file that a later write() puts in its place; (0, 0) for no file."""
         try:
             status = os.stat(_check_name(name), dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -178,7 +178,7 @@ class Directory:
             return file.read(limit_bytes) or b""
 
     def cut(self, name: str, limit_bytes: int, mode: int) -> None:
-        """Leave the last `limit_bytes` of a file of root's that is longer, whole or as it was.
+        """Cut a file of root's to its last `limit_bytes`. After a failure the file is as it was.
 
         The space of the rest is free when this returns, though somebody may still have it open.
         Raises: FileNotFoundError; NodeError.
@@ -206,7 +206,7 @@ class Directory:
         return found[0] if found else None
 
     def protect(self, name: str) -> None:
-        """Take the right to write a file of root's from everybody else; none there is fine."""
+        """Take other users' permission to write a file of root's. A missing file is no error."""
         try:
             fd = self._open_roots_file(name)
         except FileNotFoundError:
@@ -240,7 +240,7 @@ class Directory:
             raise self._fault(name, error) from None
 
     def append(self, name: str, data: bytes, limit_bytes: int) -> None:
-        """Add to a file of root's, in one write; what would make it longer than `limit_bytes` is dropped.
+        """Add to a file of root's, in one write. Data that would make the file longer than `limit_bytes` is dropped.
 
         Raises: NodeError.
         """
@@ -285,7 +285,9 @@ class Directory:
         return True
 
     def unlink(self, name: str, *, temporary_only: bool = False) -> None:
-        """Remove a file or a link, and what a write() of it that was cut short left; none there is fine."""
+        """Remove a file or a link, and the temporary file of a write() that was cut short. A missing file is no
+        error.
+        """
         for victim in (_temporary(name),) if temporary_only else (_temporary(name), name):
             try:
                 os.unlink(victim, dir_fd=self.fd)
@@ -295,7 +297,7 @@ class Directory:
                 raise self._fault(victim, error) from None
 
     def remove_tree(self, name: str) -> None:
-        """Remove a directory and all in it, whose space is free at once; none there is fine.
+        """Remove a directory and everything in it, and free the space at once. A missing directory is no error.
 
         Raises: NodeError when something cannot be removed, lies on another file system, or is beyond any size that
         this program ever makes.
@@ -309,7 +311,7 @@ class Directory:
             raise self._fault(name, error) from None
 
     def grant_user(self, uid: int | None) -> None:
-        """Let one user, besides root, enter and list this directory (O24); None: nobody, whoever could before.
+        """Let one user, besides root, enter and list this directory (O24), and no other user any more; None: no user.
 
         Raises: NodeError when the file system has no POSIX ACLs.
         """
@@ -360,7 +362,7 @@ def _remove_tree(parent_fd: int, name: str, device: int, budget: list[int], dept
 
 
 def _empty(parent_fd: int, name: str) -> None:
-    """Give a file's space back: who has it open would keep it for as long as he likes."""
+    """Free a file's space: a process that has it open would keep the space otherwise."""
     fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent_fd)
     try:
         os.ftruncate(fd, 0)
@@ -382,7 +384,9 @@ def open_trusted(path: str, *, group_is_trusted: bool = False) -> Directory:
 
 
 def make_trusted(path: str, mode: int, *, group_is_trusted: bool = False) -> Directory:
-    """Open a directory by an absolute path, making the last part if it is not there; that is always root's alone."""
+    """Open a directory by an absolute path, and make its last part if it is missing. Only root may write that
+    part.
+    """
     parent, _, name = path.rstrip("/").rpartition("/")
     with open_trusted(parent, group_is_trusted=group_is_trusted) as directory:
         return directory.make(name, mode)

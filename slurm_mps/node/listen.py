@@ -1,4 +1,4 @@
-"""Who listens on a control daemon's socket."""
+"""Finds the process that listens on a control daemon's socket."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ BUSY = 0
 
 
 def listener(pipe_directory: str) -> int | None:
-    """The pid of the daemon, by the kernel's word (O39); BUSY when it takes no more connections now; None for nobody.
+    """The pid of the process that listens, from the kernel (O39); BUSY when its queue is full; None when nobody
+    listens.
 
-    The connection is closed at once: one that is held open and says nothing makes the daemon deaf (O50).
+    The connection is closed at once: a silent connection that stays open makes the daemon deaf (O50).
     """
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_NONBLOCK)
     try:

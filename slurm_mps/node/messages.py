@@ -1,4 +1,4 @@
-"""What prolog and epilog say: to the admin through syslog, and to whoever reads slurmd's log through stderr."""
+"""Messages of prolog and epilog: to syslog, and on stderr, which slurmd logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LINE_MAX = 2000  # less than a pipe takes in one piece (PIPE_BUF)
 
 
 def _write(fd: int, data: bytes) -> None:
-    """Write if that does not block; a message that nobody takes costs nothing but itself."""
+    """Write if that does not block; otherwise the message is lost."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     try:

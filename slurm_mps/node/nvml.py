@@ -1,4 +1,4 @@
-"""The node's GPUs through NVML: who they are, how much memory they have, which compute mode they are in.
+"""The node's GPUs through NVML: their UUIDs, memory, compute modes and processes.
 
 A binding of the functions that prolog and epilog need. Everything off the job's path uses the maintained
 ``pynvml`` (nvidia-ml-py), and a contract test holds this binding to it; here it would cost the prolog more than all
@@ -101,8 +101,8 @@ def expected_uuids(names: Sequence[str]) -> tuple[str, ...]:
     """The UUIDs of GPUs that Slurm names by index or UUID, in PCI order, as the kernel lists them: at once, where NVML
     takes 17 ms to open.
 
-    An expectation: NVML, which numbers the GPUs too, may leave out one that the kernel lists. None of them where the
-    kernel lists nothing, as in some containers, or not all of these.
+    This is an expectation: NVML may leave out a GPU that the kernel lists. Empty where the kernel does not list all
+    of these GPUs, as in some containers.
     """
     listed = _listed_by_kernel()
     wanted = {listed[int(name)] if name.isdigit() and int(name) < len(listed) else name for name in names}
@@ -172,7 +172,7 @@ class Gpus:
     def open(self) -> None:
         """Open NVML now, which takes 17 ms with the first handle (O29): while something else has to be waited for.
 
-        What goes wrong here goes wrong again in the call that needs it, and is reported there.
+        An error is ignored here: it comes again in the call that needs NVML, and is reported there.
         """
         try:
             self._library().nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(ctypes.c_void_p()))
@@ -264,7 +264,7 @@ class Gpus:
         return handle
 
     def _slice(self, subject: str, handle: ctypes.c_void_p) -> dict[str, Any]:
-        """What a MIG slice is, beside what every GPU is, and its card's handle. From documentation, not seen."""
+        """The fields that only a MIG slice has, and its card's handle. From documentation, not seen on hardware."""
         card, attributes = ctypes.c_void_p(), _Attributes()
         self._call("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", subject, handle, ctypes.byref(card))
         self._call("nvmlDeviceGetAttributes_v2", subject, handle, ctypes.byref(attributes))
@@ -301,7 +301,7 @@ class Gpus:
         return self._number("nvmlDeviceGetComputeMode", uuid, self._handle(uuid))
 
     def processes(self, uuid: str) -> tuple[int, ...]:
-        """The processes that have a context on a GPU; none where the driver does not tell."""
+        """The processes that have a context on a GPU; empty where the driver does not list them."""
         library, handle = self._library(), self._handle(uuid)
         function = "nvmlDeviceGetComputeRunningProcesses_v3"
         if not hasattr(library, function):  # a driver older than r510
@@ -325,7 +325,7 @@ class Gpus:
     def set_compute_mode(self, uuid: str, mode: int) -> None:
         """Put a GPU into a compute mode and read it back.
 
-        Raises: NodeError when NVML refuses, or says yes and does not do it.
+        Raises: NodeError when NVML refuses, or reads back another mode.
         """
         self._call("nvmlDeviceSetComputeMode", uuid, self._handle(uuid), mode)
         now = self.compute_mode(uuid)

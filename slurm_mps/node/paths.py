@@ -1,4 +1,4 @@
-"""Paths as root must be able to trust them, and as a job's user would walk them; by what stat(2) tells anybody."""
+"""Checks whether root can trust a path, and whether a job's user can reach it, by stat(2) alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def steps(path: str) -> Iterator[str]:
 
 
 def _chains(path: str) -> Iterator[str]:
-    """The path and, where it is a link, what it leads to."""
+    """The path and, where it is a link, the paths that it leads to."""
     for _ in range(_LINKS_MAX):
         yield path
         try:
@@ -32,7 +32,7 @@ def _chains(path: str) -> Iterator[str]:
 
 
 def others_can_write(path: str, *, group_is_trusted: bool = False) -> str:
-    """The first part of a path that others than root can change; "" for none. What is not there is nobody's.
+    """The first part of a path that others than root can change; "" for none. A missing file is no danger.
 
     A sticky directory of root's is safe, as /tmp is.
     """
@@ -64,7 +64,7 @@ def closed_to_users(path: str) -> str:
 
 
 def hidden_from_users(path: str) -> str:
-    """What keeps users from reading a file: a directory on the way to it, or the file itself; "" for nothing."""
+    """The path that keeps users from reading a file: a directory above it, or the file itself; "" for none."""
     closed = closed_to_users(path)
     if closed:
         return closed
@@ -76,7 +76,7 @@ def hidden_from_users(path: str) -> str:
 
 
 def way_in(closed: str, prefix: str) -> str:
-    """What lets users reach a slurm-mps that is installed below `prefix`, where `closed` keeps them out.
+    """The fix that lets users reach the slurm-mps below `prefix`, when the directory `closed` keeps them out.
 
     A directory above it is somebody's home, and stays closed.
     """
@@ -89,7 +89,7 @@ def way_in(closed: str, prefix: str) -> str:
 
 
 def _has_acl(path: str) -> bool:
-    """Whether permissions are more than the mode says; then nobody is accused."""
+    """Whether a path has an ACL, so that the mode alone does not tell who may enter."""
     try:
         return bool(os.getxattr(path, "system.posix_acl_access"))
     except OSError:

@@ -41,7 +41,7 @@ _SIGNALS = tuple(number for number in range(1, 32) if number not in (9, 19))  # 
 
 @record
 class Outcome:
-    """What a program said and how it ended; ``status`` is negative for a signal."""
+    """A program's output and exit status; ``status`` is negative for a signal."""
 
     status: int
     output: str
@@ -80,7 +80,7 @@ def _pipes(program: str) -> list[tuple[int, int]]:
 
 
 class Child:
-    """A started program, its pipes and its end; wait_all() reads what it says."""
+    """A started program, its pipes and its end; wait_all() reads its output."""
 
     def __init__(
         self, argv: Sequence[str], environment: Mapping[str, str], text: bytes, file_limit_bytes: int | None
@@ -122,7 +122,7 @@ class Child:
             os.waitpid(self._pid, 0)
             raise NodeError(f"{argv[0]} cannot be watched: {os.strerror(error.errno or 0)}") from None
         self._text = text
-        self._said = {self._output: b"", self._errors: b""}
+        self._read = {self._output: b"", self._errors: b""}
         self._open = {self._output, self._errors, self._end}  #: what the program has not closed or ended yet
         self._outcome: Outcome | None = None
         self._closed = False
@@ -149,26 +149,28 @@ class Child:
         return {**dict.fromkeys(self._open, select.POLLIN), **feeding}
 
     def attend(self, fd: int) -> None:
-        """Do what a descriptor that is ready asks for."""
+        """Read, write or close a descriptor that is ready."""
         if fd == self._input:
             self._feed()
         elif fd == self._end:
             self._open.discard(fd)
         else:
             chunk = os.read(fd, 4096)
-            if len(self._said[fd]) < OUTPUT_LIMIT_BYTES:
-                self._said[fd] += chunk
+            if len(self._read[fd]) < OUTPUT_LIMIT_BYTES:
+                self._read[fd] += chunk
             if not chunk:
                 self._open.discard(fd)
 
     def close(self) -> Outcome | None:
-        """What the program said and how it ended; None for one that has not, whose process group is killed."""
+        """The program's outcome. A program that still runs is killed with its process group, and its outcome is
+        None.
+        """
         if self._closed:
             return self._outcome
         self._closed = True
         if not self._open:
             _, status = os.waitpid(self._pid, 0)
-            output, errors = (self._said[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
+            output, errors = (self._read[fd].decode("utf-8", "replace") for fd in (self._output, self._errors))
             self._outcome = Outcome(os.waitstatus_to_exitcode(status), output, errors)
         else:
             self._kill()
@@ -208,7 +210,7 @@ def spawn(
 def wait_all(children: Sequence[Child], timeout_seconds: float) -> list[Outcome | None]:
     """Wait until all of these programs have ended and closed their streams, in one poll over all.
 
-    Returns: what each said and how it ended; None for one that did not end in time, whose process group is killed.
+    Returns: each program's outcome; None for one that did not end in time, whose process group is killed.
     """
     deadline = monotonic() + timeout_seconds
     while waited := {fd: (child, events) for child in children for fd, events in child.awaited().items()}:
@@ -236,7 +238,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str], timeout_seconds: fl
 
 
 def architecture_of(program: str) -> str:
-    """What a program is built for, as uname has it; empty for a script. Raises: OSError."""
+    """The architecture that a program is built for, as uname names it; empty for a script. Raises: OSError."""
     with open(program, "rb") as file:
         head = file.read(_MACHINE_AT + 2)
     number = int.from_bytes(head[_MACHINE_AT:], "little")
@@ -244,9 +246,9 @@ def architecture_of(program: str) -> str:
 
 
 def in_child(work: Callable[[], Iterable[str]], timeout_seconds: float, limit_bytes: int) -> str:
-    """Do something in a child of this process that may wait for ever, and that SIGKILL may not end.
+    """Do `work` in a child of this process: it may wait for ever, and even SIGKILL may not end it.
 
-    The child is left behind where it is late. It has nobody's standard streams: slurmd waits for the end of ours.
+    A child that is late is left behind. It has no standard streams, since slurmd waits until ours are closed.
     Returns: the text that `work` gives, cut at `limit_bytes`.
     Raises: DeadlineError when it is late; NodeError when there can be no child, or it failed.
     """
@@ -258,22 +260,22 @@ def in_child(work: Callable[[], Iterable[str]], timeout_seconds: float, limit_by
     if pid == 0:
         _work_and_end(work, other_end)
     os.close(other_end)
-    deadline, said, ready = monotonic() + timeout_seconds, b"", True
+    deadline, data, ready = monotonic() + timeout_seconds, b"", True
     poll = select.poll()
     poll.register(output, select.POLLIN)
-    while ready and len(said) < limit_bytes:
+    while ready and len(data) < limit_bytes:
         ready = bool(poll.poll(max(0, int((deadline - monotonic()) * 1000) + 1)))
         chunk = os.read(output, 65536) if ready else b""
         if ready and not chunk:
             break
-        said += chunk
+        data += chunk
     os.close(output)
     failed = _end_child(pid, late=not ready)
     if not ready:
         raise DeadlineError(f"not done within {timeout_seconds:g} s")
-    if failed and len(said) < limit_bytes:
+    if failed and len(data) < limit_bytes:
         raise NodeError("a child of slurm-mps failed")
-    return said[:limit_bytes].decode("ascii", "replace")
+    return data[:limit_bytes].decode("ascii", "replace")
 
 
 def _work_and_end(work: Callable[[], Iterable[str]], output: int) -> None:
@@ -308,14 +310,14 @@ def _end_child(pid: int, *, late: bool) -> bool:
 
 @record
 class ProcessIdentity:
-    """One process for good: a pid is used again, a pid with its start time (in clock ticks since boot) is not."""
+    """One process for good: a pid is reused, a pid with its start time (in clock ticks since boot) is not."""
 
     pid: int
     start_ticks: int
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """Name the process that has this pid now; None when there is none, or it has ended.
+    """The process that has this pid now; None when there is none, or when it has ended.
 
     A process whose main thread has ended is there as long as another thread runs: a server still holds its GPU (O78).
     """
@@ -334,18 +336,18 @@ def age_seconds(process: ProcessIdentity) -> float:
 
 
 def describe(pid: int) -> str:
-    """A process in words, as far as it tells: ``4711 (python3 of uid 20001)``."""
+    """A process in words, with its name and user if they can be read: ``4711 (python3 of uid 20001)``."""
     name = printable(name_of(pid))
     return f"{pid} ({name} of uid {uid_of(pid)})" if name else f"{pid}"
 
 
 def name_of(pid: int) -> str:
-    """What a process calls itself, at first its program's name cut to 15 bytes; empty when it is gone."""
+    """A process's name (comm): at first its program's, cut to 15 bytes; empty when the process is gone."""
     return _proc_bytes(pid, "comm").decode("utf-8", "replace").strip()
 
 
 def children(process: ProcessIdentity) -> list[ProcessIdentity]:
-    """The children of a process, by the kernel's word: those it lists, whose parent is that process."""
+    """The children of a process that the kernel lists, and whose parent is still that process."""
     words = _proc_bytes(process.pid, f"task/{process.pid}/children").split()
     found = [identify(int(pid)) for pid in words]
     ours = [child for child in found if child and parent_of(child.pid) == process.pid]
@@ -373,7 +375,7 @@ def _proc_bytes(pid: int, name: str) -> bytes:
 
 
 def uid_of(pid: int) -> int | None:
-    """The user of a process, by all of its user ids: None when they differ, as in a setuid program, or it is gone.
+    """The user of a process; None when its user ids differ, as in a setuid program, or when it is gone.
 
     Its directory in /proc does not tell: it is root's where a user's process has made itself undumpable.
     """
@@ -381,7 +383,7 @@ def uid_of(pid: int) -> int | None:
 
 
 def gid_of(pid: int) -> int | None:
-    """The group of a process, by all of its group ids; None when they differ, or it is gone."""
+    """The group of a process; None when its group ids differ, or when it is gone."""
     return _only(_status(pid, "Gid"))
 
 
@@ -395,7 +397,7 @@ def _only(ids: Sequence[str]) -> int | None:
 
 
 def job_of(pid: int) -> int | None:
-    """The Slurm job whose cgroup a process is in, by the kernel's word; None for none, or where it is gone."""
+    """The Slurm job whose cgroup a process is in, from the kernel; None for no job, or when the process is gone."""
     words = _proc_bytes(pid, "cgroup").decode("utf-8", "replace").replace("\n", "/").split("/")
     found = [word[4:] for word in words if word.startswith("job_") and word[4:].isdigit()]
     return int(found[0]) if found else None
@@ -408,22 +410,22 @@ def parent_of(pid: int) -> int | None:
 
 
 def pid_inside(pid: int) -> int | None:
-    """What a process's own pid namespace calls it; None where that is ours, or the process is gone."""
+    """A process's pid in its own pid namespace; None where that namespace is ours, or the process is gone."""
     known = _status(pid, "NSpid")
     return int(known[-1]) if len(known) > 1 else None
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment that a process was started with, as far as we may read it and it has not written over it.
+    """The environment that a process was started with, if we may read it and the process has not overwritten it.
 
-    Its user's to write: for display, or where its user is asking.
+    Its user can write it: use it for display only, or for that user.
     """
     text = _proc_bytes(pid, "environ").decode("utf-8", "surrogateescape")
     return dict(word.partition("=")[::2] for word in text.split("\0") if "=" in word)
 
 
 def roots_title(pid: int, program: str) -> str:
-    """What a process of root's calls itself that runs a program whose name begins like this; empty for any other.
+    """The title of a process of root's that runs a program whose name begins with `program`; empty for any other.
 
     Debian's slurmstepd is slurmstepd-wlm.
 
@@ -447,7 +449,7 @@ def runs_program(pid: int, program_names: Sequence[str], uids: Sequence[int], va
 
 
 def program_of(pid: int) -> str:
-    """The name of the program of root's that a process runs; empty where there is none.
+    """The name of the program that a process runs, if root owns the program; else empty.
 
     The file system that the program lies on may be a user's own, or hang: it is not asked. readlink(2) gives the
     kernel's own path, and AT_STATX_DONT_SYNC the owner that the kernel has.
@@ -465,7 +467,7 @@ def program_name(pid: int) -> str:
 
 
 def _owner_as_cached(path: str) -> int | None:
-    """The owner of what a path leads to, as the kernel has it now; None where there is nothing."""
+    """The owner of the file that a path leads to, from the kernel's cache; None where there is no file."""
     import ctypes  # where there is a job with MPS it is there already, for NVML
 
     found = ctypes.create_string_buffer(_STATX_SIZE)
@@ -519,12 +521,12 @@ def wait_ended(process: ProcessIdentity, timeout_seconds: float) -> bool:
 
 
 def wait_all_ended(some: Sequence[ProcessIdentity], deadline: float) -> bool:
-    """Wait until all of these processes have ended, or the monotonic time `deadline`; whether all have."""
+    """Wait until all of these processes have ended, or until `deadline` (monotonic). Returns: whether all have."""
     return all(wait_ended(process, max(0.0, deadline - monotonic())) for process in some)
 
 
 def be_killable() -> None:
-    """Let the kernel's OOM killer choose us, and what we start, like anybody else's program: slurmd may be exempt."""
+    """Let the kernel's OOM killer choose this process and its children like any other: slurmd may be exempt."""
     with open("/proc/self/oom_score_adj", "r+b", buffering=0) as file:
         if int(file.read()) < 0:
             file.write(b"0")

@@ -1,4 +1,4 @@
-"""Reading what others wrote, as whoever runs the command: for commands that only look, off the job's path."""
+"""Readers of files that others wrote, for commands that change nothing. They run as the command's user."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def read_text(path: str, limit_bytes: int = _SIZE_MAX) -> str:
 
 
 def environments_of(pids: Iterable[int]) -> dict[int, dict[str, str]]:
-    """The environments of processes, as far as they can be read in half a second.
+    """The environments of those processes that can be read in half a second.
 
-    A process's user can have whoever reads its memory wait. A thread that waits is left behind; no other joins it.
+    A process's user can make a reader of its memory wait for ever. A thread that waits is left behind, one for each
+    process.
     """
     found: dict[int, dict[str, str]] = {}
 

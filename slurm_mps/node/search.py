@@ -15,7 +15,7 @@ _UUID_MAX = 96
 
 
 class _Nodes:
-    """Which processes see the /run that we see; another container, or another node of a test, has one of its own.
+    """Tells which processes see our /run. Those of another container, or of another node of a test, see another.
 
     A mount namespace is known by its name, which asks no file system. That of a process of root's may be another one
     with the same /run, as a unit of systemd's has; what a user mounted is not looked at.
@@ -45,10 +45,10 @@ def search_lines(directory: str, program_names: tuple[str, ...]) -> Iterator[str
     ``pid start_ticks uid program pipe_directory gpus`` (GPU UUIDs with commas, or ``-``). Reading a process may take
     for ever (processes.in_child).
 
-    Only processes that root made are looked at: their user or their group is root, as is the group of a server that
-    root's control daemon starts (O51). A user can start a server too, but not with that group. The memory of a user's
-    process says what the user likes, and may be such that a reader waits. An empty directory means all processes,
-    users' own as well; what they say is for display.
+    Only processes that root made are read: their user or their group is root, as is the group of a server that root's
+    control daemon starts (O51). A user can start a server too, but not with that group, and a user's process can make
+    a reader of its environment wait. An empty directory means all processes, users' own as well; their environments
+    are for display only.
     """
     nodes = _Nodes()
     named = [pid for pid in processes.pids() if processes.program_name(pid) in program_names]

@@ -1,7 +1,7 @@
-"""Which jobs and nodes of the cluster use MPS, by what Slurm says (docs/decisions/0013).
+"""Which jobs and nodes of the cluster use MPS, according to Slurm (docs/decisions/0013).
 
-Slurm itself shows nobody what a job asked of a plugin; the marks that it has are etc/job_submit.lua's. One adapter for
-each way to ask it, which has the same few facts in another form: squeue's own JSON, and pyslurm.
+Slurm does not show the options of plugins; etc/job_submit.lua marks the jobs. There is an adapter for each source of
+the same facts: squeue's JSON, and pyslurm.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def by_node(jobs: Iterable[MpsJob]) -> dict[str, list[int]]:
 
 
 def unknown_nodes(nodes: Collection[str], timeout_seconds: float) -> list[str]:
-    """Those of which Slurm has none of that name; none where that cannot be said."""
+    """The names that no node has; empty where sinfo does not answer."""
     try:
         known = _output(["sinfo", "--all", "--noheader", "--Node", "--format=%N"], timeout_seconds).split()
     except (OSError, subprocess.SubprocessError):
@@ -222,7 +222,7 @@ def unknown_nodes(nodes: Collection[str], timeout_seconds: float) -> list[str]:
 
 
 def marks_jobs(timeout_seconds: float) -> bool:
-    """Whether the controller has a job_submit script that could mark jobs; True where that cannot be said."""
+    """Whether the controller has a job_submit script that could mark jobs; True where scontrol does not answer."""
     try:
         text = _output(["scontrol", "show", "config"], timeout_seconds)
     except (OSError, subprocess.SubprocessError):

@@ -38,7 +38,7 @@ class ConfLine:
 
 @dataclass(frozen=True)
 class Conf:
-    """A configuration file with all that it includes, and what could not be read of it."""
+    """A configuration file with all that it includes, and the problems of reading it."""
 
     path: str
     lines: tuple[ConfLine, ...]

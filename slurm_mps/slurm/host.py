@@ -1,9 +1,9 @@
-"""This machine's Slurm: its programs, its files and what they say, its daemons.
+"""This machine's Slurm: its programs, files and daemons.
 
 install and doctor both read it here, so that they agree. Slurm's own rules decide: which slurm.conf counts
 (``_establish_config_source`` in read_config.c), what a line of plugstack.conf means (spank.c), in which order the
-scripts of a pattern run (S12). Files are read as far as the caller may read them; programs run only in the methods
-named ``ask_…``.
+scripts of a pattern run (S12). Files that the caller may not read raise NotKnownError; programs run only in the
+methods named ``ask_…``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class RefusedError(NodeError):
 
 @dataclass(frozen=True)
 class Controller:
-    """What slurmctld has: its configuration (names in lower case, each with its values), and this node's state.
+    """slurmctld's configuration (names in lower case, each with its values), and this node's state.
 
     `node_state` and `node_reason` are empty where this host is no node.
     """
@@ -149,7 +149,7 @@ class Host:
 
     @cached_property
     def programs(self) -> list[str]:
-        """Those of slurmd, srun and scontrol that are on this machine."""
+        """The paths of slurmd, srun and scontrol, if they are on this machine."""
         found = (find_program(name, self.environment.get("PATH", "")) for name in _PROGRAMS)
         return [path for path in found if path]
 
@@ -288,9 +288,9 @@ class Host:
 
     @cached_property
     def node_name(self) -> str:
-        """What Slurm calls this host as a compute node; empty where it is none.
+        """Slurm's name of this host as a compute node; empty where the host is none.
 
-        Of several nodes on one host it is the one whose slurmd runs here.
+        With several nodes on one host, it is the node whose slurmd runs here.
         """
         given = self.environment.get("SLURMD_NODENAME", "")
         running = [one.node_name for one in self.slurmds if one.node_name in self.node_lines]
@@ -317,7 +317,7 @@ class Host:
 
     @cached_property
     def slurmds(self) -> list[Slurmd]:
-        """Root's slurmds that see the files that we see, as far as we may know.
+        """Root's slurmds that see our files, if their mount namespaces can be read.
 
         One in a mount namespace of its own is a unit of systemd with a private directory, or with ``-N`` another node.
         """
@@ -384,7 +384,7 @@ class Host:
 
 
 def without_comments(script: str) -> str:
-    """What a shell script does, by its text."""
+    """A shell script's text without comments."""
     return _COMMENT.sub("", script)
 
 

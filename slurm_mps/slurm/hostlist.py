@@ -20,7 +20,7 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def hosts_of(text: str) -> list[str]:
-    """The same; none of what is no host list."""
+    """expand_hosts(); empty where `text` is no host list."""
     try:
         return expand_hosts(text)
     except ValueError:

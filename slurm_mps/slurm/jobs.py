@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs: from its processes on this node, or from its client where the controller must be asked.
+"""Jobs as Slurm knows them: by its processes on this node, or by squeue, which asks the controller.
 
 Prolog and epilog never ask (docs/decisions/0005).
 """
@@ -51,7 +51,9 @@ def _job_of_slurmstepd(pid: int) -> int | None:
 
 
 def running_job_of(pid: int) -> int | None:
-    """The job with a slurmstepd here that a process is of, by its cgroup, or else by its ancestors; None for none."""
+    """The running job of a process, by its cgroup or else by its ancestors; None for no job with a slurmstepd
+    here.
+    """
     job = processes.job_of(pid)
     if job in jobs_with_steps():
         return job
@@ -63,7 +65,7 @@ def running_job_of(pid: int) -> int | None:
 
 
 def find_jobs(job_ids: Sequence[int], environment: Mapping[str, str], timeout_seconds: float) -> dict[int, SlurmJob]:
-    """What the controller knows of these jobs; those that it does not know are not in the answer.
+    """These jobs as the controller has them. A job that it does not know is left out.
 
     Raises: NodeError when it does not answer, or in another way than squeue(1) says; DeadlineError.
     """
@@ -95,8 +97,8 @@ def _ask(jobs: str, columns: str, environment: Mapping[str, str], timeout_second
     argv = [program, "--local", "--noheader", "--states=all", f"--format={columns}", f"--jobs={jobs}"]
     outcome = processes.run(argv, {**given, "SLURM_TIME_FORMAT": "%s"}, timeout_seconds)
     if outcome.status:
-        said = printable((outcome.errors.strip() or "no message").splitlines()[-1], 200)
-        raise NodeError(f"{program} ended with status {outcome.status}: {said}")
+        text = printable((outcome.errors.strip() or "no message").splitlines()[-1], 200)
+        raise NodeError(f"{program} ended with status {outcome.status}: {text}")
     return outcome.output
 
 

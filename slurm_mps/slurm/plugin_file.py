@@ -1,4 +1,5 @@
-"""What a plugin file says of itself, read without loading it: the Slurm it was built for, its own version and format.
+"""Reads a plugin file without loading it: the Slurm that it was built for, its own version, and the verdicts that it
+reads.
 
 Slurm refuses a SPANK plugin of another release, and a required plugin that is refused fails every srun, sbatch and
 salloc and drains every node that starts a job. `install` and `doctor` therefore look before Slurm does.
@@ -34,7 +35,7 @@ class PluginFile:
 
 
 def read_plugin(path: str | PathLike[str]) -> PluginFile:
-    """Read what a plugin file says of itself; nothing of it is run.
+    """Read a plugin file's mark, and run nothing of it.
 
     Raises: MpsError when there is no such file, or it is not slurm-mps' plugin.
     """

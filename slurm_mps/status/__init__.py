@@ -1,1 +1,1 @@
-"""What MPS does on this node, and in the cluster, right now. Prints nothing, takes no lock, changes nothing."""
+"""Looks at MPS on this node now. Prints nothing, takes no lock, changes nothing."""

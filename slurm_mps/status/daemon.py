@@ -1,4 +1,4 @@
-"""What a job's control daemon says of its servers and clients, within a deadline."""
+"""Asks a job's control daemon for its servers and clients, within a deadline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..node.listen import listener
 from ..node.processes import ProcessIdentity, age_seconds, identify
 from ..units import small_number
 
-#: Told between answers that may be empty, since the control program puts nothing between them (O7).
+#: Sent between questions whose answers may be empty, since the control program puts nothing between them (O7).
 _MARK = "get_default_active_thread_percentage"
 _PERCENTAGE = re.compile(r"\d{1,3}\.\d+")
 _CLIENTS_MAX = 4096
@@ -25,11 +25,11 @@ _LOG_BYTES = 4 * 1024**2
 #: The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79), of at most 16.
 _START_SECONDS = 10.0
 ACTIVE, FAULT, INITIALIZING = "ACTIVE", "FAULT", "INITIALIZING"
-#: Our word for a server that its daemon lists no more though it was not told to go; the next client gets another (O31).
+#: Our word for a server that ended unasked, so that its daemon lists it no more; the next client gets another (O31).
 DIED = "DIED"
 #: Our word for a server of a driver that does not report how it is: 535, which has no get_server_status (O83).
 RUNNING = "RUNNING"
-WELL = (ACTIVE, RUNNING)
+HEALTHY = (ACTIVE, RUNNING)
 _NO_STATUS = 'Unknown command "get_server_status"'
 
 
@@ -69,27 +69,30 @@ class DaemonAnswer:
 
 
 class Memory:
-    """What control daemons said before, for who looks again and again.
+    """Earlier answers of control daemons, for a caller that looks again and again.
 
-    Each question is some lines in a daemon's log, which has a bound (O49). A daemon is asked anew when NVML lists other
-    clients than it did then, when a server was not well, when the daemon is another process, and now and then.
+    Each question is some lines in a daemon's log, which has a bound (O49). A daemon is asked anew when NVML lists
+    other clients than it did then, when a server had a fault, when the daemon is another process, and from time to
+    time.
     """
 
     def __init__(self) -> None:
-        self._said: dict[str, tuple[float, ProcessIdentity | None, frozenset[int] | None, DaemonAnswer]] = {}
+        self._answers: dict[str, tuple[float, ProcessIdentity | None, frozenset[int] | None, DaemonAnswer]] = {}
 
     def recall(self, place: DaemonPlace, clients: frozenset[int] | None) -> DaemonAnswer | None:
-        """What still holds; `clients` are those that NVML lists on the daemon's GPUs, None where it does not tell."""
-        when, process, then, answer = self._said.get(place.pipe_directory, (0.0, None, None, None))
+        """The earlier answer, if it still holds; `clients` are those that NVML lists on the daemon's GPUs, None if it
+        lists none.
+        """
+        when, process, then, answer = self._answers.get(place.pipe_directory, (0.0, None, None, None))
         if answer is None or answer.problem or process is None or identify(process.pid) != process:
             return None
-        if clients != then or any(server.state not in WELL or not identify(server.pid) for server in answer.servers):
+        if clients != then or any(server.state not in HEALTHY or not identify(server.pid) for server in answer.servers):
             return None
         return answer if monotonic() - when < (_ANEW_SECONDS if clients is not None else _BLIND_SECONDS) else None
 
     def keep(self, place: DaemonPlace, clients: frozenset[int] | None, answer: DaemonAnswer) -> None:
         process = identify(answer.pid) if answer.pid else None
-        self._said[place.pipe_directory] = (monotonic(), process, clients, answer)
+        self._answers[place.pipe_directory] = (monotonic(), process, clients, answer)
 
 
 def ask(place: DaemonPlace, program: str, timeout_seconds: float, *, listing: bool = True) -> DaemonAnswer:
@@ -166,9 +169,9 @@ def _client(words: Sequence[str], gpus: Sequence[str]) -> list[Client]:
 
 def parse_servers(pids: Sequence[int], lines: Sequence[str]) -> tuple[Server, ...]:
     """Read two answers for each server, its state and its percentage; one that went meanwhile has none. Pure."""
-    said = [line.strip() for line in lines]
-    states = [RUNNING if line == _NO_STATUS else line for line in said if line.isupper() or line == _NO_STATUS]
-    percentages = [line for line in said if _PERCENTAGE.fullmatch(line)]
+    answers = [line.strip() for line in lines]
+    states = [RUNNING if line == _NO_STATUS else line for line in answers if line.isupper() or line == _NO_STATUS]
+    percentages = [line for line in answers if _PERCENTAGE.fullmatch(line)]
     if len(states) != len(pids) or len(percentages) != len(pids):
         return tuple(Server(pid, "", "") for pid in pids)
     return tuple(Server(*one) for one in zip(pids, states, percentages, strict=True))

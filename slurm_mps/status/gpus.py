@@ -1,4 +1,4 @@
-"""Compute modes, and how much memory each client uses, as NVML has it; the driver may hang, we do not."""
+"""Asks NVML for compute modes and the memory of each client, and does not hang where the driver does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _asking = Lock()  # whoever asks again and again starts no second thread while o
 
 
 def ask_nvml(uuids: Iterable[str], timeout_seconds: float) -> NvmlAnswer:
-    """What NVML says of these GPUs within a time."""
+    """Ask NVML about these GPUs, and wait for `timeout_seconds` at most."""
     if not _asking.acquire(blocking=False):
         return NvmlAnswer({}, "the NVIDIA driver still does not answer", stuck=True)
     answer: list[NvmlAnswer] = []

@@ -1,7 +1,7 @@
-"""What MPS does on this node: every job that we may see, its control daemons, servers, clients and GPUs.
+"""MPS on this node: every job that the caller may see, its control daemons, servers, clients and GPUs.
 
-Root sees all jobs, a user their own. Facts come from root's files, the control daemons, NVML and the kernel; what a
-client's own environment says (its rank, a lower limit of its own) is its user's to write and is for display alone.
+Root sees all jobs, a user their own. Facts come from root's files, the control daemons, NVML and the kernel; a
+client's environment (its rank, a lower limit of its own) is written by its user, and is for display only.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class GpuView:
 
 @dataclass(frozen=True)
 class DaemonView:
-    """A control daemon of a job; pid: None when it is gone, 0 when it cannot be told."""
+    """A control daemon of a job; pid: None when it is gone, 0 when it is not known."""
 
     place: DaemonPlace
     pid: int | None
@@ -104,7 +104,9 @@ class JobView:
 
 @dataclass(frozen=True)
 class NodeView:
-    """All that was seen; `problems` in words, those of a job with its number in front."""
+    """All that was seen; each of `problems` is a sentence, which begins with the job's number if it is about a
+    job.
+    """
 
     jobs: tuple[JobView, ...]
     problems: tuple[str, ...]
@@ -161,7 +163,7 @@ def look(
 
 
 def own_job_ids() -> list[int]:
-    """Jobs that may be ours: of which a step runs here, and which our own processes are told that they belong to."""
+    """Jobs that may be ours: those with a step here, and those of SLURM_JOB_ID in our processes' environments."""
     found = slurm.jobs_with_steps()
     own = os.geteuid()
     for pid in processes.pids():
@@ -395,8 +397,8 @@ def _is_of(job: _Job, pid: int, environments: Environments) -> bool:
     name = processes.program_of(pid) if os.geteuid() == 0 else processes.name_of(pid)
     if name.startswith("nvidia-cuda-mps"):
         return False
-    told = _job_of(pid, environments)
-    return processes.uid_of(pid) == job.uid if told is None else told == job.job_id
+    job_id = _job_of(pid, environments)
+    return processes.uid_of(pid) == job.uid if job_id is None else job_id == job.job_id
 
 
 def _visible(text: str, gpus: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
-"""A program that makes a context on each GPU of a control daemon: whether the daemon's server takes clients.
+"""A program that makes a context on each GPU of a control daemon, to see whether the daemon's server takes clients.
 
-Run by the plugin, as the job's user, before the tasks of a step that follows one that ended badly. Its argument says
-for how many seconds it tries. The failed context
-of a first attempt is what cures a server that a killed client poisoned (O46); one in FAULT takes clients again when
-the last victim has left (O34, O47). Exit status 0: a client was let in, so the next one will be; 3: none was. Any other
-tells nothing of the server: this program did not run.
+The plugin runs it as the job's user, before the tasks of a step that follows one that ended badly. Its argument is
+for how many seconds it tries. The failed context of a first attempt repairs a server that a killed client poisoned
+(O46); a server in FAULT takes clients again when the last victim has left (O34, O47). Exit status 0: the server took
+a client, and will take the next; 3: it took none. Any other status says nothing about the server: this program did
+not run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from time import monotonic, sleep
 
 _PAUSE_SECONDS = 0.1
 _TAKES_NOBODY = 3  # spank/health.c
-#: A server that says so is well: out of memory (2), and no room for another client (808).
+#: Errors of a healthy server: out of memory (2), and no room for another client (808).
 _GOOD_NUMBERS = (2, 808)
 
 
 def _is_let_in() -> bool:
-    """Be a client on every GPU there is. Once it has failed a process cannot try again."""
+    """Become a client on every GPU. After a failure a process cannot try again."""
     from slurm_mps.node.cuda import Cuda, CudaError  # which main() has found to be there
 
     try:

@@ -192,8 +192,8 @@ WALLS: dict[str, tuple[Change, ...]] = {
     "a search can be abandoned": (
         Change(
             CONTROL,
-            "said = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)",
-            'said = "".join(search_lines(directory, names))',
+            "lines = processes.in_child(lambda: search_lines(directory, names), timeout_seconds, _SEARCH_BYTES)",
+            'lines = "".join(search_lines(directory, names))',
         ),
     ),
     "a process is all of its threads": (

@@ -73,8 +73,8 @@ def gres_types(facts: Facts) -> Iterator[Finding]:
         has = facts.value("GresTypes") or "nothing"
         yield problem(f"GresTypes has {has}, and not gpu", f"{facts.where('GresTypes')}: GresTypes=gpu")
     if "mps" in types and facts.site.gpus_sharing == "refuse":
-        said = f"{facts.where('GresTypes')}: GresTypes has mps, and gpus.sharing refuses its jobs"
-        yield problem(said, 'GresTypes=gpu, or gpus.sharing = "separate" in mps.toml')
+        what = f"{facts.where('GresTypes')}: GresTypes has mps, and gpus.sharing refuses its jobs"
+        yield problem(what, 'GresTypes=gpu, or gpus.sharing = "separate" in mps.toml')
     unasked = [os.path.basename(path) for path in glob.glob(f"{PARTITIONS_PATH}/*")]
     if "shard" in types and unasked and facts.site.gpus_sharing == "refuse":
         what = f"partition {unasked[0]} gives MPS to jobs that do not ask; of gres/shard only one on a GPU then runs"
@@ -89,7 +89,7 @@ def gres_types(facts: Facts) -> Iterator[Finding]:
 @check(
     "gres-shared",
     "Slurm's release has no known faults in sharing GPUs",
-    why="Until a release that mends them, gres/mps and gres/shard have faults that slurm-mps cannot see: a GPU given "
+    why="Until a release that fixes them, gres/mps and gres/shard have faults that slurm-mps cannot see: a GPU given "
     "twice, parts that are lost.",
 )
 def gres_shared(facts: Facts) -> Iterator[Finding]:
@@ -97,8 +97,8 @@ def gres_shared(facts: Facts) -> Iterator[Finding]:
     number = tuple(int(word) for word in facts.release.split(".")[:2])
     faults = [f"{what} (ticket {ticket})" for until, what, ticket in _SHARED_FAULTS if number <= until]
     if shared and faults:
-        said = f"GresTypes has {' and '.join(shared)}, and Slurm {facts.release} has known faults there"
-        yield warning(f"{said}: {'; '.join(faults)}", "upgrade Slurm, or watch for them")
+        what = f"GresTypes has {' and '.join(shared)}, and Slurm {facts.release} has known faults there"
+        yield warning(f"{what}: {'; '.join(faults)}", "upgrade Slurm, or watch for them")
 
 
 @check(
