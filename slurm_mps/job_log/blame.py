@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 
 from ..slurm.hostlist import join_numbers
 from ..units import MIB, describe_memory
@@ -29,7 +28,8 @@ AUTO = "auto"
 #: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).
 _SOON_SECONDS = 0.5
 _SAME_MOMENT_SECONDS = 0.0015  # the logs count milliseconds
-_ANOTHERS = "or was the next after one that was killed inside a kernel"
+#: The log may say as late after the fault that a killed client has left (O98).
+_LEAVES_WITHIN_SECONDS = 2.0
 _NAMED_PIDS = 8
 _NOT_READY = 807
 #: What no log says: of a daemon that SIGKILL ended none has a line (O65).
@@ -147,26 +147,46 @@ def explain(step: FailedStep, seen: Sequence[Seen], jobs: Mapping[int, int] | No
 
 
 def _faults(seen: Seen, names: _Names) -> list[str]:
-    first_left = min((event.seconds for event in seen.events if event.kind == LEFT), default=inf)
     faults = [event for event in seen.events if event.kind == FAULT and names.ours(event.pids)]
-    return [_fault(event, first_left, seen, names) for event in faults]
+    return [_fault(event, seen, names) for event in faults]
 
 
-def _fault(event: Event, first_left: float, seen: Seen, names: _Names) -> str:
-    gpu = seen.gpus[event.device] if 0 <= event.device < len(seen.gpus) else "its GPU"
+def _fault(event: Event, seen: Seen, names: _Names) -> str:
+    gpu = seen.gpus[event.device] if 0 <= event.device < len(seen.gpus) else ""
     others = [pid for pid in event.pids if pid not in event.culprits]
     if not event.culprits:
         return (
-            f"a GPU fault on {gpu} ended {names.who(event.pids)}; the MPS server does not say whose it was "
-            "(a program that is killed inside a kernel causes one, too)"
+            f"a GPU fault on {gpu or 'its GPU'} ended {names.who(event.pids)}; the MPS server does not say whose it "
+            "was (a program that is killed inside a kernel causes one, too)"
         )
-    came = event.seconds - event.age_seconds - _SAME_MOMENT_SECONDS
-    just_came = 0 <= event.age_seconds < _SOON_SECONDS
-    maybe = f" ({_ANOTHERS})" if just_came and first_left < came else ""
-    words = f"{names.who(event.culprits)} hit a GPU fault on {gpu}{maybe}"
+    hit = f"{names.who(event.culprits)} hit a GPU fault on {gpu or 'its GPU'}"
+    paid = _may_have_paid(event, gpu, seen.events)
+    if paid:
+        hit += ", or paid for a program that was killed inside a kernel there"
     if others:
-        return f"{words} and took {names.who(others)} along: a fault ends every program on its GPU"
-    return f"{words}; no other program was on that GPU"
+        return f"{hit}{',' if paid else ''} and took {names.who(others)} along: a fault ends every program on its GPU"
+    return hit if paid else f"{hit}; no other program was on that GPU"
+
+
+def _may_have_paid(fault: Event, gpu: str, events: Sequence[Event]) -> bool:
+    """Whether the server may blame this client for what one left that was killed inside a kernel.
+
+    That one left before the client came (O46, O67), or beside it: then it leaves while the fault is handled, and is
+    not among those that the fault ended (O47, O98).
+    """
+    came = fault.seconds - fault.age_seconds - _SAME_MOMENT_SECONDS
+    just_came = 0 <= fault.age_seconds < _SOON_SECONDS
+    was_there = {event.pid for event in events if event.kind == CONTEXT and event.gpu in ("", gpu)}
+    return any(
+        (just_came and event.seconds < came)
+        or (
+            event.pid in was_there
+            and event.pid not in fault.pids
+            and abs(event.seconds - fault.seconds) < _LEAVES_WITHIN_SECONDS
+        )
+        for event in events
+        if event.kind == LEFT
+    )
 
 
 def _servers(seen: Seen, names: _Names) -> list[str]:

@@ -135,6 +135,24 @@ def test_the_ways_to_share_a_gpu(line: str) -> None:
     assert line in (BENCHMARKS.parent / "sharing.md").read_text().replace(" (`-M`)", "").splitlines()
 
 
+CULPRITS = {
+    "matmul 4096": "cuBLAS matrix products, 4096",
+    "matmul 12288": "cuBLAS matrix products, 12288",
+    "training": "a training step of a small PyTorch model",
+    "kernels 10": "single kernels | 7 ms",
+    "kernels 100": "single kernels | 71 ms",
+    "persistent": "an endless kernel",
+}
+
+
+@pytest.mark.parametrize("culprit", CULPRITS)
+def test_who_is_ended_beside_a_cancelled_job(culprit: str) -> None:
+    goes_on = [row["goes_on"] for row in newest("cancelled")["cancelled"] if row["culprit"] == culprit]
+    page = (BENCHMARKS.parent / "sharing.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {CULPRITS[culprit]}"))
+    assert f"| {goes_on.count(False)} of {len(goes_on)}" in line
+
+
 @pytest.mark.parametrize(
     ("figure", "kind"),
     [("worth", "worth"), ("throughput", "worth"), ("latency", "worth"), ("inference", "worth"), ("sharing", "sharing")],

@@ -248,8 +248,35 @@ def test_without_a_culprit_nobody_is_blamed() -> None:
 
 def test_the_next_after_a_killed_one_is_not_simply_blamed() -> None:
     (words,) = explained(recorded("spinner"), ranks(752))
-    assert "(or was the next after one that was killed inside a kernel)" in words
-    assert words.endswith("no other program was on that GPU")
+    assert words == f"rank 0 hit a GPU fault on {FIRST}, or paid for a program that was killed inside a kernel there"
+
+
+@pytest.mark.parametrize(("gpu", "leaves", "paid"), [(FIRST, "01.300", True), (FIRST, "01.700", True),
+    (SECOND, "01.300", False), (FIRST, "05.000", False)])  # fmt: skip
+def test_who_was_beside_a_killed_one_is_not_simply_blamed(gpu: str, leaves: str, paid: bool) -> None:
+    """The server names the one that stays (O98). Another that leaves its own GPU, or later, has no part in it."""
+    lines = [
+        "00.900 Client {PID: 1, Context ID: 0} connected",
+        "00.901 Client {PID: 1, Context ID: 1} connected",
+        f"01.000 Device NVIDIA H200 (uuid {gpu}) is associated",
+        "01.001 Status of client {PID: 1, Context ID: 1} is ACTIVE",
+        "01.002 Client {PID: 2, Context ID: 0} connected",
+        "01.002 Client {PID: 2, Context ID: 1} connected",
+        f"01.003 Device NVIDIA H200 (uuid {FIRST}) is associated",
+        "01.003 Status of client {PID: 2, Context ID: 1} is ACTIVE",
+        "01.500 Client {PID: 2, Context: 1} encountered a fatal GPU error.",
+        "01.500 Client {PID: 2, Context ID: 1} on device 0 to be torn down",
+        f"{leaves} Client process 1 disconnected",
+    ]
+    lines.sort(key=lambda line: line[:6])
+    log = "".join(f"[2026-11-28 09:06:{line[:6]} Server   959] {line[7:]}\n" for line in lines)
+    found = read_events([], parse_lines(log.encode()))
+    (words,) = explained(found, ranks(2))
+    assert words == f"rank 0 hit a GPU fault on {FIRST}" + (
+        ", or paid for a program that was killed inside a kernel there"
+        if paid
+        else "; no other program was on that GPU"
+    )
 
 
 def test_a_victim_that_leaves_in_the_same_millisecond_was_not_there_before() -> None:

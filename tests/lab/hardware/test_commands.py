@@ -157,6 +157,8 @@ def test_several_jobs_share_a_gpu_in_every_way(capsys: pytest.CaptureFixture[str
     assert [row.get("failed") for row in cancelled] == [None] * 5
     assert [row.get("goes_on") for row in cancelled] == [None, True, False, True, False]
     assert all(row["next_s"] > 0 for row in cancelled)
+    assert "rank 0 hit a GPU fault" in cancelled[2]["victim_told"]
+    assert "or paid for a program that was killed inside a kernel there" in cancelled[2]["victim_told"]
     sharing.show(cancelled)
     assert "2 of 2" in capsys.readouterr().out
 
