@@ -28,7 +28,7 @@ AUTO = "auto"
 #: A fault that comes so soon after its client's context may be what a killed predecessor left (O67: after 0.16 s).
 _SOON_SECONDS = 0.5
 _SAME_MOMENT_SECONDS = 0.0015  # the logs count milliseconds
-#: The log may say as late after the fault that a killed client has left (O98).
+#: The log may say as late after the fault that a killed client has left (O100).
 _LEAVES_WITHIN_SECONDS = 2.0
 _NAMED_PIDS = 8
 _NOT_READY = 807
@@ -172,7 +172,7 @@ def _may_have_paid(fault: Event, gpu: str, events: Sequence[Event]) -> bool:
     """Whether the server may blame this client for what one left that was killed inside a kernel.
 
     That one left before the client came (O46, O67), or beside it: then it leaves while the fault is handled, and is
-    not among those that the fault ended (O47, O98).
+    not among those that the fault ended (O47, O100).
     """
     came = fault.seconds - fault.age_seconds - _SAME_MOMENT_SECONDS
     just_came = 0 <= fault.age_seconds < _SOON_SECONDS

@@ -186,7 +186,7 @@ static void suffer_killed_kernel(int gpu, int pid)
 	for (int i = 0; i < server.count; i++) {
 		const struct connection *one = server.connections[i];
 		if (one->context_id > 0 && one->gpu == gpu && one->pid != pid) {
-			fault_gpu(gpu, one, CUDA_ILLEGAL_ADDRESS); /* the log has it as that one's own (O98) */
+			fault_gpu(gpu, one, CUDA_ILLEGAL_ADDRESS); /* the log has it as that one's own (O100) */
 			return;
 		}
 	}

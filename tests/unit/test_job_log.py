@@ -254,7 +254,7 @@ def test_the_next_after_a_killed_one_is_not_simply_blamed() -> None:
 @pytest.mark.parametrize(("gpu", "leaves", "paid"), [(FIRST, "01.300", True), (FIRST, "01.700", True),
     (SECOND, "01.300", False), (FIRST, "05.000", False)])  # fmt: skip
 def test_who_was_beside_a_killed_one_is_not_simply_blamed(gpu: str, leaves: str, paid: bool) -> None:
-    """The server names the one that stays (O98). Another that leaves its own GPU, or later, has no part in it."""
+    """The server names the one that stays (O100). Another that leaves its own GPU, or later, has no part in it."""
     lines = [
         "00.900 Client {PID: 1, Context ID: 0} connected",
         "00.901 Client {PID: 1, Context ID: 1} connected",
