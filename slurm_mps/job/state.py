@@ -1,25 +1,28 @@
 """The state of slurm-mps on a node: a journal per job, a ledger per GPU, a verdict for the job's tasks.
 
     /run/slurm-mps/          root 0711
-      lock                   locks by number: a job's id, 0 for the ledgers, others beyond
-      config                 the compiled site configuration
-      last-fault             the message of the last prolog or epilog that failed
-      last-fault-reported    when etc/health-check.sh gave that message to slurmctld
-      events, events-taken   where metrics are on: what hooks did, a line each, and what of it is being counted
-      metrics                what was counted since the boot
+      lock                   node/files.py    locks by number: a job's id, 0 for the ledgers, others beyond
+      config                 config/          the compiled site configuration (settings.py: the form; load.py: when)
+      last-fault             job/hook.py      the message of the last prolog or epilog that failed
+      last-fault-reported    etc/health-check.sh, when it gave that message to slurmctld
+      events, events-taken   metrics/         the outcomes that hooks noted, and those that are being counted
+      metrics                metrics/         the counters since the boot
       jobs/<job id>/         root 0700 + ACL user:<uid>:r-x
-        journal              0600  what is to be undone, from the last line to the first
-        config               0600  the configuration the job was brought up with
-        verdict              0644  what the job's tasks read (of a job without this directory: logs.leave_verdict)
-        suspect-<n>          0600  a task of the job's n-th GPU ended badly; the plugin has not tested its server since
-        explained            0600  when the plugin last explained to the job's user why a step ended badly
+        journal              job/journal.py   0600, the undos of the job, the last one first
+        config               job/journal.py   0600, the configuration of the job's bring-up
+        verdict              job/verdict.py   0644, for the job's tasks (without this directory: logs.leave_verdict)
+        suspect-<n>          spank/health.c   0600, a task of the job's n-th GPU ended badly; its server is to be tested
+        explained            spank/explain.c  0600, when the plugin last explained why a step ended badly
         pipe/                the control daemon's; gpu-0/, gpu-1/, ... where each GPU has its own
-      gpus/<uuid>            0600  ledger: who holds the GPU, which compute mode the first of them found
-      daemons/<uuid>/        0755  the control daemon of joined jobs (joined.py)
+        joined-0/, ...       job/joined.py    a link to the daemon of joined jobs
+      gpus/<uuid>            job/ledger.py    0600, the GPU's holders, and its compute mode before them
+      daemons/<uuid>/        job/joined_daemon.py  0755, the control daemon of joined jobs
 
-Promises: every file is whole or absent and carries its format version and the boot it describes; what is to be put
-back is on disk before it is changed; only root can read or write anything but the verdict. A job that began under an
-older slurm-mps ends under this one; what a newer one wrote is left as it is (docs/decisions/0010).
+Promises (docs/decisions/0010):
+ - Every file is whole or absent, and carries its format version and the boot it describes.
+ - Each undo is on disk before its action changes anything.
+ - Only root can read or write anything but the verdict.
+ - A job that started under an older slurm-mps ends under this one. The state of a newer one stays as it is.
 """
 
 from __future__ import annotations
