@@ -135,8 +135,6 @@ class Verdict:
         for daemon in self.daemons:
             limit = "-" if daemon.memory_bytes is None else format_memory(daemon.memory_bytes)
             yield "daemon", f"{daemon.pipe_directory} {daemon.log_directory} {limit}"
-        if self.per_gpu:
-            yield "daemons", PER_GPU
         yield "thread_percentage", format_thread_percentage(self.thread_percentage)
         yield "thread_percentage_min", format_thread_percentage(self.thread_percentage_min)
         yield "memory_min", self.memory_min
@@ -144,28 +142,21 @@ class Verdict:
         yield "probe", " ".join(self.probe)
         yield "explain", self.explain
         yield "clients_per_gpu", str(self.clients_per_gpu)
-        if self.unguarded:
-            yield "compute_mode", "unchanged"
         yield "visible_devices", self.visible_devices
-        if self.client_priority is not None:
-            yield "client_priority", str(self.client_priority)
-        for what in self.auto:
-            yield "auto", what
-        yield from self._part()
+        yield from ((key, value) for key, value in self._optional() if value)
         for gpu in self.gpus:
             yield "gpu", f"{gpu.slurm_index} {gpu.minor} {gpu.uuid} {gpu.mib_for_clients} {gpu.mib}"
 
-    def _part(self) -> Iterable[tuple[str, str]]:
-        """What is known of the part of a GPU that the job has."""
-        if self.share_percentage is not None:
-            yield "share", format_thread_percentage(self.share_percentage)
-        if self.shards_per_gpu:
-            yield "shards_per_gpu", str(self.shards_per_gpu)
-        if self.share_memory:
-            yield "share_memory", "even"
-        for daemon in self.daemons:
-            if daemon.joined_directory:
-                yield "joined", daemon.joined_directory
+    def _optional(self) -> Iterable[tuple[str, str]]:
+        """The lines of a ready job that are left out where their value is empty."""
+        yield "daemons", PER_GPU if self.per_gpu else ""
+        yield "compute_mode", "unchanged" if self.unguarded else ""
+        yield "client_priority", "" if self.client_priority is None else str(self.client_priority)
+        yield "share", "" if self.share_percentage is None else format_thread_percentage(self.share_percentage)
+        yield "shards_per_gpu", str(self.shards_per_gpu or "")
+        yield "share_memory", "even" if self.share_memory else ""
+        yield from (("auto", what) for what in self.auto)
+        yield from (("joined", daemon.joined_directory) for daemon in self.daemons)
 
 
 def refused(message: str, reason: str = "") -> Verdict:

@@ -231,7 +231,7 @@ def test_root_is_told_whose_job_holds_a_gpu(gpu_node: GpuNode) -> None:
     report = plan(gpu_node, "--devices=0,1", "--mps", status=1)
     gpu_node.prolog(JOB + 1, gpus="0,1").check()
     assert report["problem"] == gpu_node.verdict(JOB + 1)["message"]
-    assert f"is held by MPS job {JOB}; this site does not share a GPU" in report["problem"]
+    assert f"is held by MPS job {JOB}, and this site shares no GPU" in report["problem"]
     gpu_node.epilog(JOB + 1).check()
     assert plan(gpu_node, "--devices=0,2", "--mps")["holders_seen"] is True
     gpu_node.epilog(JOB).check()
