@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
+from ..record import record
 from ..slurm.hostlist import join_numbers
 from ..units import MIB, describe_memory
 from .events import (
@@ -39,7 +39,7 @@ VANISHED = (
 _ENDED_BY_SOMEBODY = (1, 2, 9, 15)  # SIGHUP, SIGINT, SIGKILL, SIGTERM; the signal module is slow to import
 
 
-@dataclass(frozen=True)
+@record
 class Task:
     """A task of the step on this node: its rank, its pid, and how it ended as wait(2) says it; None: it runs."""
 
@@ -55,7 +55,7 @@ class Task:
         return not (os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) in _ENDED_BY_SOMEBODY)
 
 
-@dataclass(frozen=True)
+@record
 class Seen:
     """What one control daemon's logs say since the step began; `gpus` are its own, in its order."""
 
@@ -86,7 +86,7 @@ def seen_since(
     return Seen(gpus, news, gone and bool(news or not explained), ended, joined)
 
 
-@dataclass(frozen=True)
+@record
 class FailedStep:
     """A step whose tasks ended badly on this node, or with `is_job_script` the job's script.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from heapq import merge
 from operator import attrgetter
 
+from ..record import record
 from .lines import Line
 
 #: Kinds of events.
@@ -27,7 +27,7 @@ _PINNED = re.compile(r"Device pinned memory limit for device (\d{1,3}) set to 0x
 _THREADS = re.compile(r"Active Threads Percentage set to (\d{1,3}\.\d)")
 
 
-@dataclass(frozen=True)
+@record
 class Event:
     """One thing that happened. pid: of the daemon, server or client that it happened to; 0 where the log does not say.
 

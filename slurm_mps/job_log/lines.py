@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import mktime
 
+from ..record import record
 from ..units import small_number
 
 _TEXT_MAX = 400
@@ -16,7 +16,7 @@ _MINUTE = len("[2026-11-23 02:13")
 _SECONDS = len("[2026-11-23 02:13:43.580")
 
 
-@dataclass(frozen=True)
+@record
 class Line:
     """One line: when (seconds since 1970), which of NVIDIA's programs, its pid, and what it says."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from ..node.reading import read_plain
+from ..record import record
 from .events import Event, read_events
 from .lines import parse_lines
 
@@ -13,7 +13,7 @@ CONTROL_LOG, SERVER_LOG = "control.log", "server.log"
 LIMIT_BYTES = 32 * 1024**2  #: of one log; it is longer than the daemon lets it grow by default
 
 
-@dataclass(frozen=True)
+@record
 class DaemonLogs:
     """A control daemon's logs: its name ("" for one that serves all of the job's GPUs), and their directory."""
 
