@@ -29,7 +29,7 @@ class Epilog(Hook):
     seconds = DEFAULTS.deadlines_epilog
 
     def __init__(self, environment: Mapping[str, str], *, asked: bool = False) -> None:
-        self._asked = asked  #: whether the job's daemons have been told to quit
+        self._asked = asked  #: whether the script has sent quit to the job's daemons
         super().__init__(environment)
 
     def work(self, job_id: int) -> None:

@@ -74,7 +74,7 @@ class Hook:
             if self.state:
                 self.state.write_last_fault(f"{strftime('%Y-%m-%dT%H:%M:%S')} {one_line(f'{self.who}: {message}')}\n")
         except NodeError:
-            pass  # the admin has been told
+            pass  # syslog has the message
         self.note("node_fault")
         return 1
 

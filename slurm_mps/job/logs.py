@@ -3,7 +3,7 @@
 /var/log/slurm-mps/          root 0711; /var/log itself may be its group's to write, as Ubuntu has it
   <job id>/                  root 0700 + ACL user:<uid>:r-x; control.log and server.log, written by the daemon
     gpu-0/, gpu-1/, ...      the same for each GPU with a daemon of its own, or kept of one that the job had with others
-    verdict                  0644, in a directory 0711: of a job without MPS that could not be told so in /run
+    verdict                  0644, in a directory 0711: of a job without MPS, where /run cannot keep it
   GPU-.../                   the logs of a GPU whose jobs are joined, while they run
     joined-daemon            0644  a name for them, kept with each job's part
 """

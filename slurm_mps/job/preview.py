@@ -85,7 +85,7 @@ def rehearse(wish: Wish, uid: int, gpus: Gpus) -> Plan:
     sees_holders(); NoGpuError; NodeError, ConfigError with what the admin would read.
     """
     try:
-        gpus.resolve("0")  # raises what is wrong with the driver, before anything is said of one GPU
+        gpus.resolve("0")  # an error of the driver comes first, before one of a single GPU
     except RequestError:
         if wish.gres and wish.devices is None:
             named = "name those that Slurm would give, as nvidia-smi -L lists them: --devices=MIG-..."

@@ -186,7 +186,7 @@ class Reconciler:
     # ---------------------------------------------------------------------------------------------- who is over
 
     def _look(self, state: NodeState, job_id: int) -> _Seen | None:
-        """What is kept of a job; None for what cannot be read, which is said."""
+        """A job's state; None where it cannot be read, which is reported."""
         try:
             stamp = state.stamp(job_id)
             journal = state.look_at_journal(job_id)
@@ -207,7 +207,7 @@ class Reconciler:
             self._silence = str(error)
 
     def _is_over(self, job_id: int, node: str) -> tuple[bool, str, str]:
-        """Whether a job of this boot is over here, what is to be said of it if it is not, and why.
+        """Whether a job of this boot is over here, the outcome to report if it is not, and why.
 
         A slurmstepd that is there long after its job has ended hangs, and keeps nothing.
         """
@@ -225,7 +225,7 @@ class Reconciler:
     # ---------------------------------------------------------------------------------------------- what is done
 
     def _job(self, state: NodeState, job_id: int, seen: _Seen) -> None:
-        """Take down a job that is over; of one that was never begun, remove the directory."""
+        """Take down a job that is over; without a journal, remove its directory."""
         thing = f"job {job_id}"
         if not seen.boot_id:
             why = "its directory has no journal: nothing was started for it"
@@ -374,7 +374,7 @@ class Reconciler:
         return Repair(f"logs of {gpu}", REPAIRED, _WHY_GPU_LOGS) if gone else None
 
     def _site_config(self, state: NodeState | None) -> SiteConfig:
-        """What the site wants kept of logs; the defaults, which is said, where its file cannot be used."""
+        """The site configuration; the defaults, with a report, where its file cannot be used."""
         try:
             return load_config(None if self._dry_run else state, _SLURM_SECONDS)
         except MpsError as error:

@@ -84,7 +84,7 @@ class _Reader:
         self._clients: dict[int, _Client] = {}
         self._waiting: dict[int, dict[int, str]] = {}  #: by pid, contexts that are not active yet, and their GPUs
         self._without_gpu: dict[tuple[int, int], None] = {}  #: those among them whose GPU is not known
-        self._asked: set[int] = set()  #: servers that were told to go, and did not say that they stay
+        self._asked: set[int] = set()  #: servers that were asked to end, and did not report that they stay
         self._forced: set[int] = set()  #: servers that were not asked
         self._ready: set[int] = set()
         self._fault: _Fault | None = None
