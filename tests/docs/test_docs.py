@@ -25,6 +25,9 @@ PAGES = [
     if path.parent.name not in ("generated", "examples")
 ]
 _CODE_OR_TABLE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$|^[|<][^\n]*", re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r"`[^`]*`|\]\([^)]*\)")
+_LABEL = re.compile(r"^\s*\d+\. |(?<!\S)(\*\*?)[^*]+\1 ")
+_NEXT_SENTENCE = re.compile(r"[a-z0-9X)][.!?]\)? +(?=[A-Z])")
 _PARAGRAPH_ENDS = re.compile(r"\s*\n\s*\n|\n(?=\s*(?:[-:]|\d+\.) )|\n(?=#)")
 
 
@@ -65,12 +68,14 @@ def test_every_link_leads_to_a_file_that_is_there_without_a_build() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_is_read_once(page: Path) -> None:
-    """It opens with a paragraph, none has more than 80 words, and no line but a table's more than 400 characters."""
+    """A paragraph opens it; none has over 80 words, no line a second sentence or, but for a table's, 400 characters."""
     prose = _CODE_OR_TABLE.sub("", page.read_text()).strip()
     title, first, *others = _PARAGRAPH_ENDS.split(prose)
     assert title.startswith("# ")
     assert first[0] not in "#-:" or page.parent.name == "man"  # where a synopsis stands first
     assert [one for one in (first, *others) if len(one.split()) > 80] == []
+    plain = (_SPAN.sub("X", _LABEL.sub("", line)) for line in prose.splitlines())
+    assert [line for line in plain if _NEXT_SENTENCE.search(line)] == [], "a line has one sentence"
     assert [line for line in prose.splitlines() if len(line) > 400] == []
 
 
