@@ -7,6 +7,7 @@ the servers that they must have, or say that they have none; at the end the node
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -79,6 +80,12 @@ class JoinedLife(RuleBasedStateMachine):
     def _holders(self, gpu: int, *states: str) -> list[Job]:
         return [job for job in self.jobs.values() if job.gpu == gpu and job.state in (states or ("up",))]
 
+    def _way_of(self, job_id: int) -> str:
+        """How the node says that a job holds its GPU, in the model's words."""
+        ledger = self.node.machine.read(f"{STATE_DIRECTORY}/gpus/{self.node.uuids[self.jobs[job_id].gpu]}")
+        found: list[str] = re.findall(rf"^holder {job_id} way=(\S+)", ledger, re.MULTILINE)
+        return {"whole": "refuse", "joined-all": "joined of all users"}.get(found[0], found[0])
+
     def _prolog(self, job_id: int) -> None:
         job = self.jobs[job_id]
         result = self.node.run(PROLOG, env=self._environment(job_id))
@@ -86,6 +93,12 @@ class JoinedLife(RuleBasedStateMachine):
         status = self.node.verdict(job_id)["status"]
         if job.state == "up" and not (job.is_joined and job.gpu in self.dead):
             assert status == "ready", self.node.verdict(job_id)
+            return
+        if job.state == "unsure" and status == "ready" and self._way_of(job_id) != self.way:
+            job.state, job.way = (
+                "up",
+                self._way_of(job_id),
+            )  # its killed prolog had come to its end, and nothing is done
             return
         job.way = self.way
         others = [one for one in self._holders(job.gpu, "up", "unsure") if one is not job]

@@ -168,7 +168,7 @@ class Life(RuleBasedStateMachine):
         if verdict["status"] == "refused":
             assert taken | perhaps, verdict
             assert "is held by MPS job" in verdict["message"]
-            assert int(verdict["message"].rpartition("MPS job ")[2].partition(";")[0]) in taken | perhaps
+            assert int(verdict["message"].rpartition("MPS job ")[2].partition(",")[0]) in taken | perhaps
             job.state = "idle"
             return
         assert verdict["status"] == "ready"
