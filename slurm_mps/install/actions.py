@@ -11,7 +11,7 @@ from ..config.settings import CONFIG_PATH, DEFAULTS, STATE_DIRECTORY
 from ..errors import MpsError
 from ..slurm.host import PLUGIN, Host
 from . import changes
-from .by_hand import Todo, jobs_with_mps, left_to_do, still_in_force, still_needed
+from .by_hand import Todo, engines_that_miss, jobs_with_mps, left_to_do, still_in_force, still_needed
 from .changes import Comparison, Manifest, Undone
 from .wanted import Options, find_wanted, stack_lines, stack_lines_of_others
 
@@ -129,6 +129,7 @@ def uninstall(slurm_conf: str | None, environment: Mapping[str, str], *, force: 
                     return result
             result.undone.append(changes.undo(path, manifest, dry_run=dry_run))
         result.left = _left()
+        result.remarks += engines_that_miss()
         if not dry_run:
             manifest.remove()
     return result

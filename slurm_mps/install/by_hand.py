@@ -7,9 +7,10 @@ import os
 from collections.abc import Container
 from dataclasses import dataclass
 
+from ..config.settings import STATE_DIRECTORY
 from ..errors import MpsError
 from ..job.verdict import JOBS
-from ..node.engines import OTHERS
+from ..node.engines import OTHERS, Engine
 from ..node.reading import read_text
 from ..slurm.host import EPILOG, PLUGIN, PROLOG, Controller, Host, without_comments
 from .changes import Manifest
@@ -42,14 +43,15 @@ def left_to_do(options: Options, wanted: Wanted, host: Host, manifest: Manifest,
         todo.append(
             Todo("on this node, if you like", (f"systemctl enable {UNIT}",), "repairs at boot what a crash left")
         )
-    todo += [
-        Todo(f"{one.path}, if you like", (one.line,), f"{one.name} then gives containers MPS without a flag")
-        for one in OTHERS
-        if one.lacks_line
-    ]
+    todo += [Todo(f"{one.path}, if you like", (one.line,), _for_engine(one)) for one in OTHERS if one.lacks_line]
     if anything:
         todo.append(Todo("where users submit, if jobs run elsewhere", ("slurm-mps install --login-node",)))
     return todo
+
+
+def _for_engine(one: Engine) -> str:
+    first = "" if os.path.isdir(STATE_DIRECTORY) else "; first run systemd-tmpfiles --create"
+    return f"{one.name} then gives containers MPS without a flag, and starts none where the directory is missing{first}"
 
 
 def _slurm_conf_lines(host: Host, places: list[ScriptPlace]) -> list[Todo]:
@@ -139,6 +141,15 @@ def jobs_with_mps() -> list[str]:
         return sorted(os.listdir(JOBS))
     except FileNotFoundError:
         return []
+
+
+def engines_that_miss() -> list[str]:
+    """What to say of engines whose site file binds the state directory, which no boot makes once we are gone."""
+    return [
+        f"{one.path}: take '{one.line}' out, since {one.name} starts no container when {STATE_DIRECTORY} is gone"
+        for one in OTHERS
+        if one.needs_directory
+    ]
 
 
 def still_needed(host: Host, ours: Container[str], controller: Controller | None = None) -> list[tuple[str, str]]:

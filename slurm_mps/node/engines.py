@@ -29,19 +29,26 @@ class Engine:
 
     @property
     def lacks_line(self) -> bool:
-        return os.path.exists(self.there) and not any(map(_binds_state, glob.glob(self.pattern)))
+        return os.path.exists(self.there) and not self._bound()
+
+    @property
+    def needs_directory(self) -> bool:
+        """Whether a line names the state directory itself: Apptainer starts no container where it is missing."""
+        return _STATE in self._bound()
+
+    def _bound(self) -> set[str]:
+        """What the lines bind to its own place: the state directory, or directories above it."""
+        return {source for path in glob.glob(self.pattern) for source in _bound_by(path)}
 
 
-def _binds_state(path: str) -> bool:
-    """Whether a line of the file binds the state directory, or one above it, to its own place."""
+def _bound_by(path: str) -> set[str]:
     try:
         found = map(_BIND_LINE.match, read_text(path).splitlines())
     except OSError:
-        return False
+        return set()
     binds = [line.groups() for line in found if line]
-    return any(
-        target in (None, source) and f"{_STATE}/".startswith(f"{source.rstrip('/')}/") for source, target in binds
-    )
+    sources = {source.rstrip("/") for source, target in binds if target in (None, source)}
+    return {source for source in sources if f"{_STATE}/".startswith(f"{source}/")}
 
 
 def _of_one_file(name: str, path: str) -> Engine:

@@ -363,6 +363,14 @@ FAULTS = {
         write("/etc/apptainer/apptainer.conf", "# bind path = /run/slurm-mps\nbind path = /etc/hosts\n"),
         warning("containers"),
     ),
+    "a container engine that is to bind a missing directory": Fault(
+        together(
+            shell(f"mv {STATE} {STATE}.away", f"mv {STATE}.away {STATE}", STATE),
+            write("/etc/apptainer/apptainer.conf", "bind path = /run/slurm-mps\n"),
+        ),
+        problem("containers"),
+        alone=True,
+    ),
     "the plugin twice": Fault(stack("required spank_mps.so\nrequired spank_mps.so\n"), warning("plugstack")),
     "no plugin": Fault(together(remove(PLUGIN), stack("required spank_mps.so\n")), problem("plugin-file")),
     "another file for the plugin": Fault(

@@ -34,3 +34,4 @@ def test_a_line_is_read_as_the_engine_reads_it(tmp_path: Path, line: str, is_bou
     site_file.write_text(f"bind path = /etc/hosts\n{line}\n")
     engine = Engine("engine", str(tmp_path), str(site_file), str(site_file), "")
     assert engine.lacks_line is not is_bound
+    assert engine.needs_directory is (is_bound and "/run/slurm-mps" in line)

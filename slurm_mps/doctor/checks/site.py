@@ -27,7 +27,7 @@ from ...node.reading import read_text
 from ...slurm.host import EPILOG, PROLOG
 from ...units import printable
 from ..facts import Facts
-from ..finding import COMPUTE, GPU_NODE, Finding, check, fine, problem, warning
+from ..finding import COMPUTE, Finding, check, fine, problem, warning
 
 _LITTLE_BYTES, _LITTLE_FILES = 16 * 2**20, 1000
 _NO_BYTES, _NO_FILES = 2**20, 20
@@ -120,10 +120,15 @@ def state_directory(_facts: Facts) -> Iterator[Finding]:
     "containers",
     "container engines give their containers the state directory",
     why="In a container without it a program finds no control daemon: it fails, or runs without MPS.",
-    where=GPU_NODE,
 )
-def containers(_facts: Facts) -> Iterator[Finding]:
-    for engine in (*OTHERS, ENROOT):
+def containers(facts: Facts) -> Iterator[Finding]:
+    has_gpus = facts.is_compute and facts.gpus_in_slurm
+    for engine in OTHERS:
+        if engine.needs_directory and not os.path.isdir(STATE_DIRECTORY):
+            fix = "systemd-tmpfiles --create" if has_gpus else f"{engine.path}: take the line out"
+            why = f"{engine.name} then starts no container at all."
+            yield problem(f"{engine.path} binds {STATE_DIRECTORY}, which is not there", fix, why)
+    for engine in (*OTHERS, ENROOT) if has_gpus else ():
         if engine.lacks_line:
             yield warning(f"{engine.name} mounts no /run/slurm-mps", f"{engine.path}: {engine.line}")
 
