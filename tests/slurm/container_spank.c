@@ -1,8 +1,9 @@
 /*
  * Another's SPANK plugin, which does what pyxis does: in task_init each task enters one container, a user and a mount
  * namespace with another root, and the container's variables overwrite the task's (spank_import_container_env of
- * pyxis). The container has one of the image's, CUDA_MPS_PIPE_DIRECTORY, as under enroot. SEES lists the directories that the container has. A step has a container where CONTAINER_AS
- * is set: to "user", or to "root" for pyxis' --container-remap-root.
+ * pyxis). The container has one of the image's, CUDA_MPS_PIPE_DIRECTORY, as under enroot. SEES lists the directories
+ * that the container has. A step has a container where CONTAINER_AS is set: to "user", or to "root" for pyxis'
+ * --container-remap-root.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -174,16 +174,18 @@ def test_a_plugin_that_enters_a_container(site: Site, first: bool, user: str) ->
     ours, source = site.machine.read(PLUGSTACK), Path(__file__).with_name("container_spank.c")
     sees = ", ".join(f'"{path}"' for path in (*SEEN, STATE_DIRECTORY))
     site.machine.run(["cc", "-shared", "-fPIC", f"-DSEES={sees}", "-o", CONTAINER, source]).check()
+    is_in = f"[ ! -e /var ] && [ $(id -u) = {0 if user == 'root' else '$SLURM_JOB_UID'} ] && echo in the container"
     theirs = f"required {CONTAINER}\n"
     site.machine.write(PLUGSTACK, theirs + ours if first else ours + theirs)
     try:
-        script = f"CONTAINER_AS={user} srun --gpus-per-task=1 slurm-mps verify --timeout 5"
+        script = f"CONTAINER_AS={user} srun --gpus-per-task=1 sh -c '{is_in}; exec slurm-mps verify --timeout 5'"
         job = site.cluster.sbatch("--gres=gpu:2", "--mps-threads=25", "-N1", "-n2", "-wn1", script=script)
         info = site.cluster.wait(job)
     finally:
         site.machine.write(PLUGSTACK, ours)
         site.machine.path(CONTAINER).unlink()
     output = site.cluster.output(job)
+    assert output.count("in the container") == 2, output
     if first:
         assert (info.state, output.count("32/132")) == ("COMPLETED", 2), output
         assert "2 ranks, all clients" in output
