@@ -18,7 +18,7 @@ from .state import DAEMONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..config.settings import SiteConfig
     from ..node.nvml import Gpus
@@ -91,21 +91,21 @@ def close(
 ) -> None:
     """End GPUs' daemons that are CLOSING, all at once and outside the lock; then forget each that is gone.
 
-    They are of jobs that share in one way, so that their servers have one user.
     Raises: NodeError with what could not be ended.
     """
     if not closing:
         return
     there = {gpu: control_daemon(gpu, daemon, config) for gpu, daemon in closing.items()}
-    (uid,) = {daemon.uid for daemon in closing.values()}
     problems: list[Exception] = []
     stuck: set[str] = set()
     how_long = patience(config, seconds)
-    try:
-        control.quit_all(list(there.values()), uid, how_long, meanwhile)
-    except NodeError as error:
-        problems.append(error)
-        stuck = _stuck(how_long.search_seconds) or {daemon.pipe_directory for daemon in there.values()}
+    for uid in {daemon.uid for daemon in closing.values()}:  # of their servers: one, but for one that was left behind
+        ours = [there[gpu] for gpu, daemon in closing.items() if daemon.uid == uid]
+        try:
+            control.quit_all(ours, uid, how_long, meanwhile)
+        except NodeError as error:
+            problems.append(error)
+            stuck |= _stuck(ours, how_long.search_seconds)
     for gpu, daemon in closing.items():
         if there[gpu].pipe_directory not in stuck:
             try:
@@ -115,12 +115,13 @@ def close(
     raise_all(problems)
 
 
-def _stuck(timeout_seconds: float) -> set[str]:
-    """The pipe directories of which a process is still there; none where that cannot be found out."""
+def _stuck(daemons: Sequence[ControlDaemon], timeout_seconds: float) -> set[str]:
+    """The pipe directories of daemons of which a process is still there; all where that cannot be found out."""
+    places = {daemon.pipe_directory for daemon in daemons}
     try:
-        return {one.pipe_directory for one in control.search(DIRECTORY, timeout_seconds)}
+        return places & {one.pipe_directory for one in control.search(DIRECTORY, timeout_seconds)}
     except NodeError:
-        return set()
+        return places
 
 
 def _forget(

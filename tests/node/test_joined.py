@@ -378,6 +378,20 @@ def test_daemons_whose_servers_are_stopped_are_ended_together(node: GpuNode) -> 
     assert node.mps_processes() == []
 
 
+def test_a_gpu_that_cannot_be_left_keeps_no_other(node: GpuNode) -> None:
+    node.prolog(1, gpus="0,1", SPANK_MPS="per-gpu").check()
+    path = f"{STATE_DIRECTORY}/gpus/{node.uuids[0]}"
+    good = node.machine.read(path)
+    node.machine.write(path, good.replace("holder", "older"), mode=0o600)
+    failed = node.epilog(1)
+    left = [ledger(node, gpu) != "" for gpu in (0, 1)], len(daemons(node))
+    node.machine.write(path, good, mode=0o600)
+    node.epilog(1).check()
+    assert (failed.returncode, failed.stderr.count("ledger")) == (1, 1)
+    assert left == ([True, False], 1)
+    node.run("rm", f"{STATE_DIRECTORY}/last-fault").check()
+
+
 def traced(node: GpuNode, job_id: int, *options: str) -> Result:
     """The epilog of a job under strace, whose lines come with standard error."""
     strace = ["strace", "-f", "-b", "execve", "-qqq", "-e", "signal=none", *options]
