@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 STATE_DIRECTORY = "/run/slurm-mps"
 
-#: Makes ~/image.
+#: Makes ~/image, which has no more than an image of others has: no place for the state directory.
 IMAGE = """#!/bin/sh
 set -eu
 mkdir -p ~/image
 cd ~/image
-mkdir -p usr etc opt dev proc sys tmp home root mnt run/simulated-gpus run/slurm-mps
+mkdir -p usr etc opt dev proc sys tmp home root mnt run/simulated-gpus
 touch etc/resolv.conf etc/hosts etc/passwd etc/group run/.containerenv
 for one in bin sbin lib lib64; do ln -sfn "usr/$one" "$one"; done
 """
@@ -48,7 +48,9 @@ exec unshare --user $as --root="$inside" --wd=/ -- "$@"
 """
 
 CHARLIECLOUD = """#!/bin/sh
-exec ch-run -u "${AS:-$(id -u)}" -b /usr -b /opt -b /etc -b /run/simulated-gpus ${BIND:+-b $BIND} ~/image -- "$@"
+# ch-run makes no mount point in the image, and each image has /run.
+if [ "$BIND" ]; then run=/run; else run=/run/simulated-gpus; fi
+exec ch-run -u "${AS:-$(id -u)}" -b /usr -b /opt -b /etc -b "$run" ~/image -- "$@"
 """
 
 ENGINES = {"unshare": NAMESPACES, "ch-run": CHARLIECLOUD}
