@@ -15,12 +15,13 @@ Promises (docs/decisions/0021):
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from time import monotonic
 
 from ..errors import DeadlineError, NodeError, RequestError, raise_all
 from ..node import control, processes
 from ..node.control import Limits, limit_commands
-from ..node.files import open_trusted
+from ..node.files import read_slurms_own
 from ..node.listen import BUSY, listener
 from ..node.messages import tell_admin
 from ..node.nvml import COMPUTE_MODES
@@ -394,7 +395,7 @@ def unconfined(slurm_conf: str) -> str:
     path = slurm_conf or "/etc/slurm/slurm.conf"
     try:
         slurm, cgroup = _settings(path), _settings(f"{os.path.dirname(path)}/cgroup.conf")
-    except (OSError, NodeError) as error:
+    except OSError as error:
         return f"what confines jobs to their devices cannot be read: {error}"
     if cgroup.get("constraindevices", "").lower() not in ("yes", "true", "up", "1"):
         return f"{os.path.dirname(path)}/cgroup.conf has no ConstrainDevices=yes"
@@ -405,15 +406,15 @@ def unconfined(slurm_conf: str) -> str:
 def _settings(path: str, depth: int = _INCLUDES_MAX) -> dict[str, str]:
     """What a file of Slurm's and those that it includes say: each key, in lower case, with its last value.
 
-    Raises: OSError, NodeError.
+    An include that cannot be read, such as one with Slurm's ``%h``, says nothing. Raises: OSError when the file itself
+    cannot be read.
     """
-    directory, name = os.path.split(os.path.realpath(path))
-    with open_trusted(directory) as here:
-        text = here.read(name).decode("utf-8", "replace")
+    text = read_slurms_own(path).decode("utf-8", "replace")
     found: dict[str, str] = {}
     for line in text.replace("\\\n", " ").splitlines():
         words = line.partition("#")[0].replace("=", " = ").replace('"', " ").split()
         if len(words) > 1 and words[0].lower() == "include" and depth:
-            found |= _settings(os.path.join(os.path.dirname(path), words[1]), depth - 1)
+            with suppress(OSError):
+                found |= _settings(os.path.join(os.path.dirname(path), words[1]), depth - 1)
         found |= {words[at - 1].lower(): words[at + 1] for at, word in enumerate(words[:-1]) if word == "=" and at}
     return found

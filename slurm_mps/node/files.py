@@ -370,6 +370,14 @@ def _empty(parent_fd: int, name: str) -> None:
         os.close(fd)
 
 
+def read_slurms_own(path: str, limit_bytes: int = 2**24) -> bytes:
+    """Read a file of Slurm's, such as slurm.conf, whoever owns it: slurmd reads it by the same path, and runs as root
+    what it names. Raises: OSError.
+    """
+    with open(path, "rb") as file:
+        return file.read(limit_bytes)
+
+
 def open_trusted(path: str, *, group_is_trusted: bool = False) -> Directory:
     """Open a directory by an absolute path, checking every parent on the way down.
 

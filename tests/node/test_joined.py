@@ -162,7 +162,7 @@ CONFINED = "ConstrainDevices=yes\n"
         ("ConstrainCores=yes ConstrainDevices=no\n", "TaskPlugin=task/cgroup\n", "cgroup.conf has no ConstrainDevices"),
         (CONFINED, "ClusterName=c\n", "slurm.conf has no TaskPlugin=task/cgroup"),
         (CONFINED, "TaskPlugin=task/affinity # task/cgroup\n", "slurm.conf has no TaskPlugin=task/cgroup"),
-        (CONFINED, "include none.conf\nTaskPlugin=task/cgroup\n", "cannot be read: "),
+        (CONFINED, "include of-%h.conf\nTaskPlugin=task/cgroup\n", ""),
         ("ConstrainCores=yes ConstrainDevices = Yes ConstrainRAMSpace=no\n", "TaskPlugin=task/affinity,cgroup\n", ""),
         (CONFINED, 'ClusterName=c \\\n  TaskPlugin="task/cgroup"\n', ""),
         (CONFINED, "Include mps.toml\nInclude more.conf\n", ""),
@@ -174,9 +174,11 @@ def test_devices_that_are_not_confined_are_no_place_for_joined_jobs(
     """Who kept a handle on the socket could come back (O88): refused, and no node is drained for it.
 
     Slurm does what cgroup.conf says with task/cgroup alone. Several keys may share a line, and files include others.
+    The files may be the user slurm's, as they are at many sites.
     """
     node.machine.write("/etc/slurm/more.conf", "TaskPlugin=task/cgroup\n")
     node.confine_devices(cgroup, slurm)
+    node.machine.run(["chown", "-R", "64030:64030", "/etc/slurm/slurm.conf", "/etc/slurm/cgroup.conf"]).check()
     assert start(node, 1).check().stderr == ""
     if why:
         assert re.search(f"this site joins jobs on a GPU, and .*{why}", node.verdict(1)["message"])
@@ -309,7 +311,7 @@ def test_no_user_reaches_a_daemon_that_its_prolog_still_talks_to(node: GpuNode) 
     node.fault("command.start_server=slow:700")
     prolog = node.start(PROLOG, env={**job_environment(1, gpus="0"), PART: "25"})
     while "stage=open" not in ledger(node):
-        assert prolog.poll() is None
+        assert prolog.poll() is None or "stage=open" in ledger(node)
     there = node.mps_processes()
     assert prolog.wait(10) == 0
     node.epilog(1).check()
