@@ -255,6 +255,9 @@ CONTAINER = "/etc/slurm/job_container.conf"
 OLD, NEW = "/usr/local/lib/old", "/usr/local/lib/new"
 NEWER_VERDICTS = f"s/^VERDICT_VERSION = {VERDICT_VERSION}/VERDICT_VERSION = {VERDICT_VERSION + 1}/"
 
+#: Slurm up to 25.05 has faults in sharing GPUs.
+OLD_SHARING = warning("gres-shared") if chosen().name < "25.11" else {}
+
 #: What keeps every user from Slurm's commands.
 CLOSED = {
     "a slurm.conf that users cannot read": chmod(SLURM, 0o600),
@@ -501,7 +504,8 @@ FAULTS = {
     ),
     "a partition that gives MPS to jobs that may share a GPU, which is refused": Fault(
         together(write(f"{PARTITIONS}/gpu", "per-node\n"), line("GresTypes", "gpu,shard")),
-        warning("gres-types", "gres-shared"),
+        {**warning("gres-types"), **OLD_SHARING},
+        alone=not OLD_SHARING,  # beside a plugin for an old Slurm it would be named
     ),
     "a default of a partition that no job can have": Fault(
         write(MPS, '[partition.gpu.limits.memory]\ndefault = "400M"\n'), problem("memory-default")
@@ -542,10 +546,8 @@ FAULTS = {
     ),
     # the GPUs
     "no gres/gpu": Fault(line("GresTypes", "craynetwork"), problem("gres-types")),
-    "gres/mps where GPUs are not shared": Fault(
-        line("GresTypes", "gpu,mps"), {**problem("gres-types"), **warning("gres-shared")}
-    ),
-    "shards of an old Slurm": Fault(line("GresTypes", "gpu,shard"), warning("gres-shared")),
+    "gres/mps where GPUs are not shared": Fault(line("GresTypes", "gpu,mps"), {**problem("gres-types"), **OLD_SHARING}),
+    "shards of an old Slurm": Fault(line("GresTypes", "gpu,shard"), OLD_SHARING, alone=not OLD_SHARING),
     "no gres.conf": Fault(remove(GRES), problem("gres-conf")),
     "a gres.conf for other nodes": Fault(
         write(GRES, "NodeName=n2 Name=gpu File=/dev/nvidia[0-3]\n"), problem("gres-conf")
@@ -803,5 +805,6 @@ def test_every_check_has_a_fault_that_it_names() -> None:
     assert {check for fault in FAULTS.values() for check in fault.named} | {
         "slurmctld",
         "installed",
+        "gres-shared",
     } == all_checks().keys()
     assert len(FAULTS) >= 40
