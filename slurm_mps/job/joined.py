@@ -15,7 +15,6 @@ Promises (docs/decisions/0021):
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from time import monotonic
 
 from ..errors import DeadlineError, NodeError, RequestError, raise_all
@@ -414,7 +413,9 @@ def _settings(path: str, depth: int = _INCLUDES_MAX) -> dict[str, str]:
     for line in text.replace("\\\n", " ").splitlines():
         words = line.partition("#")[0].replace("=", " = ").replace('"', " ").split()
         if len(words) > 1 and words[0].lower() == "include" and depth:
-            with suppress(OSError):
+            try:
                 found |= _settings(os.path.join(os.path.dirname(path), words[1]), depth - 1)
+            except OSError:
+                continue
         found |= {words[at - 1].lower(): words[at + 1] for at, word in enumerate(words[:-1]) if word == "=" and at}
     return found
