@@ -42,7 +42,7 @@ class DeadlineError(NodeError):
 
 
 def raise_all(problems: Sequence[Exception]) -> None:
-    """Raise the one problem, or one NodeError that reports several. Do nothing where there is none."""
+    """Raise the one problem, or one NodeError that reports several. No problem raises nothing."""
     if len(problems) == 1:
         raise problems[0]
     if problems:

@@ -28,8 +28,8 @@ void health_mark(uint32_t job_id, const struct verdict *verdict);
 
 /*
  * Find out about the GPUs that this process may open and that were noted: for each control daemon a probe, run as the
- * job's user (which this process is in effect), makes a context on them, which repairs a server that a killed client left unfit. Takes five
- * seconds at most.
+ * job's user (which this process is in effect), makes a context on them. That repairs a server which a killed client
+ * left unfit. Takes six seconds at most, and half a second more for each GPU of the job.
  */
 void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health);
 

@@ -267,7 +267,8 @@ class LeaveGpus:
     def run(self, job: JobOnNode) -> None:
         job_id = job.journal.job_id
         self._remove_links(job)
-        if held := [(number, gpu) for number, gpu in enumerate(self.gpus) if _may_hold(gpu, job)]:  # it was not refused
+        # A job that was refused holds none, and has nothing to end.
+        if held := [(number, gpu) for number, gpu in enumerate(self.gpus) if _may_hold(gpu, job)]:
             end_clients(job_id, job.journal.uid, job.seconds(_CLIENTS_SECONDS))
             for number, gpu in held:
                 logs.keep_part(job_id, gpu, f"gpu-{number}", job.config)
@@ -279,7 +280,7 @@ class LeaveGpus:
                     closing[gpu] = daemon
             except NodeError as error:
                 problems.append(error)
-        self._remove_links(job)  # who started a dead daemon again put one back, up to here
+        self._remove_links(job)  # until it left, a job that started a dead daemon again may have put them back
         try:
             close(closing, job.state, job.gpus, job.config, job.seconds, job.meanwhile)
         except NodeError as error:
@@ -405,8 +406,9 @@ def unconfined(slurm_conf: str) -> str:
 def _settings(path: str, depth: int = _INCLUDES_MAX) -> dict[str, str]:
     """What a file of Slurm's and those that it includes say: each key, in lower case, with its last value.
 
-    An include that cannot be read, such as one with Slurm's ``%h``, says nothing. Raises: OSError when the file itself
-    cannot be read.
+    Not slurm.conf.read_conf(): it keeps the place of each line, imports slowly, and works with glob, which root's hooks
+    may not. An include that cannot be read, such as one with Slurm's ``%h``, says nothing.
+    Raises: OSError when the file itself cannot be read.
     """
     text = read_slurms_own(path).decode("utf-8", "replace")
     found: dict[str, str] = {}

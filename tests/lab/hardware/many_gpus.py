@@ -11,24 +11,21 @@ Less than three minutes on four GPUs. Rows that did not work say why.
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import waits_for
 
 from .cost import start
-from .site import NODE, PLACE, RealSite, Row, cards, data_file, measured_on, reports, write_rows
+from .site import NODE, PLACE, RealSite, Row, cards, measure_parts, parser_of_parts, reports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 Rows = list[Row]
 
@@ -218,35 +215,20 @@ SHOWN = {"crowd": _show_crowd, "fault": _show_fault, "stuck": _show_stuck, "star
 
 def main() -> int:
     """Measure, write, print; 1 when a row did not work."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m tests.lab.hardware.many_gpus", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data; parts not run stay")
+    parser = parser_of_parts("tests.lab.hardware.many_gpus", __doc__, SHOWN, (2, "of what starts"))
     parser.add_argument("--ranks", type=int, default=RANKS, help="on each GPU")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each kernel's window")
-    parser.add_argument("--rounds", type=int, default=2, help="of what starts")
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="no row begins later")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all, if none is named")
     options = parser.parse_args()
-    target: Path = options.json or data_file("many-gpus")
-    kept: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    kept |= {"measured_on": measured_on(), "seconds": options.seconds}
-    ends = time.monotonic() + options.limit
-    with RealSite(cpus=options.ranks * len(cards())) as site:
-        site.ends = ends
-        for part in options.parts or PARTS:
-            write_rows(target, kept, part, site, PARTS[part](site, options))
-        site.end_meetings()
+    site = RealSite(cpus=options.ranks * len(cards()))
+    runs = {
+        "crowd": partial(crowd, site, options.ranks, options.seconds),
+        "fault": partial(fault, site),
+        "stuck": partial(stuck, site),
+        "start": partial(starts, site, options.rounds),
+    }
+    kept, status = measure_parts("many-gpus", site, options, runs)
     show(kept)
-    return int(any("failed" in row for part in options.parts or PARTS for row in kept[part]))
+    return status
 
-
-PARTS: dict[str, Callable[[RealSite, argparse.Namespace], Iterator[Row]]] = {
-    "crowd": lambda site, options: crowd(site, options.ranks, options.seconds),
-    "fault": lambda site, _: fault(site),
-    "stuck": lambda site, _: stuck(site),
-    "start": lambda site, options: starts(site, options.rounds),
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,20 +12,17 @@ Three minutes, and as much for *cancelled*. Rows that did not work say why.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.harness.cluster import TERMINAL_STATES, SlurmError
 from tests.harness.gpunode import UNCHANGED
 from tests.harness.site import Site
 
-from .site import PLACE, RealSite, Row, data_file, measured_on, reports, torch_python, write_rows
+from .site import PLACE, RealSite, Row, measure_parts, parser_of_parts, reports, torch_python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -272,33 +269,18 @@ PARTS = ("throughput", "fault", "cancelled")
 
 def main() -> int:
     """Measure and write; 1 when a row did not work."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m tests.lab.hardware.sharing", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data; parts not run stay")
-    parser.add_argument("--rounds", type=int, default=3, help="of throughput, and tries of each that is cancelled")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each kernel's window")
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="no row begins later")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all, if none is named")
-    options = parser.parse_args()
-    target: Path = options.json or data_file("sharing")
-    parts = options.parts or list(PARTS)
-    kept: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    kept |= {"measured_on": measured_on(), "seconds": options.seconds}
-    ends = time.monotonic() + options.limit
-    with SharedSite() as site:
-        site.ends = ends
-        runs = {
-            "throughput": partial(throughput, site, options.seconds, options.rounds),
-            "fault": partial(faults, site),
-            "cancelled": partial(cancelled, site, options.rounds),
-        }
-        for part in parts:
-            write_rows(target, kept, part, site, runs[part]())
-        site.end_meetings()
-    if "cancelled" in parts:
+    rounds = (3, "of throughput, and tries of each that is cancelled")
+    options = parser_of_parts("tests.lab.hardware.sharing", __doc__, PARTS, rounds).parse_args()
+    site = SharedSite()
+    runs = {
+        "throughput": partial(throughput, site, options.seconds, options.rounds),
+        "fault": partial(faults, site),
+        "cancelled": partial(cancelled, site, options.rounds),
+    }
+    kept, status = measure_parts("sharing", site, options, runs)
+    if "cancelled" in kept:
         show(kept["cancelled"])
-    return int(any("failed" in row for part in parts for row in kept[part]))
+    return status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from tests.lab.bench.__main__ import cpu_model
 from tests.lab.measured import write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from tests.harness.cluster import Job
     from tests.harness.machine import Result
@@ -190,6 +191,34 @@ def write_rows(target: Path, kept: dict[str, Any], part: str, site: RealSite, ro
         if time.monotonic() > site.ends:
             print(f"{part}: no time left", file=sys.stderr)
             break
+
+
+def parser_of_parts(module: str, doc: str, parts: Iterable[str], rounds: tuple[int, str]) -> argparse.ArgumentParser:
+    """What commands understand that measure in parts; `rounds` are the default and what they are of."""
+    parser = argparse.ArgumentParser(prog=f"python3 -m {module}", description=doc.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data; parts not run stay")
+    parser.add_argument("--rounds", type=int, default=rounds[0], help=rounds[1])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each kernel's window")
+    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="no row begins later")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all, if none is named")
+    return parser
+
+
+def measure_parts(
+    kind: str, site: RealSite, options: argparse.Namespace, runs: Mapping[str, Callable[[], Iterable[Row]]]
+) -> tuple[dict[str, Any], int]:
+    """Run the parts that were named on a site. Returns: all that is kept; 1 when a row did not work."""
+    target: Path = options.json or data_file(kind)
+    parts = options.parts or list(runs)
+    kept: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    kept |= {"measured_on": measured_on(), "seconds": options.seconds}
+    ends = time.monotonic() + options.limit
+    with site:
+        site.ends = ends
+        for part in parts:
+            write_rows(target, kept, part, site, runs[part]())
+        site.end_meetings()
+    return kept, int(any("failed" in row for part in parts for row in kept[part]))
 
 
 @cache
