@@ -1,9 +1,13 @@
 #include "health.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
+#include <stdatomic.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "gpus.h"
@@ -14,6 +18,15 @@
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define PROBE_SECONDS 4
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
+#define TRIES_OF(seconds) ((seconds) * 1000 / HELPER_PAUSE_MS)
+#define STOP_TRIES 10
+
+/* Shared with the watchers, of which each control daemon that is probed has one, and with the tasks. */
+struct trials {
+	atomic_int of[GPUS_MAX]; /* enum server_health */
+	int tries_left[GPUS_MAX]; /* by control daemon, as the next */
+	pid_t watchers[GPUS_MAX];
+};
 
 static const char *joined_directory_of(const struct verdict *verdict, unsigned int gpu)
 {
@@ -63,23 +76,20 @@ void health_mark(uint32_t job_id, const struct verdict *verdict)
 	}
 }
 
-void health_clear(uint32_t job_id, const struct verdict *verdict, const struct health *health)
+/* Take a GPU's mark away, as root, unless it was renewed since it was read. */
+static void clear_mark(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int gpu)
 {
-	struct timespec now;
+	const struct timespec *then = &health->since[gpu];
+	int directory = open_marks(job_id, verdict, gpu);
 	char name[MARK_SIZE];
+	struct timespec now;
 
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
-		const struct timespec *then = &health->since[gpu];
-		bool good = health->probed[gpu] && health->of[gpu] == HEALTH_GOOD;
-		int directory = good ? open_marks(job_id, verdict, gpu) : -1;
-
-		if (directory < 0)
-			continue;
-		mark_name(name, sizeof(name), verdict, gpu);
-		if (jobdir_read_mark(directory, name, &now) && now.tv_sec == then->tv_sec && now.tv_nsec == then->tv_nsec)
-			(void)unlinkat(directory, name, 0);
-		(void)close(directory);
-	}
+	if (directory < 0)
+		return;
+	mark_name(name, sizeof(name), verdict, gpu);
+	if (jobdir_read_mark(directory, name, &now) && now.tv_sec == then->tv_sec && now.tv_nsec == then->tv_nsec)
+		(void)unlinkat(directory, name, 0);
+	(void)close(directory);
 }
 
 /* Start the probe of one control daemon's GPUs, which tries for so many seconds. */
@@ -125,35 +135,100 @@ static enum server_health health_by(int status)
 	}
 }
 
-static void probe(const struct verdict *verdict, struct health *health)
+/* What was found out about the GPUs of one control daemon. */
+static void conclude(uint32_t job_id, const struct verdict *verdict, const struct health *health,
+		     const struct task_gpus *gpus, int status)
 {
-	static struct task_gpus gpus[GPUS_MAX];
-	pid_t probes[GPUS_MAX];
-	/* The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79). */
-	int seconds = PROBE_SECONDS + (int)verdict->gpu_count / 2, tries_left = (seconds + 1) * 1000 / HELPER_PAUSE_MS;
+	bool may_clear = health_by(status) == HEALTH_GOOD && !seteuid(0);
 
-	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
-		gpus_of_daemon(verdict, i, health, &gpus[i]);
-		probes[i] = gpus[i].count ? start_probe(verdict, &verdict->daemons[i], &gpus[i], seconds) : 0;
-	}
-	for (unsigned int i = 0; i < verdict->daemon_count; i++) {
-		int status = gpus[i].count ? helper_end(probes[i], &tries_left) : 0;
+	for (unsigned int i = 0; i < gpus->count; i++) {
+		unsigned int gpu = (unsigned int)(gpus->gpus[i] - verdict->gpus);
 
-		for (unsigned int j = 0; j < gpus[i].count; j++)
-			health->of[gpus[i].gpus[j] - verdict->gpus] = health_by(status);
+		if (may_clear)
+			clear_mark(job_id, verdict, health, gpu);
+		atomic_store(&health->trials->of[gpu], (int)health_by(status));
 	}
 }
 
-void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health)
+/* The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79). */
+static int seconds_of_probe(const struct verdict *verdict)
 {
-	bool any = false;
+	return PROBE_SECONDS + (int)verdict->gpu_count / 2;
+}
+
+/* A process beside slurmstepd that waits for one control daemon's probe: the tasks of the others' GPUs need not. */
+static pid_t watch(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int daemon)
+{
+	int seconds = seconds_of_probe(verdict), *tries_left = &health->trials->tries_left[daemon];
+	static struct task_gpus gpus;
+	pid_t watcher;
+
+	gpus_of_daemon(verdict, daemon, health, &gpus);
+	if (!gpus.count)
+		return 0;
+	*tries_left = TRIES_OF(seconds + 1);
+	watcher = fork();
+	if (watcher < 0)
+		conclude(job_id, verdict, health, &gpus, HELPER_DIED);
+	if (watcher)
+		return watcher;
+	helper_close_descriptors(); /* a step is over when nobody has its pipes */
+	conclude(job_id, verdict, health, &gpus,
+		 helper_end(start_probe(verdict, &verdict->daemons[daemon], &gpus, seconds), tries_left));
+	_exit(0);
+}
+
+static bool any_probed(const struct health *health)
+{
+	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++)
+		if (health->probed[gpu])
+			return true;
+	return false;
+}
+
+void health_try(uint32_t job_id, const struct verdict *verdict, struct health *health)
+{
+	void *memory;
 
 	memset(health, 0, sizeof(*health));
-	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++) {
+	for (unsigned int gpu = 0; gpu < verdict->gpu_count; gpu++)
 		health->probed[gpu] = read_mark(job_id, verdict, gpu, &health->since[gpu]) &&
 				      device_may_open(&verdict->gpus[gpu]);
-		any |= health->probed[gpu];
+	if (!any_probed(health))
+		return;
+	memory = mmap(NULL, sizeof(*health->trials), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		return;
+	health->trials = memory; /* the kernel gives it zeroed: nothing is known */
+	for (unsigned int i = 0; i < verdict->daemon_count; i++)
+		health->trials->watchers[i] = watch(job_id, verdict, health, i);
+}
+
+enum server_health health_wait(const struct verdict *verdict, const struct health *health, unsigned int gpu)
+{
+	enum server_health found = HEALTH_UNKNOWN;
+
+	if (!health->probed[gpu])
+		return HEALTH_GOOD;
+	for (int tries = TRIES_OF(seconds_of_probe(verdict) + 2); health->trials && tries; tries--) {
+		found = (enum server_health)atomic_load(&health->trials->of[gpu]);
+		if (found != HEALTH_UNKNOWN)
+			return found;
+		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	}
-	if (any)
-		probe(verdict, health);
+	return HEALTH_SILENT;
+}
+
+void health_stop(struct health *health)
+{
+	if (!health->trials)
+		return;
+	for (unsigned int i = 0; i < GPUS_MAX; i++)
+		health->trials->tries_left[i] = 0;
+	for (unsigned int i = 0; i < GPUS_MAX; i++)
+		for (int tries = STOP_TRIES; health->trials->watchers[i] > 0 && tries > 0; tries--) {
+			if (waitpid(health->trials->watchers[i], NULL, WNOHANG))
+				break; /* ended, also where slurmstepd has waited for it */
+			(void)poll(NULL, 0, HELPER_PAUSE_MS);
+		}
 }

@@ -10,6 +10,7 @@
 
 /* How the server of a GPU is, as far as this step knows. */
 enum server_health {
+	HEALTH_UNKNOWN, /* the probe is not done */
 	HEALTH_GOOD,    /* it takes programs, or nothing speaks against it */
 	HEALTH_REFUSES, /* it takes no programs */
 	HEALTH_UNTRIED, /* not known: the probe did not run */
@@ -18,22 +19,29 @@ enum server_health {
 
 /* By the verdict's GPU. */
 struct health {
-	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so its server was probed */
-	enum server_health of[GPUS_MAX];
+	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so its server is probed */
 	struct timespec since[GPUS_MAX]; /* when that task ended */
+	struct trials *trials; /* what is found; NULL: nothing is probed, or there is no memory */
 };
 
 /* Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. */
 void health_mark(uint32_t job_id, const struct verdict *verdict);
 
 /*
- * Find out about the GPUs that this process may open and that were noted: for each control daemon a probe, run as the
- * job's user (which this process is in effect), makes a context on them. That repairs a server which a killed client
- * left unfit. Takes six seconds at most, and half a second more for each GPU of the job.
+ * Begin to find out about the GPUs that this process may open and that were noted, before the tasks are forked: for
+ * each control daemon a probe, run as the job's user (which this process is in effect), makes a context on them. That
+ * repairs a server which a killed client left unfit. The note of a GPU whose server is good is taken away, unless it
+ * was renewed meanwhile. Nothing is waited for: the step may have no task on those GPUs.
  */
-void health_look(uint32_t job_id, const struct verdict *verdict, struct health *health);
+void health_try(uint32_t job_id, const struct verdict *verdict, struct health *health);
 
-/* Take away, as root, the notes of GPUs whose servers were found good, unless they were renewed meanwhile. */
-void health_clear(uint32_t job_id, const struct verdict *verdict, const struct health *health);
+/*
+ * How the server of a GPU is; for a task with that GPU, which waits for the probe: six seconds at most, and half a
+ * second more for each GPU of the job.
+ */
+enum server_health health_wait(const struct verdict *verdict, const struct health *health, unsigned int gpu);
+
+/* End the probes that are not done, when the last task of the step has ended. */
+void health_stop(struct health *health);
 
 #endif

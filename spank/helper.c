@@ -18,7 +18,7 @@
 #define HELPER_GID 4294901760
 #define HELPER_GID_OF_A_CONTAINER 65534
 
-static void close_others(void)
+void helper_close_descriptors(void)
 {
 	long limit = sysconf(_SC_OPEN_MAX);
 
@@ -56,7 +56,7 @@ static void become_helper(uid_t uid, char *const argv[], char *const environment
 	(void)sigemptyset(&none);
 	if (null < 0 || dup2(null, 0) < 0 || dup2(output < 0 ? null : output, 1) < 0 || dup2(null, 2) < 0 || chdir("/"))
 		_exit(126);
-	close_others();
+	helper_close_descriptors();
 	if (setpgid(0, 0) || sigprocmask(SIG_SETMASK, &none, NULL) || !become_user(uid))
 		_exit(126);
 	(void)execve(argv[0], argv, environment);

@@ -7,6 +7,9 @@
 
 #define HELPER_PAUSE_MS 10
 
+/* Close all descriptors but the standard ones. */
+void helper_close_descriptors(void);
+
 /*
  * Start a program as user `uid` and nobody's group, in a process group of its own, with nothing of slurmstepd's: no
  * descriptor, no signal mask, only this environment. Its standard output is `output`, or /dev/null where that is -1.

@@ -38,6 +38,7 @@ const char slurm_mps_plugin[] = "slurm-mps plugin " SLURM_MPS_VERSION " verdict 
 SPANK_PLUGIN(mps, 1)
 
 static struct step step;
+static unsigned int tasks_left;
 
 /*
  * How often plugstack.conf names this file: for each line Slurm calls everything once more, in the same memory. What
@@ -102,19 +103,16 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	_exit(step.verdict.exit_status ? step.verdict.exit_status : EXIT_REFUSED);
 }
 
-/* In slurmstepd, as root, when the tasks are forked: a server that was found good the next step need not try again. */
+/* In slurmstepd, as root, when a task is forked. */
 int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 {
 	static unsigned int calls;
-	static bool done;
 	uint32_t rank = 0;
 	pid_t pid = 0;
 
 	if (!is_first(&calls) || !has_mps())
 		return ESPANK_SUCCESS;
-	if (!done)
-		health_clear(step.job_id, &step.verdict, &step.health);
-	done = true;
+	tasks_left++;
 	if (spank_get_item(sp, S_TASK_GLOBAL_ID, &rank) == ESPANK_SUCCESS &&
 	    spank_get_item(sp, S_TASK_PID, &pid) == ESPANK_SUCCESS)
 		explain_task(rank, pid);
@@ -129,7 +127,11 @@ int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 	uid_t uid = 0;
 	int status = 0;
 
-	if (!is_first(&calls) || !has_mps() || rollcall_failed(step.rollcall))
+	if (!is_first(&calls) || !has_mps())
+		return ESPANK_SUCCESS;
+	if (!--tasks_left)
+		health_stop(&step.health);
+	if (rollcall_failed(step.rollcall))
 		return ESPANK_SUCCESS;
 	if (spank_get_item(sp, S_TASK_EXIT_STATUS, &status) != ESPANK_SUCCESS)
 		return ESPANK_SUCCESS;

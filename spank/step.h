@@ -18,7 +18,7 @@ struct step {
 	struct limits limits;
 	struct rollcall *rollcall;
 	struct health health;
-	const char *trouble[GPUS_MAX];        /* why no task can use a GPU; NULL: it can */
+	bool answers[GPUS_MAX];               /* by control daemon */
 };
 
 #endif

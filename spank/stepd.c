@@ -102,45 +102,39 @@ static bool daemon_answers(const struct verdict_daemon *daemon)
 	return answers;
 }
 
-/* Why no task can use a GPU; NULL where its control daemon answers, and its server takes programs. */
-static const char *trouble_of(const struct step *step, unsigned int gpu, bool answers)
+const char *stepd_trouble(const struct step *step, const struct verdict_gpu *gpu)
 {
 	static char untried[2 * VERDICT_PROGRAM_MAX + 192], silent[sizeof(untried)];
+	const struct verdict *verdict = &step->verdict;
 
-	if (!answers)
+	if (!step->answers[verdict_daemon_of(verdict, gpu) - verdict->daemons])
 		return "its MPS control daemon on this node does not answer; submit the job again";
-	switch (step->health.of[gpu]) {
+	switch (health_wait(verdict, &step->health, (unsigned int)(gpu - verdict->gpus))) {
 	case HEALTH_REFUSES:
 		return "its MPS server accepts no programs until every program that a GPU fault hit, or that hangs, has ended; end "
 		       "those, or the job";
 	case HEALTH_UNTRIED:
 		(void)snprintf(untried, sizeof(untried),
 			       "cannot test its MPS server on this node after an earlier step failed: %s -I -S %s does not run; "
-			       "was slurm-mps moved or removed?", step->verdict.python, step->verdict.probe);
+			       "was slurm-mps moved or removed?", verdict->python, verdict->probe);
 		return untried;
 	case HEALTH_SILENT:
 		(void)snprintf(silent, sizeof(silent),
 			       "cannot tell whether its MPS server on this node recovered after an earlier step failed: %s -I -S %s "
-			       "did not answer; start the step again", step->verdict.python, step->verdict.probe);
+			       "did not answer; start the step again", verdict->python, verdict->probe);
 		return silent;
+	case HEALTH_UNKNOWN:
 	case HEALTH_GOOD:
 		break;
 	}
 	return NULL;
 }
 
-static void find_trouble(struct step *step)
+static void ask_daemons(struct step *step)
 {
-	bool answers[GPUS_MAX] = { false };
-
 	for (unsigned int i = 0; i < step->verdict.daemon_count; i++)
-		answers[i] = daemon_answers(&step->verdict.daemons[i]);
-	health_look(step->job_id, &step->verdict, &step->health);
-	for (unsigned int gpu = 0; gpu < step->verdict.gpu_count; gpu++) {
-		const struct verdict_daemon *daemon = verdict_daemon_of(&step->verdict, &step->verdict.gpus[gpu]);
-
-		step->trouble[gpu] = trouble_of(step, gpu, answers[daemon - step->verdict.daemons]);
-	}
+		step->answers[i] = daemon_answers(&step->verdict.daemons[i]);
+	health_try(step->job_id, &step->verdict, &step->health);
 }
 
 void stepd_judge(spank_t sp, struct step *step)
@@ -174,7 +168,7 @@ void stepd_judge(spank_t sp, struct step *step)
 			fail(step, "--mps=off: this job has MPS, and a step cannot be without; give it to the sbatch, salloc or "
 				   "srun that makes the job");
 		else if (limits_of_step(&step->verdict, &options_given, &step->limits, message, sizeof(message)))
-			find_trouble(step);
+			ask_daemons(step);
 		else
 			fail(step, message);
 		break;

@@ -6,6 +6,7 @@
 
 #include <slurm/slurm.h>
 
+#include "stepd.h"
 #include "variables.h"
 
 /* No control daemon can be there; where the variable is not set the driver looks in /tmp/nvidia-mps (O61). */
@@ -61,9 +62,9 @@ static bool is_in_trouble(struct step *step, const struct task_gpus *task, char 
 {
 	for (unsigned int i = 0; i < (task->count ? task->count : 1); i++) {
 		const struct verdict_gpu *gpu = task->count ? task->gpus[i] : &step->verdict.gpus[0];
-		const char *trouble = step->trouble[gpu - step->verdict.gpus];
+		const char *trouble = task->count || !step->verdict.per_gpu ? stepd_trouble(step, gpu) : NULL;
 
-		if (trouble && (task->count || !step->verdict.per_gpu)) {
+		if (trouble) {
 			(void)snprintf(problem, size, "%s (%s)", trouble, gpu->uuid);
 			step->verdict.exit_status = EXIT_NO_SERVER;
 			return true;

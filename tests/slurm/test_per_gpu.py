@@ -115,6 +115,25 @@ def test_a_daemon_that_dies_on_one_gpu_keeps_no_step_from_the_other(any_site: Si
     assert len(clients(one)) == 1
 
 
+def test_a_program_on_one_gpu_starts_while_a_faults_victim_stays_on_the_other(any_site: Site) -> None:
+    """The victim stays until that program lets it go; the one that waits for the victim's GPU starts then."""
+    victim = f"{CLIENT} --hold 60 >held & {waits_for('let')}; kill $!"
+    each = {
+        "faulty": f"[ $SLURM_PROCID = 1 ] || {CLIENT} --fault",
+        "next": f"{CLIENT} && touch ~/let.$SLURM_JOB_ID",
+    }
+    steps = "".join(
+        f"srun --overlap -n2 --gpus-per-task=1 --kill-on-bad-exit=0 sh -c '{program}'; echo {name}\n"
+        for name, program in each.items()
+    )
+    script = (
+        f"srun --overlap -n1 --gres=gpu:1 sh -c '{victim}' &\nuntil grep -q uuid= held; do sleep 0.1; done\n{steps}wait"
+    )
+    output = any_site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
+    said = output.partition("faulty\n")[2].partition("next\n")[0]
+    assert len({uuid for uuid, *_ in clients(said)}) == 2, output
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

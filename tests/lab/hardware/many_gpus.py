@@ -119,7 +119,11 @@ def _new_programs(site: RealSite, began: float, ask: list[str]) -> Rows:
         program = ["/usr/bin/python3", f"{PLACE}/first_context.py"]
         result = site.cluster.srun(*ask, "--kill-on-bad-exit=0", *program, timeout=site.within(40))
         programs = [
-            {"gpu": one["gpu"], "context_s": round(one["context"] - began, 2), "error": max(one["errors"])}
+            {
+                "gpu": one["gpu"],
+                **{f"{what}_s": round(one[what] - began, 2) for what in ("began", "initialised", "context")},
+                "error": max(one["errors"]),
+            }
             for one in reports(result.stdout)
         ]
         steps.append({"at_s": round(at - began, 2), "programs": programs, "said": result.stderr[-500:]})
