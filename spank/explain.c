@@ -165,6 +165,15 @@ static void look(const struct step *step, uid_t uid, bool job_script, const char
 		(void)close(directory);
 }
 
+/* Whether the step lasted long enough to be asked about: looking takes 20 ms, as long as a short step may last. */
+static bool lasted(void)
+{
+	struct timespec now;
+
+	(void)clock_gettime(CLOCK_REALTIME, &now);
+	return now.tv_sec - seen.since.tv_sec - (now.tv_nsec < seen.since.tv_nsec) >= 1;
+}
+
 void explain_exit(const struct step *step, uid_t uid, bool job_script, const char *on_node, uint32_t rank, int status)
 {
 	bool first, last = ++seen.ended >= seen.forked, unnoticed;
@@ -177,7 +186,8 @@ void explain_exit(const struct step *step, uid_t uid, bool job_script, const cha
 	}
 	seen.bad |= ended_badly(status);
 	first = seen.bad && !seen.looked;
-	unnoticed = last && step->verdict.unguarded; /* it may have run without MPS, and succeeded */
+	/* It may have run without MPS, and succeeded. */
+	unnoticed = last && step->verdict.unguarded && (job_script || lasted());
 	if (seen.explained || !(unnoticed || (seen.bad && (first || last))))
 		return;
 	seen.looked = true;

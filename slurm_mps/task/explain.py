@@ -1,7 +1,8 @@
 """A program that prints one line on why tasks of a step ended badly, where MPS explains it, and nothing otherwise.
 
-The plugin runs it as the job's user (docs/decisions/0012): when a task has ended badly, and at the end of each step of
-a job whose programs can run without MPS, since such a program ends with status 0.
+The plugin runs it as the job's user (docs/decisions/0012) when a task has ended badly. In a job whose programs can run
+without MPS, where such a program ends with status 0, it also runs at the end of the script, and of each step of a
+second or more.
 
 Arguments: the job's id; since when the logs count, in seconds since 1970; ``step`` or ``script``; a client's memory
 limit on a GPU in MiB, ``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between.

@@ -114,7 +114,7 @@ def test_where_nothing_keeps_a_container_from_running_without_mps_it_is_seen_and
     """While it runs status names task and process; at its end the job's output says that no program was a client."""
     site.machine.write("/home/alice/container", NAMESPACES, mode=0o755, user="alice")
     site.configure('[gpus]\ncompute_mode = "unchanged"\n')
-    script = f"srun -n2 ./container sh -c 'simulated-gpus client --work 600 & echo up; {waits_for()}; kill $!'"
+    script = f"srun -n2 ./container sh -c 'simulated-gpus client --work 600 & echo up; {waits_for()}; sleep 1; kill $!'"
     job = site.cluster.sbatch("--mps-threads=25", "--gres=gpu:1", "-N1", "-n2", "-wn1", script=script)
     site.cluster.until_output(job, "uuid=", times=2)
     seen = site.node("n1", "/opt/slurm-mps/bin/slurm-mps", "status")
