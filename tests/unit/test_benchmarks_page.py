@@ -96,6 +96,13 @@ def costs() -> list[str]:
             date, gpus = path.name[:10], path.name[11:].removesuffix(f"-{kind}.json").replace("x", " x ")
             samples = json.loads(path.read_text())["samples_ms"]
             lines.append(f"| {gpus} | {date} | " + " | ".join(paired(samples, *pair) for pair in names) + " |")
+            if "per-gpu from srun" in samples:
+                each = [paired(samples, ours.replace("mps", "per-gpu"), theirs) for ours, theirs in names]
+                lines.append(f"| {gpus}, `--mps=per-gpu` | {date} | " + " | ".join(each) + " |")
+    samples = newest("start")["samples_ms"]
+    for tasks in (1, 16):
+        medians_of = [f"{median(samples[f'{name} {tasks}']):.1f}" for name in ("no plugin", "does not ask", "asks")]
+        lines.append(f"| {tasks} | {' | '.join(medians_of)} |")
     return lines
 
 

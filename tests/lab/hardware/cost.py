@@ -37,14 +37,14 @@ def _add(samples: Samples, name: str, seconds: float) -> None:
     samples.setdefault(name, []).append(round(seconds * 1000, 2))
 
 
-def start(site: RealSite, rounds: int, gpus: int = 1, *, warm_up: int = 1) -> Samples:
-    """Milliseconds until a program on each of so many GPUs has its context; rounds that warm up are not kept."""
+def start(site: RealSite, rounds: int, gpus: int) -> Samples:
+    """Milliseconds until a program on each of so many GPUs has its context."""
     samples: Samples = {}
     every = [f"-n{gpus}", f"--gres=gpu:{gpus}", "--ntasks-per-gpu=1"]
     asks = {"without": every, "mps": [*every, "--mps"]}
     if gpus > 1:
         asks["per-gpu"] = [*every, "--mps=per-gpu"]
-    for number in range(rounds + warm_up):
+    for number in range(rounds + 1):
         for name in list(asks) if number % 2 else list(asks)[::-1]:
             site.cluster.wait_idle()  # one job's epilog is not to be paid by the next
             submitted = time.time()
@@ -53,7 +53,7 @@ def start(site: RealSite, rounds: int, gpus: int = 1, *, warm_up: int = 1) -> Sa
             said = reports(result.stdout)
             if result.returncode or len(said) != gpus or any(any(one["errors"]) for one in said):
                 raise SlurmError(failed(result))
-            if number >= warm_up:
+            if number:  # the first warms up
                 _add(samples, f"{name} from srun", max(one["context"] for one in said) - submitted)
                 started = max(one["context"] - one["began"] for one in said)
                 _add(samples, f"{name} from the program's start", started)

@@ -4,7 +4,6 @@
 - *fault*: one rank has an illegal access, and another on its GPU stays for seconds: who else suffers, and what new
   programs on that GPU and on the others meet meanwhile.
 - *stuck*: an endless kernel on each GPU, then scancel: the epilog's seconds, and what is left.
-- *start*: from ``srun`` to the last context, on 1, 2 and all GPUs, without MPS, with one daemon and with one each.
 
 Less than three minutes on four GPUs. Rows that did not work say why.
 """
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from tests.harness.cluster import waits_for
 
-from .cost import start
 from .site import NODE, PLACE, RealSite, Row, cards, measure_parts, parser_of_parts, reports
 
 if TYPE_CHECKING:
@@ -165,16 +163,6 @@ def stuck(site: RealSite) -> Iterator[Row]:
         yield site.attempt({"mode": mode, "gpus": gpus}, partial(measure, option))
 
 
-def starts(site: RealSite, rounds: int) -> Iterator[Row]:
-    """Milliseconds from srun, and from the program's start, to the last context."""
-
-    def measure(gpus: int) -> Row:
-        return {"samples_ms": start(site, rounds, gpus, warm_up=0)}
-
-    for gpus in sorted({1, min(2, site.gpus_per_node), site.gpus_per_node}):
-        yield site.attempt({"gpus": gpus}, partial(measure, gpus))
-
-
 def show(kept: dict[str, Any]) -> None:
     """What was kept and did not fail."""
     for part, tell in SHOWN.items():
@@ -209,17 +197,12 @@ def _show_stuck(row: Row) -> None:
     )
 
 
-def _show_start(row: Row) -> None:
-    for name, samples in row["samples_ms"].items():
-        print(f"start, {row['gpus']} GPUs, {name}: {median(samples):.0f} ms, of {samples}")
-
-
-SHOWN = {"crowd": _show_crowd, "fault": _show_fault, "stuck": _show_stuck, "start": _show_start}
+SHOWN = {"crowd": _show_crowd, "fault": _show_fault, "stuck": _show_stuck}
 
 
 def main() -> int:
     """Measure, write, print; 1 when a row did not work."""
-    parser = parser_of_parts("tests.lab.hardware.many_gpus", __doc__, SHOWN, (2, "of what starts"))
+    parser = parser_of_parts("tests.lab.hardware.many_gpus", __doc__, SHOWN)
     parser.add_argument("--ranks", type=int, default=RANKS, help="on each GPU")
     options = parser.parse_args()
     site = RealSite(cpus=options.ranks * len(cards()))
@@ -227,7 +210,6 @@ def main() -> int:
         "crowd": partial(crowd, site, options.ranks, options.seconds),
         "fault": partial(fault, site),
         "stuck": partial(stuck, site),
-        "start": partial(starts, site, options.rounds),
     }
     kept, status = measure_parts("many-gpus", site, options, runs)
     show(kept)

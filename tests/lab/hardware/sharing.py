@@ -269,8 +269,9 @@ PARTS = ("throughput", "fault", "cancelled")
 
 def main() -> int:
     """Measure and write; 1 when a row did not work."""
-    rounds = (3, "of throughput, and tries of each that is cancelled")
-    options = parser_of_parts("tests.lab.hardware.sharing", __doc__, PARTS, rounds).parse_args()
+    parser = parser_of_parts("tests.lab.hardware.sharing", __doc__, PARTS)
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput, and tries of each that is cancelled")
+    options = parser.parse_args()
     site = SharedSite()
     runs = {
         "throughput": partial(throughput, site, options.seconds, options.rounds),

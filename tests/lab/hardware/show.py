@@ -101,7 +101,7 @@ def conclude(as_before: bool, on_host: set[str], problems: list[str]) -> int:
     """Say what is left, of a site that has ended, on it and on the host since `on_host`. Returns: the exit status."""
     left = sorted(host_traces() - on_host)
     print("```\n")
-    print(f"Processes, files and compute modes as before: {as_before}. Left on the host: {left or 'nothing'}.")
+    print(f"Processes, files and compute modes as before: {as_before}.\nLeft on the host: {left or 'nothing'}.")
     for problem in problems:
         print(f"NOT AS IT SHOULD BE: {problem}")
     return 0 if as_before and not problems and not left else 1

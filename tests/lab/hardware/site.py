@@ -193,11 +193,10 @@ def write_rows(target: Path, kept: dict[str, Any], part: str, site: RealSite, ro
             break
 
 
-def parser_of_parts(module: str, doc: str, parts: Iterable[str], rounds: tuple[int, str]) -> argparse.ArgumentParser:
-    """What commands understand that measure in parts; `rounds` are the default and what they are of."""
+def parser_of_parts(module: str, doc: str, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """What commands understand that measure in parts."""
     parser = argparse.ArgumentParser(prog=f"python3 -m {module}", description=doc.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: docs/benchmarks/data; parts not run stay")
-    parser.add_argument("--rounds", type=int, default=rounds[0], help=rounds[1])
     parser.add_argument("--seconds", type=float, default=2.0, help="of each kernel's window")
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="no row begins later")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all, if none is named")

@@ -116,7 +116,7 @@ def test_what_it_costs_a_user_has_a_sample_a_round(
 ) -> None:
     """Both parts, with as many samples as rounds; what is printed says which is which."""
     monkeypatch.setattr(cost, "TASKS", (1,))
-    samples = {**cost.start(simulated, 2), **cost.launch(simulated, 2)}
+    samples = {**cost.start(simulated, 2, 2), **cost.launch(simulated, 2)}
     assert {len(values) for values in samples.values()} == {2}
     cost.show(samples)
     shown = capsys.readouterr().out
@@ -171,9 +171,8 @@ def test_a_node_of_several_gpus_has_a_row_for_each_mode(
         "crowd": list(many_gpus.crowd(simulated, 3, 0.2)),
         "fault": list(many_gpus.fault(simulated)),
         "stuck": list(many_gpus.stuck(simulated)),
-        "start": list(many_gpus.starts(simulated, 1)),
     }
-    assert [row.get("failed") for rows in parts.values() for row in rows] == [None] * 8
+    assert [row.get("failed") for rows in parts.values() for row in rows] == [None] * 6
     assert [(row["verified"], row["sms"]) for row in parts["crowd"]] == [(True, [32])] * 2
     assert [(row["ended_well"], row["errors"]) for row in parts["fault"]] == [(2, ["700", "700"])] * 2
     waited = [
@@ -182,7 +181,6 @@ def test_a_node_of_several_gpus_has_a_row_for_each_mode(
     ]
     assert waited == [[True, True], [True, False]]
     assert [(row["left"], row["epilog_s"] < 10) for row in parts["stuck"]] == [([], True)] * 2
-    assert len(parts["start"][1]["samples_ms"]) == 6
     many_gpus.show(parts)
     assert "limits hold: True" in capsys.readouterr().out
     simulated.end_meetings()
