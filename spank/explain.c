@@ -89,29 +89,40 @@ static void tasks_text(char *out, size_t size)
 	}
 }
 
+static bool is_later(const struct timespec *one, const struct timespec *other)
+{
+	return one->tv_sec > other->tv_sec || (one->tv_sec == other->tv_sec && one->tv_nsec > other->tv_nsec);
+}
+
 /*
- * Write since when the logs count. For a script that is the time at which one of its steps explained a failure, if one
- * did: what the step explained is not explained again. Otherwise it is the time at which the tasks were forked.
+ * Write since when each control daemon's logs count: since the tasks were forked, or, where its server was probed, since
+ * the probe's end; and for a script not before the time at which one of its steps explained a failure, if one did. What
+ * the step explained is not explained again.
  * Returns: whether a step explained a failure.
  */
-static bool since_text(int directory, bool job_script, char *out, size_t size)
+static bool since_text(const struct step *step, int directory, bool job_script, char *out, size_t size)
 {
 	struct timespec since = seen.since, explained;
 	bool was_explained = job_script && directory >= 0 && jobdir_read_mark(directory, EXPLAINED, &explained) &&
-			(explained.tv_sec > since.tv_sec ||
-			 (explained.tv_sec == since.tv_sec && explained.tv_nsec > since.tv_nsec));
+			     is_later(&explained, &since);
+	size_t at = 0;
 
 	if (was_explained)
 		since = explained;
-	(void)snprintf(out, size, "%lld.%03ld", (long long)since.tv_sec, since.tv_nsec / 1000000);
+	for (unsigned int i = 0; i < step->verdict.daemon_count && at < size; i++) {
+		struct timespec probed = health_probed_until(&step->health, i), then = is_later(&probed, &since) ? probed : since;
+
+		at += (size_t)snprintf(out + at, size - at, "%s%lld.%03ld", i ? "," : "", (long long)then.tv_sec,
+				       then.tv_nsec / 1000000);
+	}
 	return was_explained;
 }
 
 /* What the program prints, without its line end; empty when it has nothing to say, or is not done in time. */
 static void ask(const struct step *step, uid_t uid, int directory, bool job_script, char *line, size_t size)
 {
-	static char job_id[16], since[32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
-	bool was_explained = since_text(directory, job_script, since, sizeof(since));
+	static char job_id[16], since[GPUS_MAX * 32], memory[24], tasks[TASKS_MAX * TASK_TEXT];
+	bool was_explained = since_text(step, directory, job_script, since, sizeof(since));
 	char *const argv[] = { (char *)(uintptr_t)step->verdict.python, "-I", "-S",
 			       (char *)(uintptr_t)step->verdict.explain, job_id, since, job_script ? "script" : "step", memory,
 			       tasks, was_explained ? EXPLAINED : NULL, NULL };

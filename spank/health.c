@@ -24,7 +24,8 @@
 /* Shared with the watchers, of which each control daemon that is probed has one, and with the tasks. */
 struct trials {
 	atomic_int of[GPUS_MAX]; /* enum server_health */
-	int tries_left[GPUS_MAX]; /* by control daemon, as the next */
+	int tries_left[GPUS_MAX]; /* by control daemon, as the next two */
+	struct timespec ended[GPUS_MAX];
 	pid_t watchers[GPUS_MAX];
 };
 
@@ -136,11 +137,12 @@ static enum server_health health_by(int status)
 }
 
 /* What was found out about the GPUs of one control daemon. */
-static void conclude(uint32_t job_id, const struct verdict *verdict, const struct health *health,
+static void conclude(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int daemon,
 		     const struct task_gpus *gpus, int status)
 {
 	bool may_clear = health_by(status) == HEALTH_GOOD && !seteuid(0);
 
+	(void)clock_gettime(CLOCK_REALTIME, &health->trials->ended[daemon]);
 	for (unsigned int i = 0; i < gpus->count; i++) {
 		unsigned int gpu = (unsigned int)(gpus->gpus[i] - verdict->gpus);
 
@@ -169,11 +171,11 @@ static pid_t watch(uint32_t job_id, const struct verdict *verdict, const struct 
 	*tries_left = TRIES_OF(seconds + 1);
 	watcher = fork();
 	if (watcher < 0)
-		conclude(job_id, verdict, health, &gpus, HELPER_DIED);
+		conclude(job_id, verdict, health, daemon, &gpus, HELPER_DIED);
 	if (watcher)
 		return watcher;
 	helper_close_descriptors(); /* a step is over when nobody has its pipes */
-	conclude(job_id, verdict, health, &gpus,
+	conclude(job_id, verdict, health, daemon, &gpus,
 		 helper_end(start_probe(verdict, &verdict->daemons[daemon], &gpus, seconds), tries_left));
 	_exit(0);
 }
@@ -217,6 +219,11 @@ enum server_health health_wait(const struct verdict *verdict, const struct healt
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	}
 	return HEALTH_SILENT;
+}
+
+struct timespec health_probed_until(const struct health *health, unsigned int daemon)
+{
+	return health->trials ? health->trials->ended[daemon] : (struct timespec){ 0 };
 }
 
 void health_stop(struct health *health)

@@ -41,6 +41,9 @@ void health_try(uint32_t job_id, const struct verdict *verdict, struct health *h
  */
 enum server_health health_wait(const struct verdict *verdict, const struct health *health, unsigned int gpu);
 
+/* When a control daemon's probe had ended; 1970 where there was none. The tasks with its GPUs started after that. */
+struct timespec health_probed_until(const struct health *health, unsigned int daemon);
+
 /* End the probes that are not done, when the last task of the step has ended. */
 void health_stop(struct health *health);
 

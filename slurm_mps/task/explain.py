@@ -4,10 +4,12 @@ The plugin runs it as the job's user (docs/decisions/0012) when a task has ended
 without MPS, where such a program ends with status 0, it also runs at the end of the script, and of each step of a
 second or more.
 
-Arguments: the job's id; since when the logs count, in seconds since 1970; ``step`` or ``script``; a client's memory
-limit on a GPU in MiB, ``auto`` or ``-``; the step's tasks on this node, ``rank:pid:status`` each with commas between.
-The status is wait(2)'s, and empty for a task that runs. The logs count since the step's tasks were forked. With a last
-argument ``explained`` they count since a step of the script explained a failure.
+Arguments: the job's id; since when the logs of each control daemon count, in seconds since 1970 with commas between;
+``step`` or ``script``; a client's memory limit on a GPU in MiB, ``auto`` or ``-``; the step's tasks on this node,
+``rank:pid:status`` each with commas between.
+The status is wait(2)'s, and empty for a task that runs. The logs count since the step's tasks were forked, or since a
+probe of the daemon's server had ended. With a last argument ``explained`` they count since a step of the script
+explained a failure.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def main() -> int:
     from slurm_mps.node.listen import listener
     from slurm_mps.node.processes import job_of
 
-    job_id, since, kind, memory, listed, *more = sys.argv[1:]
+    job_id, begins, kind, memory, listed, *more = sys.argv[1:]
+    since = [float(seconds) for seconds in begins.split(",")]
     tasks = tuple(
         Task(int(rank), int(pid), int(status) if status else None)
         for rank, pid, status in (task.split(":") for task in listed.split(","))
@@ -54,14 +57,14 @@ def main() -> int:
     events = [events_on(place) for place in verdict.daemons]
     seen = [
         seen_since(
-            float(since),
+            begin,
             place.gpus,
             gone=went,
             events=read,
             explained="explained" in more,
             joined=bool(place.joined_directory),
         )
-        for place, went, read in zip(verdict.daemons, gone, events, strict=True)
+        for begin, place, went, read in zip(since, verdict.daemons, gone, events, strict=True)
     ]
     step = FailedStep(tasks, kind == "script", memory)
     pids = {pid for one in seen if one.joined for event in one.events for pid in event.pids}
@@ -70,7 +73,7 @@ def main() -> int:
     hint = f"; slurm-mps logs {job_id} tells more" if set(found) - {VANISHED} else ""
     words = "; ".join(found) or suspect_limit(step, seen)
     if not words and verdict.unguarded and all(task.status is not None for task in tasks) and not more:
-        free = [free_since(read, float(since)) for read in events]
+        free = [free_since(read, begin) for begin, read in zip(since, events, strict=True)]
         words = _ran_without_mps(verdict, free, is_job_script=step.is_job_script)
     if words:
         line = f"job {job_id}: {words}"

@@ -203,3 +203,13 @@ def test_a_step_on_one_gpu_does_not_absolve_the_other(any_site: Site) -> None:
     said = after(any_site, job)
     assert GOOD.search(said), any_site.cluster.output(job)
     assert "FAILED" not in said
+
+
+def test_the_probes_own_failure_is_not_laid_to_the_step(site: Site) -> None:
+    """Its first context fails where a client was killed in a kernel (O46); the tasks start after that."""
+    script = f"srun {CLIENT} --spin\necho next\nsrun false\ntrue\n"
+    job = start(site, script, "--gres=gpu:1", "--mps")
+    site.cluster.until_output(job, "uuid=")
+    site.machine.run(["scancel", f"{job}.0"], user="alice").check()
+    said = after(site, job)
+    assert "mps: " not in said
