@@ -110,8 +110,10 @@ static bool since_text(const struct step *step, int directory, bool job_script, 
 	if (was_explained)
 		since = explained;
 	for (unsigned int i = 0; i < step->verdict.daemon_count && at < size; i++) {
-		struct timespec probed = health_probed_until(&step->health, i), then = is_later(&probed, &since) ? probed : since;
+		struct timespec probed, then = since;
 
+		if (health_probed_until(&step->health, i, &probed) && is_later(&probed, &since))
+			then = probed;
 		at += (size_t)snprintf(out + at, size - at, "%s%lld.%03ld", i ? "," : "", (long long)then.tv_sec,
 				       then.tv_nsec / 1000000);
 	}
@@ -127,7 +129,8 @@ static void ask(const struct step *step, uid_t uid, int directory, bool job_scri
 			       (char *)(uintptr_t)step->verdict.explain, job_id, since, job_script ? "script" : "step", memory,
 			       tasks, was_explained ? EXPLAINED : NULL, NULL };
 	char *const environment[] = { "PATH=/usr/bin:/bin", NULL };
-	int pipes[2], tries = TRIES;
+	atomic_int tries = TRIES;
+	int pipes[2];
 	ssize_t got = 0;
 	pid_t pid;
 

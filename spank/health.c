@@ -2,12 +2,11 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <stdio.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "gpus.h"
@@ -18,15 +17,15 @@
 #define MARK_SIZE (sizeof(MARK) + 12)
 #define PROBE_SECONDS 4
 #define TAKES_NOBODY 3 /* of the server, in slurm_mps/task/probe.py */
-#define TRIES_OF(seconds) ((seconds) * 1000 / HELPER_PAUSE_MS)
-#define STOP_TRIES 10
+#define TRIES_OF(seconds) ((int)((seconds) * 1000 / HELPER_PAUSE_MS))
+#define STOP_TRIES TRIES_OF(0.3) /* as long as a probe of a good server takes */
 
-/* Shared with the watchers, of which each control daemon that is probed has one, and with the tasks. */
-struct trials {
-	atomic_int of[GPUS_MAX]; /* enum server_health */
-	int tries_left[GPUS_MAX]; /* by control daemon, as the next two */
+/* Of each control daemon's probe; shared with the processes that wait for them and with the tasks. */
+struct probes {
+	bool begun[GPUS_MAX];
+	atomic_int found[GPUS_MAX]; /* enum server_health */
+	atomic_int tries_left[GPUS_MAX];
 	struct timespec ended[GPUS_MAX];
-	pid_t watchers[GPUS_MAX];
 };
 
 static const char *joined_directory_of(const struct verdict *verdict, unsigned int gpu)
@@ -77,22 +76,6 @@ void health_mark(uint32_t job_id, const struct verdict *verdict)
 	}
 }
 
-/* Take a GPU's mark away, as root, unless it was renewed since it was read. */
-static void clear_mark(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int gpu)
-{
-	const struct timespec *then = &health->since[gpu];
-	int directory = open_marks(job_id, verdict, gpu);
-	char name[MARK_SIZE];
-	struct timespec now;
-
-	if (directory < 0)
-		return;
-	mark_name(name, sizeof(name), verdict, gpu);
-	if (jobdir_read_mark(directory, name, &now) && now.tv_sec == then->tv_sec && now.tv_nsec == then->tv_nsec)
-		(void)unlinkat(directory, name, 0);
-	(void)close(directory);
-}
-
 /* Start the probe of one control daemon's GPUs, which tries for so many seconds. */
 static pid_t start_probe(const struct verdict *verdict, const struct verdict_daemon *daemon,
 			 const struct task_gpus *gpus, int seconds)
@@ -136,20 +119,41 @@ static enum server_health health_by(int status)
 	}
 }
 
-/* What was found out about the GPUs of one control daemon. */
-static void conclude(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int daemon,
-		     const struct task_gpus *gpus, int status)
+/* A control daemon's probe. */
+struct one_probe {
+	uint32_t job_id;
+	const struct verdict *verdict;
+	const struct health *health;
+	unsigned int daemon;
+	struct task_gpus gpus;
+};
+
+/* Take a GPU's mark away, as root, unless it was renewed since it was read. */
+static void clear_mark(const struct one_probe *one, unsigned int gpu)
 {
-	bool may_clear = health_by(status) == HEALTH_GOOD && !seteuid(0);
+	const struct timespec *then = &one->health->since[gpu];
+	int directory = open_marks(one->job_id, one->verdict, gpu);
+	char name[MARK_SIZE];
+	struct timespec now;
 
-	(void)clock_gettime(CLOCK_REALTIME, &health->trials->ended[daemon]);
-	for (unsigned int i = 0; i < gpus->count; i++) {
-		unsigned int gpu = (unsigned int)(gpus->gpus[i] - verdict->gpus);
+	if (directory < 0)
+		return;
+	mark_name(name, sizeof(name), one->verdict, gpu);
+	if (jobdir_read_mark(directory, name, &now) && now.tv_sec == then->tv_sec && now.tv_nsec == then->tv_nsec)
+		(void)unlinkat(directory, name, 0);
+	(void)close(directory);
+}
 
-		if (may_clear)
-			clear_mark(job_id, verdict, health, gpu);
-		atomic_store(&health->trials->of[gpu], (int)health_by(status));
-	}
+/* What was found out about the server; where it is good, the marks of its GPUs go. */
+static void conclude(const struct one_probe *one, int status)
+{
+	struct probes *probes = one->health->probes;
+
+	if (health_by(status) == HEALTH_GOOD && !seteuid(0))
+		for (unsigned int i = 0; i < one->gpus.count; i++)
+			clear_mark(one, (unsigned int)(one->gpus.gpus[i] - one->verdict->gpus));
+	(void)clock_gettime(CLOCK_REALTIME, &probes->ended[one->daemon]);
+	atomic_store(&probes->found[one->daemon], (int)health_by(status));
 }
 
 /* The driver brings the GPUs of all servers up one after the other, 0.4 to 0.5 s each (O79). */
@@ -158,26 +162,28 @@ static int seconds_of_probe(const struct verdict *verdict)
 	return PROBE_SECONDS + (int)verdict->gpu_count / 2;
 }
 
-/* A process beside slurmstepd that waits for one control daemon's probe: the tasks of the others' GPUs need not. */
-static pid_t watch(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int daemon)
+/* In a process beside slurmstepd, which waits for one probe: the tasks of the other daemons' GPUs need not. */
+static void probe(const void *argument)
 {
-	int seconds = seconds_of_probe(verdict), *tries_left = &health->trials->tries_left[daemon];
-	static struct task_gpus gpus;
-	pid_t watcher;
+	const struct one_probe *one = argument;
 
-	gpus_of_daemon(verdict, daemon, health, &gpus);
-	if (!gpus.count)
-		return 0;
-	*tries_left = TRIES_OF(seconds + 1);
-	watcher = fork();
-	if (watcher < 0)
-		conclude(job_id, verdict, health, daemon, &gpus, HELPER_DIED);
-	if (watcher)
-		return watcher;
-	helper_close_descriptors(); /* a step is over when nobody has its pipes */
-	conclude(job_id, verdict, health, daemon, &gpus,
-		 helper_end(start_probe(verdict, &verdict->daemons[daemon], &gpus, seconds), tries_left));
-	_exit(0);
+	conclude(one, helper_end(start_probe(one->verdict, &one->verdict->daemons[one->daemon], &one->gpus,
+					       seconds_of_probe(one->verdict)),
+				   &one->health->probes->tries_left[one->daemon]));
+}
+
+static void begin(uint32_t job_id, const struct verdict *verdict, const struct health *health, unsigned int daemon)
+{
+	static struct one_probe one;
+
+	one = (struct one_probe){ .job_id = job_id, .verdict = verdict, .health = health, .daemon = daemon };
+	gpus_of_daemon(verdict, daemon, health, &one.gpus);
+	if (!one.gpus.count)
+		return;
+	health->probes->begun[daemon] = true;
+	atomic_store(&health->probes->tries_left[daemon], TRIES_OF(seconds_of_probe(verdict) + 1));
+	if (!helper_beside(probe, &one))
+		conclude(&one, HELPER_DIED);
 }
 
 static bool any_probed(const struct health *health)
@@ -198,44 +204,56 @@ void health_try(uint32_t job_id, const struct verdict *verdict, struct health *h
 				      device_may_open(&verdict->gpus[gpu]);
 	if (!any_probed(health))
 		return;
-	memory = mmap(NULL, sizeof(*health->trials), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	memory = mmap(NULL, sizeof(*health->probes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED)
 		return;
-	health->trials = memory; /* the kernel gives it zeroed: nothing is known */
+	health->probes = memory; /* the kernel gives it zeroed: nothing is known */
 	for (unsigned int i = 0; i < verdict->daemon_count; i++)
-		health->trials->watchers[i] = watch(job_id, verdict, health, i);
+		begin(job_id, verdict, health, i);
+}
+
+static enum server_health found_of(const struct health *health, unsigned int daemon)
+{
+	return (enum server_health)atomic_load(&health->probes->found[daemon]);
 }
 
 enum server_health health_wait(const struct verdict *verdict, const struct health *health, unsigned int gpu)
 {
-	enum server_health found = HEALTH_UNKNOWN;
+	unsigned int daemon = (unsigned int)(verdict_daemon_of(verdict, &verdict->gpus[gpu]) - verdict->daemons);
 
-	if (!health->probed[gpu])
-		return HEALTH_GOOD;
-	for (int tries = TRIES_OF(seconds_of_probe(verdict) + 2); health->trials && tries; tries--) {
-		found = (enum server_health)atomic_load(&health->trials->of[gpu]);
-		if (found != HEALTH_UNKNOWN)
-			return found;
+	if (!health->probes)
+		return health->probed[gpu] ? HEALTH_SILENT : HEALTH_GOOD;
+	for (int tries = TRIES_OF(seconds_of_probe(verdict) + 2); health->probes->begun[daemon] && tries; tries--) {
+		if (found_of(health, daemon) != HEALTH_UNKNOWN)
+			return health->probed[gpu] ? found_of(health, daemon) : HEALTH_GOOD;
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	}
-	return HEALTH_SILENT;
+	return health->probes->begun[daemon] ? HEALTH_SILENT : HEALTH_GOOD;
 }
 
-struct timespec health_probed_until(const struct health *health, unsigned int daemon)
+bool health_probed_until(const struct health *health, unsigned int daemon, struct timespec *when)
 {
-	return health->trials ? health->trials->ended[daemon] : (struct timespec){ 0 };
+	if (!health->probes || !health->probes->begun[daemon])
+		return false;
+	if (found_of(health, daemon) == HEALTH_UNKNOWN)
+		(void)clock_gettime(CLOCK_REALTIME, when);
+	else
+		*when = health->probes->ended[daemon];
+	return true;
 }
 
-void health_stop(struct health *health)
+void health_stop(const struct health *health)
 {
-	if (!health->trials)
+	unsigned int daemon = 0;
+
+	if (!health->probes)
 		return;
 	for (unsigned int i = 0; i < GPUS_MAX; i++)
-		health->trials->tries_left[i] = 0;
-	for (unsigned int i = 0; i < GPUS_MAX; i++)
-		for (int tries = STOP_TRIES; health->trials->watchers[i] > 0 && tries > 0; tries--) {
-			if (waitpid(health->trials->watchers[i], NULL, WNOHANG))
-				break; /* ended, also where slurmstepd has waited for it */
+		atomic_store(&health->probes->tries_left[i], STOP_TRIES);
+	for (int tries = 2 * STOP_TRIES; daemon < GPUS_MAX && tries; tries--) {
+		while (daemon < GPUS_MAX && (!health->probes->begun[daemon] || found_of(health, daemon) != HEALTH_UNKNOWN))
+			daemon++;
+		if (daemon < GPUS_MAX)
 			(void)poll(NULL, 0, HELPER_PAUSE_MS);
-		}
+	}
 }

@@ -21,7 +21,7 @@ enum server_health {
 struct health {
 	bool probed[GPUS_MAX]; /* a task that could use it ended badly, so its server is probed */
 	struct timespec since[GPUS_MAX]; /* when that task ended */
-	struct trials *trials; /* what is found; NULL: nothing is probed, or there is no memory */
+	struct probes *probes; /* what is found; NULL: nothing is probed, or there is no memory */
 };
 
 /* Note, as root, that a task of the job ended badly which could use the GPUs that this process may open. */
@@ -36,15 +36,18 @@ void health_mark(uint32_t job_id, const struct verdict *verdict);
 void health_try(uint32_t job_id, const struct verdict *verdict, struct health *health);
 
 /*
- * How the server of a GPU is; for a task with that GPU, which waits for the probe: six seconds at most, and half a
- * second more for each GPU of the job.
+ * How the server of a GPU is; for a task with that GPU, which waits for the probe of its control daemon: six seconds at
+ * most, and half a second more for each GPU of the job.
  */
 enum server_health health_wait(const struct verdict *verdict, const struct health *health, unsigned int gpu);
 
-/* When a control daemon's probe had ended; 1970 where there was none. The tasks with its GPUs started after that. */
-struct timespec health_probed_until(const struct health *health, unsigned int daemon);
+/*
+ * When a control daemon's probe ended, or now where it has not: the tasks with the daemon's GPUs start after that.
+ * Returns: false where there was none.
+ */
+bool health_probed_until(const struct health *health, unsigned int daemon, struct timespec *when);
 
-/* End the probes that are not done, when the last task of the step has ended. */
-void health_stop(struct health *health);
+/* End the probes that no task waits for any more, when the step has ended; a good one may finish. Half a second. */
+void health_stop(const struct health *health);
 
 #endif

@@ -18,7 +18,7 @@
 #define HELPER_GID 4294901760
 #define HELPER_GID_OF_A_CONTAINER 65534
 
-void helper_close_descriptors(void)
+static void close_others(void)
 {
 	long limit = sysconf(_SC_OPEN_MAX);
 
@@ -48,19 +48,40 @@ static bool become_user(uid_t uid)
 	return setuid(0) != 0; /* there is no way back */
 }
 
+/* The standard descriptors become /dev/null, and standard output `output` where that is not -1; no other is left. */
+static bool keep_nothing(int output)
+{
+	int null = open("/dev/null", O_RDWR);
+
+	if (null < 0 || dup2(null, 0) < 0 || dup2(output < 0 ? null : output, 1) < 0 || dup2(null, 2) < 0)
+		return false;
+	close_others();
+	return true;
+}
+
 static void become_helper(uid_t uid, char *const argv[], char *const environment[], int output)
 {
 	sigset_t none;
-	int null = open("/dev/null", O_RDWR);
 
 	(void)sigemptyset(&none);
-	if (null < 0 || dup2(null, 0) < 0 || dup2(output < 0 ? null : output, 1) < 0 || dup2(null, 2) < 0 || chdir("/"))
+	if (!keep_nothing(output) || chdir("/"))
 		_exit(126);
-	helper_close_descriptors();
 	if (setpgid(0, 0) || sigprocmask(SIG_SETMASK, &none, NULL) || !become_user(uid))
 		_exit(126);
 	(void)execve(argv[0], argv, environment);
 	_exit(127);
+}
+
+bool helper_beside(void (*work)(const void *argument), const void *argument)
+{
+	pid_t parent = fork();
+
+	if (parent == 0) {
+		if (fork() == 0 && keep_nothing(-1))
+			work(argument);
+		_exit(0);
+	}
+	return parent > 0 && (waitpid(parent, NULL, 0) == parent || errno == ECHILD);
 }
 
 pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int output)
@@ -83,16 +104,16 @@ static bool has_ended(pid_t pid)
 	return !waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid == pid;
 }
 
-int helper_end(pid_t pid, int *tries_left)
+int helper_end(pid_t pid, atomic_int *tries_left)
 {
 	int status = -1;
 	bool ended;
 
 	if (pid < 0)
 		return HELPER_DIED;
-	while (!(ended = has_ended(pid)) && errno != ECHILD && *tries_left > 0) {
+	while (!(ended = has_ended(pid)) && errno != ECHILD && atomic_load(tries_left) > 0) {
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
-		(*tries_left)--;
+		(void)atomic_fetch_sub(tries_left, 1);
 	}
 	if (!ended && errno == ECHILD)
 		return HELPER_DIED; /* and its pid may be another's by now */

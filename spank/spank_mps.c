@@ -119,6 +119,14 @@ int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
 	return ESPANK_SUCCESS;
 }
 
+/* In slurmstepd, as root, at its end; no task may have been started. */
+int slurm_spank_exit(spank_t sp, int ac, char **av)
+{
+	if (spank_context() == S_CTX_REMOTE)
+		health_stop(&step.health);
+	return ESPANK_SUCCESS;
+}
+
 /* In slurmstepd, as root, before srun learns that a task has ended. */
 int slurm_spank_task_exit(spank_t sp, int ac, char **av)
 {

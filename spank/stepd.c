@@ -118,12 +118,12 @@ const char *stepd_trouble(const struct step *step, const struct verdict_gpu *gpu
 			       "cannot test its MPS server on this node after an earlier step failed: %s -I -S %s does not run; "
 			       "was slurm-mps moved or removed?", verdict->python, verdict->probe);
 		return untried;
+	case HEALTH_UNKNOWN:
 	case HEALTH_SILENT:
 		(void)snprintf(silent, sizeof(silent),
 			       "cannot tell whether its MPS server on this node recovered after an earlier step failed: %s -I -S %s "
 			       "did not answer; start the step again", verdict->python, verdict->probe);
 		return silent;
-	case HEALTH_UNKNOWN:
 	case HEALTH_GOOD:
 		break;
 	}

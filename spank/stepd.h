@@ -10,8 +10,8 @@
 
 /*
  * Find out where a step stands: the job's verdict, the step's limits, whether its control daemons answer; and begin to
- * find out whether its servers take programs. A step that cannot run is marked as failed, and says why, once for all its tasks on this
- * node; failing here would drain the node, so the tasks do it. Does nothing when it is called again.
+ * find out whether its servers take programs. A step that cannot run is marked as failed, and says why, once for all
+ * its tasks on this node; failing here would drain the node, so the tasks do it. Does nothing when it is called again.
  */
 void stepd_judge(spank_t sp, struct step *step);
 

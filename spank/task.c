@@ -119,15 +119,14 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 		return refuse_with(problem, size, "with --mps=per-gpu a task can use one GPU, and it has %u; bind each to its own "
 						  "(--gpus-per-task=1, --ntasks-per-gpu, --gpu-bind=single:1), or ask for "
 						  "--mps=per-node", task->count);
-	if (is_in_trouble(step, task, problem, size))
-		return false;
 	if (spank_get_item(sp, S_JOB_LOCAL_TASK_COUNT, &tasks) != ESPANK_SUCCESS)
 		return refuse_with(problem, size, "slurmstepd does not tell how many tasks it has");
 	limits_of_share(&step->verdict, shards_of_step(sp), &step->limits);
-	if (!limits_need_task_counts(&step->verdict, &step->limits, tasks))
-		return true;
-	return count_tasks(sp, step, task, tasks, tasks_on, problem, size) &&
-	       limits_divide(&step->verdict, task, tasks_on, &step->limits, problem, size);
+	if (limits_need_task_counts(&step->verdict, &step->limits, tasks) &&
+	    !(count_tasks(sp, step, task, tasks, tasks_on, problem, size) &&
+	      limits_divide(&step->verdict, task, tasks_on, &step->limits, problem, size)))
+		return false;
+	return !is_in_trouble(step, task, problem, size); /* last: it may wait, and the other tasks wait for this one's answer */
 }
 
 /* Which GPUs the program sees. */

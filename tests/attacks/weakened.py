@@ -348,8 +348,7 @@ WALLS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "the probe keeps nothing of slurmstepd's": (
-        Change(HELPER, "	helper_close_descriptors();\n", ""),
-        Change(HEALTH, "	helper_close_descriptors(); ", "	"),
+        Change(HELPER, "	close_others();\n", "	(void)close_others;\n"),
         Change(
             HELPER,
             " || setresuid(uid, uid, uid))\n		return false;\n	return setuid(0) != 0;",

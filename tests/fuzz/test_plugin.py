@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "plugin"
 TARGETS = ("fuzz.c", "parsers.c", "step.c", "file.c")
-PLUGIN = ("options.c", "limits.c", "gpus.c", "health.c", "task.c")  # the targets have the others in them
+PLUGIN = ("options.c", "limits.c", "gpus.c", "task.c")  # the targets have the others in them
 SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
 
 

@@ -42,16 +42,17 @@ def test_a_cancelled_step_does_not_poison_the_next(any_site: Site, options: list
     assert "FAILED" not in said
 
 
-def test_a_step_after_a_fault_waits_for_its_victims_to_leave(site: Site) -> None:
-    """The server is in FAULT until then and takes nobody (O34)."""
+def test_a_step_after_a_fault_waits_for_its_victims_to_leave(any_site: Site) -> None:
+    """The server is in FAULT until then and takes nobody, on no GPU (O34)."""
+    one = "srun --overlap -n1 --gres=gpu:1"
     script = (
-        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --hold 3 &\nsleep 1\n"
-        f"srun --exact -n1 --mem=0 --overlap {CLIENT} --fault\necho next\n"
-        f"srun --exact -n1 --mem=0 --overlap {CLIENT}\nwait\n"
+        f"{one} {CLIENT} --hold 3 &\nsleep 1\n"
+        f"{one} {CLIENT} --fault\necho next\n"
+        f"srun --overlap -n2 --gpus-per-task=1 --kill-on-bad-exit=0 {CLIENT}\nwait\n"
     )
-    job = start(site, script, "-n4", "--gres=gpu:1", "--mps")
-    said = after(site, job)
-    assert GOOD.search(said), site.cluster.output(job)
+    job = start(any_site, script, "-n2", "--gres=gpu:2", "--mps")
+    said = after(any_site, job)
+    assert len(GOOD.findall(said)) == 2, any_site.cluster.output(job)
 
 
 def test_a_server_that_does_not_come_back_fails_the_step_with_one_message(site: Site) -> None:

@@ -129,7 +129,8 @@ def test_a_program_on_one_gpu_starts_while_a_faults_victim_stays_on_the_other(an
     script = (
         f"srun --overlap -n1 --gres=gpu:1 sh -c '{victim}' &\nuntil grep -q uuid= held; do sleep 0.1; done\n{steps}wait"
     )
-    output = any_site.cluster.run_batch("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", script=script)
+    options = ("-wn1", "-n2", "--gres=gpu:2", "--mps=per-gpu", "--mps-threads=auto")
+    output = any_site.cluster.run_batch(*options, script=script)
     said = output.partition("faulty\n")[2].partition("next\n")[0]
     assert len({uuid for uuid, *_ in clients(said)}) == 2, output
 

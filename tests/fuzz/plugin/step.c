@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "explain.c" /* what they keep is put back between inputs */
+#include "health.c"
 #include "rollcall.c"
 #include "variables.c"
 
@@ -199,7 +200,7 @@ static void check_question(char *const argv[])
 {
 	const char *tasks = argv[8];
 
-	CHECK(!strcmp(argv[4], "4711") && all_of(argv[5], "0123456789.") && !strcmp(argv[6], script ? "script" : "step"));
+	CHECK(!strcmp(argv[4], "4711") && all_of(argv[5], "0123456789.,") && !strcmp(argv[6], script ? "script" : "step"));
 	CHECK(!strcmp(argv[7], "auto") || !strcmp(argv[7], "-") || all_of(argv[7], "0123456789"));
 	CHECK(!argv[9] || (!strcmp(argv[9], EXPLAINED) && script && !argv[10]));
 	for (unsigned int i = 0; i < seen.count; i++) {
@@ -232,7 +233,22 @@ pid_t helper_start(uid_t uid, char *const argv[], char *const given[], int outpu
 	return choose() == 1 ? -1 : PID;
 }
 
-int helper_end(pid_t pid, int *tries_left)
+const char *stepd_trouble(const struct step *step, const struct verdict_gpu *gpu)
+{
+	unsigned int number = (unsigned int)(gpu - step->verdict.gpus);
+
+	return health_wait(&step->verdict, &step->health, number) == HEALTH_GOOD ? NULL : "it is in trouble";
+}
+
+bool helper_beside(void (*work)(const void *argument), const void *argument)
+{
+	if (choose() == 1)
+		return false;
+	work(argument);
+	return true;
+}
+
+int helper_end(pid_t pid, atomic_int *tries_left)
 {
 	static const int ends[] = { 0, 3, HELPER_LATE, HELPER_DIED, 1, 126, 255 };
 
@@ -329,8 +345,10 @@ static void run_task(struct step *step)
 static void check_health(const struct step *step)
 {
 	for (unsigned int gpu = 0; gpu < GPUS_MAX; gpu++) {
-		CHECK(step->health.of[gpu] >= HEALTH_GOOD && step->health.of[gpu] <= HEALTH_SILENT);
-		CHECK(step->health.probed[gpu] || step->health.of[gpu] == HEALTH_GOOD);
+		enum server_health found = gpu < step->verdict.gpu_count ? health_wait(&step->verdict, &step->health, gpu)
+									 : HEALTH_GOOD;
+
+		CHECK(found == HEALTH_GOOD || (step->health.probed[gpu] && found > HEALTH_GOOD && found <= HEALTH_SILENT));
 	}
 }
 
@@ -386,13 +404,15 @@ void fuzz_step(const uint8_t *data, size_t size)
 		environment[i] = *parts[ENVIRONMENT + i] ? strdup(parts[ENVIRONMENT + i]) : NULL;
 	if (step && fill_step(step, parts)) {
 		if (step->verdict.status == VERDICT_READY) {
-			health_look(JOB_ID, &step->verdict, &step->health);
+			health_try(JOB_ID, &step->verdict, &step->health);
 			check_health(step);
 		}
 		run_task(step);
 		if (step->verdict.status == VERDICT_READY)
 			run_explain(step);
 	}
+	if (step && step->health.probes)
+		(void)munmap(step->health.probes, sizeof(*step->health.probes));
 	for (int i = 0; i < NAMES; i++)
 		free(environment[i]);
 	free_parts(parts, PARTS);
