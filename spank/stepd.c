@@ -1,19 +1,16 @@
 #include "stepd.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <slurm/slurm_version.h>
 
 #include "request.h"
-
-#define CONNECT_TRIES 20
-#define CONNECT_PAUSE_MS 50
 
 const char *stepd_on_node(void)
 {
@@ -71,20 +68,17 @@ static bool root_listens(int fd)
 	return !getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) && peer.uid == 0;
 }
 
-/* Connect without waiting, trying again while the daemon's queue is full: many steps may start at once. */
-static bool connects(int fd, const struct sockaddr_un *address)
+static bool is_roots_socket(const char *path)
 {
-	for (int tries = 0; tries < CONNECT_TRIES; tries++) {
-		if (!connect(fd, (const struct sockaddr *)address, sizeof(*address)))
-			return true;
-		if (errno != EAGAIN && errno != EINTR)
-			return false;
-		(void)poll(NULL, 0, CONNECT_PAUSE_MS);
-	}
-	return false;
+	struct stat status;
+
+	return !lstat(path, &status) && S_ISSOCK(status.st_mode) && status.st_uid == 0;
 }
 
-/* Whether root's control daemon takes connections in its pipe directory; waits a second at most. */
+/*
+ * Whether root's control daemon listens in its pipe directory. Where its queue is full nobody knows who listens there,
+ * and the socket's owner has to do; it accepts nobody while it starts a server, and a step need not wait for that.
+ */
 static bool daemon_answers(const struct verdict_daemon *daemon)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
@@ -97,7 +91,10 @@ static bool daemon_answers(const struct verdict_daemon *daemon)
 	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* O39 */
 	if (fd < 0)
 		return false;
-	answers = connects(fd, &address) && root_listens(fd);
+	if (!connect(fd, (const struct sockaddr *)&address, sizeof(address)))
+		answers = root_listens(fd);
+	else
+		answers = errno == EAGAIN && is_roots_socket(address.sun_path);
 	(void)close(fd);
 	return answers;
 }

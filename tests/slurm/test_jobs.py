@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -295,6 +297,39 @@ def test_a_dead_control_daemon_fails_the_next_step(site: Site, policy: str) -> N
     assert state == "FAILED"
     assert "ran" not in output
     assert any("its MPS control daemon on this node does not answer" in line for line in output)
+
+
+FILL = """
+import errno, socket, sys
+ends = []
+while not ends or not ends[-1][1]:
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    ends.append((end, end.connect_ex(sys.argv[1])))
+print("full" if ends[-1][1] == errno.EAGAIN else ends[-1], len(ends), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_step_does_not_wait_for_a_daemon_that_is_busy_and_whose_queue_is_full(site: Site) -> None:
+    """It accepts nobody while it starts a server; waiting for that is the program's."""
+    job = start_waiting(site)
+    pipe = f"{STATE_DIRECTORY}/jobs/{job.id}/pipe"
+    pid = site.node("n1", "cat", f"{pipe}/nvidia-cuda-mps-control.pid").check().stdout.strip()
+    site.node("n1", "kill", "-STOP", pid).check()
+    filler = site.machine.popen(
+        [PYTHON, "-c", FILL, f"{pipe}/control"], node="n1", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert filler.stdout
+    filled = filler.stdout.readline()
+    began = time.monotonic()
+    result = site.cluster.srun(f"--jobid={job}", "--overlap", "echo", "ran")
+    took = time.monotonic() - began
+    filler.communicate()
+    site.node("n1", "kill", "-CONT", pid).check()
+    let_go(site, job)
+    assert filled.startswith(b"full")
+    assert (result.returncode, result.stdout) == (0, "ran\n")
+    assert took < 0.9
 
 
 def test_a_plugin_that_is_only_optional_still_fails_closed(site: Site) -> None:
