@@ -130,11 +130,13 @@ def server_path(program: str) -> str:
 
 def why_not_run(program: str) -> NodeError | None:
     """Why a control program cannot be started: it is not there, or is built for another architecture; else None."""
+    from .nvml import NEEDED  # needed for a message alone
+
     here = os.uname().machine
     try:
         built_for = processes.architecture_of(program)
     except OSError as error:
-        hint = "install the driver's compute utilities, or set paths.control_program in mps.toml"
+        hint = f"install the driver's compute utilities, of {NEEDED}, or set paths.control_program in mps.toml"
         return NodeError(f"control program {program}: {os.strerror(error.errno or 0)}", hint=hint)
     if built_for and built_for != here:
         return NodeError(
@@ -278,6 +280,13 @@ def ask_all(
     return [answers[number] for number in range(len(questions))]
 
 
+def _hint(daemon: ControlDaemon, answer: str) -> str:
+    """What to do about a control program that does not know our commands, as one before CUDA 11.5 does not."""
+    from .nvml import NEEDED  # needed for a message alone
+
+    return f"{daemon.program} has to be that of {NEEDED}" if "Unknown command" in answer else ""
+
+
 def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seconds: float) -> None:
     """Set the defaults of each daemon's future servers, for its number of devices, and read them back.
 
@@ -295,7 +304,8 @@ def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seco
             problems.append(
                 NodeError(
                     f"control daemon of {daemon.pipe_directory}: asked for {'; '.join(lines)}, "
-                    f"and it reads back {text!r} instead of {' '.join(expected[0])!r}"
+                    f"and it reads back {text!r} instead of {' '.join(expected[0])!r}",
+                    hint=_hint(daemon, text),
                 )
             )
     raise_all(problems)

@@ -111,7 +111,10 @@ def test_an_upgrade_of_the_driver_under_a_running_job(then: int) -> None:
 
 
 TOO_OLD = "NVIDIA driver 470.57.02 (CUDA 11.4) is too old: slurm-mps needs CUDA 11.5 (driver 495) or newer"
-MISSING = "control program /nonexistent: No such file or directory; install the driver's compute utilities"
+MISSING = (
+    "control program /nonexistent: No such file or directory; install the driver's compute utilities, "
+    "of CUDA 11.5 (driver 495) or newer"
+)
 FOREIGN = f"control program {PROGRAM} is built for aarch64, and this node is x86_64; install the driver for x86_64"
 
 
@@ -133,3 +136,11 @@ def test_what_cannot_be_a_drivers_is_named_with_what_was_found_and_what_is_neede
             assert result.returncode == (policy == "drain")
             node.epilog(4711).check()
             assert node.snapshot() == before
+
+
+def test_a_control_program_that_knows_no_limits_is_told_from_a_driver_that_lies(gpu_node: GpuNode) -> None:
+    """It may be older than the driver."""
+    gpu_node.fault('command.set_default_device_pinned_mem_limit=wrong:Unknown command "set"')
+    result = gpu_node.prolog(4711, **asked(mem="8G"))
+    assert "instead of" in result.stderr
+    assert "/usr/bin/nvidia-cuda-mps-control has to be that of CUDA 11.5 (driver 495) or newer" in result.stderr
