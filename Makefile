@@ -73,7 +73,7 @@ test-accounting: build-tests ## what slurmdbd and Prometheus have of MPS jobs; i
 	@tests/harness/prepare.sh slurmdbd mariadb-server prometheus
 	@$(SUITE) tests/slurm/test_accounting.py tests/node/test_metrics.py
 
-test-matrix: build-tests ## what needs a Slurm, on every release (half an hour each); MATRIX=24.11 for one
+test-matrix: build-tests ## what needs a Slurm, on every release (ten to twenty minutes each); MATRIX=24.11 for one
 	@$(DEV_PYTHON) -m tests.lab.matrix $(MATRIX)
 
 test-vm: build-tests ## the .deb in virtual machines with systemd: restarts, power cut, purge; VM=24.11 for one
