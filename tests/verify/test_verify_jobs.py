@@ -85,7 +85,7 @@ def test_components_of_a_heterogeneous_job_are_fine(site: Site, step: str) -> No
     second_ranks = [0, 1, 2] if step == "--het-group=1" else [2, 3, 4]
     expected = [("n1", [0, 1]), ("n2", second_ranks)]
     expected = {"--het-group=0": expected[:1], "--het-group=1": expected[1:]}.get(step, expected)
-    assert (code, [one["problems"] for one in reports]) == (0, [[]] * len(expected))
+    assert (code, [one["problems"] for one in reports]) == (0, [[]] * len(expected)), site.cluster.output(job)
     assert [(one["node"], [rank["rank"] for rank in one["ranks"]]) for one in reports] == expected
     assert {(r["multiprocessors"], r["limit_bytes"] >> 20) for one in reports for r in one["ranks"]} == {(32, 8192)}
 
