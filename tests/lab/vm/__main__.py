@@ -316,7 +316,8 @@ class Test:
     def power_cut(self) -> None:
         vm = self._vm
         job = self._submit()
-        vm.run("sync").check()
+        # slurmctld saves a job within five seconds; the id of one that it lost is given to the next.
+        vm.run("sleep 8 && sync").check()
         vm.cut_off()
         vm.begin()
         vm.until("systemd has started all", "systemctl is-system-running || :", lambda said: "starting" not in said)
