@@ -93,7 +93,8 @@ def costs() -> list[str]:
     lines = []
     for kind, names in pairs.items():
         for path in sorted((BENCHMARKS / "data").glob(f"*-{kind}.json")):
-            date, gpus = path.name[:10], path.name[11:].removesuffix(f"-{kind}.json").replace("x", " x ")
+            date, gpus = path.name[:10], path.name[11:].removesuffix(f"-{kind}.json")
+            gpus = gpus.replace("of", " of ").replace("x", " x ")  # 1of2xH200: a job with one of two
             samples = json.loads(path.read_text())["samples_ms"]
             lines.append(f"| {gpus} | {date} | " + " | ".join(paired(samples, *pair) for pair in names) + " |")
             if "per-gpu from srun" in samples:
