@@ -292,6 +292,8 @@ def test_a_program_is_known_by_file_user_and_environment(
         # The name that a process gives itself does not count, nor its arguments.
         argv = ["nvidia-cuda-mps-server", "60"]
         child = subprocess.Popen(argv, executable=place / name, env=environment, user=uid, group=uid, extra_groups=[])
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes().endswith(b"60\0"):
+            time.sleep(0.01)  # the kernel has closed Popen's pipe, and not yet laid out arguments and environment
         found = runs_program(child.pid, ("nvidia-cuda-mps-server",), (0, 20001), "PIPE=/a")
         (place / name).unlink()
         after_upgrade = runs_program(child.pid, ("nvidia-cuda-mps-server",), (0, 20001), "PIPE=/a")
