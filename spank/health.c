@@ -223,12 +223,14 @@ enum server_health health_wait(const struct verdict *verdict, const struct healt
 
 	if (!health->probes)
 		return health->probed[gpu] ? HEALTH_SILENT : HEALTH_GOOD;
-	for (int tries = TRIES_OF(seconds_of_probe(verdict) + 2); health->probes->begun[daemon] && tries; tries--) {
+	if (!health->probes->begun[daemon])
+		return HEALTH_GOOD;
+	for (int tries = TRIES_OF(seconds_of_probe(verdict) + 2); tries; tries--) {
 		if (found_of(health, daemon) != HEALTH_UNKNOWN)
 			return health->probed[gpu] ? found_of(health, daemon) : HEALTH_GOOD;
 		(void)poll(NULL, 0, HELPER_PAUSE_MS);
 	}
-	return health->probes->begun[daemon] ? HEALTH_SILENT : HEALTH_GOOD;
+	return HEALTH_SILENT;
 }
 
 bool health_probed_until(const struct health *health, unsigned int daemon, struct timespec *when)

@@ -74,14 +74,16 @@ static void become_helper(uid_t uid, char *const argv[], char *const environment
 
 bool helper_beside(void (*work)(const void *argument), const void *argument)
 {
-	pid_t parent = fork();
+	pid_t parent = fork(), child;
+	int status = 0;
 
 	if (parent == 0) {
-		if (fork() == 0 && keep_nothing(-1))
+		child = fork();
+		if (child == 0 && keep_nothing(-1))
 			work(argument);
-		_exit(0);
+		_exit(child < 0);
 	}
-	return parent > 0 && (waitpid(parent, NULL, 0) == parent || errno == ECHILD);
+	return parent > 0 && (waitpid(parent, &status, 0) == parent ? status == 0 : errno == ECHILD);
 }
 
 pid_t helper_start(uid_t uid, char *const argv[], char *const environment[], int output)

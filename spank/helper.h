@@ -27,8 +27,7 @@ enum { HELPER_LATE = -1, HELPER_DIED = -2 };
 
 /*
  * Wait until a program has ended, as long as there are tries left (of HELPER_PAUSE_MS each; another process may change
- * their number), then kill its process
- * group: itself, where it has not ended, and in any case all that it started.
+ * their number), then kill its process group: itself, where it has not ended, and in any case all that it started.
  * Returns: its exit status; HELPER_LATE where it had to be killed; HELPER_DIED where a signal ended it, it was never
  * started, or somebody else in slurmstepd (another plugin) has waited for it, so that nobody knows how it ended.
  */

@@ -123,10 +123,11 @@ static bool find_gpus(spank_t sp, struct step *step, struct task_gpus *task, cha
 		return refuse_with(problem, size, "slurmstepd does not tell how many tasks it has");
 	limits_of_share(&step->verdict, shards_of_step(sp), &step->limits);
 	if (limits_need_task_counts(&step->verdict, &step->limits, tasks) &&
-	    !(count_tasks(sp, step, task, tasks, tasks_on, problem, size) &&
-	      limits_divide(&step->verdict, task, tasks_on, &step->limits, problem, size)))
+	    (!count_tasks(sp, step, task, tasks, tasks_on, problem, size) ||
+	     !limits_divide(&step->verdict, task, tasks_on, &step->limits, problem, size)))
 		return false;
-	return !is_in_trouble(step, task, problem, size); /* last: it may wait, and the other tasks wait for this one's answer */
+	/* Last: it may wait, and until this task is counted the others wait for it. */
+	return !is_in_trouble(step, task, problem, size);
 }
 
 /* Which GPUs the program sees. */

@@ -130,12 +130,12 @@ def server_path(program: str) -> str:
 
 def why_not_run(program: str) -> NodeError | None:
     """Why a control program cannot be started: it is not there, or is built for another architecture; else None."""
-    from .nvml import NEEDED  # needed for a message alone
-
     here = os.uname().machine
     try:
         built_for = processes.architecture_of(program)
     except OSError as error:
+        from .nvml import NEEDED  # for a message alone: the epilog does without NVML
+
         hint = f"install the driver's compute utilities, of {NEEDED}, or set paths.control_program in mps.toml"
         return NodeError(f"control program {program}: {os.strerror(error.errno or 0)}", hint=hint)
     if built_for and built_for != here:
@@ -282,9 +282,11 @@ def ask_all(
 
 def _hint(daemon: ControlDaemon, answer: str) -> str:
     """What to do about a control program that does not know our commands, as one before CUDA 11.5 does not."""
-    from .nvml import NEEDED  # needed for a message alone
+    if "Unknown command" not in answer:
+        return ""
+    from .nvml import NEEDED  # for a message alone
 
-    return f"{daemon.program} has to be that of {NEEDED}" if "Unknown command" in answer else ""
+    return f"{daemon.program} has to be that of {NEEDED}"
 
 
 def set_limits(limits: Sequence[tuple[ControlDaemon, Limits, int]], timeout_seconds: float) -> None:

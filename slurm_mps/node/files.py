@@ -371,8 +371,8 @@ def _empty(parent_fd: int, name: str) -> None:
 
 
 def read_slurms_own(path: str, limit_bytes: int = 2**24) -> bytes:
-    """Read a file of Slurm's, such as slurm.conf, whoever owns it: slurmd reads it by the same path, and runs as root
-    what it names. Raises: OSError.
+    """Read a file of Slurm's, such as slurm.conf. Its owner does not matter: slurmd reads it by the same path, and runs
+    as root what it names. Raises: OSError.
     """
     with open(path, "rb") as file:
         return file.read(limit_bytes)
